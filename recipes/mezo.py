@@ -1,0 +1,52 @@
+"""MeZO: full-parameter SPSA with forward passes only.
+
+z ~ N(0, I);  g = (L(θ + eps·z) - L(θ - eps·z)) / (2 eps);  θ ← θ - lr·g·z        (q > 1: the mean over q z's)
+
+Here θ is never moved by probing: both losses come from one forward with a probe axis. `perturb=inplace` is the
+paper's own cycle. Differences from the paper's code: noise by counter instead of a reseeded stream, updates in
+fp32 with stochastic rounding, weight decay not on norms and biases.
+Source: Malladi et al. 2023, Fine-Tuning Language Models with Just Forward Passes, arXiv 2305.17333.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from zoft import evaluate, ledger, setup, space, tasks
+from zoft import run as runs
+from zoft.config import Config
+from zoft.trainer import Trainer
+
+
+def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = False) -> dict[str, Any]:
+    """Train, from the start or from where `resume` stopped; returns result.json's content, or the plan of a dry run."""
+    config = setup.device(config)
+    data = tasks.load(config.task)  # a mistake in the data shows before weights load
+    model, tokenizer, base = setup.model(config)
+    train, held_out = setup.examples(config, tokenizer, data)
+    names = space.train_names(model, config.train)
+    config = setup.dtypes(config, model, names)
+    config, trained, axis = setup.axis(config, model, space.adopt(model, names), train)
+    if dry_run:
+        return setup.plan(config, model, trained, train, held_out)
+
+    def score() -> dict[str, Any]:
+        return evaluate.evaluate(model, held_out, train, context=axis.clean)
+
+    with runs.session(config, setup.header(config, base, trained), resume) as s:
+        trainer = Trainer(model, axis, setup.batches(config, train), s.ledger, setup.settings(config))
+        result = runs.fit(trainer, s, score)
+        return runs.finish(s, model, tokenizer, result)
+
+
+def replay(config: Config, folder: str | Path, out: str | Path) -> int:
+    """Base + ledger -> the run's final model in `out`; returns the number of steps."""
+    header, records = ledger.read(Path(folder) / "ledger")
+    config = setup.from_header(setup.device(config), header)
+    model, tokenizer, base = setup.model(config)
+    runs.agree(header, {"base": base}, Path(folder))
+    config, _, axis = setup.placed(config, model, space.adopt(model, header["trained"]))
+    Trainer(model, axis, lambda step: [], None, setup.settings(config)).replay(records)
+    runs.save(config, model, tokenizer, Path(out), {})
+    return len(records)

@@ -1,0 +1,278 @@
+"""What bench_step.py times: the yardsticks, and a step of zoft's own Trainer. Milliseconds and bytes throughout."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import reference_loop
+import torch
+from bench_models import plain_causal
+from torch import Tensor, nn
+
+from zoft import setup, space
+from zoft.config import Config, Task
+from zoft.encode import Example
+from zoft.errors import UserError
+from zoft.ledger import Ledger
+from zoft.trainer import Trainer
+
+WARM = 10  # steps before the clock of a Trainer starts: kernels compile, graphs are captured
+
+
+def sync(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def release(device: str) -> None:
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak(device: str) -> tuple[int | None, int | None]:
+    """(allocated, reserved) bytes at most since the last reset; None on a CPU."""
+    if not device.startswith("cuda"):
+        return None, None
+    return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+
+
+def times(
+    call: Callable[[], Any], device: str, *, repeats: int, seconds: float, warm: int = 3
+) -> list[float]:
+    """Milliseconds of each of the calls, device events on a GPU; fewer repeats where `seconds` run out, 3 at least."""
+    for _ in range(warm):
+        call()
+    sync(device)
+    began = time.perf_counter()
+    call()
+    sync(device)
+    once = time.perf_counter() - began
+    repeats = max(3, min(repeats, int(seconds / max(once, 1e-9))))
+    if not device.startswith("cuda"):
+        spent = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            call()
+            spent.append(1e3 * (time.perf_counter() - began))
+        return spent
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in zip(marks, marks[1:])]
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second of a copy within the device, read plus written; median of 20."""
+    size = 2 << 30 if device.startswith("cuda") else 64 << 20
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    spent = median(times(lambda: target.copy_(source), device, repeats=20, seconds=5))
+    return 2 * size / (spent / 1e3)
+
+
+def one_forward(model: Any, rows: int, tokens: int, device: str, seconds: float) -> dict[str, Any]:
+    """One inference forward, logits for the last position only, captured as a CUDA graph on a GPU.
+
+    {ms, graph: bool, activation_bytes: what the forward allocates at most beyond the weights, run eagerly}
+    """
+    ids = random_ids(model, rows, tokens, device)
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        with plain_causal(model):
+            return model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+
+    forward()
+    release(device)
+    if not device.startswith("cuda"):
+        return {
+            "ms": median(times(forward, device, repeats=50, seconds=seconds)),
+            "graph": False,
+            "activation_bytes": None,
+        }
+    before = torch.cuda.memory_allocated()
+    forward()
+    activations = torch.cuda.max_memory_allocated() - before
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            forward()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        forward()
+    spent = median(times(graph.replay, device, repeats=50, seconds=seconds))
+    return {"ms": spent, "graph": True, "activation_bytes": activations}
+
+
+def reference(
+    model: nn.Module, rows: int, tokens: int, device: str, seconds: float, steps: int, train: str
+) -> dict[str, Any]:
+    """The reference loop's step on random rows, loss over all positions; wall-clock, the device drained at both ends."""
+    ids = random_ids(model, rows, tokens, device)
+    names = set(space.train_names(model, train))
+    params = [p for n, p in model.named_parameters() if n in names]
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        count += 1
+        reference_loop.step(
+            params, lambda: reference_loop.language_loss(model, ids), seed=count, eps=1e-3, lr=1e-7
+        )
+
+    release(device)
+    spent = times(step, device, repeats=steps, seconds=seconds, warm=2)
+    return {
+        "ms": median(spent),
+        "steps": len(spent),
+        "peak_bytes": peak(device)[0],
+        "peak_reserved_bytes": peak(device)[1],
+    }
+
+
+def trainer_step(
+    model: Any, config: Config, rows: list[Example], seconds: float, steps: int
+) -> dict[str, Any]:
+    """A step of zoft's Trainer, built as a recipe builds it, a real ledger under it.
+
+    config: see `config_for`. rows: training examples. Time runs from ledger append to ledger append.
+    {ms: (last append − first) / steps, by the wall; events_ms: the same by device events; median_ms: of single
+    steps; steps, trained, storage, compute, group, weights_bytes, peak_bytes (of the steps), setup_peak_bytes, losses}
+    """
+    device = config.device
+    precisions = {n: p.dtype for n, p in model.named_parameters()}
+    release(device)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config = setup.device(config)
+            names = space.train_names(model, config.train)
+            config = setup.dtypes(config, model, names)
+            config, trained, axis = setup.axis(config, model, space.adopt(model, names), rows)
+            with Ledger.create(
+                Path(folder) / "ledger", setup.header(config, "random weights", trained)
+            ) as ledger:
+                trainer = Trainer(model, axis, setup.batches(config, rows), ledger, setup.settings(config))
+                found = _timed(trainer, ledger, device, seconds, steps)
+                used = ledger.records[-1]
+                found |= {"losses": list(used.losses), "skipped": sum(r.skipped for r in ledger.records)}
+        found |= {
+            "trained": sum(t.stored.numel() for t in trained),
+            "storage": config.storage,
+            "compute": config.compute,
+        }
+        found |= {
+            "group": config.probes_per_forward,
+            "perturb": config.perturb,
+            "weights_bytes": weights_bytes(model),
+        }
+        return found
+    finally:
+        for n, p in model.named_parameters():  # as it was, for the next cell
+            p.data = p.data.to(precisions[n])
+
+
+def _timed(trainer: Trainer, ledger: Any, device: str, seconds: float, steps: int) -> dict[str, Any]:
+    cuda = device.startswith("cuda")
+    walls: list[float] = []
+    events: list[Any] = []
+    append = ledger.append
+
+    def timed(record: Any) -> None:
+        append(record)
+        walls.append(time.perf_counter())
+        if cuda:
+            events.append(torch.cuda.Event(enable_timing=True))
+            events[-1].record()
+
+    ledger.append = timed
+    trainer.run(until=WARM // 2)
+    sync(device)
+    setup_peak = peak(device)[0]
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    trainer.run(until=WARM)
+    sync(device)
+    pace = (time.perf_counter() - began) / (WARM - WARM // 2)
+    steps = max(2, min(steps, int(seconds / max(pace, 1e-9))))
+    # One step more than is counted: the clock starts with the first append, when the work is flowing again.
+    trainer.run(until=WARM + steps + 1)
+    sync(device)
+    walls, events = walls[WARM:], events[WARM:]
+    assert len(walls) == steps + 1, (len(walls), steps)
+    allocated, reserved = peak(device)
+    return {
+        "ms": 1e3 * (walls[-1] - walls[0]) / steps,
+        "events_ms": events[0].elapsed_time(events[-1]) / steps if cuda else None,
+        "median_ms": median(1e3 * (b - a) for a, b in zip(walls, walls[1:])),
+        "steps": steps,
+        "peak_bytes": allocated,
+        "peak_reserved_bytes": reserved,
+        "setup_peak_bytes": setup_peak,
+    }
+
+
+def config_for(args: Any, rows: int, perturb: str, dtype: str) -> Config:
+    """A run's config as `zoft train` would have it, everything that is not asked for at its default."""
+    inplace = perturb == "inplace"  # the model runs on its stored weights
+    return Config(
+        model="random", task=Task(name="random"), train=args.train, lr=1e-7, eps=1e-3, noise=args.noise, q=args.q,
+        steps=1 << 20, batch_size=rows, device=args.device, perturb=perturb,
+        storage=dtype if inplace else args.storage, compute=dtype if inplace else args.compute,
+        probes_per_forward=1 if inplace else args.probes_per_forward,
+    )  # fmt: skip
+
+
+def random_rows(model: Any, count: int, tokens: int, padded: bool) -> list[Example]:
+    """Rows of random tokens, exactly `tokens` long, two single-token candidates; padded: half of them shorter."""
+    rng = np.random.default_rng(0)
+    vocab = model.config.vocab_size
+    made = []
+    for i in range(count):
+        n = int(rng.integers(tokens // 2, tokens + 1)) if padded and i % 2 else tokens
+        context = tuple(int(t) for t in rng.integers(4, vocab, n))
+        made.append(Example((context, context), ((5,), (9,)), i % 3 % 2, "choice", True))
+    return made
+
+
+def random_ids(model: Any, rows: int, tokens: int, device: str) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(4, model.config.vocab_size, (rows, tokens), generator=generator).to(device)
+
+
+def weights_bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def trained_numbers(model: nn.Module, train: str) -> int | None:
+    try:
+        names = set(space.train_names(model, train))
+    except UserError:
+        return None
+    return sum(p.numel() for n, p in model.named_parameters() if n in names)
+
+
+def attempt(call: Callable[[], dict[str, Any]], device: str) -> dict[str, Any]:
+    """call's result, or {"error": one line}; a cell that fails does not stop the others."""
+    try:
+        return call()
+    except Exception as error:
+        text = " ".join(str(error).split())
+        kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
+        return {"error": kind if kind == "out of memory" else f"{kind}: {text[:200]}"}
+    finally:
+        release(device)

@@ -1,0 +1,251 @@
+"""Is the probe axis exact on every architecture that transformers knows? A tiny random model of each is asked.
+
+python scripts/sweep_architectures.py                       # all three kinds, a table
+python scripts/sweep_architectures.py --kind causal --only llama
+python scripts/sweep_architectures.py --json sweep.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import gc
+import inspect
+import json
+import platform
+import signal
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import shrink
+import torch
+import transformers as hf
+from torch import nn
+
+from zoft import noise, selfcheck, space
+from zoft.probe import Probe, ProbeAxis
+
+EPS, SEED, STEP = 1e-2, 7, 3
+PROBES = [Probe(0, EPS), Probe(0, -EPS), Probe(1, EPS), Probe(1, -EPS), Probe(1, 8 * EPS)]
+SIDES = ["right", "left", "none"]
+EXACT = 1e-5  # largest |stacked loss - twin's| / (1 + |twin's|), fp32
+
+
+@dataclasses.dataclass
+class Batch:
+    inputs: dict[str, torch.Tensor]  # each [rows, T]
+
+    @property
+    def rows(self) -> int:
+        return self.inputs["input_ids"].shape[0]
+
+    def repeat(self, probes: int) -> Batch:
+        return Batch({k: v.repeat(probes, 1) for k, v in self.inputs.items()})
+
+
+@dataclasses.dataclass
+class Result:
+    """One architecture with one side of padding."""
+
+    kind: str
+    name: str
+    side: str
+    outcome: str  # stacked | one probe a forward | WRONG | not built
+    worst: float = float("nan")  # largest relative difference of a loss from the twin's
+    apart: float = float("nan")  # smallest relative difference between the losses of two probes
+    sites: int = 0
+    seconds: float = 0.0
+    note: str = ""
+
+
+def batch(model: nn.Module, side: str, decoder: bool, rows: int, length: int, seed: int) -> Batch:
+    """Random tokens; every other row is padded by three on that side ("none": no row is)."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, shrink.VOCAB, (rows, length), generator=generator)
+    mask = torch.ones(rows, length, dtype=torch.int64)
+    if side != "none":
+        mask[1::2, slice(-3, None) if side == "right" else slice(3)] = 0
+    pad = getattr(model.config, "pad_token_id", None)
+    ids[mask == 0] = pad if isinstance(pad, int) and 0 <= pad < shrink.VOCAB else 4
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if decoder:
+        inputs["decoder_input_ids"] = torch.randint(5, shrink.VOCAB, (rows, length - 2), generator=generator)
+    return Batch(inputs)
+
+
+def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """[rows] mean log-probability of the row's own tokens: any function of the logits of one row will do."""
+    known = inspect.signature(type(model).forward).parameters
+    inputs = {k: v for k, v in batch.inputs.items() if k in known or k in ("input_ids", "attention_mask")}
+    out = model(**inputs, **({"use_cache": False} if "use_cache" in known else {}))
+    logits = out.logits if hasattr(out, "logits") else out[0]
+    ids = inputs.get("decoder_input_ids", inputs["input_ids"])
+    logp = logits.float().log_softmax(-1)
+    assert logp.shape[:2] == ids.shape, f"logits {tuple(logits.shape)} for tokens {tuple(ids.shape)}"
+    picked = logp.gather(-1, ids.clamp(max=logp.shape[-1] - 1)[..., None])[..., 0]  # [rows, T]
+    if "decoder_input_ids" not in inputs:
+        picked = picked * batch.inputs["attention_mask"]
+    return -picked.sum(-1) / picked.shape[-1]
+
+
+@torch.no_grad()
+def twin(model: nn.Module, names: dict[str, int], batch: Batch, probes: list[Probe]) -> torch.Tensor:
+    """[P, rows]: an untouched copy, its weights set to θ + s·z with z asked of the noise itself, run plainly."""
+    rows = []
+    for p in probes:
+        other = copy.deepcopy(model)
+        for name, param in other.named_parameters():
+            if name in names:
+                z = noise.direction(
+                    param.shape, names[name], seed=SEED, step=STEP, direction=p.direction, noise="gaussian"
+                )
+                param.data = param.data + p.scale * z.to(param.dtype)
+        rows.append(losses(other, batch))
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def check(kind: str, name: str, side: str) -> Result:
+    """Find the sites of a tiny model of the architecture and compare all probes with the twin."""
+    result = Result(kind, name, side, "not built")
+    start = time.perf_counter()
+    try:
+        model = shrink.model(kind, name)
+        decoder = kind == "seq2seq"
+        double = batch(model, side, decoder, 4, shrink.TOKENS, seed=2)
+        small = Batch({k: v[:2].clone() for k, v in double.inputs.items()})
+        again = [losses(model, double) for _ in range(2)]
+        assert torch.isfinite(again[0]).all(), "its losses are not finite"
+        assert torch.allclose(*again, rtol=1e-5), "its losses differ from one forward to the next"
+    except Exception as error:
+        result.note = (
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        )
+        result.seconds = time.perf_counter() - start
+        return result
+    copied = copy.deepcopy(model)
+    trained = space.adopt(model, space.train_names(model, "all"))
+    start = time.perf_counter()
+    found = selfcheck.find_sites(model, trained, lambda b: losses(model, b), small, double, EPS)
+    result.seconds = time.perf_counter() - start
+    axis = ProbeAxis(selfcheck.live(trained, found), found.sites, seed=SEED, kind="gaussian")
+    # A run's batches have other sizes than the one that was looked at, and other padding.
+    fixed = getattr(model.config, "model_type", "") == "perceiver"  # gives as many logits as it has positions
+    length = shrink.TOKENS + (0 if fixed else 3)
+    other = batch(model, "right" if side == "none" else "none", decoder, 3, length, seed=4)
+    groups = [PROBES] if found.stacked else [[p] for p in PROBES]
+    result.worst, result.apart = 0.0, float("inf")
+    for data in (double, other):
+        expected = twin(copied, {t.name: t.id for t in trained}, data, PROBES)  # [P, rows]
+        got = []
+        for group in groups:
+            with axis.at(STEP, group, data.rows):
+                got.append(losses(model, data.repeat(len(group))).view(len(group), -1))
+        off = (torch.cat(got) - expected).abs() / (1 + expected.abs())
+        result.worst = max(result.worst, float(off.nan_to_num(nan=float("inf")).max()))
+        pairs = [(expected[i] - expected[j]).abs().max() for i in range(len(PROBES)) for j in range(i)]
+        result.apart = min(result.apart, float(min(pairs) / (1 + expected.abs().max())))
+    result.sites, result.note = len(found.sites), found.note
+    if found.unread:
+        result.note += f"{'; ' if result.note else ''}{len(found.unread)} unread"
+    result.outcome = (
+        "WRONG" if result.worst > EXACT else "stacked" if found.stacked else "one probe a forward"
+    )
+    return result
+
+
+def limited(kind: str, name: str, side: str, seconds: int) -> Result:
+    """check under a time limit; whatever goes wrong in finding sites is WRONG, never left out."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"over {seconds} s")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        return check(kind, name, side)
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        first = str(error).strip().splitlines()[:1]
+        note = f"{type(error).__name__}: {' '.join(first)} ({Path(where.filename).name}:{where.lineno})"
+        return Result(kind, name, side, "WRONG", note=note)
+    finally:
+        signal.alarm(0)
+
+
+def line(r: Result) -> str:
+    if r.outcome == "not built":
+        return f"| {r.kind} | {r.name} | {r.side} | {r.outcome} | | | | | {r.note[:160]} |"
+    return (
+        f"| {r.kind} | {r.name} | {r.side} | {r.outcome} | {r.worst:.1e} | {r.apart:.1e} | {r.sites} "
+        f"| {r.seconds:.2f} | {r.note[:160]} |"
+    )
+
+
+def summary(results: list[Result]) -> dict[str, dict[str, int]]:
+    """By kind: an architecture counts by the worst of its sides."""
+    order = ["not built", "WRONG", "one probe a forward", "stacked"]
+    out: dict[str, dict[str, int]] = {}
+    for kind in dict.fromkeys(r.kind for r in results):
+        sides: dict[str, list[str]] = {}
+        for r in results:
+            if r.kind == kind:
+                sides.setdefault(r.name, []).append(r.outcome)
+        worst = [min(s, key=order.index) for s in sides.values()]
+        built = len(worst) - worst.count("not built")
+        out[kind] = {
+            "exact": worst.count("stacked"), "of": built, "one probe a forward": worst.count("one probe a forward"),
+            "wrong": worst.count("WRONG"), "not built": worst.count("not built"),
+        }  # fmt: skip
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kind", choices=list(shrink.KINDS), help="one kind of head (default: all)")
+    parser.add_argument("--only", action="append", help="a model type, e.g. llama; may be repeated")
+    parser.add_argument(
+        "--side", choices=SIDES, help="padding of the batch that sites are found on (default: each)"
+    )
+    parser.add_argument("--limit", type=int, default=60, help="seconds an architecture may take")
+    parser.add_argument("--json", type=Path, help="write the results there as well")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    hf.logging.set_verbosity_error()
+    print(
+        f"torch {torch.__version__}, transformers {hf.__version__}, {platform.machine()}, {len(PROBES)} probes, fp32\n"
+    )
+    print("| kind | architecture | padding | outcome | off | probes apart | sites | seconds | note |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    results = []
+    for kind in [args.kind] if args.kind else shrink.KINDS:
+        for name in shrink.KINDS[kind]:
+            if args.only and name not in args.only:
+                continue
+            for side in [args.side] if args.side else SIDES:
+                results.append(limited(kind, name, side, args.limit))
+                print(line(results[-1]), flush=True)
+                gc.collect()
+    totals = summary(results)
+    if args.json:
+        args.json.write_text(
+            json.dumps({"results": [dataclasses.asdict(r) for r in results], "totals": totals}, indent=1)
+        )
+    print()
+    for kind, t in totals.items():
+        print(
+            f"{kind}: exact {t['exact']} of {t['of']}, one probe a forward {t['one probe a forward']}, "
+            f"wrong {t['wrong']}, not built {t['not built']}"
+        )
+    sys.exit(1 if any(t["wrong"] for t in totals.values()) else 0)
+
+
+if __name__ == "__main__":
+    main()

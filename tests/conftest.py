@@ -1,0 +1,26 @@
+"""Skips for what this machine lacks, and one thread a test process."""
+
+import os
+import shutil
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests bring their own models and data
+
+import pytest
+
+
+def pytest_collection_modifyitems(items):
+    if any("gpu" in item.keywords for item in items):
+        import torch
+
+        if not torch.cuda.is_available():
+            _skip(items, "gpu", "no CUDA device")
+    if shutil.which("slurmctld") is None:
+        _skip(items, "slurm", "Slurm is not installed")
+
+
+def _skip(items, marker, reason):
+    for item in items:
+        if marker in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,0 +1,124 @@
+"""The noise of `zoft.noise` once more, slow and plain, from its specification alone: the judge of every backend."""
+
+import math
+
+import numpy as np
+import torch
+
+from zoft.noise import Update
+
+
+def philox(counter, key):
+    """Philox4x32-10 in Python integers. counter: 4 words, or 4 arrays of them; key: 2 words. -> 4 words (arrays)."""
+    c = [np.asarray(x, dtype=object) for x in counter]
+    k = list(key)
+    for _ in range(10):
+        left, right = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [
+            (right // 2**32) ^ c[1] ^ k[0],
+            right % 2**32,
+            (left // 2**32) ^ c[3] ^ k[1],
+            left % 2**32,
+        ]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    return c
+
+
+def key(seed, step, direction):
+    words = philox((step % 2**32, step // 2**32, direction, 0x7A6F6674), (seed % 2**32, seed // 2**32))
+    return int(words[0]), int(words[1])
+
+
+def _words(index, per_counter, tid, purpose, key):
+    """The four words that element index[i] sees: object array [n, 4]. One Philox call a distinct counter."""
+    counters, where = np.unique(np.asarray(index) // per_counter, return_inverse=True)
+    low = [int(c) % 2**32 for c in counters]
+    high = [int(c) // 2**32 for c in counters]
+    words = philox((low, high, [tid] * len(low), [purpose] * len(low)), key)
+    return np.stack(words, 1)[where]
+
+
+def uniform(word):
+    """u in (0, 1] as the fp32 that the specification says, from one word."""
+    return np.float32(np.float32(np.float32(word) * np.float32(2.0**-32)) + np.float32(2.0**-33))
+
+
+def turn(word):
+    """v in [-½, ½] turns, fp32, from one word."""
+    return np.float32(np.float32(word - 2**32 if word >= 2**31 else word) * np.float32(2.0**-32))
+
+
+def gaussian_pair(a, b):
+    """The exact (fp64) pair of the fp32 u and v of two words."""
+    r, angle = math.sqrt(-2 * math.log(float(uniform(a)))), 2 * math.pi * float(turn(b))
+    return r * math.cos(angle), r * math.sin(angle)
+
+
+def z(index, tid, key, noise):
+    """Direction noise of the elements with these indices: fp64 [n]."""
+    index = np.asarray(index)
+    if noise == "rademacher":
+        words = _words(index, 128, tid, 0, key)
+        return np.array(
+            [1.0 if int(w[i % 128 // 32]) >> (i % 32) & 1 else -1.0 for i, w in zip(index, words)]
+        )
+    out = []
+    for i, w in zip(index, _words(index, 4, tid, 0, key)):
+        pair = (int(w[0]), int(w[1])) if i % 4 < 2 else (int(w[2]), int(w[3]))
+        out.append(gaussian_pair(*pair)[i % 2])
+    return np.array(out)
+
+
+def rounding_bits(index, tid, key):
+    """The 16 bits of each element: int [n]."""
+    words = _words(index, 8, tid, 1, key)
+    return np.array([int(w[i % 8 // 2]) >> (16 * (i % 2)) & 0xFFFF for i, w in zip(index, words)])
+
+
+def round_stochastic(x, r, dtype):
+    """x fp32 [n] with bits r [n], to the grid of dtype: fp64 [n]. In units of the grid, exactly, in fp64."""
+    significand, smallest, bits = {torch.bfloat16: (8, -126, 16), torch.float16: (11, -14, 13)}[dtype]
+    out = []
+    for value, noise in zip(np.asarray(x, np.float64), r):
+        if not math.isfinite(value):
+            out.append(value)
+            continue
+        exponent = math.frexp(value)[1] - 1
+        normal = exponent >= smallest
+        unit = 2.0 ** (max(exponent, smallest) - significand + 1)
+        chance = (noise >> (16 - bits)) / 2**bits if normal else noise / 2**16
+        magnitude = math.floor(abs(value) / unit + chance) * unit
+        if dtype is torch.float16:
+            magnitude = min(magnitude, 65504.0)
+        elif magnitude > 3.3895313892515355e38:
+            magnitude = math.inf
+        out.append(math.copysign(magnitude, value))
+    return np.array(out)
+
+
+def numbers(tensor):
+    """A tensor's values as fp64 [n], exactly."""
+    return tensor.detach().cpu().double().flatten().numpy()
+
+
+def advance(theta, z_of, rounding_of, updates, momentum=None, beta=0.0):
+    """θ and momentum after updates, fp64 [n] each. z_of(update, k) -> fp32 z [n]; rounding_of(update) -> bits [n]."""
+    work = np.float64 if theta.dtype is torch.float64 else np.float32
+    a = numbers(theta).astype(work)
+    m = None if momentum is None else numbers(momentum).astype(work)
+    for u in updates:
+        assert isinstance(u, Update)
+        if all(x == 0 for x in u.multipliers) and u.decay == 1 and (m is None or beta == 0):
+            continue
+        s = np.full_like(a, -0.0)  # an empty sum changes nothing
+        for k, multiplier in enumerate(u.multipliers):
+            product = (work(multiplier + 0.0) * z_of(u, k).astype(work)).astype(work)
+            s = product if k == 0 else (s + product).astype(work)
+        if m is not None:
+            s = m = ((work(beta) * m).astype(work) + s).astype(work)
+        if u.decay != 1:
+            a = (work(u.decay) * a).astype(work)
+        a = (a + s).astype(work)
+        if theta.dtype in (torch.bfloat16, torch.float16):
+            a = round_stochastic(a, rounding_of(u), theta.dtype).astype(work)
+    return a.astype(np.float64), m

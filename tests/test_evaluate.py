@@ -1,0 +1,147 @@
+"""Metrics against scikit-learn, and the whole against a row-by-row twin."""
+
+import math
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from zoft import evaluate, objective
+
+CHOICE = SimpleNamespace(objective="choice")
+
+
+def make(n, candidates, seed=0, task=CHOICE):
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(n):
+        prompt = "".join(rng.choice(list("abcde. "), 1 + int(rng.integers(12)))) + ":"
+        gold = int(rng.integers(len(candidates)))
+        rows.append({"prompt": prompt, "candidates": candidates, "gold": gold, "where": f"row {i}"})
+    return objective.encode(rows, tiny.tokenizer(), task, 64)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_f1_and_auc_equal_scikit_learns(seed):
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(seed)
+    gold, predicted = rng.integers(0, 4, 50), rng.integers(0, 5, 50)
+    want = metrics.f1_score(gold, predicted, average="macro")
+    assert evaluate.macro_f1(gold, predicted) == pytest.approx(want, abs=1e-12)
+    score = rng.integers(0, 6, 50).astype(float)  # many ties
+    want = metrics.roc_auc_score(gold == 1, score)
+    assert evaluate.auc(gold == 1, score) == pytest.approx(want, abs=1e-12)
+
+
+def test_auc_by_hand():
+    yes = np.array([True, True, False, False])
+    assert evaluate.auc(yes, np.array([3.0, 1.0, 1.0, 0.0])) == (1 + 1 + 0.5 + 1) / 4
+    assert evaluate.auc(yes, np.array([-np.inf, np.nan, np.inf, 0.0])) == 0.0
+
+
+@pytest.mark.parametrize("candidates", [["yes", "no"], ["no 1", "yes", "d"]], ids=["single", "multi"])
+def test_every_figure_against_a_slow_twin(candidates):
+    model, examples, train = tiny.llama(), make(40, candidates), make(90, candidates, seed=1)
+    got = evaluate.evaluate(model, examples, train)
+
+    def log_probs(e):
+        means = []
+        for context, completion in zip(e.contexts, e.completions):
+            table = model(torch.tensor([context + completion])).logits[0].double().log_softmax(-1)
+            means.append(np.mean([table[len(context) - 1 + i, t].item() for i, t in enumerate(completion)]))
+        return np.array(means) - np.log(np.sum(np.exp(means)))
+
+    gold = np.array([e.gold for e in examples])
+    table, seen = np.stack([log_probs(e) for e in examples]), np.stack([log_probs(e) for e in train])
+    assert got["n"] == 40
+    assert got["loss"] == pytest.approx(-np.mean(table[np.arange(40), gold]), rel=1e-5)
+    assert got["accuracy"] == np.mean(table.argmax(1) == gold)
+    assert got["calibrated_accuracy"] == np.mean((table - seen.mean(0)).argmax(1) == gold)
+    assert got["majority"] == np.mean(gold == np.bincount([e.gold for e in train]).argmax())
+    metrics = pytest.importorskip("sklearn.metrics")
+    assert got["macro_f1"] == pytest.approx(metrics.f1_score(gold, table.argmax(1), average="macro"))
+    if len(candidates) == 2:
+        assert got["auc"] == pytest.approx(metrics.roc_auc_score(gold, table[:, 1] - table[:, 0]))
+    else:
+        assert "auc" not in got
+
+
+def test_calibration_takes_a_label_bias_off_without_looking_at_labels():
+    """A head that favours one answer whatever is asked: accuracy is chance, the order of scores is not."""
+    model = tiny.llama()
+    examples, train = make(200, ["yes", "no"]), make(200, ["yes", "no"], seed=1)
+    # Gold is what the model itself would say without the bias.
+    clean = evaluate._scores(model, examples, None)
+    middle = np.median(clean[:, 1] - clean[:, 0])
+    examples = [objective.Example(e.contexts, e.completions, int(s[1] - s[0] > middle), "choice", True)
+                for e, s in zip(examples, clean)]  # fmt: skip
+    bias = torch.zeros(tiny.VOCAB)
+    bias[examples[0].completions[1][0]] = 50.0
+    model.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
+    got = evaluate.evaluate(model, examples, train)
+    assert got["accuracy"] == pytest.approx(0.5, abs=0.01)
+    assert got["calibrated_accuracy"] > 0.85 and got["auc"] == 1.0
+    flipped = [objective.Example(e.contexts, e.completions, 1 - e.gold, "choice", True) for e in train]
+    assert evaluate.evaluate(model, examples, flipped)["calibrated_accuracy"] == got["calibrated_accuracy"]
+
+
+def test_batches_do_not_matter(monkeypatch):
+    model, examples, train = tiny.llama(), make(30, ["no 1", "yes"]), make(30, ["no 1", "yes"], seed=1)
+    whole = evaluate.evaluate(model, examples, train)
+    monkeypatch.setattr(evaluate, "TOKENS", 20)
+    assert max(len(b) for b in evaluate._batches(examples)) <= 5
+    assert sorted(i for b in evaluate._batches(examples) for i in b) == list(range(30))
+    small = evaluate.evaluate(model, examples, train)
+    assert small == pytest.approx(whole, rel=1e-5)
+    assert evaluate.evaluate(model, examples, train) == small  # the same bits again
+    state = torch.get_rng_state()
+    evaluate.evaluate(model, examples, train)
+    assert torch.get_rng_state().equal(state)
+
+
+def test_differing_numbers_of_candidates_have_no_label_metrics():
+    examples = make(6, ["yes", "no"]) + make(6, ["b", "no 1", "d"])
+    got = evaluate.evaluate(tiny.llama(), examples, examples)
+    assert set(got) == {"accuracy", "loss", "n"} and math.isfinite(got["loss"])
+
+
+def test_text_to_learn_has_a_loss_per_token():
+    examples = make(12, ["no 1 yes."], task=SimpleNamespace(objective="lm"))
+    model = tiny.llama()
+    got = evaluate.evaluate(model, examples, examples)
+    sums, counts = objective.losses(model, objective.collate(examples))
+    assert got["loss"] == pytest.approx((sums.sum() / counts.sum()).item(), rel=1e-5)
+    assert got["perplexity"] == pytest.approx(math.exp(got["loss"]))
+    assert (got["tokens"], got["n"]) == (int(counts.sum()), 12)
+
+
+def test_each_forward_runs_inside_the_context():
+    rows, depth = [], [0]
+    model = tiny.llama()
+    model.register_forward_pre_hook(lambda *a: rows.append(depth[0]))
+
+    @contextmanager
+    def context(n):
+        depth[0] = n
+        yield
+        depth[0] = 0
+
+    examples = make(9, ["no 1", "yes"])
+    evaluate.evaluate(model, examples, examples, context=context)
+    assert rows and all(rows) and sum(rows) == 2 * 2 * 9
+
+
+def test_a_broken_model_is_reported_not_crashed_on():
+    model, examples = tiny.llama(), make(9, ["no 1", "yes"])
+    model.lm_head.weight.fill_(float("nan"))
+    got = evaluate.evaluate(model, examples, examples)
+    assert got["n"] == 9 and not math.isfinite(got["loss"])
+
+
+def test_a_fixed_spread():
+    examples = make(10, ["yes", "no"])
+    assert evaluate.spread(examples, 99) == examples
+    assert evaluate.spread(examples, 3) == [examples[0], examples[3], examples[6]]

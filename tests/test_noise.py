@@ -1,0 +1,592 @@
+"""zoft.noise on a CPU against the slow twin, published vectors and statistics."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import noise_twin as twin
+import numba
+import numpy as np
+import pytest
+import torch
+
+from zoft import noise
+from zoft.noise import GAUSSIAN, RADEMACHER, Update, cpu, kernels
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SIZES = (1, 3, 4, 127, 129, 1000, 2049, 4200)
+SEED, STEP, TID = 0x1234_5678_9ABC, 7, 0xDEADBEEF
+
+
+def drawn(n, direction=0, step=STEP, kind=GAUSSIAN, tid=TID, seed=SEED, **keywords):
+    return noise.direction((n,), tid, seed=seed, step=step, direction=direction, noise=kind, **keywords)
+
+
+def same_bits(a, b):
+    return a.dtype == b.dtype and torch.equal(
+        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+    )
+
+
+def weights(n, dtype, seed=0):
+    """Weights of all sizes, subnormals of fp16 among them, both zeros too."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, generator=generator) * 10 ** (torch.rand(n, generator=generator) * 8 - 7)
+    x[1::17], x[2::19] = 0.0, -0.0
+    return x.to(dtype)
+
+
+# ---- generator -----------------------------------------------------------------------------------------------------
+
+KNOWN = [  # Random123's known-answer vectors for philox4x32-10
+    ((0, 0, 0, 0), (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        "d16cfe09 94fdcceb 5001e420 24126ea1",
+    ),
+]
+
+
+@numba.njit
+def compiled_philox(start, n, tid, purpose, k0, k1):
+    w = np.empty((4, n), np.uint32)
+    kernels.philox(w[0], w[1], w[2], w[3], start, n, tid, purpose, k0, k1)
+    return w
+
+
+@pytest.mark.parametrize("counter, key, words", KNOWN)
+def test_philox_known_answers(counter, key, words):
+    expected = tuple(int(word, 16) for word in words.split())
+    assert noise.philox(counter, key) == expected
+    assert tuple(twin.philox(counter, key)) == expected
+    start = np.uint64(counter[0] | counter[1] << 32)
+    compiled = compiled_philox(start, 1, counter[2], counter[3], np.uint32(key[0]), np.uint32(key[1]))
+    assert tuple(compiled[:, 0]) == expected
+
+
+def test_key():
+    for seed, step, direction in ((0, 0, 0), (2**64 - 1, 2**40 + 3, 5), (SEED, STEP, 1)):
+        assert noise.key(seed, step, direction) == twin.key(seed, step, direction)
+    assert len({noise.key(s, t, d) for s in range(4) for t in range(4) for d in range(4)}) == 64
+
+
+GOLDEN_ID = 0xAC43D4FC  # of "model.embed_tokens.weight"
+GOLDEN = [  # seed, step, direction, name, element -> key, 4 gaussians from there, 32 signs from there as bits
+    (
+        (0, 0, 0, "w", 0),
+        (0x4D0AA3B9, 0x7A38EEB0),
+        (0xBE1E8E4D, 0xBF6B7B98, 0xBDBD95D8, 0xBE04FF4C),
+        0xA5B0D8FA,
+    ),
+    (
+        (1234567, 19999, 1, "model.layers.3.mlp.up_proj.weight", 12345),
+        (0x6424B4AF, 0x60067258),
+        (0xBFEE3B1F, 0xBF782812, 0x3F08F0A3, 0x3FE5D9E7),
+        0x96242968,
+    ),
+    (
+        (2**63 + 5, 2**32 + 1, 7, "lm_head.weight", 2**20),
+        (0x1BD6F2DD, 0xB4DD933C),
+        (0x3FD1625A, 0x3DF2B34C, 0x3F121545, 0xBF469035),
+        0xAF653131,
+    ),
+]
+GOLDEN_BF16 = (
+    0x3F80,
+    0x3F81,
+    0x3F80,
+    0x3F7F,
+    0x3F80,
+    0x3F7F,
+    0x3F81,
+    0x3F80,
+)  # 1 + 0.004·z rounded, tensor "w"
+GOLDEN_FP16 = (0x1F7, 0x1F8, 0x1F7, 0x1F7, 0x1F7, 0x1F6, 0x1F8, 0x1F7)  # 3e-5 + 2⁻²⁵·z, a subnormal
+
+
+def test_golden_values():
+    """Frozen: whoever changes one of these makes every ledger that was ever written unreadable."""
+    assert noise.tensor_id("model.embed_tokens.weight") == GOLDEN_ID
+    for (seed, step, direction, name, at), key, gaussian, signs in GOLDEN:
+        where = {"seed": seed, "step": step, "direction": direction}
+        tid = noise.tensor_id(name)
+        assert noise.key(seed, step, direction) == key
+        z = noise.direction((at + 4,), tid, noise=GAUSSIAN, **where)[at:]
+        assert tuple(z.numpy().view(np.uint32)) == gaussian
+        z = noise.direction((at + 32,), tid, noise=RADEMACHER, **where)[at:]
+        assert sum(1 << i for i, sign in enumerate(z.tolist()) if sign > 0) == signs
+    for dtype, value, multiplier, bits in (
+        (torch.bfloat16, 1.0, 0.004, GOLDEN_BF16),
+        (torch.float16, 3e-5, 2.0**-25, GOLDEN_FP16),
+    ):
+        theta = torch.full((8,), value, dtype=dtype)
+        noise.advance(theta, noise.tensor_id("w"), [Update(3, 5, (multiplier,))], RADEMACHER)
+        assert tuple(theta.view(torch.int16).tolist()) == bits
+
+
+# ---- distributions -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_direction_is_the_specification(n):
+    for direction in (0, 3):
+        key = twin.key(SEED, STEP, direction)
+        exact = twin.z(np.arange(n), TID, key, RADEMACHER)
+        assert np.array_equal(twin.numbers(drawn(n, direction, kind=RADEMACHER)), exact)
+        exact = twin.z(np.arange(n), TID, key, GAUSSIAN)
+        assert np.abs(twin.numbers(drawn(n, direction)) - exact).max() <= noise.GAUSSIAN_BOUND
+
+
+@pytest.mark.parametrize("kind", (GAUSSIAN, RADEMACHER))
+@pytest.mark.parametrize("start", (5, 2**31 - 70, 2**32 - 1, 2**34 - 129, 2**39 + 77))
+def test_elements_far_out(kind, start):
+    """The element index has 64 bits; the range starts anywhere."""
+    n = 300
+    out = torch.empty(n)
+    plan = cpu._plan((), ((2, 1.0),), SEED, STEP, np.float32)
+    shape = (kernels.FP32, n, 0)
+    zero, target = np.uint64(0), np.uint64(out.data_ptr())
+    kernels.run(
+        zero, kernels.ZERO, start, start + n, TID, kind == GAUSSIAN, zero, np.float32(0), plan, target, shape
+    )
+    exact = twin.z(np.arange(start, start + n), TID, twin.key(SEED, STEP, 2), kind)
+    assert np.abs(out.numpy() - exact).max() <= (noise.GAUSSIAN_BOUND if kind == GAUSSIAN else 0)
+
+
+@numba.njit
+def transform(a, b):
+    out = np.empty((len(a), 3), np.float32)
+    for i in range(len(a)):
+        out[i, 0] = kernels.radius(a[i])
+        out[i, 1], out[i, 2] = kernels.cos_sin(b[i])
+    return out
+
+
+def test_gaussian_of_every_special_word():
+    near = [
+        0,
+        1,
+        2,
+        3,
+        5,
+        127,
+        128,
+        2**23,
+        2**24,
+        2**29,
+        2**30,
+        3 * 2**29,
+        2**31,
+        5 * 2**29,
+        3 * 2**30,
+        7 * 2**29,
+        2**32,
+    ]
+    sqrt_half = int(2**32 * math.sqrt(0.5))
+    words = [w + d for w in [*near, sqrt_half, sqrt_half // 2] for d in (*range(-300, 301, 7), -1, 0, 1)]
+    words = np.array(sorted({w % 2**32 for w in words}), np.uint32)
+    got = transform(words, words)
+    assert np.isfinite(got).all()
+    u = np.array([float(twin.uniform(int(w))) for w in words])
+    assert u.min() == 2.0**-33 and u.max() == 1.0
+    radius = np.sqrt(-2 * np.log(u))
+    assert (got[u == 1, 0] == 0).all() and (got[u < 1, 0] > 0).all()
+    assert np.abs(got[:, 0] - radius).max() < 5e-7
+    assert (np.abs(got[:, 0] - radius) <= 2e-7 * radius).all()  # relative too: no cancellation as u -> 1
+    angle = 2 * np.pi * np.array([float(twin.turn(int(w))) for w in words])
+    assert np.abs(got[:, 1] - np.cos(angle)).max() < 1e-7
+    assert np.abs(got[:, 2] - np.sin(angle)).max() < 1e-7
+
+
+def test_gaussian_is_gaussian():
+    n = 1 << 20
+    z = drawn(n).double()
+    moments = [(z**k).mean().item() for k in (1, 2, 3, 4)]
+    spread = [1, 2, 15, 96]  # variances of z, z², z³, z⁴
+    for moment, exact, variance in zip(moments, (0, 1, 0, 3), spread):
+        assert abs(moment - exact) < 4 * math.sqrt(variance / n)
+    cdf = torch.special.ndtr(z.sort().values)
+    grid = torch.arange(n, dtype=torch.float64) / n
+    kolmogorov = max((cdf - grid).max().item(), (grid + 1 / n - cdf).max().item())
+    assert kolmogorov * math.sqrt(n) < 1.95  # one in a thousand would be above
+    for threshold in (3.0, 4.0):
+        expected = n * math.erfc(threshold / math.sqrt(2))
+        assert abs((z.abs() > threshold).sum().item() - expected) < 4 * math.sqrt(expected)
+
+
+@pytest.mark.parametrize("kind", (GAUSSIAN, RADEMACHER))
+def test_everything_that_differs_is_independent(kind):
+    n = 1 << 16
+    draws = [
+        drawn(n, kind=kind),
+        drawn(n, kind=kind, direction=1),
+        drawn(n, kind=kind, step=STEP + 1),
+        drawn(n, kind=kind, step=STEP + 2**32),
+        drawn(n, kind=kind, seed=SEED + 1),
+        drawn(n, kind=kind, seed=SEED + 2**32),
+        drawn(n, kind=kind, tid=TID + 1),
+        drawn(n + 128, kind=kind)[128:],
+        drawn(n + 1, kind=kind)[1:],
+        drawn(n + 2, kind=kind)[2:],
+    ]
+    gram = torch.stack(draws).double().corrcoef() - torch.eye(len(draws))
+    assert gram.abs().max() * math.sqrt(n) < 4.5
+    squares = (torch.stack(draws).double() ** 2).corrcoef() if kind == GAUSSIAN else torch.eye(len(draws))
+    assert (squares - torch.eye(len(draws))).abs().max() * math.sqrt(n) < 4.5
+
+
+# ---- updates -------------------------------------------------------------------------------------------------------
+
+UPDATES = (
+    Update(STEP, SEED, (1e-3,)),
+    Update(STEP + 1, SEED, (0.0, -0.0)),  # a no-op
+    Update(STEP + 2, SEED, (-3e-4, 2e-4, 0.0), decay=float(np.float32(0.999))),
+    Update(2**33, SEED, (0.25,), decay=0.5),
+)
+
+
+@pytest.mark.parametrize("with_momentum", (False, True))
+@pytest.mark.parametrize("kind", (GAUSSIAN, RADEMACHER))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", (3, 1000, 4200))
+def test_advance_is_the_twin_bit_for_bit(n, dtype, kind, with_momentum):
+    before = weights(n, dtype)
+    theta = before.clone()
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    momentum = weights(n, wide, seed=1) if with_momentum else None
+    expected, buffer = twin.advance(
+        before,
+        lambda u, k: drawn(n, k, u.step, kind).numpy(),
+        lambda u: twin.rounding_bits(np.arange(n), TID, twin.key(u.seed, u.step, 0)),
+        UPDATES,
+        momentum,
+        0.9,
+    )
+    noise.advance(theta, TID, UPDATES, kind, momentum=momentum, beta=0.9)
+    assert np.array_equal(twin.numbers(theta), expected)
+    assert not np.array_equal(twin.numbers(theta), twin.numbers(before))
+    if momentum is not None:
+        assert np.array_equal(twin.numbers(momentum), twin.numbers(torch.from_numpy(buffer)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_updates_at_once_or_one_by_one(dtype):
+    at_once, one_by_one = weights(3000, dtype), weights(3000, dtype)
+    noise.advance(at_once, TID, UPDATES, GAUSSIAN)
+    for u in UPDATES:
+        noise.advance(one_by_one, TID, [u], GAUSSIAN)
+    assert same_bits(at_once, one_by_one)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_no_op_writes_nothing(dtype):
+    theta = weights(400, dtype)
+    bits = theta.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[theta.element_size()])
+    bits[7] = -1  # a NaN with a payload
+    bits[8] = torch.iinfo(bits.dtype).min  # -0.0
+    before, momentum = (
+        theta.clone(),
+        torch.ones(400, dtype=torch.float64 if dtype is torch.float64 else torch.float32),
+    )
+    nothing = [Update(1, 0, (0.0, -0.0)), Update(2, 0, ())]
+    assert all(u.is_noop for u in nothing)
+    out = torch.empty(1, 400, dtype=dtype)
+    noise.advance(theta, TID, nothing, GAUSSIAN)
+    noise.advance(theta, TID, nothing, GAUSSIAN, momentum=momentum, beta=0.0)
+    noise.perturb(theta, TID, out, [(0, 1e-3)], seed=0, step=3, noise=GAUSSIAN, updates=nothing)
+    assert same_bits(theta, before) and (momentum == 1).all()
+    assert not Update(1, 0, (0.0,), decay=0.5).is_noop
+
+
+def test_decay_without_directions():
+    theta, momentum = weights(300, torch.float32), torch.full((300,), 2.0)
+    expected = 0.5 * theta + 0.5 * momentum
+    noise.advance(theta, TID, [Update(1, 0, (), decay=0.5)], GAUSSIAN, momentum=momentum, beta=0.5)
+    assert torch.equal(theta, expected) and (momentum == 1).all()
+
+
+# ---- rounding ------------------------------------------------------------------------------------------------------
+
+SPECIAL = [
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    2.0**-24,
+    2.0**-25,
+    2.0**-26,
+    2.0**-14,
+    2.0**-14 - 2.0**-25,
+    6e-5,
+    1e-7,
+    1e-30,
+    1e-42,
+]
+SPECIAL += [
+    65504.0,
+    65519.0,
+    65519.996,
+    65520.0,
+    7e4,
+    1e30,
+    3.38e38,
+    3.4028235e38,
+    math.inf,
+    -math.inf,
+    math.nan,
+]
+SPECIAL += [-3.3e-6, -0.1, 1 / 3, 2047.5, 2048.5, 2.0**-126, 2.0**-133, -(2.0**-149)]
+
+
+@numba.njit
+def rounded(x, r, out):
+    """out [4, n]: fp16 and bf16, nearest and stochastic."""
+    for i in range(len(x)):
+        out[0, i] = kernels.to_fp16(x[i])
+        out[1, i] = kernels.to_bf16(x[i])
+        out[2, i] = kernels.to_fp16_stochastic(x[i], r[i])
+        out[3, i] = kernels.to_bf16_stochastic(x[i], r[i])
+    return out
+
+
+def test_rounding_of_special_values_and_bits():
+    r = np.array([0, 1, 7, 8, 9, 4095, 0x7FFF, 0x8000, 0xBFFF, 0xFFF7, 0xFFF8, 0xFFFF], np.uint16)
+    random = np.random.default_rng(0).integers(0, 2**32, 2000, dtype=np.uint32).view(np.float32)
+    x = np.concatenate([np.array(SPECIAL, np.float32), random])
+    x, r = np.repeat(x, len(r)), np.tile(r, len(x))
+    out = rounded(x, r, np.empty((4, len(x)), np.uint16))
+    for row, dtype in ((0, torch.float16), (1, torch.bfloat16)):
+        nearest = torch.from_numpy(out[row].view(np.int16)).view(dtype)
+        expected = torch.from_numpy(x).to(dtype)
+        assert torch.equal(nearest.isnan(), expected.isnan())
+        ok = ~expected.isnan()
+        assert same_bits(nearest[ok], expected[ok])
+        stochastic = torch.from_numpy(out[row + 2].view(np.int16)).view(dtype)
+        assert torch.equal(stochastic.isnan(), torch.from_numpy(x).isnan())
+        ok = ok.numpy()
+        exact = twin.round_stochastic(x[ok], r[ok].astype(int), dtype)
+        assert np.array_equal(twin.numbers(stochastic)[ok], exact)
+        assert np.array_equal(np.signbit(twin.numbers(stochastic)[ok]), np.signbit(exact))
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_every_16_bit_value_survives_load_and_store(dtype):
+    """All 65,536 patterns through the probe (nearest) and through a stochastic rounding of an exact value."""
+    theta = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    out, wide = torch.empty(1, 2**16, dtype=dtype), torch.empty(1, 2**16)
+    for target in (out, wide):
+        noise.perturb(theta, TID, target, [(0, 0.0)], seed=0, step=0, noise=GAUSSIAN)
+    number = ~theta.isnan()
+    assert same_bits(out[0][number], theta[number]) and out[0][~number].isnan().all()
+    assert same_bits(wide[0][number], theta.float()[number])
+    moved = theta.clone()
+    noise.advance(moved, TID, [Update(1, 0, (1e-38,))], RADEMACHER)
+    noise.advance(moved, TID, [Update(1, 0, (-1e-38,))], RADEMACHER)
+    large = theta.abs() > 1e-6
+    assert torch.equal(moved[large], theta[large])
+
+
+@pytest.mark.parametrize("value", (1.0, -0.37, 3e-6, 5e-8, 6.09e-5))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_stochastic_rounding_is_unbiased(dtype, value):
+    n = 1 << 18
+    theta = torch.full((n,), value, dtype=dtype)
+    exact = theta[0].float() * np.float32(0.9873)
+    noise.advance(theta, TID, [Update(STEP, SEED, (0.0,), decay=float(np.float32(0.9873)))], RADEMACHER)
+    found = theta.double()
+    assert len(found.unique()) <= 2
+    spread = (found.max() - found.min()).item()
+    bits = 16 if dtype is torch.bfloat16 or abs(value) < 2.0**-14 else 13
+    assert abs(found.mean().item() - exact.double().item()) <= spread * (2.5 / math.sqrt(n) + 2.0**-bits)
+    neighbours = (found[1:] > exact.item()).double(), (found[:-1] > exact.item()).double()
+    if 0 < neighbours[0].mean() < 1:
+        assert abs(torch.stack(neighbours).corrcoef()[0, 1].item()) < 4.5 / math.sqrt(n)
+
+
+# ---- probes --------------------------------------------------------------------------------------------------------
+
+PROBES = [(0, 1e-3), (0, -1e-3), (1, 0.5), (1, 0.0), (1, -2.0), (0, 3.0)]
+
+
+@pytest.mark.parametrize("kind", (GAUSSIAN, RADEMACHER))
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_perturb(dtype, out_dtype, kind):
+    shape = (7, 300)
+    before = weights(2100, dtype).view(shape)
+    advanced = before.clone()
+    noise.advance(advanced, TID, UPDATES, kind)
+    for updates, base in (((), before), (UPDATES, advanced)):
+        theta, out = before.clone(), torch.full((len(PROBES), *shape), math.nan, dtype=out_dtype)
+        noise.perturb(theta, TID, out, PROBES, seed=SEED, step=STEP + 3, noise=kind, updates=updates)
+        assert same_bits(theta, base)
+        work = torch.float64 if dtype is torch.float64 else torch.float32
+        for row, (direction, scale) in zip(out, PROBES):
+            z = drawn(2100, direction, STEP + 3, kind).to(work).view(shape)
+            exact = base.to(work) if scale == 0 else base.to(work) + torch.tensor(scale, dtype=work) * z
+            exact = exact.float() if work is torch.float64 and out_dtype.itemsize == 2 else exact
+            assert same_bits(row, exact.to(out_dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_perturb_in_place(dtype):
+    theta = weights(5000, dtype)
+    expected = torch.empty(1, 5000, dtype=dtype)
+    noise.perturb(
+        theta.clone(), TID, expected, [(1, 0.01)], seed=SEED, step=9, noise=GAUSSIAN, updates=UPDATES
+    )
+    noise.perturb(theta, TID, theta[None], [(1, 0.01)], seed=SEED, step=9, noise=GAUSSIAN, updates=UPDATES)
+    assert same_bits(theta, expected[0])
+
+
+@pytest.mark.parametrize("kind", (GAUSSIAN, RADEMACHER))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", (1, 6, 64, 129, 2500))
+def test_gather_is_rows_of_the_dense_probe(width, dtype, kind):
+    theta = weights(11 * width, dtype).view(11, width)
+    rows = torch.tensor([3, 0, 10, 3, 7])
+    for scale in (0.01, 0.0):
+        where = {"seed": SEED, "step": STEP, "noise": kind}
+        dense = torch.empty(1, 11, width, dtype=torch.bfloat16)
+        noise.perturb(theta, TID, dense, [(2, scale)], **where)
+        out = torch.empty(5, width, dtype=torch.bfloat16)
+        noise.gather(theta, TID, rows, out, 2, scale, **where)
+        assert same_bits(out, dense[0][rows])
+    with pytest.raises(IndexError, match="11"):
+        noise.gather(theta, TID, torch.tensor([0, 11]), out[:2], 2, 0.1, **where)
+
+
+def test_nothing_touches_the_global_generators():
+    torch.manual_seed(1)
+    np.random.seed(1)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    noise.perturb(weights(99, torch.bfloat16), TID, None, (), seed=1, step=1, noise=GAUSSIAN, updates=UPDATES)
+    drawn(99)
+    assert torch.equal(states[0], torch.get_rng_state()) and (states[1] == np.random.get_state()[1]).all()
+
+
+def test_empty_tensors():
+    empty = torch.empty(0, 5)
+    noise.advance(empty, TID, UPDATES, GAUSSIAN)
+    noise.perturb(empty, TID, torch.empty(2, 0, 5), PROBES[:2], seed=0, step=0, noise=GAUSSIAN)
+    noise.gather(
+        torch.ones(3, 5),
+        TID,
+        torch.empty(0, dtype=torch.int64),
+        empty,
+        0,
+        1.0,
+        seed=0,
+        step=0,
+        noise=GAUSSIAN,
+    )
+    assert drawn(0).shape == (0,)
+
+
+# ---- threads -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", (GAUSSIAN, RADEMACHER))
+def test_threads_do_not_change_the_result(kind):
+    n, before = 4 * cpu._PIECE + 12345, torch.get_num_threads()
+    start = weights(n, torch.float16)
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            theta, momentum, out = start.clone(), torch.zeros(n), torch.empty(2, n, dtype=torch.bfloat16)
+            where = {"seed": SEED, "step": STEP + 3, "noise": kind}
+            noise.perturb(
+                theta, TID, out, PROBES[:2], updates=UPDATES[:3], momentum=momentum, beta=0.9, **where
+            )
+            rows = torch.empty(600, 1000)
+            noise.gather(
+                theta[:900000].view(900, 1000), TID, torch.arange(600) * 7 % 900, rows, 0, 0.5, **where
+            )
+            results.append((theta, momentum, out, rows))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(same_bits(a, b) for a, b in zip(results[0], other))
+
+
+def test_an_interrupt_leaves_nothing_half_done():
+    """Ctrl-C (twice) while pieces are at work: it arrives, after the last piece."""
+    before, done = torch.get_num_threads(), []
+
+    def piece(start, end):
+        time.sleep(0.02)
+        done.append((start, end))
+
+    main = threading.get_ident()
+    timers = [threading.Timer(after, signal.pthread_kill, (main, signal.SIGINT)) for after in (0.03, 0.05)]
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(KeyboardInterrupt):
+            for timer in timers:
+                timer.start()
+            cpu._spread(piece, 17, 1)
+    finally:
+        torch.set_num_threads(before)
+        for timer in timers:
+            timer.join()
+    assert sorted(start for start, _ in done) == sorted({start for start, _ in done})
+    assert sum(end - start for start, end in done) == 17
+
+
+def test_an_error_in_a_piece_reaches_the_caller():
+    before = torch.get_num_threads()
+
+    def piece(start, end):
+        raise ValueError(start)
+
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(ValueError):
+            cpu._spread(piece, 100, 1)
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- other processes -----------------------------------------------------------------------------------------------
+
+DIGEST = """
+import hashlib, torch
+from zoft import noise
+theta = (torch.arange(3000) / 7 - 200).to(torch.float16)
+out = torch.empty(2, 3000, dtype=torch.bfloat16)
+u = noise.Update(4, 9, (1e-3, 2e-3), 0.75)
+noise.perturb(theta, 1, out, [(0, 0.01), (0, -0.01)], seed=9, step=5, noise="gaussian", updates=[u])
+z = noise.direction((100001,), 1, seed=9, step=5, direction=0, noise="gaussian")
+print(hashlib.sha256(b"".join(t.view(torch.uint8).numpy().tobytes() for t in (theta, out, z))).hexdigest())
+"""
+
+
+def digest(**environment):
+    root = Path(noise.__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run(
+        [sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+@pytest.mark.slow
+def test_every_cpu_gives_the_same_bits(tmp_path):
+    """This machine's vectors against the oldest 64-bit processor's, which has no fused multiply-add at all."""
+    generic = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    assert digest() == digest(**generic)
+
+
+@pytest.mark.slow
+def test_works_where_no_compiled_code_can_be_kept(tmp_path):
+    assert digest() == digest(
+        NUMBA_CACHE_DIR="/dev/null/x", NUMBA_CACHE_LOCATOR_CLASSES="_UserProvidedCacheLocator"
+    )

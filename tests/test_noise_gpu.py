@@ -1,0 +1,294 @@
+"""The Triton backend of zoft.noise against the CPU's, which test_noise.py holds against the slow twin.
+
+On a machine without a GPU the same comparisons run in Triton's interpreter, and the kernels are compiled to PTX.
+"""
+
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from zoft import noise
+from zoft.noise import GAUSSIAN, RADEMACHER, Update, cpu, kernels
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+KINDS = (GAUSSIAN, RADEMACHER)
+SEED, STEP, TID = 0x1234_5678_9ABC, 7, 0xDEADBEEF
+UPDATES = (
+    Update(STEP, SEED, (1e-3,)),
+    Update(STEP + 1, SEED, (0.5,), decay=float(np.float32(0.97))),
+    Update(STEP + 2, SEED, (-3e-4, 2e-4, 0.0), decay=float(np.float32(0.999))),
+    Update(2**33, SEED, (), decay=0.5),
+)
+PROBES = ((0, 1e-3), (0, -1e-3), (1, 0.5), (1, 0.0), (1, -2.0), (0, 3.0))
+
+
+def weights(n, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, generator=generator) * 10 ** (torch.rand(n, generator=generator) * 8 - 7)
+    x[1::17], x[2::19] = 0.0, -0.0
+    return x.to(dtype)
+
+
+def same_bits(a, b):
+    """Equal bit for bit, any NaN for any NaN."""
+    a, b = a.cpu().contiguous(), b.cpu().contiguous()
+    assert a.dtype == b.dtype and a.shape == b.shape
+    number = ~(a.isnan() & b.isnan())
+    return torch.equal(a[number].view(torch.uint8), b[number].view(torch.uint8))
+
+
+def agree(device, sizes, dtypes, out_dtypes):
+    """Directions, updates, probes and gathers of both backends, bit for bit."""
+    from zoft.noise import triton
+
+    for n in sizes:
+        for kind in KINDS:
+            there, here = torch.empty(n, device=device), torch.empty(n)
+            triton.direction(there, TID, SEED, STEP, 3, kind)
+            cpu.direction(here, TID, SEED, STEP, 3, kind)
+            assert same_bits(there, here), (n, kind)
+            for dtype in dtypes:
+                for out_dtype in out_dtypes:
+                    _agree_on_a_pass(triton, device, n, kind, dtype, out_dtype)
+                    _agree_on_rows(triton, device, n, kind, dtype, out_dtype)
+                if dtype in out_dtypes:
+                    _agree_in_place(triton, device, n, kind, dtype)
+
+
+def _agree_on_a_pass(triton, device, n, kind, dtype, out_dtype):
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    for updates, momentum in (((), None), (UPDATES, None), (UPDATES, weights(n, wide, 1))):
+        results = []
+        for backend, place in ((cpu, "cpu"), (triton, device)):
+            theta = weights(n, dtype).to(place)
+            buffer = None if momentum is None else momentum.clone().to(place)
+            out = torch.empty(len(PROBES), n, dtype=out_dtype, device=place)
+            backend.perturb(theta, TID, out, PROBES, SEED, STEP + 3, kind, updates, buffer, 0.9)
+            results.append((theta, out) if buffer is None else (theta, out, buffer))
+        for a, b in zip(*results):
+            assert same_bits(a, b), (n, kind, dtype, out_dtype, len(updates), momentum is None)
+
+
+def _agree_in_place(triton, device, n, kind, dtype):
+    there, here = weights(n, dtype).to(device), weights(n, dtype)
+    for backend, theta in ((triton, there), (cpu, here)):
+        backend.perturb(theta, TID, theta[None], PROBES[2:3], SEED, 9, kind, UPDATES[:1], None, 0.0)
+    assert same_bits(there, here), (n, kind, dtype)
+
+
+def _agree_on_rows(triton, device, n, kind, dtype, out_dtype):
+    theta, rows = weights(11 * n, dtype).view(11, n), torch.tensor([3, 0, 10, 3])
+    for scale in (0.01, 0.0):
+        there, here = torch.empty(4, n, dtype=out_dtype, device=device), torch.empty(4, n, dtype=out_dtype)
+        triton.gather(theta.to(device), TID, rows.to(device), there, 2, scale, SEED, STEP, kind)
+        cpu.gather(theta, TID, rows, here, 2, scale, SEED, STEP, kind)
+        assert same_bits(there, here), (n, kind, dtype, out_dtype, scale)
+
+
+def all_patterns(device, dtype):
+    """Every 16-bit weight through updates that grow (up to saturation and infinity) and shrink it."""
+    from zoft.noise import triton
+
+    theta = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    for update in (Update(1, 2, (1e-6,), decay=1.75), Update(1, 2, (1e-7,), decay=0.3125)):
+        there, here = theta.clone().to(device), theta.clone()
+        triton.perturb(there, TID, None, (), 0, 0, RADEMACHER, (update,), None, 0.0)
+        cpu.perturb(here, TID, None, (), 0, 0, RADEMACHER, (update,), None, 0.0)
+        assert same_bits(there, here), update
+
+
+# ---- without a GPU -------------------------------------------------------------------------------------------------
+
+INTERPRETED = (torch.float32, torch.float16)  # the interpreter does not round to bf16: it truncates
+without_gpu = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or torch.cuda.is_available(),
+    reason="Triton's interpreter alone",
+)
+
+
+def run_python(code, **environment):
+    tests, root = Path(__file__).parent, Path(noise.__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": f"{tests}:{root}"} | environment
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def interpret(code):
+    run_python("import torch, test_noise_gpu as t; " + code, TRITON_INTERPRET="1", PYTHONWARNINGS="ignore")
+
+
+@without_gpu
+def test_interpreted():
+    interpret("t.agree('cpu', [1025], [torch.float16], [torch.float32])")
+
+
+@without_gpu
+@pytest.mark.slow
+def test_interpreted_in_full():
+    interpret("t.agree('cpu', [3, 1000, 2500], t.DTYPES, t.INTERPRETED)")
+    interpret("t.all_patterns('cpu', torch.float16); t.all_patterns('cpu', torch.bfloat16)")
+
+
+COMPILE = """
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from zoft.noise import triton as backend
+
+def ptx(kernel, types, constants, capability):
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in types if types[name][0] == "*" or name == "n"}
+    source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=backend._OPTIONS).asm["ptx"]
+
+for capability in (80, 90):
+    for dtype, out in (("bf16", "bf16"), ("fp16", "bf16"), ("fp32", "fp32")):
+        for gaussian in (True, False):
+            types = dict(theta="*" + dtype, out="*" + out, momentum="*fp32", keys="*i32", values="*fp32", n="i32", tid="i32", U="i32", Q="i32")
+            fixed = dict(WORK=tl.float32, HAS_THETA=True, HAS_UPDATES=True, HAS_MOMENTUM=True, WRITE_THETA=True,
+                         STOCHASTIC=dtype != "fp32", BF16=dtype == "bf16", PROBES=2, FRESH=1, SILENT=0, GAUSSIAN=gaussian, LANES=128)
+            print(ptx(backend._pass, types, fixed, capability))
+    types = dict(theta="*fp16", rows="*i64", out="*bf16", keys="*i32", values="*fp32", width="i32", tid="i32")
+    print(ptx(backend._rows, types, dict(WORK=tl.float32, SILENT=False, GAUSSIAN=True, LANES=128), capability))
+"""
+
+
+@without_gpu
+@pytest.mark.slow
+def test_compiles_for_gpus(tmp_path):
+    """To PTX that holds no more fused operations than are spelled out: those of Box-Muller and its root."""
+    ptx = run_python(COMPILE, TRITON_CACHE_DIR=str(tmp_path))
+    for module in ptx.split(".version")[1:]:
+        fused, roots = len(re.findall(r"\bfma\.rn\.f32", module)), len(re.findall(r"rsqrt\.approx", module))
+        # a pair of normals: u 1, logarithm 9, its root 2, angle 2, sine 3, cosine 3
+        assert fused == 20 * roots, (fused, roots)
+
+
+# ---- with a GPU ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_gpu_and_cpu_give_the_same_bits():
+    agree("cuda", (1, 3, 127, 1000, 1024, 1025, 4096, 70001), DTYPES, DTYPES)
+    all_patterns("cuda", torch.float16)
+    all_patterns("cuda", torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_gaussian_within_its_bound():
+    import noise_twin as twin
+
+    z = noise.direction((20000,), TID, seed=SEED, step=STEP, direction=0, noise=GAUSSIAN, device="cuda")
+    exact = twin.z(np.arange(20000), TID, twin.key(SEED, STEP, 0), GAUSSIAN)
+    assert np.abs(twin.numbers(z) - exact).max() <= noise.GAUSSIAN_BOUND
+
+
+@pytest.mark.gpu
+def test_a_hundred_million_gaussians():
+    """Rare words too: the same bits as the CPU's, finite, and the extremes as far out as they should be."""
+    where = {"seed": SEED, "step": STEP, "direction": 0, "noise": GAUSSIAN}
+    n = 100_000_000
+    there, here = noise.direction((n,), TID, device="cuda", **where), noise.direction((n,), TID, **where)
+    assert torch.isfinite(there).all()
+    assert (there.cpu() - here).abs().max() <= 2 * noise.GAUSSIAN_BOUND
+    assert torch.equal(there.cpu(), here)
+    assert 5.2 < there.abs().max() < 6.8
+    assert abs(there.double().mean().item()) < 4 / math.sqrt(n)
+    assert abs((there.double() ** 2).mean().item() - 1) < 4 * math.sqrt(2 / n)
+
+
+@pytest.mark.gpu
+def test_many_probes_and_directions():
+    probes = tuple((k // 2, 0.01 * (-1) ** k) for k in range(37)) + ((99, 0.0),)
+    updates = (Update(3, 1, tuple(1e-3 * k for k in range(9))), Update(4, 1, (0.1,)), Update(5, 1, (0.2,)))
+    for kind in KINDS:
+        theta = weights(3000, torch.float16)
+        results = []
+        for place in ("cpu", "cuda"):
+            t, out = theta.clone().to(place), torch.empty(38, 3000, dtype=torch.bfloat16, device=place)
+            noise.perturb(t, TID, out, probes, seed=2, step=6, noise=kind, updates=updates)
+            results.append((t, out))
+        assert same_bits(results[0][0], results[1][0]) and same_bits(results[0][1], results[1][1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_no_op_writes_nothing(dtype):
+    theta = weights(400, dtype)
+    bits = theta.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[theta.element_size()])
+    bits[7], bits[8] = -1, torch.iinfo(bits.dtype).min
+    theta = theta.cuda()
+    before, out = theta.clone(), torch.empty(1, 400, dtype=dtype, device="cuda")
+    noise.advance(theta, TID, [Update(1, 0, (0.0, -0.0))], GAUSSIAN)
+    noise.perturb(
+        theta, TID, out, [(0, 1e-3)], seed=0, step=3, noise=GAUSSIAN, updates=[Update(2, 0, (0.0,))]
+    )
+    assert torch.equal(theta.view(torch.uint8), before.view(torch.uint8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_elements_than_32_bits_count(kind):
+    width, n = 1 << 20, 2**31 + (1 << 20)
+    if torch.cuda.mem_get_info()[0] < 7 * n:
+        pytest.skip("needs 15 GB of GPU memory")
+    theta = torch.zeros(n // width, width, dtype=torch.bfloat16, device="cuda")
+    noise.advance(theta, TID, [Update(STEP, SEED, (1.0,))], kind)
+    out = torch.empty(1, *theta.shape, dtype=torch.bfloat16, device="cuda")
+    noise.perturb(theta, TID, out, [(2, 1.0)], seed=SEED, step=STEP, noise=kind)
+    rows = torch.empty(2, width, dtype=torch.bfloat16, device="cuda")
+    noise.gather(
+        theta, TID, torch.tensor([0, 2048], device="cuda"), rows, 2, 1.0, seed=SEED, step=STEP, noise=kind
+    )
+    assert torch.equal(rows, out[0, [0, 2048]])
+    z, start, zero = torch.empty(width), 2048 * width, np.uint64(0)
+    plan = cpu._plan((), ((2, 1.0),), SEED, STEP, np.float32)
+    kernels.run(
+        zero, kernels.ZERO, start, start + width, TID, kind == GAUSSIAN, zero, np.float32(0), plan,
+        np.uint64(z.data_ptr()), (kernels.FP32, width, 0),
+    )  # fmt: skip
+    assert same_bits((theta[2048].float().cpu() + z).bfloat16(), out[0, 2048])
+
+
+@pytest.mark.gpu
+def test_global_generators_are_left_alone():
+    torch.cuda.manual_seed(1)
+    before = torch.cuda.get_rng_state()
+    noise.direction((1000,), TID, seed=1, step=1, direction=0, noise=GAUSSIAN, device="cuda")
+    assert torch.equal(before, torch.cuda.get_rng_state())
+
+
+@pytest.mark.gpu
+def test_can_be_captured():
+    """In a CUDA graph, once the step's keys are on the device."""
+    theta, out = (
+        weights(5000, torch.float16).cuda(),
+        torch.empty(2, 5000, dtype=torch.bfloat16, device="cuda"),
+    )
+    start = theta.clone()
+
+    def step():
+        noise.perturb(
+            theta, TID, out, PROBES[:2], seed=1, step=2, noise=GAUSSIAN, updates=[Update(1, 1, (0.01,))]
+        )
+
+    step()
+    expected = theta.clone(), out.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    theta.copy_(start)
+    out.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(theta, expected[0]) and torch.equal(out, expected[1])

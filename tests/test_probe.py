@@ -1,0 +1,234 @@
+"""The probe axis against weights that really are θ + s·z, on tiny models of many architectures."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from zoo import EPS, PROBES, SEED, STEP, ZOO, apart, batch, losses, make, off, twin, zoo
+
+from zoft import noise, selfcheck, sites, space
+from zoft.probe import CLEAN, InPlace, Probe, ProbeAxis
+
+CASES = [(name, "all") for name in ZOO] + [
+    ("lora", "lora_"),
+    ("llama", "norms"),
+    ("llama-tied", "head"),
+    ("bert", "bias"),
+]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name, train", CASES)
+def test_stacked_losses_are_those_of_moved_weights(name, train, side):
+    b = batch(side, decoder=name == "t5")
+    made = make(zoo(name), b, train)
+    assert made.found.stacked, made.found.note
+    expected = twin(made.untouched, made.trained, b, PROBES)  # [P, rows]
+    # A test that could not tell the probes apart would pass whatever the axis did.
+    assert apart(expected) > 1e-5, apart(expected)
+    tolerance = min(1e-5, apart(expected) / 20)
+    for group in (1, 2, len(PROBES)):
+        assert off(made.losses(b, PROBES, group), expected) < tolerance, group
+    at_zero = made.losses(b, [Probe(0, 0.0), Probe(1, 0.0)])
+    assert off(at_zero, twin(made.untouched, [], b, CLEAN).expand(2, -1)) < 1e-6
+
+
+@pytest.mark.parametrize("found_on, used_on", [("none", "right"), ("none", "left"), ("right", "none")])
+@pytest.mark.parametrize("name", ["llama", "t5", "mamba", "modernbert"])
+def test_later_batches_may_have_other_sizes_and_padding(name, found_on, used_on):
+    made = make(zoo(name), batch(found_on, decoder=name == "t5"))
+    b = batch(used_on, rows=3, length=12, decoder=name == "t5", seed=1)
+    assert off(made.losses(b, PROBES), twin(made.untouched, made.trained, b, PROBES)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_fp64_is_exact(name):
+    b = batch(decoder=name == "t5")
+    made = make(zoo(name).double(), b)
+    assert made.found.stacked
+    assert off(made.losses(b, PROBES), twin(made.untouched, made.trained, b, PROBES)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "storage, compute", [("fp16", "bf16"), ("bf16", "bf16"), ("fp16", "fp32"), ("fp32", "bf16")]
+)
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
+def test_sixteen_bits(name, storage, compute):
+    b = batch()
+    model = zoo(name).bfloat16()
+    made = make(model, b)
+    space.place(model, made.trained, storage, compute)
+    axis = made.axis = ProbeAxis(made.trained, made.found.sites, seed=SEED, kind="gaussian")
+    probes = [Probe(0, 0.1), Probe(0, -0.1), Probe(1, 0.1)]
+    untouched = copy.deepcopy(made.untouched).float()
+    expected = twin(untouched, made.trained, b, probes)
+    got = made.losses(b, probes)
+    assert off(got, expected) < 0.02 < apart(expected) * 2
+    assert off(got, made.losses(b, probes, 1)) < 0.02
+    one_dim = [t for t in axis.trained if t.stored.ndim == 1]
+    assert one_dim and all(t.stored.dtype == torch.float32 for t in one_dim)
+
+
+def test_rademacher():
+    b = batch()
+    made = make(zoo("llama"), b, kind="rademacher")
+    expected = twin(made.untouched, made.trained, b, PROBES, kind="rademacher")
+    assert off(made.losses(b, PROBES), expected) < 1e-5 < apart(expected) / 20
+
+
+def bits(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def same_bits(model, before):
+    return all(
+        torch.equal(p.view(torch.uint8), before[n].view(torch.uint8))
+        for n, p in model.named_parameters()
+        if p.ndim
+    )
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "mamba", "t5"])
+def test_an_exception_anywhere_leaves_everything_as_it_was(name):
+    b = batch(decoder=name == "t5")
+    made = make(zoo(name), b)
+    before, clean = bits(made.model), losses(made.model, b)
+    plain = {id(p): p.data_ptr() for p in made.model.parameters()}
+    for site in made.found.sites:
+
+        def fail(*args):
+            raise KeyboardInterrupt
+
+        inside = list(site.module.children())[:1] or [site.module]
+        handle = inside[0].register_forward_pre_hook(fail)
+        raised = False
+        try:
+            made.losses(b, PROBES[:2])
+        except KeyboardInterrupt:
+            raised = True
+        finally:
+            handle.remove()
+        assert raised or inside[0] is not site.module, site.name
+        assert same_bits(made.model, before)
+        assert all("forward" not in m.__dict__ for m in made.model.modules()), site.name
+        assert {id(p): p.data_ptr() for p in made.model.parameters()} == plain
+    assert torch.equal(losses(made.model, b), clean)
+    assert off(made.losses(b, PROBES), twin(made.untouched, made.trained, b, PROBES)) < 1e-5
+
+
+def test_probing_leaves_negative_zeros_alone():
+    b = batch()
+    model = zoo("llama")
+    model.lm_head.weight.data[3] = -0.0
+    made = make(model, b)
+    before = bits(model)
+    made.losses(b, PROBES)
+    made.axis.commit(noise.Update(STEP, SEED, (0.0, 0.0)))
+    made.axis.flush()
+    assert same_bits(model, before)
+
+
+def test_one_axis_within_itself_is_refused():
+    b = batch()
+    made = make(zoo("llama"), b)
+    with (
+        pytest.raises(AssertionError, match="another"),
+        made.axis.at(0, PROBES[:1], 4),
+        made.axis.at(0, PROBES[1:2], 4),
+    ):
+        pass
+    assert off(made.losses(b, PROBES), twin(made.untouched, made.trained, b, PROBES)) < 1e-5
+
+
+def test_a_replaced_forward_is_put_back():
+    b = batch()
+    model = zoo("llama")
+    old = model.lm_head.forward
+    model.lm_head.forward = lambda x: old(x) * 2
+    replaced = model.lm_head.forward
+    trained = space.adopt(model, space.train_names(model, "all"))
+    found = selfcheck.find_sites(model, trained, lambda x: losses(model, x), b.first(2), b, EPS)
+    axis = ProbeAxis(trained, found.sites, seed=SEED, kind="gaussian")
+    plain = losses(model, b)
+    with torch.no_grad(), axis.at(STEP, [Probe(0, 0.0)] * 2, b.rows):
+        assert off(losses(model, b.repeat(2)), plain.repeat(2)) < 1e-6
+    assert model.lm_head.forward is replaced
+
+
+def test_checkpointed_blocks_see_the_probes():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + torch.utils.checkpoint.checkpoint(
+                lambda y: self.b(self.a(y).tanh()), x, use_reentrant=self.re
+            )
+
+    class Net(nn.Module):
+        def __init__(self, re):
+            super().__init__()
+            self.e, self.block, self.head = nn.Embedding(99, 8), Block(), nn.Linear(8, 99)
+            self.block.re = re
+
+        def forward(self, input_ids, attention_mask=None):
+            return self.head(self.block(self.e(input_ids)))
+
+    for re in (True, False):
+        torch.manual_seed(0)
+        b = batch()
+        made = make(Net(re), b)
+        assert made.found.stacked and len(made.found.sites) == 4
+        assert off(made.losses(b, PROBES), twin(made.untouched, made.trained, b, PROBES)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_inplace_is_its_own_arithmetic(dtype):
+    """perturb=inplace moves the stored weights: θ + s·z rounded to the storage dtype at every move."""
+    b = batch()
+    model = zoo("llama").to(dtype)
+    trained = space.adopt(model, space.train_names(model, "all"))
+    expected = {t.name: t.stored.clone() for t in trained}
+    axis = InPlace(trained, seed=SEED, kind="gaussian")
+
+    def moved(scale):
+        for t in trained:
+            z = noise.direction(t.stored.shape, t.id, seed=SEED, step=STEP, direction=0, noise="gaussian")
+            shift = torch.tensor(scale, dtype=torch.float32) * z
+            expected[t.name] = (expected[t.name].float() + shift).to(dtype)
+
+    for scale, move in ((EPS, EPS), (-EPS, -2 * EPS)):
+        moved(move)
+        with torch.no_grad(), axis.at(STEP, [Probe(0, scale)], b.rows):
+            got = losses(model, b)
+            assert all(torch.equal(t.stored, expected[t.name]) for t in trained)
+            other = copy.deepcopy(model)
+            for n, p in other.named_parameters():
+                p.data = expected[n]
+            assert torch.equal(got, losses(other, b))
+    axis.settle()
+    moved(EPS)
+    assert all(torch.equal(t.stored, expected[t.name]) for t in trained)
+    with pytest.raises(RuntimeError, match="boom"), axis.at(STEP, [Probe(1, EPS)], b.rows):
+        raise RuntimeError("boom")
+    assert axis.here.scale == 0
+
+
+def test_sites_need_not_be_stackable_for_one_probe():
+    b = batch()
+    model = zoo("llama")
+    untouched = copy.deepcopy(model)
+    trained = space.adopt(model, space.train_names(model, "all"))
+    found = sites.Found(
+        sites.find(model, trained, lambda x: losses(model, x), b.first(2), b).sites, False, "", []
+    )
+    for site in found.sites:
+        site.calls = []
+    axis = ProbeAxis(trained, found.sites, seed=SEED, kind="gaussian")
+    got = []
+    for p in PROBES:
+        with torch.no_grad(), axis.at(STEP, [p], b.rows):
+            got.append(losses(model, b))
+    assert off(torch.stack(got), twin(untouched, trained, b, PROBES)) < 1e-5

@@ -1,0 +1,156 @@
+"""What a run writes and shows: whole lines, none ahead of the ledger, readable by any JSON reader."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from zoft import tracking
+from zoft.tracking import Tracker
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def log(folder, first, last, **kwargs):
+    out = io.StringIO()
+    with Tracker(folder, 10, stream=out, resume_step=first, **kwargs) as t:
+        if first == 0:
+            t.evaluation(0, {"accuracy": 0.5, "n": 4})
+        for step in range(first, last):
+            t.step(step, loss=1.0 / (step + 1), projected_gradient=-2.5, lr=1e-4)
+    return out.getvalue()
+
+
+def test_a_line_a_step_and_a_line_an_evaluation(tmp_path):
+    shown = log(tmp_path, 0, 10)
+    assert rows(tmp_path)[0] == {"step": 0, "eval": {"accuracy": 0.5, "n": 4}}
+    assert [r["step"] for r in rows(tmp_path)[1:]] == list(range(10))
+    assert rows(tmp_path)[4] == {"step": 3, "loss": 0.25, "projected_gradient": -2.5, "lr": 1e-4}
+    lines = shown.splitlines()
+    assert lines[0] == "step 0: accuracy 0.5, n 4"
+    assert lines[1].startswith("step 1/10  loss 1  pg -2.5  lr 0.0001")
+    assert "steps/s" in lines[-1] and "ETA 0:00" in lines[-1] and lines[-1].endswith("GB")
+    assert len(lines) == 3  # the first and the last step: less than ten seconds went by
+
+
+def test_every_line_is_on_disk_when_step_returns(tmp_path):
+    with Tracker(tmp_path, 5, stream=io.StringIO()) as t:
+        for step in range(3):
+            t.step(step, loss=1.0)
+            assert len(rows(tmp_path)) == step + 1
+
+
+def test_resume_drops_what_the_ledger_does_not_have(tmp_path):
+    log(tmp_path, 0, 6)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(
+            '{"step": 4, "eval": {"accuracy": 1.0}}\n{"step": 6, "eval": {"accuracy": 1.0}}\n{"step": 6, "lo'
+        )
+    log(tmp_path, 4, 7)
+    steps = [(r["step"], "eval" in r) for r in rows(tmp_path)]
+    assert steps == [
+        (0, True),
+        (0, False),
+        (1, False),
+        (2, False),
+        (3, False),
+        (4, True),
+        (4, False),
+        (5, False),
+        (6, False),
+    ]
+
+
+def test_a_new_run_starts_a_new_file(tmp_path):
+    log(tmp_path, 0, 3)
+    log(tmp_path, 0, 1)
+    assert len(rows(tmp_path)) == 2
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path):
+    with Tracker(tmp_path, 2, stream=io.StringIO()) as t:
+        t.step(
+            0, loss=float("nan"), projected_gradient=float("-inf"), losses=[1.0, float("inf")], skipped=True
+        )
+    strict = json.loads(
+        (tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name)
+    )
+    assert strict == {
+        "step": 0,
+        "loss": None,
+        "projected_gradient": None,
+        "losses": [1.0, None],
+        "skipped": True,
+    }
+
+
+def test_a_live_line_on_a_terminal(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    out = Terminal()
+    with Tracker(tmp_path, 3, stream=out) as t:
+        t.note("[bold] stays as it is")
+        for step in range(3):
+            t.step(step, loss=0.5, projected_gradient=1.0, lr=1.0)
+    assert "[bold] stays as it is" in out.getvalue()
+    assert "step 1/3" in out.getvalue() and "step 3/3" in out.getvalue()
+
+
+def test_closing_twice_and_on_an_exception(tmp_path):
+    with pytest.raises(RuntimeError), Tracker(tmp_path, 3, stream=io.StringIO()) as t:
+        t.step(0, loss=1.0)
+        raise RuntimeError
+    t.close()
+    assert len(rows(tmp_path)) == 1
+
+
+def test_a_missing_wandb_is_one_line(tmp_path):
+    """In an interpreter that cannot see wandb, where the error must come before any file is made."""
+    code = (
+        "import sys; sys.modules['wandb'] = None\n"
+        "import importlib.util as u; u.find_spec = lambda name, *a: None\n"
+        "from zoft.tracking import Tracker; from zoft.errors import UserError\n"
+        "try: Tracker('.', 1, track='wandb')\n"
+        "except UserError as e: print(e)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=_path()
+    )
+    assert "pip install wandb" in done.stdout and "\n" == done.stdout[-1:], done
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_wandb_is_off_line_unless_told_otherwise(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    log(tmp_path, 0, 2, track="wandb", config={"lr": 1.0})
+    assert os.environ["WANDB_MODE"] == "offline"
+    written = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert len(written) == 1 and written[0].stat().st_size > 0
+
+
+def test_peak_memory_grows_by_what_is_allocated():
+    before = tracking.peak_memory_gb()
+    block = bytearray(int(3e8) + int(before * 1e9) - _now())  # past any earlier peak
+    block[::4096] = b"x" * len(block[::4096])
+    grown = tracking.peak_memory_gb() - before
+    assert 0.25 < grown < 0.4, (before, grown)
+
+
+def _now():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _path():
+    return {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(tracking.__file__))}

@@ -1,0 +1,6 @@
+"""`python -m zoft` is `zoft`."""
+
+from zoft.cli import main
+
+if __name__ == "__main__":
+    main()

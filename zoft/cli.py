@@ -1,0 +1,220 @@
+"""The verbs of `zoft`. Nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from zoft import __version__
+from zoft.errors import UserError
+
+
+class _AsTyped:
+    """The identity, where typer would build a converter."""
+
+    def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
+        return value
+
+
+def _light(param: Any) -> Any:
+    """Spare text and flags typer's conversion: 0.29 sends them through pydantic, whose import takes 0.15 s.
+
+    A typer without this attribute takes no notice.
+    """
+    if getattr(getattr(param, "type_descriptor", None), "annotation", None) in (str, list[str], bool):
+        param._runtime_param = _AsTyped()
+    return param
+
+
+class _Verb(TyperCommand):
+    def get_params(self, ctx: Any) -> list[Any]:
+        return [_light(param) for param in super().get_params(ctx)]
+
+
+class _Verbs(TyperGroup):
+    """Turns a user's mistake into one line and exit code 2; anything else is a bug and keeps its traceback."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return [_light(param) for param in super().get_params(ctx)]
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo(
+                "interrupted; a run that has started continues with `zoft train --resume RUN`", err=True
+            )
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Verbs,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+# `--lr 3` reaches parse(), which says what to write instead.
+_LOOSE = {"ignore_unknown_options": True}
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)]
+Args = Annotated[list[str] | None, typer.Argument(metavar="[RUN] [KEY=VALUE]...", show_default=False)]
+Source = Annotated[
+    str | None, typer.Option("--config", "-c", metavar="NAME|FILE", help="A packaged config or a .yaml file.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"zoft {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Fine-tune language models with forward passes only."""
+
+
+@app.command(cls=_Verb, context_settings=_LOOSE)
+def train(
+    overrides: Overrides = None,
+    config: Source = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; train nothing.")] = False,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Continue a stopped run.")] = None,
+) -> None:
+    """Fine-tune a model: zoft train --config mezo/reviews lr=1e-5."""
+    from zoft import run
+    from zoft.compose import compose, load_run
+
+    if resume is None:
+        resolved = compose(config, overrides or [])
+    elif config:
+        raise UserError(f"--config {config}: a resumed run keeps its own config; leave --config out")
+    else:
+        others = [text for text in overrides or [] if text != "trust_remote_code=true"]
+        if others:
+            raise UserError(f"{others[0]}: a resumed run keeps its own config; leave {', '.join(others)} out")
+        resolved = load_run(resume, overrides or [])
+    result = run.train(resolved, resume=resume, dry_run=dry_run)
+    typer.echo(run.plan_text(result) if dry_run else run.summary(result))
+
+
+@app.command("eval", cls=_Verb, context_settings=_LOOSE)
+def evaluate(args: Args = None, config: Source = None, as_json: Json = False) -> None:
+    """Evaluate a run's saved model, or any model: zoft eval runs/mine; zoft eval --config mezo/reviews."""
+    from zoft import run
+    from zoft.compose import compose, load_run
+
+    folders = [a for a in args or [] if "=" not in a and not a.startswith("-")]
+    overrides = [a for a in args or [] if a not in folders]
+    if bool(folders) == bool(config) or len(folders) > 1:
+        raise UserError("eval: give one run's folder, or --config NAME|FILE")
+    resolved = compose(config, overrides) if config else load_run(folders[0], overrides)
+    metrics = run.evaluate(resolved, folders[0] if folders else None)
+    typer.echo(json.dumps(metrics) if as_json else run.table({"": metrics}))
+
+
+@app.command(cls=_Verb)
+def replay(
+    folder: Annotated[str, typer.Argument(metavar="RUN")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where the model is written.")],
+) -> None:
+    """Rebuild a run's final model from its base and its ledger, bit for bit."""
+    from zoft import run
+
+    steps = run.replay(folder, out)
+    typer.echo(f"{steps} steps replayed: {out}")
+
+
+@app.command("ls", cls=_Verb)
+def list_configs() -> None:
+    """List the packaged configs."""
+    from zoft.compose import describe, names
+
+    for title, group in (("zoft train --config NAME", ""), ("model=NAME", "model"), ("task=NAME", "task")):
+        typer.echo(title)
+        for name in names(group):
+            typer.echo(f"  {name:20} {describe(f'{group}/{name}' if group else name)}")
+
+
+@app.command(cls=_Verb)
+def cp(name: str, dest: str) -> None:
+    """Copy a packaged config, to make it your own: zoft cp mezo/reviews my.yaml."""
+    from zoft.compose import GROUPS, names, nearest, packaged
+
+    known = names() + [f"{group}/{n}" for group in GROUPS for n in names(group)]
+    if name not in known:
+        near = nearest(name, known)
+        raise UserError(
+            f"{name}: no such config; {f'did you mean {near}?' if near else '`zoft ls` lists them'}"
+        )
+    target = Path(dest) / f"{Path(name).name}.yaml" if Path(dest).is_dir() else Path(dest)
+    if target.suffix != ".yaml":
+        raise UserError(f"{dest}: give a folder that exists, or a name that ends in .yaml")
+    if target.exists():
+        raise UserError(f"{target} exists: choose another name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(packaged("configs") / f"{name}.yaml", target)
+    typer.echo(f"{target}: zoft train --config {target}" if name in names() else str(target))
+
+
+@app.command(cls=_Verb, context_settings=_LOOSE)
+def validate(overrides: Overrides = None, config: Source = None) -> None:
+    """Check a config and print it resolved; loads no model and no data."""
+    from zoft.compose import compose, to_yaml
+
+    typer.echo(to_yaml(compose(config, overrides or [])), nl=False)
+
+
+@app.command(cls=_Verb, context_settings=_LOOSE)
+def data(
+    overrides: Overrides = None,
+    config: Source = None,
+    count: Annotated[int, typer.Option("-n", min=1, help="How many examples.")] = 3,
+) -> None:
+    """Show training examples as the model reads them, scored tokens marked."""
+    from zoft import run
+    from zoft.compose import compose
+
+    run.show_data(compose(config, overrides or []), count, typer.echo)
+
+
+@app.command(cls=_Verb)
+def keys() -> None:
+    """List every key with its type, default and meaning."""
+    from zoft.config import describe_keys
+
+    typer.echo(describe_keys())
+
+
+@app.command(cls=_Verb)
+def env(as_json: Json = False) -> None:
+    """Print versions and hardware, for a bug report."""
+    from zoft.env import environment
+
+    found = environment()
+    typer.echo(json.dumps(found) if as_json else "\n".join(f"{k}: {_flat(v)}" for k, v in found.items()))
+
+
+def _flat(value: Any) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(app())

@@ -1,0 +1,299 @@
+"""From `--config NAME|FILE` and `key=value` to a checked Config. Hydra composes the files; nothing runs code."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zoft.config import Config, Task, check, fields, nearest, unknown_key
+from zoft.errors import UserError
+
+GROUPS = ("model", "task")
+_SWEEP = "one value expected; a comma list is a sweep, so run one command per value"
+
+
+def packaged(folder: str) -> Path:
+    """`configs` or `recipes`: inside the package when installed from a wheel, beside it in a source tree."""
+    here = Path(__file__).resolve().parent
+    return here / folder if (here / folder).is_dir() else here.parent / folder
+
+
+def names(group: str = "") -> list[str]:
+    """Packaged configs: whole experiments (mezo/reviews), or those of a group (model, task)."""
+    root = packaged("configs")
+    found = sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.glob("*/*.yaml"))
+    if group:
+        return [n.split("/", 1)[1] for n in found if n.startswith(f"{group}/")]
+    return [n for n in found if n.split("/")[0] not in GROUPS]
+
+
+def describe(name: str) -> str:
+    """The first comment line of a packaged config that is not Hydra's."""
+    for line in (packaged("configs") / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
+        if line.startswith("#") and "@package" not in line:
+            return line.lstrip("# ").strip()
+    return ""
+
+
+def compose(config: str | None, overrides: Sequence[str] = ()) -> Config:
+    """The Config of a packaged name (mezo/reviews) or a YAML file, with `key=value` on top, checked.
+
+    Raises UserError, one line with the fix, for everything that is wrong with names, files, keys or values.
+    """
+    assigned = _parsed(overrides)  # before Hydra loads: a typo answers at once
+    tree, folder = _read(config) if config else ({}, None)
+    if isinstance(tree.get("task"), str):  # `task: reviews` in a file, without Hydra's defaults list
+        tree["task"] = _group("task", tree["task"], folder)["task"]
+    if tree.get("trust_remote_code"):
+        raise UserError("trust_remote_code: not from a file; put trust_remote_code=true on the command line")
+    _assign(tree, assigned, folder)
+    return strict(tree, default_output=Path(str(config)).stem if _is_file(config) else (config or "run"))
+
+
+def strict(tree: dict[str, Any], default_output: str = "run") -> Config:
+    """A plain tree of keys, merged onto the schema: unknown keys, types and ranges checked."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    _known(tree)
+    try:
+        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(tree)))
+    except OmegaConfBaseException as error:
+        where = getattr(error, "full_key", None) or "config"
+        raise UserError(f"{where}: {str(error).splitlines()[0]}") from None
+    assert isinstance(merged, Config), type(merged)
+    check(merged)
+    if merged.recipe not in (recipes := sorted(p.stem for p in packaged("recipes").glob("[!_]*.py"))):
+        raise UserError(f"recipe={merged.recipe}: use {', '.join(recipes)}")
+    if merged.output_dir is None:
+        merged.output_dir = f"runs/{default_output.replace('/', '-')}-seed{merged.seed}"
+    return merged
+
+
+def load_run(run: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The resolved Config that a run's folder holds, with `key=value` on top."""
+    import yaml
+
+    assigned = _parsed(overrides)
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run}: not a run's folder (it has no config.yaml)")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(_yaml_line(path, error)) from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected lines of `key: value`")
+    if tree.pop("trust_remote_code", False) and ("trust_remote_code", True) not in assigned:
+        raise UserError(f"{run}: its model brings code; put trust_remote_code=true on the command line again")
+    _assign(tree, assigned, None)
+    return strict(tree)
+
+
+def to_yaml(config: Config) -> str:
+    """The config as YAML that `--config` reads back to the same values."""
+    return dump(dataclasses.asdict(config))
+
+
+def dump(tree: dict[str, Any]) -> str:
+    """A plain tree as YAML; text that looks like an interpolation is escaped, so that it stays text."""
+    import yaml
+
+    def literal(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: literal(v) for k, v in value.items()}
+        return value.replace("${", "\\${") if isinstance(value, str) else value
+
+    return yaml.safe_dump(literal(tree), sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _parsed(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    joined: list[str] = []
+    for text in overrides:
+        if joined and joined[-1].startswith("-") and "=" not in joined[-1] + text and text[:2] != "--":
+            joined[-1] += f"={text}"  # `--lr 3`: the message says `write lr=3`
+        else:
+            joined.append(text)
+    return [parse(text) for text in joined]
+
+
+def _assign(tree: dict[str, Any], assigned: Sequence[tuple[str, Any]], folder: Path | None) -> None:
+    """Put command-line values into a plain tree: whole groups first, single keys on top of them."""
+    for name, value in sorted(assigned, key=lambda pair: pair[0] not in GROUPS):
+        if name == "task":
+            tree |= _group("task", value, folder)
+        elif name == "model" and value in names("model"):
+            tree |= _group("model", value, folder)
+        else:
+            *section, last = name.split(".", 2)
+            node = tree
+            for part in section:
+                node = node.setdefault(part, {})
+                if not isinstance(node, dict):
+                    raise UserError(f"{name}: {part} has no keys below it")
+            node[last] = value
+
+
+def parse(text: str) -> tuple[str, Any]:
+    """`key=value` from a command line to (dotted key, typed value)."""
+    name, equals, raw = text.partition("=")
+    if text.startswith("-"):
+        flag = name.lstrip("-").replace("-", "_")
+        known = flag if flag in fields() else nearest(flag, fields())
+        if not known:
+            raise UserError(f"unknown option {name}; `zoft --help` lists options, `zoft keys` lists keys")
+        raise UserError(f"{name}: keys take no dashes, write {known}={raw or 'VALUE'}")
+    if name[:1] in ("+", "~"):
+        raise UserError(f"{text}: write key=value, without {name[0]}")
+    if not equals:
+        hint = f"write --config {text}" if text in names() or text.endswith(".yaml") else "write key=value"
+        raise UserError(f"{text}: {hint}")
+    if name.startswith("task.choices."):
+        return name, raw
+    if name not in (known_keys := fields()):
+        raise unknown_key(name)
+    f = known_keys[name]
+    return name, raw if name == "task" else _typed(name, raw, str(f.type), f.metadata)
+
+
+def _typed(name: str, raw: str, kind: str, metadata: Any) -> Any:
+    """The value of `name=raw`, read by the key's own type rather than guessed from the text."""
+    if "None" in kind and raw.lower() in ("null", "none"):
+        return None
+    if kind.startswith("dict"):
+        import yaml
+
+        try:
+            value = yaml.safe_load(raw)
+        except yaml.YAMLError:
+            value = None
+        if not isinstance(value, dict):
+            raise UserError(f"""{name}={raw}: write '{name}={{label: " text", other: " text"}}'""")
+        return value
+    free = kind.startswith("str") and "one_of" not in metadata and "pattern" not in metadata
+    if not free and ("," in raw or re.match(r"(choice|range|interval|glob)\(", raw)):
+        raise UserError(f"{name}={raw}: {_SWEEP}")
+    if kind.startswith("str"):
+        quoted = len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "'\""
+        raw = raw[1:-1] if quoted else raw
+        return raw.replace("\\n", "\n").replace("\\t", "\t") if metadata.get("template") else raw
+    if kind == "bool":
+        if raw.lower() not in (words := {"true": True, "false": False, "yes": True, "no": False}):
+            raise UserError(f"{name}={raw}: use true or false")
+        return words[raw.lower()]
+    if "str" in kind and not re.fullmatch(r"[-+\d.eE_]+", raw):
+        return raw  # auto, or a word that the range check refuses
+    try:
+        number = float(raw)
+    except ValueError:
+        raise UserError(f"{name}={raw}: a {'whole ' if 'int' in kind else ''}number is expected") from None
+    if "int" not in kind:
+        return number
+    if not number.is_integer():
+        raise UserError(f"{name}={raw}: a whole number is expected")
+    return int(number)
+
+
+def _is_file(config: str | None) -> bool:
+    return bool(config) and (str(config).endswith((".yaml", ".yml")) or Path(str(config)).is_file())
+
+
+def _read(config: str) -> tuple[dict[str, Any], Path | None]:
+    """(plain tree, folder of the user's file or None) of a config's name or file."""
+    if not _is_file(config):
+        if config not in names():
+            near = nearest(config, names())
+            hint = f"did you mean {near}?" if near else f"use {', '.join(names())}, or a path to a .yaml file"
+            raise UserError(f"--config {config}: no such config; {hint}")
+        return _compose(packaged("configs"), config), None
+    path = Path(config).expanduser().resolve()
+    if not path.is_file():
+        raise UserError(f"--config {config}: no such file")
+    if path.suffix != ".yaml":
+        raise UserError(f"--config {config}: the name must end in .yaml")
+    return _compose(path.parent, path.stem), path.parent
+
+
+def _group(group: str, name: str, folder: Path | None) -> dict[str, Any]:
+    """The tree {group: …} of one file of a group, from the user's own folder first."""
+    own = (
+        sorted(p.stem for p in (folder / group).glob("*.yaml"))
+        if folder and (folder / group).is_dir()
+        else []
+    )
+    known = names(group) + own
+    if "," in name:
+        raise UserError(f"{group}={name}: {_SWEEP}")
+    if name not in known:
+        near = nearest(name, known)
+        raise UserError(f"{group}={name}: use {', '.join(known)}{f'; did you mean {near}?' if near else ''}")
+    root = folder if folder and name in own else packaged("configs")
+    return _compose(root, f"{group}/{name}")
+
+
+def _compose(root: Path, name: str) -> dict[str, Any]:
+    """Hydra's composition of root/name.yaml, packaged groups within reach, as a plain tree."""
+    import yaml
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    # Hydra is given no overrides but its search path: in a folder that happens to have a subfolder `train`,
+    # it would take train=all for the choice of a config group.
+    library = str(packaged("configs"))
+    quoted = library.replace("\\", "\\\\").replace("'", "\\'")
+    search = [] if str(root) == library else [f"hydra.searchpath=['file://{quoted}']"]
+    path = root / f"{name}.yaml"
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if raw is not None and not isinstance(raw, dict):
+            raise UserError(f"{path.name}: expected lines of `key: value`")
+        if raw and "hydra" in raw:
+            raise UserError(f"{path.name}: zoft has no hydra section; remove it")
+        with initialize_config_dir(str(root), version_base="1.3"):
+            tree = OmegaConf.to_container(hydra_compose(name, overrides=search), resolve=False)
+    except yaml.YAMLError as error:
+        raise UserError(_yaml_line(path, error)) from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path.name}: not a text file in UTF-8") from None
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, yaml.YAMLError):
+            raise UserError(_yaml_line(path, cause)) from None
+        text = " ".join(line.strip() for line in str(cause).splitlines()[:2])
+        raise UserError(f"{path.name}: {text}") from None
+    assert isinstance(tree, dict), type(tree)
+    return {str(k): v for k, v in tree.items()}
+
+
+def _known(tree: dict[str, Any]) -> None:
+    """Raise UserError for keys outside the schema, a group that is no mapping, or an interpolation that calls."""
+    for name, value in tree.items():
+        if name not in fields() or "." in name:
+            raise unknown_key(name)
+        if name == "task":
+            if not isinstance(value, dict):
+                raise UserError(f"task: expected keys below it (name, train, prompt, …), got {value!r}")
+            for part in value:
+                if part not in {f.name for f in dataclasses.fields(Task)}:
+                    raise unknown_key(f"task.{part}")
+    for name, value in _leaves(tree):
+        if isinstance(value, str) and re.search(r"(?<!\\)\$\{[^}]*:", value):
+            raise UserError(f"{name}: {value!r} calls a resolver; only ${{key}} may stand in a config")
+
+
+def _leaves(node: Any, name: str = "") -> list[tuple[str, Any]]:
+    if isinstance(node, dict):
+        return [leaf for k, v in node.items() for leaf in _leaves(v, f"{name}.{k}" if name else str(k))]
+    return [(name, node)]
+
+
+def _yaml_line(path: Path, error: Exception) -> str:
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    line = f", line {mark.line + 1}" if mark else ""
+    return f"{path.name}{line}: not valid YAML ({problem or str(error).splitlines()[0]})"

@@ -1,0 +1,205 @@
+"""The keys of a run: their types, defaults, one line of documentation each, and the values they may take.
+
+Nothing here imports more than the standard library; `zoft.compose` builds a Config from YAML and `key=value`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from zoft.errors import UserError
+
+DTYPE_NAMES = ("auto", "fp32", "fp16", "bf16", "fp64")
+
+
+def key(default: Any, doc: str, **limits: Any) -> Any:
+    """A dataclass field with its documentation and limits.
+
+    limits: one_of (allowed words), pattern (a regular expression and its description), least (≥), above (>),
+    below (<), template (True: a backslash and n typed in a shell is a line break).
+    """
+    metadata = {"doc": doc, **limits}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Task:
+    """Where examples come from and how each becomes a prompt and what is scored after it."""
+
+    name: str = key("", "a task of configs/task: reviews, trec, or local (your own data)")
+    train: str | None = key(
+        None, "training data: a .jsonl, .csv, .tsv, .json or .parquet file, or a Hub data set id[:split]"
+    )
+    eval: str | None = key(None, "evaluation data, like train; null holds a fixed part of train out, by hash")
+    subset: str | None = key(None, "configuration of a Hub data set that has several (glue has sst2, rte, …)")
+    train_limit: int | None = key(
+        None, "train on a fixed subset of this many examples; null takes all", least=1
+    )
+    max_words: int | None = key(
+        None, "leave out rows with more words in the prompt's columns; null takes all", least=1
+    )
+    prompt: str | None = key(
+        None, "template with column names in braces: 'Review: {text}\\nSentiment:'", template=True
+    )
+    label: str | None = key(None, "column that holds the label")
+    choices: dict[Any, str] = key({}, "label -> the text that stands for it: {negative: ' terrible', …}")
+    target: str | None = key(
+        None, "template of the text to learn, where labels do not fit (LM loss)", template=True
+    )
+
+
+@dataclass
+class Config:
+    """A run. Short names, one level, `task` being the only group with keys of its own."""
+
+    recipe: str = key("mezo", "the method: a file of recipes/")
+    model: str = key("", "a name of configs/model, a folder, a .gguf file, or a Hub id")
+    task: Task = field(default_factory=Task, metadata={"doc": "a name of configs/task; its keys are task.…"})
+    train: str = key(
+        "all", "trained tensors: all, last-2, norms, bias, head, or a pattern searched in their names"
+    )
+    lr: float = key(1e-6, "learning rate; full-parameter MeZO wants 1e-7 to 1e-5", least=0)
+    schedule: str = key("constant", "learning rate over the steps", one_of=("constant", "linear", "cosine"))
+    warmup: float = key(0, "warm-up steps; below 1, a fraction of all steps", least=0)
+    weight_decay: float = key(0.0, "decoupled decay, times lr, not for biases and norms", least=0)
+    momentum: float = key(0.0, "0 keeps no buffer", least=0, below=1)
+    eps: float = key(1e-3, "probe size: the loss is asked at θ ± eps·z", above=0)
+    noise: str = key("gaussian", "distribution of z", one_of=("gaussian", "rademacher"))
+    q: int = key(1, "directions a step, each probed at + and −", least=1)
+    steps: int = key(1000, "updates in all", least=1)
+    batch_size: int = key(16, "examples a batch", least=1)
+    accumulate: int = key(1, "batches a step, under one set of directions", least=1)
+    seed: int = key(0, "of noise and data order", least=0)
+    eval_every: int = key(0, "steps between evaluations; 0 evaluates before and after only", least=0)
+    eval_limit: int | None = key(
+        None, "evaluate on a fixed subset of this many examples; null takes all", least=1
+    )
+    max_length: int = key(512, "tokens an example, cut on the left of the prompt", least=2)
+    storage: str = key("auto", "dtype trained tensors are kept in", one_of=DTYPE_NAMES)
+    compute: str = key("auto", "dtype of the forward pass", one_of=DTYPE_NAMES)
+    save_dtype: str = key(
+        "auto", "dtype of the saved model; auto is the checkpoint's own", one_of=DTYPE_NAMES
+    )
+    perturb: str = key("auto", "how probes are made", one_of=("auto", "probes", "inplace"))
+    probes_per_forward: int | str = key("auto", "probes that share one forward", least=1, one_of=("auto",))
+    cache_frozen: bool = key(
+        False, "compute the frozen layers below the first trained one once, not every step"
+    )
+    device: str = key(
+        "auto", "auto, cpu, cuda or cuda:N", pattern=(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda, cuda:0")
+    )
+    threads: int | str = key("auto", "CPU threads", least=1, one_of=("auto",))
+    output_dir: str | None = key(None, "folder of the run; null is runs/<config>-seed<seed>")
+    save_model: bool = key(True, "write model/ at the end")
+    track: str = key("none", "log elsewhere too; metrics.jsonl is always written", one_of=("none", "wandb"))
+    trust_remote_code: bool = key(False, "run code that comes with a model; only on the command line")
+
+
+def fields() -> dict[str, dataclasses.Field[Any]]:
+    """Every settable key by its dotted name, in order: lr, …, task.prompt."""
+    flat: dict[str, dataclasses.Field[Any]] = {}
+    for f in dataclasses.fields(Config):
+        flat[f.name] = f
+        if f.name == "task":
+            flat |= {f"task.{g.name}": g for g in dataclasses.fields(Task)}
+    return flat
+
+
+def nearest(word: str, words: Iterable[str]) -> str | None:
+    """The most similar of words, or None when none is close."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return close[0] if close else None
+
+
+def unknown_key(name: str, where: str = "") -> UserError:
+    """The error for a key that is not in the schema, with the nearest one that is."""
+    # Compared by last parts: a shared `task.` would make everything look alike.
+    tails = {
+        full.rsplit(".", 1)[-1]: full for full in reversed(fields())
+    }  # a top-level key wins over task.train
+    near = tails.get(str(nearest(name.rsplit(".", 1)[-1], tails)))
+    if near and name.startswith("task.") and f"task.{near}" in fields():
+        near = f"task.{near}"
+    hint = f"did you mean {near}?" if near else "`zoft keys` lists them all"
+    return UserError(f"unknown key {name}{where}: {hint}")
+
+
+def check(config: Config) -> Config:
+    """Raise UserError for the first value that is out of range; returns config, label names made strings."""
+    for name, f in fields().items():
+        section, _, last = name.rpartition(".")
+        _check_value(name, getattr(config.task if section else config, last), f)
+    if not config.model:
+        raise UserError(
+            "model is not set: model=NAME, a folder, a .gguf file or a Hub id (or --config; see `zoft ls`)"
+        )
+    if not config.task.name:
+        raise UserError("task is not set: task=reviews, task=trec or task=local (or --config; see `zoft ls`)")
+    if config.warmup >= 1 and config.warmup != int(config.warmup):
+        raise UserError(f"warmup={config.warmup:g}: give whole steps, or a fraction below 1 of all steps")
+    if config.warmup > config.steps:
+        raise UserError(f"warmup={config.warmup:g}: must not exceed steps={config.steps}")
+    if not re.fullmatch(r"all|last-\d+|norms|bias|head", config.train):
+        try:
+            re.compile(config.train)
+        except re.error as error:
+            raise UserError(
+                f"train={config.train}: use all, last-2, norms, bias, head or a regular expression ({error})"
+            ) from None
+    # YAML reads `yes:` and `true:` as booleans, and `0:` as a number, where data files hold their names.
+    choices = config.task.choices
+    config.task.choices = {str(k).lower() if isinstance(k, bool) else str(k): v for k, v in choices.items()}
+    return config
+
+
+def _check_value(name: str, value: Any, f: dataclasses.Field[Any]) -> None:
+    m = f.metadata
+    if value is None or isinstance(value, (dict, Task)):
+        return
+    if isinstance(value, str):
+        allowed = m.get("one_of", ())
+        if allowed and value not in allowed:
+            number = " or a whole number from 1" if "least" in m else ""
+            near = nearest(value, allowed)
+            hint = f"; did you mean {near}?" if near and len(allowed) > 1 else ""
+            raise UserError(f"{name}={value}: use {', '.join(allowed)}{number}{hint}")
+        if "pattern" in m and not re.fullmatch(m["pattern"][0], value):
+            raise UserError(f"{name}={value}: use {m['pattern'][1]}")
+    elif not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise UserError(f"{name}={value}: must be a finite number")
+        for limit, holds, sign in (
+            ("least", lambda v, b: v >= b, "≥"),
+            ("above", lambda v, b: v > b, ">"),
+            ("below", lambda v, b: v < b, "<"),
+        ):
+            if limit in m and not holds(value, m[limit]):
+                raise UserError(f"{name}={value:g}: must be {sign} {m[limit]}")
+
+
+def describe_keys() -> str:
+    """A line a key: name, type, default, meaning."""
+    lines = []
+    for name, f in fields().items():
+        if name == "task":
+            default = "(choose)"
+        elif f.default is dataclasses.MISSING:
+            default = "{}"
+        else:
+            default = "(choose)" if f.default == "" else "null" if f.default is None else str(f.default)
+        if name != "task":
+            kind = str(f.type).replace("dict[Any, str]", "map").replace(" | None", "").replace(" | str", "")
+        else:
+            kind = "group"
+        words = [w for w in f.metadata.get("one_of", ()) if w != "auto" or "least" not in f.metadata]
+        doc = f.metadata["doc"] + (f": {', '.join(words)}" if words else "")
+        lines.append(f"{name:20} {kind:6} {default:12} {doc}")
+    return "\n".join(lines)

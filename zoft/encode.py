@@ -1,0 +1,125 @@
+"""From text to token ids: where the prompt ends, what is scored, what is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from zoft.errors import UserError
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example as token ids: a context and a completion for each candidate; nothing padded yet.
+
+    contexts[c] + completions[c] is the row of candidate c; completions[c] is what is scored.
+    gold: index of the right candidate. objective: "choice" | "lm".
+    single: every completion is one token, all distinct, and the contexts are one and the same, for every
+    example encoded together: then one row an example scores all the candidates.
+    """
+
+    contexts: tuple[tuple[int, ...], ...]
+    completions: tuple[tuple[int, ...], ...]
+    gold: int
+    objective: str = "choice"
+    single: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(a) + len(b) for a, b in zip(self.contexts, self.completions))
+
+
+def encode(rows: Sequence[dict], tokenizer: Any, task: Any, max_length: int) -> list[Example]:
+    """Tokenise rendered rows, finding for each candidate the token at which it begins.
+
+    Prompt and candidate are tokenised together, as the model will read them; the candidate begins where the
+    tokens stop agreeing with the prompt's own, so a token that merges the end of a prompt with the start of
+    a candidate is the candidate's. Special tokens that the tokenizer puts in front (BOS) are kept, those it
+    puts behind (EOS) are not added. A row longer than max_length loses tokens from the left of its prompt
+    (after BOS), up to one place for all its candidates.
+
+    rows: dicts {prompt: str, candidates: [str], gold: int, where: str}, as `zoft.tasks` renders them.
+    task: anything with `.objective` ("choice" | "lm"). max_length: tokens a row, BOS and candidate included.
+    Returns one Example a row, in order.
+    Errors: UserError naming the row where a candidate has no token of its own, nothing precedes it, or it
+    does not fit in max_length.
+    """
+    front = _front(tokenizer)
+    prompts = _tokenise(tokenizer, [row["prompt"] for row in rows])
+    whole = iter(_tokenise(tokenizer, [row["prompt"] + c for row in rows for c in row["candidates"]]))
+    out = []
+    for row, prompt in zip(rows, prompts):
+        pairs = []
+        for text in row["candidates"]:
+            ids = next(whole)
+            split = _common_prefix(prompt, ids)
+            if split == len(ids):
+                raise UserError(
+                    f"{row['where']}: candidate {text!r} adds no token to its prompt: give it some text"
+                )
+            if split + len(front) == 0 and task.objective == "lm" and len(ids) > 1:
+                split = 1  # plain text: its first token has nothing to be predicted from
+            if split + len(front) == 0:
+                raise UserError(
+                    f"{row['where']}: nothing stands before candidate {text!r}: lengthen task.prompt"
+                )
+            pairs.append((ids[:split], ids[split:]))
+        # One cut for all candidates, so that they are judged after the same words.
+        cut = max(0, max(len(head) + len(tail) for head, tail in pairs) + len(front) - max_length)
+        shortest = min(len(head) for head, _ in pairs)
+        if cut > shortest or shortest - cut + len(front) == 0:
+            raise UserError(
+                f"{row['where']}: a candidate of {max(len(tail) for _, tail in pairs)} tokens leaves no room "
+                f"for its prompt in max_length={max_length}: raise max_length"
+            )
+        contexts = tuple(front + tuple(head[cut:]) for head, _ in pairs)
+        out.append(Example(contexts, tuple(tuple(tail) for _, tail in pairs), row["gold"], task.objective))
+    if out and task.objective == "choice" and _single(out):
+        out = [Example(e.contexts, e.completions, e.gold, e.objective, single=True) for e in out]
+    return out
+
+
+def show(example: Example, tokenizer: Any) -> str:
+    """What the model reads, decoded: the context, then a line a candidate, its scored tokens in ⟦ ⟧.
+
+    example: as encode() gives it. tokenizer: the one that encoded it. Returns plain text; `*` marks the gold
+    candidate.
+    """
+    lines = []
+    shared = len(set(example.contexts)) == 1
+    if shared:
+        lines.append(tokenizer.decode(list(example.contexts[0])))
+    for c, (context, completion) in enumerate(zip(example.contexts, example.completions)):
+        marked = "".join(f"⟦{tokenizer.decode([token])}⟧" for token in completion)
+        lead = "" if shared else tokenizer.decode(list(context))
+        lines.append(f"{'*' if c == example.gold else ' '} {lead}{marked}")
+    return "\n".join(lines)
+
+
+def _single(examples: Sequence[Example]) -> bool:
+    first = examples[0].completions
+    if any(len(c) != 1 for c in first) or len(set(first)) != len(first):
+        return False
+    return all(e.completions == first and len(set(e.contexts)) == 1 for e in examples)
+
+
+def _front(tokenizer: Any) -> tuple[int, ...]:
+    """The special tokens that the tokenizer puts before a text."""
+    bare = _tokenise(tokenizer, ["a"])[0]
+    full = list(tokenizer("a")["input_ids"])
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return tuple(full[:start])
+    return ()
+
+
+def _tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    # verbose=False: the rows are cut here, so the warning about long texts would mislead.
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    n = min(len(a), len(b))
+    return next((i for i in range(n) if a[i] != b[i]), n)

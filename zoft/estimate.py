@@ -1,0 +1,292 @@
+"""What a run will take, before a weight is loaded: memory, and time a step, beside training with gradients."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoft import footprint, models, setup, space
+from zoft.config import Config
+from zoft.data_order import batch_indices
+from zoft.encode import Example, encode
+from zoft.errors import UserError
+from zoft.evaluate import TOKENS
+from zoft.objective import Batch, collate, losses
+from zoft.rates import rates
+
+LORA_RANK = 8  # of the LoRA run beside: pairs on query and value projections
+
+
+def main(config: Config) -> str:
+    """The estimate of a config as text; reads the model's config and the data, no weights."""
+    return text(estimate(config))
+
+
+def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str, Any]:
+    """Bytes and seconds of a run with this config.
+
+    peak = weights + momentum + scratch + kept frozen outputs + max(activations of a training, an evaluation forward)
+    seconds a step = flops of its forwards ÷ rate of a matrix product + trained numbers ÷ rate of noise
+
+    rows: training examples (None: the config's data; where that cannot be read, rows of max_length); the longest
+    says the memory, the usual batch the time. Rates are measured here, on config.device. Returns {weights: {dtype:
+    bytes}, weights_bytes, momentum_bytes, scratch_bytes, frozen_bytes, activation_bytes, evaluation_bytes,
+    peak_bytes, seconds_per_step, seconds, parameters, trained, rows, tokens, adamw: {peak_bytes, seconds_per_step},
+    lora: {the same}, config: {resolved storage, compute, perturb, probes_per_forward, device, steps}, notes: [str]}.
+    Raises UserError as a run would.
+    """
+    config = setup.device(config)
+    notes: list[str] = []
+    if rows is None:
+        rows, note = _examples(config)
+        notes += [note] if note else []
+    longest = max(rows, key=lambda e: e.length)
+    model = skeleton(config)
+    names = space.train_names(model, config.train)
+    load = sum(p.numel() * p.element_size() for p in model.parameters())
+    config = setup.dtypes(config, model, names)
+    inplace = config.perturb == "inplace"
+    sizes = weights(model, names, config.storage, config.compute, uniform=inplace)
+    total = sum(sizes.values())
+    compute = space.DTYPES[config.storage if inplace else config.compute]
+    for p in model.parameters():
+        p.data = p.data.to(compute)
+
+    auto = config.probes_per_forward == "auto"
+    probes = 1 if inplace else 2 if auto else min(int(config.probes_per_forward), 2 * config.q)
+    batch = collate([longest] * config.batch_size)
+    train = _forward(model, batch.repeat(probes), notes)
+    rows_each = batch.rows // config.batch_size
+    held_out = collate([longest] * max(1, TOKENS // (longest.length * rows_each)))
+    evaluation = _forward(model, held_out, notes).activations
+    trained = sum(p.numel() for n, p in model.named_parameters() if n in set(names))
+    scratch = 0 if inplace else _scratch(model, names, compute, min(probes, 2))
+    momentum = (8 if compute == torch.float64 else 4) * trained if config.momentum else 0
+    frozen, share = _frozen(config, model, names, rows)
+    peak = max(load, total + momentum + scratch + frozen + max(train.activations, evaluation))
+
+    speed = rates(
+        config.device, compute, batch.inputs["input_ids"].numel() * probes, _width(model), config.noise
+    )
+    usual = train.flops * _usual_width(config, rows)
+    flops = usual * share * math.ceil(2 * config.q / probes) * config.accumulate
+    passes = config.q * (2 if inplace else 1)
+    seconds = flops / speed["flops"] + passes * trained / speed["noise"]
+    return {
+        "weights": sizes, "weights_bytes": total, "momentum_bytes": momentum, "scratch_bytes": scratch, "frozen_bytes": frozen,
+        "activation_bytes": train.activations, "evaluation_bytes": evaluation, "peak_bytes": peak,
+        "seconds_per_step": seconds, "seconds": seconds * config.steps, "flops_per_step": flops, "rates": speed,
+        "parameters": sum(p.numel() for p in model.parameters()), "trained": trained,
+        "rows": batch.rows, "tokens": batch.inputs["input_ids"].shape[1],
+        **_with_gradients(model, batch, usual / probes / speed["flops"] * config.accumulate),
+        "config": {k: getattr(config, k) for k in ("storage", "compute", "device", "steps")}
+        | {"perturb": "inplace" if inplace else "probes", "probes_per_forward": probes},
+        "notes": list(dict.fromkeys(notes)),
+    }  # fmt: skip
+
+
+def skeleton(config: Config) -> Any:
+    """The config's model on the meta device, in the dtype of its checkpoint: names, shapes and no memory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = models.resolve(config.model)
+    if source.kind == "gguf":
+        from zoft import gguf
+
+        settings = gguf._llama_settings(gguf.read(Path(source.place)))
+        if settings is None:
+            raise UserError(
+                f"model={config.model}: zoft cannot read this GGUF file's shapes; give a folder or a Hub id"
+            )
+        shape, dtype = AutoConfig.for_model("llama", **settings), torch.float32
+    else:
+        shape = AutoConfig.from_pretrained(source.place, trust_remote_code=config.trust_remote_code)
+        dtype = getattr(shape, "dtype", None) or torch.float32
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            shape, dtype=dtype, trust_remote_code=config.trust_remote_code
+        )
+    return model.eval().requires_grad_(False)
+
+
+def weights(
+    model: nn.Module, names: Sequence[str], storage: str, compute: str, *, uniform: bool = False
+) -> dict[str, int]:
+    """Bytes of a model's tensors by dtype, once space.place has given each its precision."""
+    chosen = set(names)
+    store = space.DTYPES[storage]
+    one_dim = store if uniform or store == torch.float64 else torch.float32
+    sizes: Counter[str] = Counter()
+    for name, p in model.named_parameters():
+        dtype = p.dtype
+        if name in chosen:
+            dtype = one_dim if p.ndim <= 1 else store
+        elif dtype in space.DTYPES.values():
+            dtype = space.DTYPES[compute]
+        sizes[str(dtype).removeprefix("torch.")] += p.numel() * dtype.itemsize
+    for b in model.buffers():
+        sizes[str(b.dtype).removeprefix("torch.")] += b.numel() * b.element_size()
+    return dict(sizes)
+
+
+def _examples(config: Config) -> tuple[list[Example], str]:
+    from zoft import tasks
+
+    try:
+        data = tasks.load(config.task)
+        return encode(data.train, setup.tokenizer(config), data, config.max_length), ""
+    except UserError as error:
+        context = (0,) * config.max_length
+        made = Example((context, context), ((1,), (2,)), 0, "choice", True)
+        return [
+            made
+        ], f"the data cannot be read here ({error}): rows of max_length={config.max_length} are assumed"
+
+
+def _usual_width(config: Config, rows: Sequence[Example]) -> float:
+    """Tokens of the run's first batches, padding included, ÷ those of a batch of the longest example."""
+    widths = [
+        max(rows[i].length for i in picks)
+        for step in range(min(config.steps, 16))
+        for picks in batch_indices(
+            step, n=len(rows), batch_size=config.batch_size, accumulate=1, seed=config.seed
+        )
+    ]
+    return sum(widths) / len(widths) / max(e.length for e in rows)
+
+
+def _frozen(config: Config, model: Any, names: Sequence[str], rows: Sequence[Example]) -> tuple[int, float]:
+    """With cache_frozen: (bytes of kept hidden states, share of the blocks that a step still runs)."""
+    if not config.cache_frozen or config.perturb == "inplace":
+        return 0, 1.0
+    prefix, blocks = space.blocks_of(model)
+    inside = [int(n[len(prefix) + 1 :].split(".")[0]) for n in names if n.startswith(f"{prefix}.")]
+    if not {n for n in names if not n.startswith(f"{prefix}.")} <= set(space.train_names(model, "last-1")):
+        return 0, 1.0  # something is trained that may come before the blocks
+    first = min(inside, default=0)
+    states = sum(len(row) for row in {c + t[:-1] for e in rows for c, t in zip(e.contexts, e.completions)})
+    size = states * _width(model) * next(model.parameters()).element_size()
+    return (min(size, setup.FROZEN_BYTES), 1 - first / len(blocks)) if first else (0, 1.0)
+
+
+def _forward(model: Any, batch: Batch, notes: list[str]) -> footprint.Cost:
+    """Of one forward of the batch, its losses included."""
+    real = batch.to("meta")
+    rows, tokens = real.inputs["input_ids"].shape
+    mask = 3 * rows * tokens**2  # of padded rows: yes or no, and what attention makes of that in 16 bits
+    try:
+        found = footprint.cost(model, lambda: losses(model, real))
+        return footprint.Cost(found.activations + mask, found.flops)
+    except Exception as error:  # a model that looks at values
+        notes.append(f"activations by formula: this model cannot be traced ({type(error).__name__})")
+    # Residual, its norm in fp32, and the widest hidden layer twice, of one block.
+    wide = max(
+        (p.shape[0] for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n), default=1
+    )
+    size = next(model.parameters()).element_size()
+    numbers = sum(p.numel() for p in model.parameters())
+    return footprint.Cost(
+        mask + rows * tokens * (6 * _width(model) + 2 * wide) * size, 2 * numbers * rows * tokens
+    )
+
+
+def _scratch(model: Any, names: Sequence[str], compute: torch.dtype, probes: int) -> int:
+    """θ + s·z of the largest trained tensor, for each probe; an input embedding alone makes only its rows."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    alone = getattr(embedding, "weight", None)
+    if head is not None and getattr(head, "weight", None) is alone:
+        alone = None
+    chosen = set(names)
+    numbers = [p.numel() for n, p in model.named_parameters() if n in chosen and p is not alone]
+    return probes * max(numbers, default=0) * compute.itemsize
+
+
+def _with_gradients(model: Any, batch: Batch, forward: float) -> dict[str, dict[str, float]]:
+    """AdamW over all weights, and LoRA of rank 8, on the same batch: weights and gradients in the compute dtype
+    (LoRA's own in fp32), two fp32 moments, activations kept for the backward; three and two forwards of time."""
+    batch = batch.to("meta")
+    numbers = sum(p.numel() for p in model.parameters())
+    size = next(model.parameters()).element_size()
+    pairs = [
+        m for n, m in model.named_modules() if n.endswith(("q_proj", "v_proj", "c_attn", "query_key_value"))
+    ]
+    adapters = LORA_RANK * sum(sum(m.weight.shape) for m in pairs)
+
+    def kept(all_weights: bool) -> float:
+        embedding = model.get_input_embeddings()
+        handle = embedding.register_forward_hook(
+            lambda m, a, out: out if all_weights else out.requires_grad_()
+        )
+        try:
+            model.requires_grad_(all_weights)
+            return footprint.kept(model, lambda: losses(model, batch))
+        except Exception:
+            return math.nan
+        finally:
+            handle.remove()
+            model.requires_grad_(False)
+
+    return {
+        "adamw": {"peak_bytes": numbers * (2 * size + 8) + kept(True), "seconds_per_step": 3 * forward},
+        "lora": {"peak_bytes": numbers * size + 16 * adapters + kept(False), "seconds_per_step": 2 * forward},
+    }
+
+
+def _width(model: Any) -> int:
+    return int(
+        getattr(model.config, "hidden_size", 0)
+        or getattr(model.get_input_embeddings(), "embedding_dim", 1024)
+    )
+
+
+def text(found: dict[str, Any]) -> str:
+    """The estimate for a reader."""
+    c = found["config"]
+    shares = (
+        ", ".join(f"{_gb(size)} in {dtype}" for dtype, size in found["weights"].items() if size > 1e5)
+        or "small"
+    )
+    lines = [
+        f"{found['trained']:,} of {found['parameters']:,} numbers trained; {found['rows']} rows of {found['tokens']} "
+        f"tokens, {c['probes_per_forward']} probes a forward; stored in {c['storage']}, computed in {c['compute']}, on {c['device']}",
+        f"{'weights':30}{_gb(found['weights_bytes'])}   ({shares})",
+        *([f"{'momentum':30}{_gb(found['momentum_bytes'])}"] if found["momentum_bytes"] else []),
+        f"{'scratch for probes':30}{_gb(found['scratch_bytes'])}",
+        *([f"{'frozen outputs, kept':30}{_gb(found['frozen_bytes'])}"] if found["frozen_bytes"] else []),
+        f"{'activations, training':30}{_gb(found['activation_bytes'])}",
+        f"{'activations, evaluation':30}{_gb(found['evaluation_bytes'])}",
+        "",
+        f"{'':30}{'peak memory':>14}{'a step':>14}",
+        _line("this run", found),
+        _line("AdamW, all weights", found["adamw"]),
+        _line(f"AdamW, LoRA of rank {LORA_RANK}", found["lora"]),
+        f"{c['steps']} steps: about {_duration(found['seconds'])}, evaluation and start-up aside",
+        *found["notes"],
+    ]
+    return "\n".join(lines)
+
+
+def _line(title: str, row: dict[str, float]) -> str:
+    return f"{title:30}{_gb(row['peak_bytes']):>14}{_duration(row['seconds_per_step']):>14}"
+
+
+def _gb(size: float) -> str:
+    return "?" if math.isnan(size) else f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1e3 * seconds:.3g} ms"
+    return (
+        f"{seconds:.3g} s"
+        if seconds < 120
+        else f"{seconds / 60:.3g} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.3g} h"
+    )

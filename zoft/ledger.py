@@ -1,0 +1,185 @@
+"""The append-only log that is the run: a header, then 32 bytes a direction a step (docs/ledger.md)."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import final
+
+from zoft.errors import UserError
+from zoft.ledger_format import Record, decode, encode, encode_header
+from zoft.noise import Update
+
+
+def read(path: str | os.PathLike) -> tuple[dict, list[Record]]:
+    """Header and whole steps of a ledger, also one in use; the file stays as it is.
+
+    Raises UserError that names the byte offset of any damage.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"ledger: cannot read {path}: {error.strerror}") from error
+    header, records, _, _ = decode(data, path)
+    return header, records
+
+
+def updates(header: dict, records: Sequence[Record]) -> list[Update]:
+    """The weight updates of `records`, in order; skipped steps give none. Raises UserError without a seed."""
+    seed = header.get("seed")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise UserError(
+            f"ledger: seed={seed!r} in its header is no whole number: its noise cannot be made again"
+        )
+    return [Update(r.step, seed, r.multipliers, r.decay) for r in records if not r.skipped]
+
+
+@final
+class Ledger:
+    """A ledger that this process alone may append to; made by `Ledger.create` or `Ledger.open`."""
+
+    def __init__(self, fd: int, path: Path, header: dict, records: list[Record], size: int, crc: int):
+        self.path, self.header, self.records = path, header, records
+        self._fd, self._size, self._crc = fd, size, crc
+
+    @staticmethod
+    def create(path: str | os.PathLike, header: dict) -> Ledger:
+        """Start a ledger; the header is on disk, whole, when its name appears.
+
+        header: strict JSON ("format" is added; `updates` needs "seed"). Raises UserError if the file exists.
+        """
+        path = Path(path)
+        head, crc = encode_header(header)
+        _refuse_existing(path)
+
+        # Locked, written and synced under another name first: a crash in here leaves no ledger at all, and of
+        # two creators the second meets the lock or the finished file.
+        draft = path.with_name(path.name + ".new")
+        fd = _open(draft, os.O_RDWR | os.O_CREAT)
+        try:
+            _lock(fd, path)
+            _refuse_existing(path)  # again: now nobody else can make it
+            os.ftruncate(fd, 0)
+            size = _write(fd, head, 0)
+            os.fsync(fd)
+            os.rename(draft, path)
+            _sync_folder(path.parent)
+        except BaseException as error:
+            os.close(fd)
+            if isinstance(error, OSError):
+                raise UserError(f"ledger: cannot write {path}: {error.strerror}") from error
+            raise
+        return Ledger(fd, path, decode(head, path)[0], [], size, crc)
+
+    @staticmethod
+    def open(path: str | os.PathLike) -> Ledger:
+        """Open a ledger to append to it: all of it is checked, an incomplete last step is cut off the file.
+
+        Raises UserError if it is missing, damaged (with the byte offset) or being written by a process.
+        """
+        path = Path(path)
+        fd = _open(path, os.O_RDWR)
+        try:
+            _lock(fd, path)
+            with open(fd, "rb", closefd=False) as file:
+                data = file.read()
+            header, records, size, crc = decode(data, path)
+            if size < len(data):
+                os.ftruncate(fd, size)
+                os.fsync(fd)
+        except BaseException as error:
+            os.close(fd)
+            if isinstance(error, OSError):
+                raise UserError(f"ledger: cannot open {path}: {error.strerror}") from error
+            raise
+        return Ledger(fd, path, header, records, size, crc)
+
+    @property
+    def last_step(self) -> int:
+        """The last step written; -1 before the first."""
+        return len(self.records) - 1
+
+    def append(self, record: Record) -> None:
+        """Write one step in one system call: once back, a kill -9 does not lose it (a power cut: `sync`).
+
+        Multipliers and decay must be fp32 values, finite unless skipped; losses and lr are rounded to fp32.
+        Raises UserError if it cannot be written; the file then ends with the last whole step.
+        """
+        assert self._fd >= 0, f"append to {self.path}, which is closed"
+        assert record.step == self.last_step + 1, f"step {record.step} after step {self.last_step}"
+        data, crc, kept = encode(record, self._crc)
+        try:
+            size = _write(self._fd, data, self._size)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # if this fails too, the next open drops the tail
+                os.ftruncate(self._fd, self._size)
+            what = f"step {record.step} to {self.path}: {error.strerror}"
+            raise UserError(f"ledger: cannot write {what}") from error
+        self.records.append(kept)
+        self._size, self._crc = size, crc
+
+    def sync(self) -> None:
+        """Wait until all steps are on the disk (before anything durable that depends on them is written)."""
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise UserError(f"ledger: cannot write {self.path}: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Sync, close and let go of the lock; a second call does nothing."""
+        if self._fd < 0:
+            return
+        try:
+            self.sync()
+        finally:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise UserError(f"ledger: {path} exists: resume that run, or choose another name")
+
+
+def _open(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise UserError(f"ledger: cannot open {path}: {error.strerror}") from error
+
+
+def _lock(fd: int, path: Path) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        message = f"ledger: another process is writing this run ({path}): wait for it, or stop it"
+        raise UserError(message) from None
+    except OSError as error:  # some cluster file systems have no locks
+        warnings.warn(f"{path}: no lock ({error.strerror}); let one process write it", stacklevel=3)
+
+
+def _write(fd: int, data: bytes, at: int) -> int:
+    """Write at byte `at`, in one call unless the system takes less; gives the byte after. Raises OSError."""
+    while data:
+        done = os.pwrite(fd, data, at)
+        data, at = data[done:], at + done
+    return at
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name in `folder` last through a power cut."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

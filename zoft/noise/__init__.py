@@ -1,0 +1,214 @@
+"""The noise: every random number of a step is a pure function of where it is used, on every device alike.
+
+Specification
+    Generator: Philox4x32-10 [1]. key(seed, step, k) = the first two output words for counter
+    (step mod 2³², step // 2³², k, 0x7a6f6674) and key (seed mod 2³², seed // 2³²).
+    Words of element i of a tensor: counter (c mod 2³², c // 2³², tensor_id, purpose), c and purpose as below.
+
+    gaussian (purpose 0): c = i // 4; words (w0, w1) serve elements 4c and 4c + 1, (w2, w3) serve 4c + 2 and 4c + 3.
+        Of a pair (a, b): u = fl(fl(a)·2⁻³² + 2⁻³³) in (0, 1], v = fl(int32(b))·2⁻³² in [-½, ½], fl to fp32;
+        z = sqrt(-2 ln u)·cos 2πv (even element), sqrt(-2 ln u)·sin 2πv (odd), as fp32, within GAUSSIAN_BOUND of that.
+    rademacher (purpose 0): c = i // 128, bit i mod 32 of word (i mod 128) // 32; set: +1, clear: -1. Exact.
+    rounding (purpose 1, key of direction 0): c = i // 8, half-word i mod 8, low halves first: 16 bits r.
+        to bf16: add r to the fp32 bits and drop the lower 16.
+        to fp16: add r >> 3 to the fp32 bits and drop the lower 13; below 2⁻¹⁴: floor(|x|·2²⁴ + r·2⁻¹⁶) units of 2⁻²⁴,
+        exactly; finite values stop at 65504. NaN stays NaN, infinity stays infinity. fp32 and fp64: no rounding bits.
+
+    Update, in fp32 (fp64 for fp64 tensors, z widened), every operation rounded on its own, in this order:
+        s = m₀·z₀; s = s + m₁·z₁; …; with momentum: buffer = beta·buffer + s, s = buffer; a = decay·θ unless decay is 1;
+        a = a + s; θ = round(a). A multiplier of -0 counts as +0. A no-op (all multipliers 0, decay 1) writes nothing
+        at all, unless there is a momentum buffer (and beta is not 0): then it coasts like any other update.
+    Probe: fl(θ + fl(scale·z)), then to out's dtype, nearest even; scale 0: θ itself.
+
+[1] Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011. doi:10.1145/2063384.2063405
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+GAUSSIAN, RADEMACHER = "gaussian", "rademacher"
+GAUSSIAN_BOUND = (
+    2e-6  # |z - exact z| stays below; over all words it is 1.2e-6 (scripts/bench_noise.py --exhaustive)
+)
+
+Probes = Sequence[tuple[int, float]]
+_MASK = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Update:
+    """One committed step, exactly what the ledger records: θ <- round(decay·θ + Σ_k multipliers[k]·z_k).
+
+    multipliers: fp32 values, one a direction; decay: fp32 value; seed, step: which directions.
+    """
+
+    step: int
+    seed: int
+    multipliers: tuple[float, ...]
+    decay: float = 1.0
+
+    @property
+    def is_noop(self) -> bool:
+        """True if by itself it changes nothing: without momentum it writes nothing (-0.0 and NaN payloads survive)."""
+        return self.decay == 1 and not any(self.multipliers)
+
+
+def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Philox4x32-10 of one counter: four uint32 words. Source: [1] above."""
+    a, b, c, d = counter
+    p, q = key
+    for _ in range(10):
+        x, y = 0xD2511F53 * a, 0xCD9E8D57 * c
+        a, b, c, d = (y >> 32) ^ b ^ p, y & _MASK, (x >> 32) ^ d ^ q, x & _MASK
+        p, q = (p + 0x9E3779B9) & _MASK, (q + 0xBB67AE85) & _MASK
+    return a, b, c, d
+
+
+@lru_cache(maxsize=4096)
+def key(seed: int, step: int, direction: int) -> tuple[int, int]:
+    """The Philox key of one direction of one step: two uint32 words. seed and step count modulo 2⁶⁴."""
+    return philox(
+        (step & _MASK, step >> 32 & _MASK, direction, 0x7A6F6674), (seed & _MASK, seed >> 32 & _MASK)
+    )[:2]
+
+
+def tensor_id(name: str) -> int:
+    """The number of a tensor in its counters: the first 32 bits (little-endian) of SHA-256 of its canonical name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+
+
+def advance(
+    theta: Tensor,
+    tid: int,
+    updates: Sequence[Update],
+    noise: str,
+    *,
+    momentum: Tensor | None = None,
+    beta: float = 0.0,
+) -> None:
+    """Apply updates to θ in place, in order, in one pass over memory.
+
+    θ <- round(decay·θ + s), s = Σ_k m_k·z_k, or with momentum: buffer <- beta·buffer + s and s = buffer
+
+    theta: contiguous, fp32, bf16, fp16 or fp64; momentum: fp32 (fp64 for fp64) of theta's shape. What is
+    no update at all (a skipped step) must not be in updates: with momentum even a no-op coasts.
+    """
+    perturb(theta, tid, None, (), seed=0, step=0, noise=noise, updates=updates, momentum=momentum, beta=beta)
+
+
+def perturb(
+    theta: Tensor,
+    tid: int,
+    out: Tensor | None,
+    probes: Probes,
+    *,
+    seed: int,
+    step: int,
+    noise: str,
+    updates: Sequence[Update] = (),
+    momentum: Tensor | None = None,
+    beta: float = 0.0,
+) -> None:
+    """Apply updates to θ as `advance` does, then write every probe of it, in one pass over memory.
+
+    out[i] = cast(θ + scale_i·z_{direction_i})
+
+    probes: (direction, scale) each; out: contiguous [len(probes), *theta.shape], fp32, bf16, fp16 or fp64. Neighbouring
+    probes of one direction share one draw of it. out may be theta itself (`theta[None]`, one probe), nothing between.
+    """
+    assert noise in (GAUSSIAN, RADEMACHER), noise
+    live = tuple(u for u in updates if not u.is_noop or (momentum is not None and beta != 0))
+    assert theta.is_contiguous(), (theta.shape, theta.stride())
+    if out is not None:
+        assert out.is_contiguous() and out.shape == (len(probes), *theta.shape), (
+            out.shape,
+            len(probes),
+            theta.shape,
+        )
+        assert out.device == theta.device, (out.device, theta.device)
+    else:
+        assert not probes, probes
+    if momentum is not None:
+        same = momentum.shape == theta.shape and momentum.device == theta.device and momentum.is_contiguous()
+        assert same and momentum.element_size() == max(4, theta.element_size()), (
+            momentum.shape,
+            momentum.dtype,
+        )
+    if theta.numel() and (live or probes):
+        backend = _backend(theta.device.type)
+        backend.perturb(theta, tid, out, tuple(probes), seed, step, noise, live, momentum, beta)
+
+
+def gather(
+    theta: Tensor,
+    tid: int,
+    rows: Tensor,
+    out: Tensor,
+    direction: int,
+    scale: float,
+    *,
+    seed: int,
+    step: int,
+    noise: str,
+) -> None:
+    """Rows of one probe, with noise made for these rows only.
+
+    out[n] = cast(θ[rows[n]] + scale·z[rows[n]])
+
+    theta: contiguous [R, ...]; rows: int64 [N], each in [0, R); out: contiguous [N, ...]. IndexError for other rows on
+    a CPU; a GPU does not look.
+    """
+    assert noise in (GAUSSIAN, RADEMACHER), noise
+    assert theta.is_contiguous() and out.is_contiguous() and rows.ndim == 1, (
+        theta.stride(),
+        out.stride(),
+        rows.shape,
+    )
+    assert out.shape == (len(rows), *theta.shape[1:]), (out.shape, rows.shape, theta.shape)
+    assert theta.device == rows.device == out.device, (theta.device, rows.device, out.device)
+    if out.numel():
+        _backend(theta.device.type).gather(
+            theta, tid, rows.contiguous(), out, direction, scale, seed, step, noise
+        )
+
+
+def direction(
+    shape: Sequence[int],
+    tid: int,
+    *,
+    seed: int,
+    step: int,
+    direction: int,
+    noise: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """z itself: a new tensor of that shape, device and dtype (None: fp32)."""
+    import torch
+
+    assert noise in (GAUSSIAN, RADEMACHER), noise
+    out = torch.empty(tuple(shape), dtype=dtype or torch.float32, device=device)
+    if out.numel():
+        _backend(out.device.type).direction(out, tid, seed, step, direction, noise)
+    return out
+
+
+def _backend(device: str):
+    """The module that makes noise on that kind of device; imported when first needed, as both compile code."""
+    if device == "cpu":
+        from zoft.noise import cpu
+
+        return cpu
+    assert device == "cuda", f"no noise backend for device {device!r}"
+    from zoft.noise import triton
+
+    return triton

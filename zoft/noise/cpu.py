@@ -1,0 +1,200 @@
+"""The CPU backend of `zoft.noise`: plans, threads and the call into the compiled kernels."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zoft.noise import GAUSSIAN, Update, kernels, key
+
+_CODES = {
+    torch.float32: kernels.FP32,
+    torch.bfloat16: kernels.BF16,
+    torch.float16: kernels.FP16,
+    torch.float64: kernels.FP64,
+}
+_PIECE = (
+    128 * kernels.CHUNK
+)  # elements that are worth a hand-over to another thread: some 0.2 ms of gaussian noise
+_NONE = np.uint64(0)
+
+
+def perturb(
+    theta: Tensor,
+    tid: int,
+    out: Tensor | None,
+    probes: tuple[tuple[int, float], ...],
+    seed: int,
+    step: int,
+    noise: str,
+    updates: tuple[Update, ...],
+    momentum: Tensor | None,
+    beta: float,
+) -> None:
+    """`zoft.noise.perturb` of a CPU tensor. updates: without no-ops."""
+    code, n = _CODES[theta.dtype], theta.numel()
+    work = np.float64 if code == kernels.FP64 else np.float32
+    plan = _plan(updates, probes, seed, step, work)
+    address, gaussian = np.uint64(theta.data_ptr()), noise == GAUSSIAN
+    buffer = _NONE if momentum is None else np.uint64(momentum.data_ptr())
+    target, out_code = (_NONE, 0) if out is None else (np.uint64(out.data_ptr()), _CODES[out.dtype])
+    beta = work(beta)
+
+    def piece(start: int, end: int) -> None:
+        kernels.run(
+            address, code, start, end, tid, gaussian, buffer, beta, plan, target, (out_code, n, start)
+        )
+
+    _spread(piece, n, _PIECE)
+
+
+def gather(
+    theta: Tensor,
+    tid: int,
+    rows: Tensor,
+    out: Tensor,
+    direction: int,
+    scale: float,
+    seed: int,
+    step: int,
+    noise: str,
+) -> None:
+    """`zoft.noise.gather` of a CPU tensor."""
+    code, out_code, width = _CODES[theta.dtype], _CODES[out.dtype], out.numel() // len(rows)
+    index = rows.numpy()
+    if index.min() < 0 or index.max() >= len(theta):
+        raise IndexError(f"rows [{index.min()}, {index.max()}] of a tensor that has {len(theta)}")
+    plan = _plan((), ((direction, scale),), seed, step, np.float64 if code == kernels.FP64 else np.float32)
+    source, target, gaussian = np.uint64(theta.data_ptr()), np.uint64(out.data_ptr()), noise == GAUSSIAN
+
+    def piece(first: int, last: int) -> None:
+        kernels.run_rows(source, code, index, first, last, width, tid, gaussian, plan, target, out_code)
+
+    _spread(piece, len(rows), -(-_PIECE // width))
+
+
+def direction(out: Tensor, tid: int, seed: int, step: int, direction: int, noise: str) -> None:
+    """`zoft.noise.direction` into a CPU tensor."""
+    code, n, gaussian = _CODES[out.dtype], out.numel(), noise == GAUSSIAN
+    plan = _plan((), ((direction, 1.0),), seed, step, np.float32)
+    target = np.uint64(out.data_ptr())
+
+    def piece(start: int, end: int) -> None:
+        shape = (code, n, start)
+        kernels.run(_NONE, kernels.ZERO, start, end, tid, gaussian, _NONE, np.float32(0), plan, target, shape)
+
+    _spread(piece, n, _PIECE)
+
+
+@lru_cache(
+    maxsize=64
+)  # one step's plan serves all its tensors, and making it costs as much as a small tensor's noise
+def _plan(
+    updates: tuple[Update, ...], probes: tuple[tuple[int, float], ...], seed: int, step: int, work: type
+):
+    """What `kernels.run` takes as its plan. Zeros lose their sign: equal plans must be the same plan."""
+    keys, values, groups = [], [], []
+    for u in updates:
+        keys += [key(u.seed, u.step, k) for k in range(len(u.multipliers))]
+        values += [m + 0.0 for m in u.multipliers]
+    for (which, silent), group in groupby(probes, lambda probe: (probe[0], probe[1] == 0)):
+        scales = [scale + 0.0 for _, scale in group]
+        keys.append(key(seed, step, which))
+        values += scales
+        groups.append(-len(scales) if silent else len(scales))
+    return (
+        np.array([len(u.multipliers) for u in updates], np.int64),
+        np.array(keys, np.uint32).reshape(-1, 2),
+        np.array(values, work),
+        np.array([u.decay + 0.0 for u in updates], work),
+        np.array([key(u.seed, u.step, 0) for u in updates], np.uint32).reshape(-1, 2),
+        np.array(groups, np.int64),
+    )
+
+
+# ---- threads -------------------------------------------------------------------------------------------------------
+
+_pool: tuple[int, ThreadPoolExecutor] | None = None
+
+
+def _forget_pool() -> None:
+    global _pool
+    _pool = None
+
+
+os.register_at_fork(after_in_child=_forget_pool)  # a forked child inherits the pool but none of its threads
+
+
+def _threads(count: int) -> ThreadPoolExecutor:
+    global _pool
+    if _pool is None or _pool[0] != count:
+        _pool = count, ThreadPoolExecutor(count, "zoft-noise")
+    return _pool[1]
+
+
+def _spread(piece, n: int, grain: int) -> None:
+    """piece(start, end) over [0, n), on as many threads as torch uses if n is large. All of it or nothing happens.
+
+    grain: the least worth handing to a thread; pieces start at multiples of it.
+    """
+    count = torch.get_num_threads()
+    if count == 1 or n < 2 * grain:
+        piece(0, n)  # one call of compiled code: no signal handler runs inside
+        return
+    size = grain * max(1, n // (4 * count * grain))
+    starts = deque(range(0, n, size))
+    pool = _threads(count)
+
+    def drain() -> None:
+        while starts:
+            try:
+                start = starts.popleft()
+            except IndexError:  # another thread took the last one
+                return
+            piece(start, min(n, start + size))
+
+    def everything() -> None:
+        helpers = [pool.submit(drain) for _ in range(count - 1)]
+        drain()
+        for helper in helpers:
+            if not helper.cancel():  # one that has not begun has nothing left to do
+                helper.result()
+
+    _uninterrupted(pool, everything)
+
+
+def _uninterrupted(pool: ThreadPoolExecutor, work) -> None:
+    """Run work in a pool thread and wait. An interrupt while waiting leaves it not begun at all, or finished."""
+    begun, finished = threading.Lock(), threading.Event()
+    errors: list[BaseException] = []
+
+    def task() -> None:
+        if begun.acquire(blocking=False):
+            try:
+                work()
+            except BaseException as error:  # handed to the caller below
+                errors.append(error)
+            finally:
+                finished.set()
+
+    try:
+        pool.submit(task)
+        finished.wait()
+    except BaseException:
+        if not begun.acquire(blocking=False):
+            while not finished.is_set():
+                try:
+                    finished.wait()
+                except KeyboardInterrupt:  # the first one is on its way already
+                    pass
+        raise
+    if errors:
+        raise errors[0]

@@ -1,0 +1,293 @@
+"""What all recipes share around the trainer: a run's folder, its start, its end, and the other verbs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from zoft import compose, tracking
+from zoft.config import Config
+from zoft.errors import UserError
+
+if TYPE_CHECKING:
+    from zoft.ledger import Ledger
+    from zoft.trainer import Trainer
+
+OURS = ("config.yaml", "ledger", "metrics.jsonl", "result.json", "env.json", "model")
+
+
+def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = False) -> dict[str, Any]:
+    """Run a config's recipe: a new run in config.output_dir, or the rest of the run in `resume`.
+
+    Returns result.json's content. Raises UserError before anything heavy where a mistake shows early.
+    """
+    from zoft import models
+
+    tracking.require(config.track)
+    if resume and (Path(resume) / "result.json").exists():
+        print(f"{resume}: this run is finished; its result follows", file=sys.stderr)
+        return json.loads((Path(resume) / "result.json").read_text(encoding="utf-8"))
+    if resume is None and not dry_run:
+        claim(Path(str(config.output_dir)))
+    models.resolve(config.model)
+    return recipe(config.recipe).run(absolute(config), resume=resume, dry_run=dry_run)
+
+
+def replay(folder: str | Path, out: str | Path) -> int:
+    """Rebuild the final model of a run in `out`; returns its steps. Raises UserError on another base."""
+    if Path(out).exists():
+        raise UserError(f"--out {out}: exists; choose another name")
+    config = compose.load_run(folder)
+    return recipe(config.recipe).replay(config, Path(folder), Path(out))
+
+
+def evaluate(config: Config, folder: str | Path | None = None) -> dict[str, Any]:
+    """Metrics of a run's saved model, or of the config's own model, on the config's evaluation data."""
+    if folder is not None:
+        saved = Path(folder) / "model"
+        if not saved.is_dir():
+            raise UserError(
+                f"{folder}: no model/ in it; `zoft replay {folder} --out DIR`, then eval --config … model=DIR"
+            )
+        config = dataclasses.replace(config, model=str(saved))
+    from zoft import evaluate as evaluation
+    from zoft import setup, tasks
+
+    config = setup.device(config)
+    data = tasks.load(config.task)
+    model, tokenizer, _ = setup.model(config)
+    train, held_out = setup.examples(config, tokenizer, data)
+    return evaluation.evaluate(model, held_out, train)
+
+
+def show_data(config: Config, count: int, say: Callable[[str], Any]) -> None:
+    """Print the first examples of training as the model reads them, scored tokens in ⟦ ⟧."""
+    from zoft import setup, tasks
+    from zoft.encode import encode, show
+
+    data = tasks.load(config.task)
+    for note in data.notes:
+        say(note)
+    tokenizer = setup.tokenizer(config)
+    for example in encode(data.train[:count], tokenizer, data, config.max_length):
+        say(f"\n{show(example, tokenizer)}")
+
+
+def recipe(name: str) -> ModuleType:
+    """The module of a recipe, by its file: recipes/ is zoft/recipes once installed, top-level in a source tree."""
+    full = f"zoft.recipes.{name}"
+    if full not in sys.modules:
+        spec = importlib.util.spec_from_file_location(full, compose.packaged("recipes") / f"{name}.py")
+        assert spec and spec.loader, full
+        sys.modules[full] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[full]
+            raise
+    return sys.modules[full]
+
+
+def claim(folder: Path) -> None:
+    """Refuse a folder that holds a run, or files that a run would overwrite."""
+    if (folder / "ledger").exists():
+        raise UserError(
+            f"output_dir={folder}: it holds a run; continue it with `zoft train --resume {folder}`, "
+            "or choose another name with output_dir=…"
+        )
+    taken = [name for name in OURS if (folder / name).exists()]
+    if taken or (folder.exists() and not folder.is_dir()):
+        raise UserError(
+            f"output_dir={folder}: {taken[0] if taken else 'a file'} is in the way; choose another name"
+        )
+
+
+def absolute(config: Config) -> Config:
+    """Paths made absolute, so that a run resumes from any folder."""
+
+    def fixed(text: str | None) -> str | None:
+        return str(Path(text).expanduser().resolve()) if text and Path(text).expanduser().exists() else text
+
+    from zoft.models import PACKAGED
+
+    task = dataclasses.replace(config.task, train=fixed(config.task.train), eval=fixed(config.task.eval))
+    model = config.model if config.model in PACKAGED else str(fixed(config.model))
+    return dataclasses.replace(config, model=model, task=task)
+
+
+@dataclass
+class Session:
+    """An open run: its folder, its ledger, and where its metrics go."""
+
+    folder: Path
+    ledger: Ledger
+    tracker: tracking.Tracker
+    config: Config
+
+
+@contextmanager
+def session(config: Config, header: Mapping[str, Any], resume: str | Path | None) -> Iterator[Session]:
+    """Make or reopen a run's folder and ledger; everything is closed at the end.
+
+    config: with nothing `auto` left; a new run's config.yaml keeps it. header: of the ledger; a resumed run's
+    must agree with it. Raises UserError for another base, another plan, or a damaged ledger.
+    """
+    from zoft.env import environment
+    from zoft.ledger import Ledger
+
+    folder = Path(resume or str(config.output_dir))
+    if resume and (folder / "ledger").exists():
+        ledger = Ledger.open(folder / "ledger")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / "config.yaml", compose.to_yaml(config))
+        write(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
+        ledger = Ledger.create(folder / "ledger", dict(header))
+    with ledger:
+        agree(ledger.header, header, folder)
+        with tracking.Tracker(
+            folder, config.steps, track=config.track, config=dataclasses.asdict(config),
+            resume_step=ledger.last_step + 1, device=config.device,
+        ) as tracker:  # fmt: skip
+            yield Session(folder, ledger, tracker, config)
+
+
+def agree(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to continue or replay a ledger on anything but what it was written on."""
+    for name, value in wanted.items():
+        if name in found and found[name] != value:
+            if name == "base":
+                raise UserError(
+                    f"{folder}: its ledger starts from other weights ({found[name]}) than this model has ({value})"
+                )
+            raise UserError(f"{folder}: its ledger was written with {name}={found[name]}, not {value}")
+
+
+def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Catch up with the ledger, train to the end with evaluations on the way, and return the result.
+
+    evaluate() -> metrics of the weights as they are. `before` is the base's, kept by metrics.jsonl on resume.
+    """
+    config, t = s.config, s.tracker
+    seen = logged(s.folder / "metrics.jsonl")
+    before = next((row["eval"] for row in seen if "eval" in row and row["step"] == 0), None)
+    if before is None:
+        before = evaluate()
+        t.evaluation(0, before)
+    past = next((row["seconds"] for row in reversed(seen) if "seconds" in row), 0.0)
+    if s.ledger.records:
+        t.note(f"replaying {len(s.ledger.records)} of {config.steps} steps from the ledger")
+        trainer.replay(s.ledger.records)
+    began, paused = time.monotonic(), 0.0
+
+    def on_step(metrics: dict[str, Any]) -> None:
+        nonlocal paused
+        seconds = past + time.monotonic() - began - paused
+        t.step(metrics.pop("step"), **metrics, seconds=round(seconds, 3))
+
+    while trainer.next < config.steps:
+        every = config.eval_every or config.steps
+        trainer.run(on_step, until=min(config.steps, (trainer.next // every + 1) * every))
+        if trainer.next < config.steps:
+            pause = time.monotonic()
+            s.ledger.sync()  # no evaluation is ever ahead of the ledger
+            t.evaluation(trainer.next, evaluate())
+            paused += time.monotonic() - pause
+    seconds = past + time.monotonic() - began - paused
+    s.ledger.sync()
+    after = evaluate()
+    t.evaluation(config.steps, after)
+    return {
+        "steps": config.steps,
+        "skipped": sum(r.skipped for r in s.ledger.records),
+        "forwards": config.steps * 2 * config.q * config.batch_size * config.accumulate,
+        "train_seconds": round(seconds, 3),
+        "peak_memory_gb": round(tracking.peak_memory_gb(config.device), 2),
+        "before": before,
+        "after": after,
+    }
+
+
+def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> dict[str, Any]:
+    """Save the model and, last of all, result.json: its presence says that the run is complete."""
+    if s.config.save_model:
+        save(s.config, model, tokenizer, s.folder / "model", result)
+    result = {**result, "output_dir": str(s.folder)}
+    write(s.folder / "result.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def save(config: Config, model: Any, tokenizer: Any, out: Path, result: Mapping[str, Any]) -> None:
+    """Write a run's model as others load it, in the checkpoint's dtype or save_dtype."""
+    from zoft import models, space
+
+    dtype = model.checkpoint_dtype if config.save_dtype == "auto" else space.DTYPES[config.save_dtype]
+    keys = ("recipe", "train", "steps", "lr", "schedule", "eps", "q", "noise", "batch_size", "seed")
+    facts = {"task": config.task.name} | {k: getattr(config, k) for k in keys}
+    for when in ("before", "after"):
+        facts |= {f"{name} {when}": tracking.short(v) for name, v in result.get(when, {}).items()}
+    models.save(
+        model, tokenizer, out, dtype=dtype, card=models.model_card(models.resolve(config.model), facts)
+    )
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file so that its name never holds half of it."""
+    draft = path.with_name(f".{path.name}.new")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def logged(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl."""
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    )
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """What a user reads at the end of a run."""
+    rows = table({"before": result["before"], "after": result["after"]})
+    return (
+        f"{rows}\n{result['steps']} steps, {result['forwards']} forwards in {result['train_seconds']:.0f} s, "
+        f"peak memory {result['peak_memory_gb']:.2f} GB: {result['output_dir']}"
+    )
+
+
+def table(columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """Metrics side by side, a line each, columns named."""
+    names = list(dict.fromkeys(name for metrics in columns.values() for name in metrics))
+    head = [f"{'':22}" + "".join(f"{title:>12}" for title in columns)] if any(columns) else []
+    return "\n".join(
+        head
+        + [
+            f"{n:22}" + "".join(f"{tracking.short(m.get(n, '')):>12}" for m in columns.values())
+            for n in names
+        ]
+    )
+
+
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """What a dry run prints: the resolved config, then what training would do."""
+    config = plan["config"]
+    return (
+        f"{compose.dump(config)}\n"
+        f"{plan['train_examples']} training and {plan['eval_examples']} evaluation examples, "
+        f"the longest of {plan['longest']} tokens\n"
+        f"{plan['trained_tensors']} tensors trained, {plan['trained_numbers']:,} numbers, "
+        f"{plan['trained_share']:.1%} of the model\n"
+        f"{config['steps']} steps, {plan['forwards']} forwards; nothing was trained or written"
+    )

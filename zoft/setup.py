@@ -1,0 +1,215 @@
+"""From a config to the parts of a run: device, data, model, axis, batches; whatever is `auto` is resolved here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoft import __version__, models, precision, selfcheck, space, tasks, update
+from zoft.config import Config
+from zoft.data_order import batch_indices
+from zoft.encode import Example, encode
+from zoft.errors import UserError
+from zoft.objective import Batch, collate, losses
+from zoft.probe import InPlace, ProbeAxis
+from zoft.space import Trained
+from zoft.tasks import TaskData
+from zoft.trainer import Settings
+
+FROZEN_BYTES = 1 << 30  # kept outputs of frozen blocks; rows beyond it are computed again each time
+# What a ledger's header says of the run, beside the base and the trained tensors.
+PLAN = ("seed", "noise", "momentum", "eps", "q", "storage", "compute", "perturb")
+
+
+def device(config: Config) -> Config:
+    """Resolve device and threads, and set the threads."""
+    where = config.device
+    if where == "auto":
+        where = "cuda" if torch.cuda.is_available() else "cpu"
+    elif where.startswith("cuda"):
+        count = torch.cuda.device_count()
+        if int(where.partition(":")[2] or 0) >= count:
+            raise UserError(
+                f"device={where}: {count or 'no'} CUDA devices here; use device=cpu or device=auto"
+            )
+    threads = torch.get_num_threads() if config.threads == "auto" else int(config.threads)
+    torch.set_num_threads(threads)
+    return replace(config, device=where, threads=threads)
+
+
+def model(config: Config) -> tuple[nn.Module, Any, str]:
+    """(model on its device in the checkpoint's dtype, tokenizer, fingerprint of the base)."""
+    loaded, tokenizer = models.load(config.model, dtype="auto", trust_remote_code=config.trust_remote_code)
+    base = models.fingerprint(loaded)
+    return loaded.to(config.device), tokenizer, base
+
+
+def tokenizer(config: Config) -> Any:
+    """The tokenizer alone, without loading weights."""
+    source = models.resolve(config.model)
+    if source.kind == "gguf":
+        from zoft import gguf
+
+        made = gguf.tokenizer(gguf.read(Path(source.place)))
+        return made if made is not None else models.load(config.model)[1]
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source.place, trust_remote_code=config.trust_remote_code)
+
+
+def examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[list[Example], list[Example]]:
+    """Training rows and the evaluation rows that eval_limit keeps, as token ids."""
+    held_out = tasks.subset(data.eval, config.eval_limit)
+    return (
+        encode(data.train, tokenizer, data, config.max_length),
+        encode(held_out, tokenizer, data, config.max_length),
+    )
+
+
+def dtypes(config: Config, loaded: nn.Module, names: Sequence[str]) -> Config:
+    """Resolve storage and compute."""
+    kind = config.device.partition(":")[0]
+    storage, compute = space.resolve_dtypes(loaded, list(names), config.storage, config.compute, kind)
+    if config.perturb == "inplace" and storage != compute:
+        # The model runs on its stored weights here, so there is one precision.
+        asked = [d for d in (config.storage, config.compute) if d != "auto"]
+        if len(asked) == 2:
+            raise UserError(
+                f"storage={storage}, compute={compute}: perturb=inplace has one dtype; set both alike"
+            )
+        storage = compute = asked[0] if asked else compute
+    return replace(config, storage=storage, compute=compute)
+
+
+def say(text: str) -> None:
+    """A line about the set-up, for the reader."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def axis(
+    config: Config, loaded: nn.Module, trained: list[Trained], train: Sequence[Example]
+) -> tuple[Config, list[Trained], ProbeAxis | InPlace]:
+    """The way to run the model at θ + s·z: proved on the run's own first examples, or in place.
+
+    Returns (config with perturb and probes_per_forward resolved, tensors that are really trained, axis).
+    """
+    if update.decay_is_lost(config.lr, config.weight_decay):
+        say(
+            f"weight_decay={config.weight_decay:g}: times lr={config.lr:g} it is lost in fp32; nothing decays"
+        )
+    if config.perturb == "inplace":
+        if config.probes_per_forward not in ("auto", 1):
+            raise UserError(
+                f"probes_per_forward={config.probes_per_forward}: perturb=inplace has one; leave it out"
+            )
+        say("perturb=inplace: weights are moved and moved back, so rounding shifts them a little each step")
+        return placed(config, loaded, trained)
+
+    def run(batch: Batch) -> torch.Tensor:
+        return losses(loaded, batch)[0]
+
+    small, double = calibration(collate(train[:2]).to(config.device))
+    found = selfcheck.find_sites(loaded, trained, run, small, double, config.eps)
+    for t in found.unread:
+        say(f"{t.name}: no forward reads it; it is not trained")
+    if found.note:
+        say(found.note)
+    wanted = 2 if config.probes_per_forward == "auto" else int(config.probes_per_forward)
+    group = min(wanted, 2 * config.q) if found.stacked else 1
+    config = replace(config, perturb="probes", probes_per_forward=group)
+    config, trained, made = placed(config, loaded, selfcheck.live(trained, found), found.sites)
+    for line in precision.weak(trained, config.eps, seed=config.seed, kind=config.noise):
+        say(line)
+    if config.cache_frozen:
+        from zoft.frozen import prefix_of
+
+        rows = {c + t[:-1] for e in train for c, t in zip(e.contexts, e.completions)}
+
+        def clean() -> torch.Tensor:
+            with made.clean(small.rows):
+                return run(small)
+
+        say(f"cache_frozen: {prefix_of(loaded, trained, sorted(rows), FROZEN_BYTES, clean)[1]}")
+    return config, trained, made
+
+
+def placed(
+    config: Config, loaded: nn.Module, trained: list[Trained], sites: Sequence[Any] = ()
+) -> tuple[Config, list[Trained], ProbeAxis | InPlace]:
+    """The axis itself, tensors in their precision; without sites it can only apply updates (replay)."""
+    inplace = config.perturb == "inplace"
+    space.place(loaded, trained, config.storage, config.compute, uniform=inplace)
+    common: dict[str, Any] = {"seed": config.seed, "kind": config.noise, "beta": config.momentum}
+    if inplace:
+        return replace(config, probes_per_forward=1), trained, InPlace(trained, **common)
+    return config, trained, ProbeAxis(trained, sites, **common)
+
+
+def calibration(small: Batch) -> tuple[Batch, Batch]:
+    """A batch of n examples, and one of those n with n others under the same mask."""
+    ids = small.inputs["input_ids"]  # [n, T]
+    double = small.repeat(2)
+    double.inputs["input_ids"][len(ids) :] = ids.flip(1)
+    return small, double
+
+
+def batches(config: Config, train: Sequence[Example]) -> Callable[[int], list[Batch]]:
+    """step -> its batches, a pure function of the step."""
+    sizes = {
+        "n": len(train),
+        "batch_size": config.batch_size,
+        "accumulate": config.accumulate,
+        "seed": config.seed,
+    }
+
+    def at(step: int) -> list[Batch]:
+        return [
+            collate([train[i] for i in picks]).to(config.device) for picks in batch_indices(step, **sizes)
+        ]
+
+    return at
+
+
+def settings(config: Config) -> Settings:
+    """What the trainer needs of a resolved config."""
+    names = Settings.__dataclass_fields__
+    return Settings(**{k: v for k, v in asdict(config).items() if k in names})
+
+
+def plan(
+    config: Config,
+    loaded: nn.Module,
+    trained: Sequence[Trained],
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+) -> dict[str, Any]:
+    """What a run would do: the resolved config and the counts that follow from it."""
+    numbers = sum(t.stored.numel() for t in trained)
+    total = sum(p.numel() for p in loaded.parameters())
+    return {
+        "config": asdict(config),
+        "train_examples": len(train),
+        "eval_examples": len(held_out),
+        "longest": max(e.length for e in [*train, *held_out]),
+        "trained_tensors": len(trained),
+        "trained_numbers": numbers,
+        "trained_share": numbers / total,
+        "forwards": config.steps * 2 * config.q * config.batch_size * config.accumulate,
+    }
+
+
+def header(config: Config, base: str, trained: Sequence[Trained]) -> dict[str, Any]:
+    """The ledger's header: all that replay needs beside the base."""
+    known = {k: getattr(config, k) for k in PLAN}
+    return {"zoft": __version__, "base": base, "trained": [t.name for t in trained], **known}
+
+
+def from_header(config: Config, found: Mapping[str, Any]) -> Config:
+    """The config with the plan that a ledger was written under."""
+    return replace(config, **{k: found[k] for k in PLAN if k in found})

@@ -1,0 +1,196 @@
+"""The space: which tensors are trained, and in which precision each is stored and computed with."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from zoft.errors import UserError
+from zoft.noise import tensor_id
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FP16_MAX = 65504.0
+# A trained set below this share of the model is kept in fp32: it costs nothing and needs no stochastic rounding.
+SMALL_SHARE = 0.02
+
+
+@dataclass
+class Trained:
+    """One trained tensor: θ in its storage dtype (the only truth) and what probing it needs."""
+
+    name: str
+    param: nn.Parameter
+    stored: torch.Tensor  # θ, storage dtype; between forwards param.data is this very tensor
+    compute: torch.dtype  # dtype of θ + s·z in a forward
+    id: int  # counter word that separates its noise from that of other tensors
+    decays: bool  # weight decay applies (not to biases and norms)
+    step: int = 0  # updates of steps < step are in `stored`
+    momentum: torch.Tensor | None = None  # fp32 (fp64 for fp64 storage), like stored
+
+
+def train_names(model: nn.Module, train: str) -> list[str]:
+    """Canonical names of the tensors that `train` selects.
+
+    train: `all`; `last-K` (the last K blocks and what follows them, head excluded); `norms`; `bias`;
+    `head` (the output matrix, tied or not); anything else is a regular expression searched in the names.
+    Ties count once, under their first name. Raises UserError when nothing is selected.
+    """
+    params = dict(model.named_parameters())  # ties removed: first name wins
+    floating = [n for n, p in params.items() if p.is_floating_point()]
+    if train == "all":
+        chosen = floating
+    elif match := re.fullmatch(r"last-(\d+)", train):
+        prefix, blocks = blocks_of(model)
+        k = int(match[1])
+        if not 1 <= k <= len(blocks):
+            raise UserError(
+                f"train={train}: the model has {len(blocks)} blocks; use last-1 to last-{len(blocks)}"
+            )
+        starts = tuple(f"{prefix}.{i}." for i in range(len(blocks) - k, len(blocks)))
+        chosen = [n for n in floating if n.startswith(starts) or n in _after(model, prefix)]
+    elif train == "norms":
+        chosen = [n for n in floating if params[n].ndim == 1 and not n.endswith("bias")]
+    elif train == "bias":
+        chosen = [n for n in floating if n.endswith("bias")]
+    elif train == "head":
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        own = {id(p) for p in head.parameters()} if head is not None else set()
+        chosen = [n for n in floating if id(params[n]) in own]
+    else:
+        try:
+            pattern = re.compile(train)
+        except re.error as error:
+            raise UserError(
+                f"train={train!r} is not a regular expression ({error}); use all, last-2, norms, …"
+            ) from None
+        chosen = [n for n in floating if pattern.search(n)]
+    if not chosen:
+        near = difflib.get_close_matches(train, ["all", "norms", "bias", "head", *floating], n=1, cutoff=0.3)
+        hint = f"; nearest: {near[0]}" if near else ""
+        raise UserError(
+            f"train={train!r} selects no tensor of this model; use all, last-2, norms, bias, head or a pattern{hint}"
+        )
+    return chosen
+
+
+def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """(name, list) of the model's stack of blocks: its longest ModuleList of one type, by parameter count."""
+    best: tuple[int, str, nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) <= 2:
+            size = sum(p.numel() for p in module.parameters())
+            if best is None or size > best[0]:
+                best = (size, name, module)
+    if best is None:
+        raise UserError("train=last-…: this model has no stack of blocks; name tensors by a pattern instead")
+    return best[1], best[2]
+
+
+def _after(model: nn.Module, prefix: str) -> set[str]:
+    """Names of the parameters of the modules that follow the stack inside its parent (the final norm)."""
+    parent_name, _, own = prefix.rpartition(".")
+    parent = model.get_submodule(parent_name) if parent_name else model
+    embeddings = set()
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        module = getattr(model, getter, lambda: None)()
+        embeddings |= {id(p) for p in module.parameters()} if module is not None else set()
+    names, seen = set(), False
+    for child, module in parent.named_children():
+        if seen:
+            path = f"{parent_name}.{child}" if parent_name else child
+            names |= {f"{path}.{n}" for n, p in module.named_parameters() if id(p) not in embeddings}
+        seen = seen or child == own
+    return names
+
+
+def resolve_dtypes(
+    model: nn.Module, names: list[str], storage: str, compute: str, device: str
+) -> tuple[str, str]:
+    """`auto` made plain: (storage, compute) by name.
+
+    fp32 both for an fp32 model or on a CPU; on a GPU a 16-bit model computes in bf16 and stores trained
+    matrices in fp16 (eight times bf16's grid in the same memory), or in fp32 where the set is small.
+    """
+    params = dict(model.named_parameters())
+    widest = max((params[n].element_size() for n in names), default=4)
+    full = widest >= 4 or device == "cpu"
+    if compute == "auto":
+        compute = "fp64" if widest == 8 else "fp32" if full else "bf16"
+    if storage == "auto":
+        small = sum(params[n].numel() for n in names) < SMALL_SHARE * sum(p.numel() for p in params.values())
+        storage = "fp64" if widest == 8 else "fp32" if full or small else "fp16"
+    return storage, compute
+
+
+def adopt(model: nn.Module, names: list[str]) -> list[Trained]:
+    """The named tensors as Trained, out of autograd's hands, still in the precision they were loaded in.
+
+    Raises UserError for two names with one noise id.
+    """
+    wanted, ids, trained = set(names), dict[int, str](), []
+    for name, param in model.named_parameters():
+        param.requires_grad_(False)
+        if name not in wanted:
+            continue
+        tid = tensor_id(name)
+        if tid in ids:
+            raise UserError(
+                f"train: tensors {ids[tid]} and {name} share one noise id; train one of them only"
+            )
+        ids[tid] = name
+        param.data = param.data.contiguous()
+        trained.append(
+            Trained(name, param, param.data, param.dtype, tid, param.ndim > 1 and not _no_decay(name))
+        )
+    assert len(trained) == len(wanted), (
+        len(trained),
+        len(wanted),
+        sorted(wanted - {t.name for t in trained})[:3],
+    )
+    return trained
+
+
+def place(
+    model: nn.Module, trained: list[Trained], storage: str, compute: str, *, uniform: bool = False
+) -> None:
+    """Give every tensor its precision: trained matrices stored in `storage`, everything else ready for `compute`.
+
+    1-D trained tensors are stored in fp32 at least: a step of 1e-6 on a norm weight of size 1 is far below
+    what 16 bits can hold. Frozen tensors of another floating-point dtype are cast to `compute`.
+    uniform: 1-D tensors follow the matrices, for a model that runs on its stored weights (perturb=inplace).
+    Raises UserError for values outside fp16's range.
+    """
+    store, comp = DTYPES[storage], DTYPES[compute]
+    one_dim = store if uniform or store == torch.float64 else torch.float32
+    ours = {id(t.param) for t in trained}
+    for t in trained:
+        dtype = one_dim if t.param.ndim <= 1 else store
+        if dtype == torch.float16 and t.param.numel() and float(t.param.abs().max()) > FP16_MAX:
+            raise UserError(
+                f"storage=fp16: {t.name} holds values beyond {FP16_MAX:g}; use storage=bf16 or storage=fp32"
+            )
+        t.param.data = t.stored = t.param.data.to(dtype)
+        t.compute = comp
+    for param in model.parameters():
+        if id(param) not in ours and param.dtype in DTYPES.values() and param.dtype != comp:
+            param.data = param.data.to(comp)
+    for owner, key, buffer in _float_buffers(model):
+        # Rotary tables and the like are kept in fp32 by their models on purpose; only 16-bit ones follow.
+        if buffer.element_size() == 2 and buffer.dtype != comp:
+            owner._buffers[key] = buffer.to(comp)
+
+
+def _no_decay(name: str) -> bool:
+    return bool(re.search(r"bias$|norm|(^|[._])ln[._\d]", name.lower()))
+
+
+def _float_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+    for module in model.modules():
+        for key, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.is_floating_point():
+                yield module, key, buffer

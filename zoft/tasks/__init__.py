@@ -1,0 +1,189 @@
+"""Tasks: rows of data made into prompts and what is scored after them. No model and no tokenizer here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from zoft.errors import UserError
+from zoft.tasks import local, named, template
+
+HELD_OUT = 0.15  # share of the data that a hash puts aside where no evaluation data is given
+
+
+@dataclass
+class TaskData:
+    """What a run trains on and is judged by.
+
+    train, eval: rows {prompt: str, candidates: [str], gold: int, where: str, key: int}; key is a 64-bit hash
+    of the columns the prompt reads. objective: "choice" (candidates compete) | "lm" (one candidate: the text to
+    learn). label: its column. choices: label -> candidate text, in the order of the candidates; empty for lm.
+    notes: lines on where the rows came from and how they were split, for a person.
+    """
+
+    name: str
+    objective: str
+    prompt: str
+    label: str | None
+    choices: dict[str, str]
+    train: list[dict[str, Any]] = field(repr=False)
+    eval: list[dict[str, Any]] = field(repr=False)
+    notes: list[str] = field(default_factory=list)
+
+
+def load(task: Any) -> TaskData:
+    """Read, check, render and split the rows of a task.
+
+    Without evaluation data, rows whose key falls in the lowest 15 % of hashes are held out (a Hub data set's
+    own validation or test split is taken first): the split depends on the rows alone, and rows of equal text
+    stay on one side.
+
+    task: the task's settings (name, train, eval, subset, train_limit, prompt, label, choices, target, and
+    max_words: rows with more words in the prompt's columns are left out).
+    Errors: UserError in one line naming file, line, key, value and fix.
+    """
+    settings = _settings(task)
+    prompt = template.parse("task.prompt", settings["prompt"])
+    target = template.parse("task.target", task.target) if task.target else None
+    if task.name in named.READERS:
+        rows = named.READERS[task.name]()
+        held: local.Rows = []
+        notes = [f"{task.name}: {len(rows):,} rows"]
+    else:
+        rows = local.read("task.train", task.train, task.subset)
+        same = task.eval is None and not local.is_file(task.train)
+        place = task.train.partition(":")[0] if same else task.eval
+        held = local.read("task.eval", place, task.subset, held_out=True) if place else []
+        notes = [f"{task.train}: {len(rows):,} rows"]
+        if held:
+            notes.append(f"{place}: {len(held):,} rows for evaluation")
+
+    def rendered(key: str, rows: local.Rows) -> list[dict[str, Any]]:
+        _check_columns(key, rows, prompt, target, settings["label"])
+        made = [_render(where, row, prompt, target, settings) for where, row in rows]
+        limit = getattr(task, "max_words", None)
+        kept = [r for r in made if r.pop("words") <= (math.inf if limit is None else limit)]
+        if not kept:
+            raise UserError(f"task.max_words={limit}: leaves no row of {key}; raise it")
+        return kept
+
+    train = rendered("task.train", rows)
+    if held:
+        train = subset(train, task.train_limit)
+        return TaskData(task.name, **settings, train=train, eval=rendered("task.eval", held), notes=notes)
+    bar = int(HELD_OUT * 2**64)
+    train, held_out = [r for r in train if r["key"] >= bar], [r for r in train if r["key"] < bar]
+    if not train or not held_out:
+        raise UserError(
+            f"task.train: {len(train) + len(held_out)} rows are too few to hold some out; give task.eval a file"
+        )
+    notes.append(f"{len(held_out):,} of them held out for evaluation by a hash of their text")
+    train = subset(train, task.train_limit)
+    return TaskData(task.name, **settings, train=train, eval=held_out, notes=notes)
+
+
+def subset(rows: Sequence[dict[str, Any]], n: int | None) -> list[dict[str, Any]]:
+    """The n rows of lowest key, in their own order: always the same ones. None takes all."""
+    if n is None or n >= len(rows):
+        return list(rows)
+    chosen = sorted(range(len(rows)), key=lambda i: (rows[i]["key"], i))[:n]
+    return [rows[i] for i in sorted(chosen)]
+
+
+def _settings(task: Any) -> dict[str, Any]:
+    """The task's settings with a named task's own words filled in, checked as far as no data is needed."""
+    if task.name in named.PROMPTS:
+        for key in ("train", "eval", "subset", "label"):
+            if getattr(task, key, None):
+                raise UserError(f"task.{key}: task={task.name} brings its own data; for yours say task=local")
+        prompt, choices = named.PROMPTS[task.name]
+        prompt, choices = task.prompt or prompt, {} if task.target else dict(task.choices or choices)
+        label = None if task.target else "label"
+        if choices and set(choices) != set(named.PROMPTS[task.name][1]):
+            raise UserError(
+                f"task.choices: task={task.name} has the labels {', '.join(named.PROMPTS[task.name][1])}"
+            )
+    elif task.name != "local":
+        hint = template.near(task.name, [*named.PROMPTS, "local"])
+        raise UserError(f"task={task.name}: no such task; use {', '.join(named.PROMPTS)} or local{hint}")
+    else:
+        if not task.train:
+            raise UserError("task.train is not set: a .jsonl, .csv or .parquet file, or a Hub data set id")
+        prompt, label, choices = task.prompt, task.label, {str(k): v for k, v in task.choices.items()}
+        if prompt is None:
+            raise UserError("task.prompt is not set: a template such as 'Review: {text}\\nSentiment:'")
+        if task.target and (label or choices):
+            raise UserError(
+                "task.target: it is for text to learn; with task.label and task.choices leave it out"
+            )
+        if not task.target and not (label and choices):
+            raise UserError(
+                "task.label and task.choices are not both set: task.label=label "
+                'task.choices=\'{negative: " terrible", positive: " great"}\' (or task.target for text to learn)'
+            )
+    if label and len(choices) < 2:
+        raise UserError(f"task.choices: {len(choices)} choice; at least 2 are needed")
+    for name, text in choices.items():
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"task.choices: {name} stands for {text!r}; give it some text")
+        if same := [k for k in choices if choices[k] == text and k != name]:
+            raise UserError(
+                f"task.choices: {name} and {same[0]} are both {text!r}; each needs text of its own"
+            )
+    objective = "lm" if task.target else "choice"
+    return {"objective": objective, "prompt": prompt, "label": label, "choices": choices}
+
+
+def _check_columns(key: str, rows: local.Rows, prompt: list, target: list | None, label: str | None) -> None:
+    where, first = rows[0]
+    held = sorted({column for _, row in rows for column in row})
+    wanted = [("task.prompt", c) for c in template.columns(prompt)]
+    wanted += [("task.target", c) for c in template.columns(target or [])]
+    wanted += [("task.label", label)] if label else []
+    for setting, column in wanted:
+        if column not in held:
+            name = column if setting == "task.label" else f"{{{column}}}"
+            raise UserError(
+                f"{setting}: {name} is no column of {key} ({', '.join(held)}){template.near(column, held)}"
+            )
+
+
+def _render(where: str, row: dict, prompt: list, target: list | None, settings: dict) -> dict[str, Any]:
+    read = template.columns(prompt)
+    label, choices = settings["label"], settings["choices"]
+    for column in [*read, *template.columns(target or []), *([label] if label else [])]:
+        value = row.get(column)
+        if template.missing(value):
+            raise UserError(f"{where}: column {column} is empty; fill it or leave the row out")
+        if isinstance(value, (list, dict)):
+            raise UserError(f"{where}: column {column} holds a {type(value).__name__}, not text")
+    content = [template.as_text(row[c]) for c in read] or [template.fill(target or [], row, strip=False)]
+    digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).digest()
+    text = template.fill(prompt, row, strip=True)
+    if target is None:
+        candidates, gold = list(choices.values()), _gold(where, label, row[label], list(choices))
+    else:
+        candidates, gold = [template.fill(target, row, strip=False)], 0
+    return {
+        "prompt": text,
+        "candidates": candidates,
+        "gold": gold,
+        "where": where,
+        "key": int.from_bytes(digest, "big"),
+        "words": sum(len(c.split()) for c in content),
+    }
+
+
+def _gold(where: str, column: str, value: Any, labels: list[str]) -> int:
+    """Which choice a label is: by its text, a class of the Hub by its name too, True by "true"."""
+    word = template.as_text(value).strip()
+    for name in (word, getattr(value, "name", None), word.lower() if word in ("True", "False") else None):
+        if name in labels:
+            return labels.index(name)
+    raise UserError(
+        f"{where}: {column}={word} is none of task.choices ({', '.join(labels)}){template.near(word, labels)}"
+    )

@@ -1,0 +1,200 @@
+"""Rows from the user's own data: jsonl, json, csv, tsv and parquet files, or a data set of the Hub."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from zoft.errors import UserError
+from zoft.tasks.template import near
+
+FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+Rows = list[tuple[str, dict[str, Any]]]  # (where it stands, column -> value)
+
+
+def read(key: str, place: str, subset: str | None = None, *, held_out: bool = False) -> Rows:
+    """The rows of a file, or of a Hub data set where no such file can be meant.
+
+    key: the setting it comes from ("task.train"). place: a path, or a Hub id with an optional split
+    ("stanfordnlp/sst2:validation"). subset: configuration of a Hub data set. held_out: without a split named,
+    take the Hub's validation (else test) split rather than train; [] if it has neither.
+    Returns (where, row) pairs, a missing cell being None. Errors: UserError naming the line and the fix.
+    """
+    path = Path(place).expanduser()
+    if is_file(place):
+        if subset:
+            raise UserError(f"task.subset={subset}: {key}={place} is a file; subsets are for Hub data sets")
+        rows = _file(key, path)
+    elif _means_a_file(place, path):
+        raise UserError(f"{key}={place}: {_why_no_file(path)}")
+    else:
+        return _hub(key, place, subset, held_out)
+    if not rows:
+        raise UserError(f"{key}={place}: there are no rows in it")
+    return rows
+
+
+def is_file(place: str) -> bool:
+    return Path(place).expanduser().is_file()
+
+
+def _means_a_file(place: str, path: Path) -> bool:
+    hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(:\w+)?", place)
+    return path.is_dir() or path.suffix.lower() in FORMATS or not hub_id
+
+
+def _why_no_file(path: Path) -> str:
+    if path.is_dir():
+        return f"is a folder; give one file ({', '.join(FORMATS)})"
+    if not path.parent.is_dir():
+        return f"no such file: there is no folder {path.parent}"
+    return "no such file" + near(path.name, [p.name for p in path.parent.iterdir()])
+
+
+def _file(key: str, path: Path) -> Rows:
+    kind = path.suffix.lower()
+    if kind not in FORMATS:
+        raise UserError(f"{key}={path}: unknown format {kind or '(no suffix)'}; use {', '.join(FORMATS)}")
+    if kind == ".parquet":
+        return _parquet(key, path)
+    text = _decode(path)
+    if kind in (".csv", ".tsv"):
+        return _csv(path, text, "\t" if kind == ".tsv" else ",")
+    if kind == ".json" and text.lstrip().startswith("["):
+        return _json(path, text)
+    return _jsonl(path, text)
+
+
+def _decode(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}); "
+            f"convert it: iconv -f latin1 -t utf-8 {path.name} > new{path.suffix}"
+        ) from None
+
+
+def _jsonl(path: Path, text: str) -> Rows:
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: text may hold other line separators
+        if line.strip():
+            rows.append((f"{path}:{number}", _object(f"{path}:{number}", line)))
+    return rows
+
+
+def _object(where: str, line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        said = (
+            f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "too deep"
+        )
+        raise UserError(f"{where}: bad JSON: {said}; one object a line is wanted") from None
+    if not isinstance(value, dict):
+        raise UserError(f'{where}: a {type(value).__name__}, not an object; write {{"column": value, …}}')
+    return value
+
+
+def _json(path: Path, text: str) -> Rows:
+    try:
+        items = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: bad JSON: {error.msg} at column {error.colno}") from None
+    for i, item in enumerate(items, 1):
+        if not isinstance(item, dict):
+            raise UserError(f"{path}: item {i} is a {type(item).__name__}, not an object with columns")
+    return [(f"{path}: item {i}", item) for i, item in enumerate(items, 1)]
+
+
+def _csv(path: Path, text: str, delimiter: str) -> Rows:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows: Rows = []
+    header: list[str] = []
+    start = 1
+    try:
+        for cells in reader:
+            where, start = f"{path}:{start}", reader.line_num + 1
+            if not cells:
+                continue
+            if not header:
+                header = [c.strip() for c in cells]
+                if twice := [c for c in header if header.count(c) > 1]:
+                    raise UserError(f"{where}: two columns are called {twice[0]!r}; rename one")
+                continue
+            if len(cells) != len(header):
+                raise UserError(
+                    f"{where}: {len(cells)} cells where the header has {len(header)} ({', '.join(header)}); "
+                    f'quote cells that hold a {"tab" if delimiter != "," else "comma"}: "…"'
+                )
+            rows.append((where, {c: v if v != "" else None for c, v in zip(header, cells)}))
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: bad CSV: {error}") from None
+    return rows
+
+
+def _parquet(key: str, path: Path) -> Rows:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise UserError(f"{key}={path}: reading parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        items = parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a whole parquet file: {' '.join(str(error).split())[:160]}") from None
+    return [(f"{path}: row {i}", item) for i, item in enumerate(items, 1)]
+
+
+def _hub(key: str, place: str, subset: str | None, held_out: bool) -> Rows:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{key}={place}: no such file, and for a Hub data set the datasets package is needed: pip install datasets"
+        ) from None
+    name, _, split = place.partition(":")
+    try:
+        if not split:
+            offered = datasets.get_dataset_split_names(name, subset)
+            wanted = ("validation", "test") if held_out else ("train",)
+            split = next((s for s in wanted if s in offered), "")
+            if not split and held_out:
+                return []
+            if not split:
+                raise UserError(f"{key}={place}: it has no train split; name one: {place}:{offered[0]}")
+        data = datasets.load_dataset(name, subset, split=split)
+    except (OSError, ValueError, RuntimeError) as error:  # datasets' and the Hub's errors are all of these
+        said = " ".join(str(error).split())
+        if "Config name is missing" in said or "pick one among" in said:
+            fix = "it has several configurations; name one with task.subset"
+        else:
+            fix = "give a .jsonl, .csv or .parquet file, or an id that the Hub has and can be reached for"
+        raise UserError(
+            f"{key}={place}: no such file, nor a data set to be had: {said[:200]}; {fix}"
+        ) from None
+    names = {c: f.names for c, f in data.features.items() if type(f).__name__ == "ClassLabel"}
+    return [(f"{place}[{split}] row {i}", _named(row, names)) for i, row in enumerate(data)]
+
+
+class Label(int):
+    """A class number of the Hub that knows its name: either may be a key of task.choices."""
+
+    name: str
+
+
+def _named(row: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]:
+    for column, words in names.items():
+        if row[column] is not None:
+            label = Label(row[column])
+            label.name = words[label] if 0 <= label < len(words) else ""
+            row[column] = label
+    return row

@@ -1,0 +1,74 @@
+"""Prompt templates: text with {column} in it, and nothing that could run code."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import string
+from collections.abc import Iterable
+from typing import Any
+
+from zoft.errors import UserError
+
+
+def parse(key: str, template: str) -> list[tuple[str, str | None]]:
+    """Split a template into (text, column or None) pieces; `{{` and `}}` stand for braces.
+
+    Only plain column names may stand in braces: {a.b}, {a[0]}, {a!r}, {a:>9} are refused.
+    key: the setting it comes from, for messages ("task.prompt"). Errors: UserError.
+    """
+    try:
+        pieces = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(f"{key}: {error} in {template!r}; a literal brace is written {{{{ or }}}}") from None
+    for _, column, spec, conversion in pieces:
+        if column is None:
+            continue
+        if not column:
+            raise UserError(f"{key}: empty braces in {template!r}; write the column's name: {{text}}")
+        if spec or conversion or set(column) & set(".[]{}"):
+            tail = (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            raise UserError(
+                f"{key}: {{{column}{tail}}} is more than a column's name; write {{{plain(column)}}}"
+            )
+    return [(text, column) for text, column, _, _ in pieces]
+
+
+def plain(column: str) -> str:
+    """The part of a replacement field that could be a column's name."""
+    return column.split(".")[0].split("[")[0] or "text"
+
+
+def columns(pieces: Iterable[tuple[str, str | None]]) -> list[str]:
+    """The columns that a template reads, in order, each once."""
+    return list(dict.fromkeys(c for _, c in pieces if c is not None))
+
+
+def fill(pieces: Iterable[tuple[str, str | None]], row: dict[str, Any], *, strip: bool) -> str:
+    """The template with a row's values in it; strip: blanks at a value's end are dropped."""
+    parts = []
+    for text, column in pieces:
+        parts.append(text)
+        if column is not None:
+            value = as_text(row[column])
+            parts.append(value.rstrip() if strip else value)
+    return "".join(parts)
+
+
+def as_text(value: Any) -> str:
+    """A cell as text; a whole float is written as the integer it stands for, a bool in lower case."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def near(word: str, words: Iterable[str]) -> str:
+    """A hint with the nearest of words, or nothing."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,197 @@
+"""What a run shows and writes while it goes: metrics.jsonl always, a live line, wandb when asked."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from zoft.errors import UserError
+
+QUIET_SECONDS = 10.0  # between plain lines where the output is no terminal
+LIVE_SECONDS = 0.1  # between redraws of the live line
+
+
+def require(track: str) -> None:
+    """Raise UserError when the package that `track` needs is not installed; imports nothing."""
+    import importlib.util
+
+    if track == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise UserError("track=wandb: wandb is not installed; pip install wandb, or use track=none")
+
+
+class Tracker:
+    """Writes a run's metrics; a context manager.
+
+    metrics.jsonl has a line a step, `{"step": s, "loss": …}` for the update from s to s + 1, and a line an
+    evaluation, `{"step": s, "eval": {…}}` for the weights after s updates. On resume the lines of steps that
+    the ledger does not have are dropped, so call `step` after the ledger's append and the file is never ahead.
+
+    run_dir: an existing folder. steps: of the whole run. resume_step: the ledger's next step, 0 for a new run.
+    config: shown by wandb. device: whose peak memory is shown. stream: where the live or plain lines go (stderr).
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        steps: int,
+        *,
+        track: str = "none",
+        config: Mapping[str, Any] | None = None,
+        resume_step: int = 0,
+        device: str = "cpu",
+        stream: TextIO | None = None,
+    ):
+        require(track)
+        self.steps, self.first, self.stream = steps, resume_step, stream or sys.stderr
+        self.device = device
+        path = Path(run_dir) / "metrics.jsonl"
+        if resume_step:
+            _drop_after(path, resume_step)
+        self._file = path.open("a" if resume_step else "w", encoding="utf-8")
+        self._started = self._shown = time.monotonic()
+        self._rate_from = (resume_step, self._started)  # the first step compiles kernels: leave it out
+        self._live = _live(self.stream) if self.stream.isatty() else None
+        self._wandb = _wandb(Path(run_dir), config or {}) if track == "wandb" else None
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(failed=kind is not None)
+
+    def step(self, step: int, **metrics: Any) -> None:
+        """Log the update from `step` to step + 1: loss, projected_gradient, lr, and whatever else is given."""
+        self._write({"step": step, **metrics})
+        now = time.monotonic()
+        if step == self.first:
+            self._rate_from = (step + 1, now)
+        due = LIVE_SECONDS if self._live else QUIET_SECONDS
+        if now - self._shown >= due or step in (self.first, self.steps - 1):
+            self._shown = now
+            self._show(self._line(step, metrics, now))
+
+    def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Log an evaluation of the weights after `step` updates."""
+        self._write({"step": step, "eval": dict(metrics)})
+        self.note(f"step {step}: " + ", ".join(f"{k} {short(v)}" for k, v in metrics.items()))
+
+    def note(self, text: str) -> None:
+        """A line for the reader that stays on the screen."""
+        if self._live:
+            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def close(self, failed: bool = False) -> None:
+        """Flush and close everything; twice does no harm."""
+        if self._live:
+            self._live.stop()
+        if self._wandb:
+            self._wandb.finish(exit_code=int(failed))
+        self._live = self._wandb = None
+        self._file.close()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        # JSON has no NaN: a skipped step's loss becomes null, so that every reader can read the line.
+        self._file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
+        self._file.flush()
+        if self._wandb:
+            self._wandb.log(row, step=row["step"])
+
+    def _show(self, line: str) -> None:
+        if self._live:
+            from rich.text import Text
+
+            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+        else:
+            print(line, file=self.stream, flush=True)
+
+    def _line(self, step: int, metrics: Mapping[str, Any], now: float) -> str:
+        parts = [f"step {step + 1}/{self.steps}"]
+        for name, label in (("loss", "loss"), ("projected_gradient", "pg"), ("lr", "lr")):
+            if name in metrics:
+                parts.append(f"{label} {short(metrics[name])}")
+        done, since = step + 1 - self._rate_from[0], now - self._rate_from[1]
+        if done > 0 and since > 0:
+            rate = done / since
+            parts += [f"{rate:.3g} steps/s", f"ETA {_clock((self.steps - step - 1) / rate)}"]
+        return "  ".join([*parts, f"{peak_memory_gb(self.device):.2f} GB"])
+
+
+def peak_memory_gb(device: str = "cpu") -> float:
+    """Peak memory so far in GB (1e9 bytes): what a CUDA device allocated, else the process's resident set."""
+    torch = sys.modules.get("torch")  # never the one to import it
+    if device.startswith("cuda") and torch is not None:
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        # Unlike getrusage, this starts afresh with the program and not with its parent's size.
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="ignore").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e9
+    except OSError:
+        pass
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _drop_after(path: Path, next_step: int) -> None:
+    """Keep the whole lines of steps before next_step, and of evaluations up to it."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:  # the last line of a killed run
+            continue
+        if row["step"] < next_step + ("eval" in row):
+            kept.append(line + "\n")
+    draft = path.with_name(path.name + ".new")
+    draft.write_text("".join(kept), encoding="utf-8")
+    os.replace(draft, path)
+
+
+def _live(stream: TextIO) -> Any:
+    from rich.console import Console
+    from rich.live import Live
+
+    live = Live(
+        console=Console(file=stream), auto_refresh=False, redirect_stdout=False, redirect_stderr=False
+    )
+    live.start()
+    return live
+
+
+def _wandb(run_dir: Path, config: Mapping[str, Any]) -> Any:
+    os.environ.setdefault("WANDB_MODE", "offline")  # going on line is the user's choice
+    import wandb
+
+    return wandb.init(project="zoft", name=run_dir.resolve().name, dir=str(run_dir), config=dict(config))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def short(value: Any) -> str:
+    """A number for the eye: four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

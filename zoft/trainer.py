@@ -1,0 +1,135 @@
+"""The forward-only loop that every recipe shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoft import noise, update
+from zoft.errors import UserError
+from zoft.estimator import finite, two_sided
+from zoft.ledger import Ledger, Record
+from zoft.objective import Batch, losses
+from zoft.probe import InPlace, Probe, ProbeAxis
+
+SKIPS_MAX = 20  # non-finite steps in a row that stop a run
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a step needs to know; lr and eps as in the papers, warmup in steps (or a share of them, below 1)."""
+
+    seed: int
+    steps: int
+    lr: float
+    eps: float
+    q: int = 1
+    schedule: str = "constant"
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    probes_per_forward: int = 2
+
+
+class Trainer:
+    """Zeroth-order training of a model from losses at θ ± eps·z alone.
+
+    axis: how the model is run at a probe (probe.ProbeAxis or probe.InPlace). batches(step) -> the step's
+    microbatches, all of which see the same directions. ledger: open for appending, it is the run; None only to replay.
+    Source: MeZO (arXiv 2305.17333), Algorithm 1 and, for q > 1, Algorithm 2 with one batch for all directions.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        axis: ProbeAxis | InPlace,
+        batches: Callable[[int], Sequence[Batch]],
+        ledger: Ledger | None,
+        settings: Settings,
+        forward: Callable[[nn.Module, Batch], tuple[torch.Tensor, torch.Tensor]] = losses,
+    ) -> None:
+        self.model, self.axis, self.batches, self.ledger, self.settings = (
+            model,
+            axis,
+            batches,
+            ledger,
+            settings,
+        )
+        self.forward = forward
+        self.next = 0  # the step to be taken
+        self.forwards = 0  # examples × probes so far
+        self.skipped_in_a_row = 0
+
+    def step(self) -> dict[str, Any]:
+        """One update of θ from 2q losses; returns what a log line wants."""
+        s, t = self.settings, self.next
+        probes = [Probe(k, sign * s.eps) for k in range(s.q) for sign in (1.0, -1.0)]  # [2q]
+        values = self.losses_at(t, probes, self.batches(t))  # [2q]
+        coefficients = two_sided(values, s.eps)  # [q]
+        lr = update.lr_at(t, lr=s.lr, steps=s.steps, schedule=s.schedule, warmup=s.warmup)
+        change = update.make_update(t, s.seed, coefficients, lr=lr, weight_decay=s.weight_decay)
+        good = finite(
+            [*values, *change.multipliers]
+        )  # a multiplier may overflow fp32 where its losses do not
+        multipliers = change.multipliers if good else (0.0,) * s.q
+        assert self.ledger is not None, "a step is written down"
+        self.ledger.append(Record(t, multipliers, change.decay if good else 1.0, tuple(values), not good, lr))
+        if good:  # the step is now a fact; the next reader of each tensor applies it
+            self.axis.commit(change)
+        self.next, self.skipped_in_a_row = t + 1, 0 if good else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= SKIPS_MAX:
+            raise UserError(
+                f"lr={s.lr:g}, eps={s.eps:g}: the loss was not finite for {SKIPS_MAX} steps in a row; "
+                "the weights are as before them: lower lr, or compute=fp32"
+            )
+        slope = sum(c * s.q for c in coefficients) / s.q
+        return {
+            "step": t,
+            "loss": sum(values) / len(values),
+            "projected_gradient": slope,
+            "lr": lr,
+            "skipped": not good,
+        }
+
+    @torch.no_grad()
+    def losses_at(self, step: int, probes: Sequence[Probe], batches: Sequence[Batch]) -> list[float]:
+        """Mean loss of the microbatches at each probe, as Σ sums / Σ counts in fp64; [len(probes)]."""
+        group = self.settings.probes_per_forward
+        totals = torch.zeros(len(probes), 2, dtype=torch.float64)
+        for i in range(0, len(probes), group):
+            here = probes[i : i + group]
+            for batch in batches:
+                with self.axis.at(step, here, batch.rows):
+                    sums, counts = self.forward(self.model, batch.repeat(len(here)))  # [P·E], [P·E]
+                both = torch.stack([sums, counts], -1).view(len(here), -1, 2)
+                totals[i : i + group] += both.double().sum(1).cpu()
+                self.forwards += batch.examples * len(here)
+        self.axis.settle()
+        return (totals[:, 0] / totals[:, 1]).tolist()
+
+    def run(
+        self, on_step: Callable[[dict[str, Any]], None] = lambda metrics: None, until: int | None = None
+    ) -> None:
+        """Steps until `until` (default: settings.steps); the weights are up to date on return and on exceptions."""
+        try:
+            while self.next < (self.settings.steps if until is None else until):
+                on_step(self.step())
+        finally:
+            self.axis.flush()
+
+    def replay(self, records: Sequence[Record], on_step: Callable[[int], None] = lambda step: None) -> None:
+        """Repeat the updates of a ledger's records in order: θ, momentum and counters as the run had them."""
+        for record in records:
+            assert record.step == self.next, (record.step, self.next)
+            self.axis.repeat_step(record.step, self.settings.q, self.settings.eps)
+            if not record.skipped:
+                self.axis.commit(
+                    noise.Update(record.step, self.settings.seed, record.multipliers, record.decay)
+                )
+            self.next += 1
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if record.skipped else 0
+            on_step(record.step)
+        self.axis.flush()
