@@ -35,7 +35,7 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
         return evaluate.evaluate(model, held_out, train, context=axis.clean)
 
     with runs.session(config, setup.header(config, base, trained), resume) as s:
-        trainer = Trainer(model, axis, setup.batches(config, train), s.ledger, setup.settings(config))
+        trainer = setup.trainer(config, model, axis, train, s.ledger)
         result = runs.fit(trainer, s, score)
         return runs.finish(s, model, tokenizer, result)
 

@@ -69,43 +69,41 @@ def rates(device: str, n: int, repeats: int) -> None:
 
 
 @numba.njit
-def _radius_error(lo, hi, stride):
-    worst, largest, at = 0.0, 0.0, 0
-    for word in range(lo, hi, stride):
-        u = np.float64(np.float32(np.float32(np.uint32(word)) * np.float32(2.0**-32) + np.float32(2.0**-33)))
-        r = np.float64(kernels.radius(np.uint32(word)))
-        error = abs(r - math.sqrt(-2 * math.log(u)))
-        if not error <= worst:
-            worst, at = error, word
-        largest = max(largest, r)
-    return worst, largest, at
+def _factors(words):
+    """Radius of the upper half of each word; cosine and sine of its lower 15 bits."""
+    out = np.empty((3, len(words)), np.float32)
+    for i in range(len(words)):
+        out[0, i] = kernels.radius(words[i])
+        out[1, i], out[2, i] = kernels.half_turn(words[i])
+    return out
 
 
 @numba.njit
-def _angle_error(lo, hi, stride):
-    worst, at = 0.0, 0
-    for word in range(lo, hi, stride):
-        v = 2 * math.pi * np.float64(np.float32(np.int32(word))) * 2.0**-32
-        c, s = kernels.cos_sin(np.uint32(word))
-        error = max(abs(np.float64(c) - math.cos(v)), abs(np.float64(s) - math.sin(v)))
-        if not error <= worst:
-            worst, at = error, word
-    return worst, at
+def _product_errors(r, angles, exact_r, exact_angles):
+    """Largest and mean square of |fl(r·angle) - exact|."""
+    worst, squares = 0.0, 0.0
+    for i in range(len(r)):
+        for k in range(len(angles)):
+            error = abs(np.float64(r[i] * angles[k]) - exact_r[i] * exact_angles[k])
+            worst = max(worst, error)
+            squares += error * error
+    return worst, squares / len(r) / len(angles)
 
 
 def exhaustive() -> None:
-    """Every value that fl32(word) takes: words below 2²⁴, then the multiples of one unit in the last place."""
-    spans = [(0, 2**24, 1)] + [(2**k, 2 ** (k + 1), 2 ** (k - 23)) for k in range(24, 32)]
-    radius = [_radius_error(*span) for span in spans] + [_radius_error(2**32 - 300, 2**32, 1)]
-    signed = [s for s in spans if s[1] <= 2**31]
-    angle = [_angle_error(*s) for s in signed] + [_angle_error(-s[1], -s[0] + 1, s[2]) for s in signed]
-    r_error, r_largest, _ = max(radius)
-    a_error, _ = max(angle)
-    r_largest = max(r[1] for r in radius)
-    print(f"radius: largest error {r_error:.3g}, largest value {r_largest:.4f}; cosine, sine: {a_error:.3g}")
+    """Every word: 65,536 radii times 32,768 angles and the same half a turn back (which changes only signs)."""
+    half = np.arange(2**16, dtype=np.uint32)
+    radius = _factors(half << 16)[0]
+    angles = _factors(half[: 2**15])[1:].ravel()
+    v = 2 * np.pi * (half[: 2**15] + 0.5) / 2**16
+    exact_radius = np.sqrt(-2 * np.log((half + 0.5) / 2**16))
+    exact_angles = np.concatenate([np.cos(v), np.sin(v)])
     print(
-        f"|z - exact z| <= {r_error + r_largest * a_error + 2.0**-22:.3g}, the rounding of the product included"
+        f"radius: largest error {np.abs(radius - exact_radius).max():.3g}, largest value {radius.max():.5f}"
     )
+    print(f"cosine, sine: largest error {np.abs(angles - exact_angles).max():.3g}")
+    worst, square = _product_errors(radius, angles, exact_radius, exact_angles)
+    print(f"|z - exact z|: largest {worst:.3g}, root mean square {math.sqrt(square):.3g}")
 
 
 def main() -> None:

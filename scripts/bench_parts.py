@@ -165,7 +165,7 @@ def trainer_step(
             with Ledger.create(
                 Path(folder) / "ledger", setup.header(config, "random weights", trained)
             ) as ledger:
-                trainer = Trainer(model, axis, setup.batches(config, rows), ledger, setup.settings(config))
+                trainer = setup.trainer(config, model, axis, rows, ledger)
                 found = _timed(trainer, ledger, device, seconds, steps)
                 used = ledger.records[-1]
                 found |= {"losses": list(used.losses), "skipped": sum(r.skipped for r in ledger.records)}

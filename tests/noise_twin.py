@@ -39,18 +39,19 @@ def _words(index, per_counter, tid, purpose, key):
 
 
 def uniform(word):
-    """u in (0, 1] as the fp32 that the specification says, from one word."""
-    return np.float32(np.float32(np.float32(word) * np.float32(2.0**-32)) + np.float32(2.0**-33))
+    """u in (0, 1), exactly, from one word."""
+    return (word // 2**16 + 0.5) / 2**16
 
 
 def turn(word):
-    """v in [-½, ½] turns, fp32, from one word."""
-    return np.float32(np.float32(word - 2**32 if word >= 2**31 else word) * np.float32(2.0**-32))
+    """v in (-½, ½) turns, exactly, from one word."""
+    j = word % 2**16
+    return ((j - 2**16 if j >= 2**15 else j) + 0.5) / 2**16
 
 
-def gaussian_pair(a, b):
-    """The exact (fp64) pair of the fp32 u and v of two words."""
-    r, angle = math.sqrt(-2 * math.log(float(uniform(a)))), 2 * math.pi * float(turn(b))
+def gaussian_pair(word):
+    """The exact (fp64) pair of elements that one word makes."""
+    r, angle = math.sqrt(-2 * math.log(uniform(word))), 2 * math.pi * turn(word)
     return r * math.cos(angle), r * math.sin(angle)
 
 
@@ -62,11 +63,8 @@ def z(index, tid, key, noise):
         return np.array(
             [1.0 if int(w[i % 128 // 32]) >> (i % 32) & 1 else -1.0 for i, w in zip(index, words)]
         )
-    out = []
-    for i, w in zip(index, _words(index, 4, tid, 0, key)):
-        pair = (int(w[0]), int(w[1])) if i % 4 < 2 else (int(w[2]), int(w[3]))
-        out.append(gaussian_pair(*pair)[i % 2])
-    return np.array(out)
+    words = _words(index, 8, tid, 0, key)
+    return np.array([gaussian_pair(int(w[i % 8 // 2]))[i % 2] for i, w in zip(index, words)])
 
 
 def rounding_bits(index, tid, key):
@@ -76,24 +74,26 @@ def rounding_bits(index, tid, key):
 
 
 def round_stochastic(x, r, dtype):
-    """x fp32 [n] with bits r [n], to the grid of dtype: fp64 [n]. In units of the grid, exactly, in fp64."""
+    """Finite x fp32 [n] with bits r [n], to the grid of dtype: fp64 [n]. In units of the grid."""
     significand, smallest, bits = {torch.bfloat16: (8, -126, 16), torch.float16: (11, -14, 13)}[dtype]
-    out = []
-    for value, noise in zip(np.asarray(x, np.float64), r):
-        if not math.isfinite(value):
-            out.append(value)
-            continue
-        exponent = math.frexp(value)[1] - 1
-        normal = exponent >= smallest
-        unit = 2.0 ** (max(exponent, smallest) - significand + 1)
-        chance = (noise >> (16 - bits)) / 2**bits if normal else noise / 2**16
-        magnitude = math.floor(abs(value) / unit + chance) * unit
-        if dtype is torch.float16:
-            magnitude = min(magnitude, 65504.0)
-        elif magnitude > 3.3895313892515355e38:
-            magnitude = math.inf
-        out.append(math.copysign(magnitude, value))
-    return np.array(out)
+    x = np.asarray(x, np.float32)
+    assert np.isfinite(x).all()
+
+    def unit(size):
+        exponent = np.where(size == 0, smallest, np.frexp(size)[1] - 1)
+        return np.ldexp(1.0, np.maximum(exponent, smallest) - significand + 1)
+
+    size = np.abs(x).astype(np.float64)
+    part = (np.asarray(r) >> (16 - bits)) / 2**bits * unit(size)  # exact in fp32 too
+    if dtype is torch.float16:
+        with np.errstate(over="ignore"):
+            size = np.minimum(np.abs(x) + part.astype(np.float32), np.float32(2.0**127)).astype(np.float64)
+        size = np.minimum(np.floor(size / unit(size)) * unit(size), 65504.0)
+    else:
+        size = size + part  # exact: bf16's grid and r's fit in fp64 together
+        size = np.floor(size / unit(size)) * unit(size)
+        size[size >= 2.0**128] = np.inf
+    return np.copysign(size, x)
 
 
 def numbers(tensor):

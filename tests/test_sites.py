@@ -129,6 +129,25 @@ class BiasTable(nn.Module):
         return x + (bias.softmax(-1) @ y).transpose(1, 2).flatten(-2)
 
 
+class TurnedTable(nn.Module):
+    """One row that is not a row of the batch: expanding it to rows breaks its reader, not itself."""
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = parameter(1, H)
+
+        def forward(self):
+            return self.weight * 2
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.mix = self.Inner(), nn.Linear(H, H)
+
+    def forward(self, x):
+        return self.mix(x) @ (self.inner().T @ self.inner())
+
+
 class CountedPositions(nn.Module):
     """Takes the number of rows as a number."""
 
@@ -331,7 +350,7 @@ class Unread(nn.Module):
     "body, site",
     [
         (RowsInDimOne, "body.inner"), (Heads, "body.inner"), (HeadMajor, "body"), (Ragged, "body"),
-        (Positions, "body.table"), (FlatPositions, "body.table"), (BiasTable, "body"),
+        (TurnedTable, "body"), (Positions, "body.table"), (FlatPositions, "body.table"), (BiasTable, "body"),
         (CountedPositions, "body.table"), (ChildsWeight, "body"), (Transposed, "body"), (WeightNorm, "body.inner"),
         (Twice, "body.inner"), (InPlaceInput, "body.scale"), (SharedInput, "body"),
         (Boxed, "body"), (Cached, "body"), (AuxiliaryScalar, "body.inner"),
@@ -339,6 +358,34 @@ class Unread(nn.Module):
 )  # fmt: skip
 def test_difficult_modules_are_exact(body, site):
     check(body, site=site)
+
+
+class Nested(nn.Module):
+    """Reads a tensor of its own around children that are called twice, one of them within another site."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain, self.inner, self.deep = parameter(H), nn.Linear(H, H), Ragged()
+
+    def forward(self, x):
+        return self.deep(self.inner(x * (1 + self.gain)) + self.inner(x)) * self.gain
+
+
+def test_the_note_names_who_was_promoted():
+    assert "body.inner" in check(TurnedTable).found.note
+    assert "body.inner does not keep rows in order: body works per probe" in check(HeadMajor).found.note
+
+
+def test_sites_within_a_site_keep_scratch_small():
+    made = check(Nested, site="body")
+    outer = {s.name: [t.name for t in s.trained] for s in made.found.sites if s.outer}
+    assert outer["body"] == ["body.gain"]
+    assert {"body.inner", "body.deep.gate", "body.deep.experts.0"} <= {
+        s.name for s in made.found.sites if not s.outer
+    }
+    # Two probes of the head (99 x 8 and 99 numbers of 4 bytes, each rounded up to 64); the body needs less.
+    assert made.axis.scratch_bytes == 2 * (3200 + 448)
+    assert [a.numel() for a in made.axis._arenas] == [made.axis.scratch_bytes]
 
 
 def test_a_number_that_mixes_rows_is_not_stacked():
@@ -472,6 +519,9 @@ def test_random_forwards_are_run_one_probe_at_a_time():
     assert not found.stacked and "from one forward to the next" in found.note
 
 
+ROWS_OF = probe._rows_of
+
+
 def swapped(flat, call, index, count, name=""):
     return ROWS_OF(flat, call, count - 1 - index if count > 1 else index, count, name)
 
@@ -482,9 +532,6 @@ def shifted(flat, call, index, count, name=""):
 
 def first_only(flat, call, index, count, name=""):
     return ROWS_OF(flat, call, 0, count, name)
-
-
-ROWS_OF = probe._rows_of
 
 
 @pytest.mark.parametrize("wrong", [swapped, shifted, first_only])

@@ -13,11 +13,11 @@ from zoft.probe import Probe, ProbeAxis
 VOCAB, SEED, STEP = 99, 11, 5
 EPS = 1e-2
 PROBES = [Probe(0, EPS), Probe(0, -EPS), Probe(1, EPS), Probe(1, -EPS), Probe(1, 8 * EPS)]
-SIZES = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB,
-    max_position_embeddings=64,
-)  # fmt: skip
-SPECIAL = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 @dataclass

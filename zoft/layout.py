@@ -102,10 +102,10 @@ def compare(small: Seen, double: Seen, lift: bool = False) -> Call | str:
     if small.spec != double.spec:
         return "is called with other arguments for 2n rows"
     inputs, outputs = dims(small.inputs, double.inputs), dims(small.outputs, double.outputs)
-    for d in (inputs, outputs):
-        if isinstance(d, str):
-            return d
-    assert not isinstance(inputs, str) and not isinstance(outputs, str)
+    if isinstance(inputs, str):
+        return inputs
+    if isinstance(outputs, str):
+        return outputs
     for d, x, y in zip(inputs, small.inputs, double.inputs, strict=True):
         if d in (NO_ROWS, ONE):
             if x.kind == "changed":
@@ -158,10 +158,11 @@ def dims(small: list[Leaf], double: list[Leaf]) -> list[int] | str:
 def leaf(x: Any, like: Leaf | None = None) -> Leaf:
     """What to keep of x, sampled where `like` was if it has room for that."""
     if isinstance(x, torch.Tensor):
-        shape, places = tuple(x.shape), ()
-        fits = like is not None and like.shape is not None and len(like.shape) == len(shape)
-        if fits and all(a <= b for a, b in zip(like.shape, shape, strict=True)):  # type: ignore[union-attr, arg-type]
-            places = like.places  # type: ignore[union-attr]
+        shape = tuple(x.shape)
+        places: tuple[torch.Tensor, ...] = ()
+        model = like.shape if like is not None else None
+        if like and model and len(model) == len(shape) and all(a <= b for a, b in zip(model, shape)):
+            places = like.places
         elif x.numel() and shape:
             picked = torch.arange(x.numel())
             if x.numel() > SAMPLES:

@@ -20,6 +20,7 @@ def _norm(
     y,
     rows,
     width,
+    stride,
     eps,
     MEAN: tl.constexpr,
     PLUS: tl.constexpr,
@@ -35,9 +36,9 @@ def _norm(
     if MEAN:
         v = tl.where(inside, v - tl.sum(v) / width, 0.0)
     scale = tl.rsqrt(tl.sum(v * v) / width + eps)
-    out = v * scale * (tl.load(w + p * width + i, mask=inside, other=0.0) + PLUS)
+    out = v * scale * (tl.load(w + p * stride + i, mask=inside, other=0.0) + PLUS)
     if BIAS:
-        out += tl.load(b + p * width + i, mask=inside, other=0.0)
+        out += tl.load(b + p * stride + i, mask=inside, other=0.0)
     tl.store(y + r * width + i, out.to(y.dtype.element_ty), mask=inside)
 
 
@@ -46,15 +47,17 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str) 
 
     layer: (x − mean)/√(var + eps)·w + b;  rms: x/√(mean x² + eps)·w;  rms1: x/√(mean x² + eps)·(1 + w)
 
-    x: [P·n, …, H] on a GPU, contiguous; weight, bias: fp32 [P, H]. Returns x's shape and dtype.
+    x: [P·n, …, H] on a GPU; weight, bias: fp32 [P, H], rows at one stride. Returns x's shape and dtype.
+    Raises nothing for any shape; a row is at most WIDTH_MAX wide (`kind_of` sees to it).
     """
     x = x.contiguous()
     width = x.shape[-1]
     lines = x.numel() // width
     y = torch.empty_like(x)
+    assert bias is None or bias.stride() == weight.stride(), (weight.stride(), bias.stride())
     block = triton.next_power_of_2(width)
     _norm[(lines,)](
-        x, weight, bias if bias is not None else weight, y, lines // weight.shape[0], width, eps,
+        x, weight, bias if bias is not None else weight, y, lines // weight.shape[0], width, weight.stride(0), eps,
         MEAN=kind == "layer", PLUS=1.0 if kind == "rms1" else 0.0, BIAS=bias is not None, BLOCK=block,
         num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip

@@ -73,6 +73,10 @@ class Batch:
             gold=self.gold.repeat(probes),
         )
 
+    def unmasked(self) -> Batch:
+        """Without the attention mask: the same losses where no token sees what is to its right (padding is)."""
+        return replace(self, inputs={k: v for k, v in self.inputs.items() if k != "attention_mask"})
+
     def to(self, device: torch.device | str) -> Batch:
         moved: Any = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, inputs={k: v.to(device) for k, v in self.inputs.items()}, **moved)

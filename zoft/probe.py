@@ -49,6 +49,7 @@ class ProbeAxis:
         self.updates: list[noise.Update] = []  # committed, and lacked by some tensor
         self.step, self.batch_rows = 0, 0
         self.probes: tuple[Probe, ...] = CLEAN
+        self.first = 0  # index of probes[0] in the forward's list: within a site, one probe of it runs
         self._active = False  # within `at`
         self._calls: dict[Site, int] = {}
         _choose_compute(self.trained, self.sites)
@@ -73,7 +74,7 @@ class ProbeAxis:
         )
         self._active = True
         self.step, self.probes, self.batch_rows = step, tuple(probes), rows
-        own = {s: s.module.__dict__.get("forward") for s in self.sites}
+        own: dict[Site, Any] = {s: s.module.__dict__.get("forward") for s in self.sites}
         try:
             for t in self.trained:
                 t.param.data = self._blank[t.id]
@@ -82,7 +83,7 @@ class ProbeAxis:
             self._calls = dict.fromkeys(self.sites, 0)
             yield
         finally:
-            self._active, self._used = False, 0
+            self._active, self._used, self.first = False, 0, 0
             del self._arenas[:-1]
             for s in self.sites:
                 if own[s] is None:
@@ -123,16 +124,16 @@ class ProbeAxis:
         """(first index, probes) of each run of at most two probes that share a direction, hence one draw of z."""
         i = 0
         while i < len(self.probes):
-            n = (
-                2
-                if i + 1 < len(self.probes) and self.probes[i + 1].direction == self.probes[i].direction
-                else 1
-            )
+            pair = [p.direction for p in self.probes[i : i + 2]]
+            n = 2 if len(pair) == 2 and pair[0] == pair[1] else 1
             yield i, list(self.probes[i : i + n])
             i += n
 
-    def perturbed(self, tensors: list[Trained], group: list[Probe]) -> list[list[torch.Tensor]]:
-        """For each probe of the group, θ + s·z of the tensors in order, in scratch that the next call reuses."""
+    def perturbed(self, tensors: list[Trained], group: list[Probe], first: int) -> list[torch.Tensor]:
+        """[G, *shape] for each tensor: θ + s·z at the probes of the group, in scratch that the next call reuses.
+
+        first: index of the group's first probe among axis.probes.
+        """
         need = self._used + sum(_bytes(t) for t in tensors) * len(group)
         if not self._arenas or self._arenas[-1].numel() < need:
             device = self.trained[0].stored.device
@@ -142,21 +143,30 @@ class ProbeAxis:
             size = t.stored.numel() * t.compute.itemsize * len(group)
             out = self._arenas[-1][offset : offset + size].view(t.compute).view(len(group), *t.stored.shape)
             offset += _bytes(t) * len(group)
-            due = update.due(t, self.updates, self.beta)
-            noise.perturb(
-                t.stored, t.id, out, group, seed=self.seed, step=self.step, noise=self.kind,
-                updates=due, momentum=t.momentum, beta=self.beta,
-            )  # fmt: skip
-            update.mark(t, self.updates)
+            self._fill(t, out, group, first)
             made.append(out)
-        return [[out[i] for out in made] for i in range(len(group))]
+        return made
 
-    def rows(self, t: Trained, rows: torch.Tensor, probe: Probe) -> torch.Tensor:
-        """[N, D] rows of θ + s·z of a matrix, noise made for these rows only."""
+    def _fill(self, t: Trained, out: torch.Tensor, group: list[Probe], first: int) -> None:
+        """One pass over θ: the updates it lacks, then the probes of the group into out [G, *shape]."""
+        noise.perturb(
+            t.stored, t.id, out, group, seed=self.seed, step=self.step, noise=self.kind,
+            updates=update.due(t, self.updates, self.beta), momentum=t.momentum, beta=self.beta,
+        )  # fmt: skip
+        update.mark(t, self.updates)
+
+    def gathered(self, t: Trained, rows: torch.Tensor, group: list[Probe], first: int) -> torch.Tensor:
+        """[G, N, D]: rows [G, N] of θ + s·z of a matrix at the probes of the group, noise made for these rows only."""
         update.advance(t, self.updates, self.kind, self.beta)
-        out = torch.empty(rows.numel(), t.stored.shape[1], dtype=t.compute, device=t.stored.device)
-        noise.gather(t.stored, t.id, rows, out, *probe, seed=self.seed, step=self.step, noise=self.kind)
+        out = torch.empty(*rows.shape, t.stored.shape[1], dtype=t.compute, device=t.stored.device)
+        where: dict[str, Any] = {"seed": self.seed, "step": self.step, "noise": self.kind}
+        for i, probe in enumerate(group):
+            noise.gather(t.stored, t.id, rows[i].contiguous(), out[i], *probe, **where)
         return out
+
+    def shortcut(self, site: Site) -> Callable | None:
+        """A direct route for this site, or None: its own forward, once per probe."""
+        return _fast(site)
 
     def in_scratch(self, x: torch.Tensor) -> bool:
         return any(x.untyped_storage().data_ptr() == a.untyped_storage().data_ptr() for a in self._arenas)
@@ -280,7 +290,7 @@ def _owns(site: Site) -> bool:
 
 def _route(axis: ProbeAxis, site: Site) -> Callable:
     inner = site.module.forward
-    fast = _fast(site)
+    fast = axis.shortcut(site)
 
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -302,7 +312,7 @@ def _general(
 
     Sites within it run meanwhile, at that one probe.
     """
-    probes, used = axis.probes, axis._used
+    probes, used, outer = axis.probes, axis._used, axis.first
     count = len(probes)
     before = [t.param.data for t in site.trained]
     upcast = _runs_fp32(site) and all(t.compute == torch.float32 for t in site.trained)
@@ -318,12 +328,12 @@ def _general(
     parts = []
     try:
         for first, group in list(axis.groups()):
-            made = axis.perturbed(site.trained, group)
+            made = axis.perturbed(site.trained, group, first)
             axis._used = used + len(group) * sum(_bytes(t) for t in site.trained)
-            for i, tensors in enumerate(made):
-                axis.probes = (group[i],)
-                for t, scratch in zip(site.trained, tensors, strict=True):
-                    t.param.data = scratch
+            for i in range(len(group)):
+                axis.probes, axis.first = (group[i],), outer + first + i
+                for t, scratch in zip(site.trained, made, strict=True):
+                    t.param.data = scratch[i]
                 a, kw = tree_unflatten(_rows_of(flat, call, first + i, count, site.name), spec)
                 out, out_spec = tree_flatten(inner(*a, **kw))
                 if upcast and narrow is not None:
@@ -334,9 +344,9 @@ def _general(
                 parts.append(
                     [x.clone() if isinstance(x, torch.Tensor) and axis.in_scratch(x) else x for x in out]
                 )
-            axis.probes, axis._used = probes, used
+            axis.probes, axis._used, axis.first = probes, used, outer
     finally:
-        axis.probes, axis._used = probes, used
+        axis.probes, axis._used, axis.first = probes, used, outer
         for t, data in zip(site.trained, before):
             t.param.data = data
     if call is None:
@@ -361,7 +371,7 @@ def _rows_of(flat: list, call: Call | None, probe: int, count: int, name: str = 
     if call is None:
         return flat
     assert len(flat) == len(call.inputs), (len(flat), len(call.inputs))
-    out = []
+    out: list[Any] = []
     for leaf, (x, dim) in enumerate(zip(flat, call.inputs, strict=True)):
         if dim == COUNT:
             if not isinstance(x, int) or x % count:
@@ -402,7 +412,7 @@ def _late(x: torch.Tensor, flat: list, call: Call, count: int, name: str) -> int
 
 def _join(parts: list[list], call: Call, rows: int, name: str = "", shared: bool = False) -> list:
     """One result of all probes' results, probe-major; `shared`: what came in were no rows but one for all."""
-    joined = []
+    joined: list[Any] = []
     if any(len(p) != len(call.outputs) for p in parts):
         raise Unfit(f"{name} returns {[len(p) for p in parts]} values, {len(call.outputs)} when calibrated")
     for leaf, dim in enumerate(call.outputs):
@@ -452,19 +462,21 @@ def _product(
     y = None
     for first, group in axis.groups():
         dense = [t for t in (weight if tokens is None else None, bias) if t is not None]
-        for i, tensors in enumerate(axis.perturbed(dense, group)):
-            made = dict(zip((t.id for t in dense), tensors, strict=True))
-            if weight is None:
-                w = module.weight if tokens is None else module.weight[tokens]
-            else:
-                w = made[weight.id] if tokens is None else axis.rows(weight, tokens, group[i])
-            b = module.bias if bias is None else made[bias.id]
-            w = w.t() if transposed else w  # [in, out]
-            if y is None:
-                y = x.new_empty(*xs.shape[:2], w.shape[1])  # [P, n, out]
-            torch.mm(xs[first + i], w, out=y[first + i])
-            if b is not None:
-                y[first + i] += b if tokens is None else b[tokens]
+        made = dict(zip((t.id for t in dense), axis.perturbed(dense, group, first), strict=True))
+        if weight is None:
+            w = (module.weight if tokens is None else module.weight[tokens]).expand(len(group), -1, -1)
+        elif tokens is None:
+            w = made[weight.id]  # [G, out, in]
+        else:
+            w = axis.gathered(weight, tokens.expand(len(group), -1), group, first)
+        w = w.mT if transposed else w  # [G, in, out]
+        if y is None:
+            y = x.new_empty(*xs.shape[:2], w.shape[-1])  # [P, n, out]
+        for i in range(len(group)):
+            torch.mm(xs[first + i], w[i], out=y[first + i])
+        if module.bias is not None:
+            b = module.bias[None] if bias is None else made[bias.id]  # [G, out] or [1, out]
+            y[first : first + len(group)] += (b if tokens is None else b[:, tokens])[:, None]
     assert y is not None
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -472,6 +484,5 @@ def _product(
 def _embedding(axis: ProbeAxis, site: Site, input: torch.Tensor) -> torch.Tensor:
     """Rows of W + s_p Z for each probe's own ids: noise is made for the gathered rows only."""
     (t,) = site.trained
-    each = input.reshape(len(axis.probes), -1)  # [P, n]
-    rows = [axis.rows(t, each[i], probe) for i, probe in enumerate(axis.probes)]
-    return torch.cat(rows).view(*input.shape, -1)
+    rows = axis.gathered(t, input.reshape(len(axis.probes), -1), list(axis.probes), 0)  # [P, n, D]
+    return rows.view(*input.shape, -1)

@@ -16,11 +16,12 @@ from zoft.config import Config
 from zoft.data_order import batch_indices
 from zoft.encode import Example, encode
 from zoft.errors import UserError
+from zoft.ledger import Ledger
 from zoft.objective import Batch, collate, losses
 from zoft.probe import InPlace, ProbeAxis
 from zoft.space import Trained
 from zoft.tasks import TaskData
-from zoft.trainer import Settings
+from zoft.trainer import Settings, Trainer
 
 FROZEN_BYTES = 1 << 30  # kept outputs of frozen blocks; rows beyond it are computed again each time
 # What a ledger's header says of the run, beside the base and the trained tensors.
@@ -148,6 +149,10 @@ def placed(
     common: dict[str, Any] = {"seed": config.seed, "kind": config.noise, "beta": config.momentum}
     if inplace:
         return replace(config, probes_per_forward=1), trained, InPlace(trained, **common)
+    if config.device.startswith("cuda") and config.storage != "fp64":
+        from zoft.device import DeviceAxis
+
+        return config, trained, DeviceAxis(trained, sites, q=config.q, eps=config.eps, **common)
     return config, trained, ProbeAxis(trained, sites, **common)
 
 
@@ -157,6 +162,36 @@ def calibration(small: Batch) -> tuple[Batch, Batch]:
     double = small.repeat(2)
     double.inputs["input_ids"][len(ids) :] = ids.flip(1)
     return small, double
+
+
+def trainer(
+    config: Config, loaded: nn.Module, made: ProbeAxis | InPlace, train: Sequence[Example], ledger: Ledger
+) -> Trainer:
+    """The trainer of a run: on a GPU, one whose steps are captured."""
+    at = batches(config, train)
+    if not config.device.startswith("cuda") or config.perturb == "inplace" or config.storage == "fp64":
+        return Trainer(loaded, made, at, ledger, settings(config))
+    from zoft.captured import CapturedTrainer
+    from zoft.device import DeviceAxis
+
+    assert isinstance(made, DeviceAxis), type(made)
+    why = "cache_frozen looks rows up on the CPU" if config.cache_frozen else ""
+    if not why and mask_is_idle(config, loaded, made, train):
+        plain, at = at, lambda step: [b.unmasked() for b in plain(step)]
+    return CapturedTrainer(loaded, made, at, ledger, settings(config), capture=why)
+
+
+@torch.no_grad()
+def mask_is_idle(config: Config, loaded: nn.Module, made: ProbeAxis, train: Sequence[Example]) -> bool:
+    """Whether padding on the right changes nothing, as in a causal model: then attention needs no mask."""
+    by_length = sorted(train, key=lambda e: e.length)
+    batch = collate([by_length[0], by_length[-1]]).to(config.device)
+    with made.clean(batch.rows):
+        masked = losses(loaded, batch)[0]
+    with made.clean(batch.rows):
+        plain = losses(loaded, batch.unmasked())[0]
+    tolerance = 1e-4 if config.compute == "fp32" else 0.02
+    return bool(((masked - plain).abs() <= tolerance * (1 + masked.abs())).all())
 
 
 def batches(config: Config, train: Sequence[Example]) -> Callable[[int], list[Batch]]:

@@ -124,7 +124,10 @@ def promote(
         return Found(found.sites, False, "one probe a forward: rows could not be told apart", found.unread)
     served = {t.id for s in sites for t in s.trained}
     unread = [t for t in found.unread if t.id not in served]
-    return Found(sites, True, "row-free sites work through their callers", unread)
+    gone = sorted({s.name for s in found.sites if s.outer} - {s.name for s in sites if s.outer})
+    return Found(
+        sites, True, f"{', '.join(gone)} give what no rows tell apart: their callers work per probe", unread
+    )
 
 
 def watch(model: nn.Module, trained: Sequence[Trained], forward: Callable[[], Any]) -> Reads:
@@ -222,9 +225,9 @@ def _assign(
         owned.setdefault(stack[-1], set()).add(i)
     taken = set().union(*owned.values()) if owned else set()
     index = {id(t.param): i for i, t in enumerate(trained)}
-    for module in outer:
-        owned[module] |= {
-            i for p in module.parameters() if (i := index.get(id(p))) is not None and i not in taken
+    for site in outer:
+        owned[site] |= {
+            j for p in site.parameters() if (j := index.get(id(p))) is not None and j not in taken
         }
     names = {m: n for n, m in model.named_modules()}
     return [

@@ -63,7 +63,7 @@ class Trainer:
         self.forwards = 0  # examples × probes so far
         self.skipped_in_a_row = 0
 
-    def step(self) -> dict[str, Any]:
+    def step(self) -> dict[str, Any] | None:
         """One update of θ from 2q losses; returns what a log line wants."""
         s, t = self.settings, self.next
         probes = [Probe(k, sign * s.eps) for k in range(s.q) for sign in (1.0, -1.0)]  # [2q]
@@ -74,25 +74,31 @@ class Trainer:
         good = finite(
             [*values, *change.multipliers]
         )  # a multiplier may overflow fp32 where its losses do not
-        multipliers = change.multipliers if good else (0.0,) * s.q
-        assert self.ledger is not None, "a step is written down"
-        self.ledger.append(Record(t, multipliers, change.decay if good else 1.0, tuple(values), not good, lr))
+        if not good:
+            change = noise.Update(t, s.seed, (0.0,) * s.q)
+        metrics = self.write_down(Record(t, change.multipliers, change.decay, tuple(values), not good, lr))
         if good:  # the step is now a fact; the next reader of each tensor applies it
             self.axis.commit(change)
-        self.next, self.skipped_in_a_row = t + 1, 0 if good else self.skipped_in_a_row + 1
+        self.next = t + 1
+        return metrics
+
+    def write_down(self, record: Record) -> dict[str, Any]:
+        """Append a step to the ledger; returns its metrics. Raises UserError after too many skipped ones in a row."""
+        assert self.ledger is not None, "a step is written down"
+        self.ledger.append(record)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if record.skipped else 0
+        s = self.settings
         if self.skipped_in_a_row >= SKIPS_MAX:
             raise UserError(
                 f"lr={s.lr:g}, eps={s.eps:g}: the loss was not finite for {SKIPS_MAX} steps in a row; "
                 "the weights are as before them: lower lr, or compute=fp32"
             )
-        slope = sum(c * s.q for c in coefficients) / s.q
+        values = record.losses
+        slope = sum(two_sided(values, s.eps))
+        loss = sum(values) / len(values)
         return {
-            "step": t,
-            "loss": sum(values) / len(values),
-            "projected_gradient": slope,
-            "lr": lr,
-            "skipped": not good,
-        }
+            "step": record.step, "loss": loss, "projected_gradient": slope, "lr": record.lr, "skipped": record.skipped
+        }  # fmt: skip
 
     @torch.no_grad()
     def losses_at(self, step: int, probes: Sequence[Probe], batches: Sequence[Batch]) -> list[float]:
@@ -116,7 +122,9 @@ class Trainer:
         """Steps until `until` (default: settings.steps); the weights are up to date on return and on exceptions."""
         try:
             while self.next < (self.settings.steps if until is None else until):
-                on_step(self.step())
+                metrics = self.step()
+                assert metrics is not None
+                on_step(metrics)
         finally:
             self.axis.flush()
 

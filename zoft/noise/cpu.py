@@ -23,7 +23,7 @@ _CODES = {
 }
 _PIECE = (
     128 * kernels.CHUNK
-)  # elements that are worth a hand-over to another thread: some 0.2 ms of gaussian noise
+)  # elements that are worth a hand-over to another thread: some 0.1 ms of gaussian noise
 _NONE = np.uint64(0)
 
 

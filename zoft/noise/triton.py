@@ -22,7 +22,7 @@ from torch import Tensor
 
 from zoft.noise import GAUSSIAN, Probes, Update, key
 
-_PROBES = 16  # probes that one launch unrolls
+PROBES_MAX = 16  # probes that one launch unrolls
 _LANES = 256  # of 8 elements each: what one program of 4 warps works on
 _SMALL = 64  # lanes of a program of one warp, where tensors are small
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -56,10 +56,9 @@ def _unary(x, PTX: tl.constexpr):
 @triton.jit
 def _pair(word):
     """sqrt(-2 ln u)·(cos 2πv, sin 2πv); u from the upper half of the word, v from the lower."""
-    u = (word >> 16).to(tl.float32) * 1.52587890625e-05 + 7.62939453125e-06
-    angle = ((word << 16).to(tl.int32, bitcast=True) >> 16).to(
-        tl.float32
-    ) * 9.587379924285257e-05 + 4.7936899621426287e-05
+    u = tl.fma((word >> 16).to(tl.float32), 1.52587890625e-05, 7.62939453125e-06)  # exact
+    turn = ((word << 16).to(tl.int32, bitcast=True) >> 16).to(tl.float32)
+    angle = tl.fma(turn, 9.587379924285257e-05, 4.7936899621426287e-05)
     if _HARDWARE:
         r = _unary(_unary(u, "lg2.approx.ftz.f32") * -1.3862943611198906, "sqrt.approx.ftz.f32")
         return r * _unary(angle, "cos.approx.ftz.f32"), r * _unary(angle, "sin.approx.ftz.f32")
@@ -114,7 +113,8 @@ def _round_stochastic(a, base, tid, keys, k, BF16: tl.constexpr, LANES: tl.const
     share = (tl.interleave(low, high) | 0x3A800000).to(tl.float32, bitcast=True) - 0.0009765625
     power = tl.maximum(bits & 0x7F800000, 0x38800000) | (bits & -0x80000000)
     s = tl.fma(share, power.to(tl.float32, bitcast=True), a)
-    s = tl.minimum(tl.maximum(s, -65504.0), 65504.0)
+    if not _HARDWARE:  # which itself stops at the largest number when it rounds toward zero
+        s = tl.minimum(tl.maximum(s, -65504.0), 65504.0)
     return s.to(tl.float16, fp_downcast_rounding="rtz").to(tl.float32)
 
 
@@ -122,28 +122,54 @@ def _round_stochastic(a, base, tid, keys, k, BF16: tl.constexpr, LANES: tl.const
 
 
 @triton.jit
+def _step(
+    a, m, s, u, base, tid, keys, values, UQ, decay, beta,
+    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, BF16: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """θ (and momentum) after update u, whose directions sum to s; UQ: multipliers in all."""
+    a = decay * a
+    if MOMENTUM:
+        m = beta * m + s
+        a = tl.where(m == 0, a, a + m)  # a buffer that is still empty leaves the signs of zeros alone
+    else:
+        a = a + s
+    if STOCHASTIC:
+        a = _round_stochastic(a, base, tid, keys, UQ + u, BF16, LANES)
+    return a, m
+
+
+@triton.jit
 def _updated(
-    a, m, base, tid, keys, values, U, Q, beta,
+    a, m, base, tid, keys, values, U, Q, beta, ONE: tl.constexpr,
     MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, BF16: tl.constexpr, GAUSSIAN: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """θ (and momentum) after U updates of Q directions each; one whose multipliers are all 0 changes nothing."""
-    for u in range(U):
-        decay = tl.load(values + U * Q + u)
+    """θ (and momentum) after U updates of Q directions each; one whose multipliers are all 0 changes nothing.
+
+    ONE: there is one update of ONE directions, as in training: nothing is left to a loop.
+    """
+    if ONE:
+        decay = tl.load(values + ONE)
         live = decay != 1
-        for k in range(Q):
-            live = live | (tl.load(values + u * Q + k) != 0)
+        for k in tl.static_range(ONE):
+            live = live | (tl.load(values + k) != 0)
         if live or MOMENTUM:
-            s = a * 0 - 0.0  # what adds nothing, not even to the sign of a zero
+            s = tl.load(values) * _noise(base, tid, keys, 0, GAUSSIAN, LANES).to(a.dtype)
+            for k in tl.static_range(1, ONE):
+                s = s + tl.load(values + k) * _noise(base, tid, keys, k, GAUSSIAN, LANES).to(a.dtype)
+            a, m = _step(a, m, s, 0, base, tid, keys, values, ONE, decay, beta, MOMENTUM, STOCHASTIC, BF16, LANES)
+    else:
+        for u in range(U):
+            decay = tl.load(values + U * Q + u)
+            live = decay != 1
             for k in range(Q):
-                z = _noise(base, tid, keys, u * Q + k, GAUSSIAN, LANES).to(a.dtype)
-                product = tl.load(values + u * Q + k) * z
-                s = tl.where(k == 0, product, s + product)
-            if MOMENTUM:
-                m = beta * m + s
-                s = m
-            a = decay * a + s
-            if STOCHASTIC:
-                a = _round_stochastic(a, base, tid, keys, U * Q + u, BF16, LANES)
+                live = live | (tl.load(values + u * Q + k) != 0)
+            if live or MOMENTUM:
+                s = tl.full(a.shape, -0.0, a.dtype)  # what adds nothing, not even to the sign of a zero
+                for k in range(Q):
+                    z = _noise(base, tid, keys, u * Q + k, GAUSSIAN, LANES).to(a.dtype)
+                    product = tl.load(values + u * Q + k) * z
+                    s = tl.where(k == 0, product, s + product)
+                a, m = _step(a, m, s, u, base, tid, keys, values, U * Q, decay, beta, MOMENTUM, STOCHASTIC, BF16, LANES)
     return a, m
 
 
@@ -161,6 +187,7 @@ def _pass(
     WORK: tl.constexpr,
     HAS_THETA: tl.constexpr,
     HAS_UPDATES: tl.constexpr,
+    ONE: tl.constexpr,
     HAS_MOMENTUM: tl.constexpr,
     WRITE_THETA: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -168,6 +195,7 @@ def _pass(
     PROBES: tl.constexpr,
     FRESH: tl.constexpr,  # bit p: probe p needs another draw than the one before it
     SILENT: tl.constexpr,  # bit p: probe p needs no noise
+    NARROW: tl.constexpr,  # out has 16 bits
     GAUSSIAN: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -185,7 +213,7 @@ def _pass(
             m = tl.load(momentum + at, mask=inside, other=0.0)
         beta = tl.load(values + U * Q + U + PROBES)
         a, m = _updated(
-            a, m, base, tid, keys, values, U, Q, beta, HAS_MOMENTUM, STOCHASTIC, BF16, GAUSSIAN, LANES
+            a, m, base, tid, keys, values, U, Q, beta, ONE, HAS_MOMENTUM, STOCHASTIC, BF16, GAUSSIAN, LANES
         )
         if HAS_MOMENTUM:
             tl.store(momentum + at, m, mask=inside)
@@ -199,7 +227,9 @@ def _pass(
             probe = a
         else:
             probe = a + tl.load(values + U * Q + U + p) * z.to(WORK)
-        tl.store(out + n.to(tl.int64) * p + at, probe.to(out.dtype.element_ty), mask=inside)
+        if NARROW:  # also what fp64 becomes goes through fp32
+            probe = probe.to(tl.float32)
+        tl.store(out + tl.full([], p, tl.int64) * n + at, probe.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -214,6 +244,7 @@ def _pass_small(
     U,
     Q,
     HAS_UPDATES: tl.constexpr,
+    ONE: tl.constexpr,
     HAS_MOMENTUM: tl.constexpr,
     PROBES: tl.constexpr,
     FRESH: tl.constexpr,
@@ -235,7 +266,7 @@ def _pass_small(
             m = tl.load(momentum + at, mask=inside, other=0.0)
         beta = tl.load(values + U * Q + U + PROBES)
         a, m = _updated(
-            a, m, base, tid, keys, values, U, Q, beta, HAS_MOMENTUM, False, False, GAUSSIAN, LANES
+            a, m, base, tid, keys, values, U, Q, beta, ONE, HAS_MOMENTUM, False, False, GAUSSIAN, LANES
         )
         if HAS_MOMENTUM:
             tl.store(momentum + at, m, mask=inside)
@@ -263,6 +294,7 @@ def _rows(
     tid,
     WORK: tl.constexpr,
     SILENT: tl.constexpr,
+    NARROW: tl.constexpr,
     GAUSSIAN: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -277,6 +309,8 @@ def _rows(
         p = row // per_probe
         z = _noise(base, tid.to(tl.uint32, bitcast=True), keys, p, GAUSSIAN, LANES)
         probe = probe + tl.load(values + p) * z.to(WORK)
+    if NARROW:
+        probe = probe.to(tl.float32)
     tl.store(out + row * width + (at - start), probe.to(out.dtype.element_ty), mask=inside)
 
 
@@ -360,10 +394,10 @@ def launch(
             some, momentum if momentum is not None else some, out if out is not None else some,
             plan.keys, plan.values, n, _signed(tid), plan.updates, plan.directions,
             WORK=tl.float64 if some.dtype == torch.float64 and theta is not None else tl.float32,
-            HAS_THETA=theta is not None, HAS_UPDATES=plan.updates > 0, HAS_MOMENTUM=momentum is not None,
+            HAS_THETA=theta is not None, HAS_UPDATES=plan.updates > 0, ONE=_one(plan), HAS_MOMENTUM=momentum is not None,
             WRITE_THETA=not in_place, STOCHASTIC=some.dtype in (torch.float16, torch.bfloat16),
             BF16=some.dtype == torch.bfloat16, PROBES=plan.probes, FRESH=plan.fresh, SILENT=plan.silent,
-            GAUSSIAN=noise == GAUSSIAN, LANES=_LANES, **_OPTIONS,
+            NARROW=out is not None and out.itemsize == 2, GAUSSIAN=noise == GAUSSIAN, LANES=_LANES, **_OPTIONS,
         )  # fmt: skip
 
 
@@ -385,7 +419,7 @@ def launch_small(
         _pass_small[(len(table),)](
             theta, momentum if momentum is not None else theta, out if out is not None else theta, table,
             plan.keys, plan.values, theta.numel(), plan.updates, plan.directions,
-            HAS_UPDATES=plan.updates > 0, HAS_MOMENTUM=momentum is not None, PROBES=plan.probes,
+            HAS_UPDATES=plan.updates > 0, ONE=_one(plan), HAS_MOMENTUM=momentum is not None, PROBES=plan.probes,
             FRESH=plan.fresh, SILENT=plan.silent, GAUSSIAN=noise == GAUSSIAN, LANES=_SMALL, **_OPTIONS_SMALL,
         )  # fmt: skip
 
@@ -399,7 +433,7 @@ def launch_rows(theta: Tensor, tid: int, rows: Tensor, out: Tensor, plan: Plan, 
         _rows[(len(rows), triton.cdiv(width + 127, 8 * lanes))](
             theta, rows, out, plan.keys, plan.values, width, len(rows) // plan.probes, _signed(tid),
             WORK=tl.float64 if theta.dtype == torch.float64 else tl.float32,
-            SILENT=plan.silent == (1 << plan.probes) - 1, GAUSSIAN=noise == GAUSSIAN, LANES=lanes,
+            SILENT=plan.silent == (1 << plan.probes) - 1, NARROW=out.itemsize == 2, GAUSSIAN=noise == GAUSSIAN, LANES=lanes,
             **(_OPTIONS if lanes == _LANES else _OPTIONS_SMALL),
         )  # fmt: skip
 
@@ -408,7 +442,7 @@ def perturb(
     theta: Tensor, tid: int, out: Tensor | None, probes: tuple[tuple[int, float], ...], seed: int, step: int, noise: str,
     updates: tuple[Update, ...], momentum: Tensor | None, beta: float,
 ) -> None:  # fmt: skip
-    """`zoft.noise.perturb` of a CUDA tensor. More than _PROBES probes take more launches."""
+    """`zoft.noise.perturb` of a CUDA tensor. More than PROBES_MAX probes take more launches."""
     wide = theta.dtype == torch.float64
     # a launch takes updates of one number of directions: all of a run's, but a caller may mix
     runs = [tuple(group) for _, group in groupby(updates, lambda u: len(u.multipliers))]
@@ -416,8 +450,8 @@ def perturb(
         launch(theta, tid, None, plan_of(early, (), seed, step, beta, wide, theta.device), noise, momentum)
     last = runs[-1] if runs else ()
     rows = None if out is None else out.view(len(probes), theta.numel())
-    for first in range(0, max(1, len(probes)), _PROBES):
-        some = probes[first : first + _PROBES]
+    for first in range(0, max(1, len(probes)), PROBES_MAX):
+        some = probes[first : first + PROBES_MAX]
         plan = plan_of(() if first else last, some, seed, step, beta, wide, theta.device)
         launch(theta, tid, None if rows is None else rows[first : first + len(some)], plan, noise, momentum)
 
@@ -449,6 +483,11 @@ def gather(
     launch_rows(
         theta, tid, rows, out, plan_of((), ((direction, scale),), seed, step, 0.0, wide, theta.device), noise
     )
+
+
+def _one(plan: Plan) -> int:
+    """The directions of a plan's only update, where they are few enough to be unrolled; else 0."""
+    return plan.directions if plan.updates == 1 and plan.directions <= 4 else 0
 
 
 def _signed(tid: int) -> int:

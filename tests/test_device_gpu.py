@@ -1,0 +1,171 @@
+"""Steps on a GPU: captured, eager from device memory and eager from the CPU are one and the same run."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_trainer import calibration, examples, same_bits, weights
+
+from zoft import selfcheck, space
+from zoft.data_order import batch_indices
+from zoft.ledger import Ledger, read
+from zoft.objective import Example, collate, losses
+from zoft.probe import ProbeAxis
+from zoft.trainer import Settings, Trainer
+
+pytestmark = pytest.mark.gpu
+
+
+def texts(n=12, seed=0):
+    """LM examples: completions of several tokens after prompts of several lengths."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for i in range(n):
+        context = tuple(int(t) for t in rng.integers(3, tiny.VOCAB, 4 + i % 5))
+        out.append(
+            Example(
+                (context,), (tuple(int(t) for t in rng.integers(3, tiny.VOCAB, 2 + i % 3)),), 0, "lm", False
+            )
+        )
+    return out
+
+
+def build(
+    path,
+    make,
+    how,
+    *,
+    data,
+    storage="fp16",
+    compute="bf16",
+    beta=0.0,
+    kind="gaussian",
+    accumulate=1,
+    **settings,
+):
+    from zoft.captured import CapturedTrainer
+    from zoft.device import DeviceAxis
+
+    model = make().cuda()
+    settings = Settings(**{"seed": 7, "steps": 12, "lr": 1e-3, "eps": 1e-3, **settings})
+    trained = space.adopt(model, space.train_names(model, "all"))
+    small, double = (b.to("cuda") for b in calibration(data))
+    found = selfcheck.find_sites(model, trained, lambda b: losses(model, b)[0], small, double, settings.eps)
+    assert found.stacked, found.note
+    trained = selfcheck.live(trained, found)
+    space.place(model, trained, storage, compute)
+    common = {"seed": settings.seed, "kind": kind, "beta": beta}
+    if how == "plain":
+        axis = ProbeAxis(trained, found.sites, **common)
+    else:
+        axis = DeviceAxis(trained, found.sites, q=settings.q, eps=settings.eps, **common)
+
+    def batches(step):
+        picks = batch_indices(step, n=len(data), batch_size=4, accumulate=accumulate, seed=7)
+        return [collate([data[i] for i in p]).to("cuda") for p in picks]
+
+    ledger = Ledger.create(path, {"seed": settings.seed})
+    if how in ("plain", "host"):
+        return Trainer(model, axis, batches, ledger, settings)
+    return CapturedTrainer(
+        model, axis, batches, ledger, settings, capture="" if how == "captured" else "as asked"
+    )
+
+
+CASES = [
+    (tiny.llama, examples, {}),
+    (tiny.opt, examples, {"q": 2, "weight_decay": 0.1}),
+    (tiny.gpt2, texts, {"beta": 0.9}),
+    (lambda: tiny.llama(tie=True), texts, {"q": 3, "probes_per_forward": 4, "storage": "bf16"}),
+    (tiny.opt, texts, {"accumulate": 2, "storage": "fp32", "compute": "fp32", "kind": "rademacher"}),
+    (tiny.gemma2, examples, {"storage": "fp32", "compute": "bf16"}),
+    (tiny.llama, examples, {"lr": 0.0, "weight_decay": 0.1}),
+]
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_captured_eager_and_host_fed_steps_are_one_run(tmp_path, case):
+    make, data, settings = CASES[case]
+    settings = {"schedule": "linear", "warmup": 3, **settings}
+    runs = {}
+    for how in ("captured", "eager", "host"):
+        trainer = build(tmp_path / how, make, how, data=data(), **settings)
+        before = weights(trainer.model)
+        trainer.run(until=5)
+        middle = weights(trainer.model)
+        trainer.run()
+        runs[how] = (before, middle, weights(trainer.model), (tmp_path / how).read_bytes())
+        if how == "captured":
+            assert not trainer.capture and any(s.graph for s in trainer.shapes.values())
+    for how in ("eager", "host"):
+        assert runs["captured"][3] == runs[how][3], how
+        for a, b in zip(runs["captured"][:3], runs[how][:3]):
+            assert same_bits(a, b), how
+    assert same_bits(runs["host"][0], runs["host"][2]) == (settings.get("lr") == 0.0)
+
+
+@pytest.mark.parametrize("storage,compute", [("fp32", "fp32"), ("fp16", "bf16")])
+def test_against_the_plain_probe_axis(tmp_path, storage, compute):
+    """Without fused norms and batched small tensors: the same losses within rounding."""
+    for make in (tiny.llama, tiny.opt, tiny.gemma2):
+        values = []
+        for how in ("captured", "plain"):
+            name = f"{how}-{make.__name__}"
+            trainer = build(
+                tmp_path / name, make, how, data=examples(), storage=storage, compute=compute, steps=3, lr=0.0
+            )
+            trainer.run()
+            values.append([r.losses for r in trainer.ledger.records])
+        tolerance = 1e-5 if compute == "fp32" else 0.05
+        np.testing.assert_allclose(values[0], values[1], rtol=tolerance)
+
+
+def test_resume_and_replay_end_with_the_same_bits(tmp_path):
+    whole = build(tmp_path / "whole", tiny.opt, "captured", data=examples(), beta=0.9)
+    whole.run()
+    end = weights(whole.model)
+    part = build(tmp_path / "part", tiny.opt, "captured", data=examples(), beta=0.9)
+    part.run(until=7)
+    part.ledger.close()
+    again = build(tmp_path / "unused", tiny.opt, "captured", data=examples(), beta=0.9)
+    again.ledger = Ledger.open(tmp_path / "part")
+    again.replay(list(again.ledger.records))
+    again.run()
+    assert same_bits(end, weights(again.model))
+    assert (tmp_path / "part").read_bytes() == (tmp_path / "whole").read_bytes()
+    replayed = build(tmp_path / "replayed", tiny.opt, "captured", data=examples(), beta=0.9)
+    replayed.replay(read(tmp_path / "whole")[1])
+    assert same_bits(end, weights(replayed.model))
+
+
+def test_a_loss_that_is_not_finite_is_skipped_on_the_device(tmp_path):
+    trainer = build(tmp_path / "l", tiny.llama, "eager", data=examples(), lr=1e-2)
+    plain = trainer.forward
+
+    def forward(model, batch):
+        sums, counts = plain(model, batch)
+        return (sums * float("inf") if trainer.next in (3, 4) else sums), counts
+
+    trainer.forward = forward
+    trainer.run(until=3)
+    before = weights(trainer.model)
+    trainer.run(until=5)
+    assert same_bits(before, weights(trainer.model))
+    trainer.run()
+    assert [r.skipped for r in trainer.ledger.records] == [i in (3, 4) for i in range(12)]
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms", "rms1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norm_kernel(kind, dtype):
+    from zoft import norms
+
+    for width in (16, 100, 768, 5120):
+        x = torch.randn(6, 5, width, device="cuda").to(dtype) * 3 + 1
+        w, b = torch.randn(2, 3, 2 * width, device="cuda")[:, :, :width]
+        bias = b if kind == "layer" else None
+        y = norms.norm(x, w, bias, 1e-5, kind)
+        for p in range(3):
+            want = norms.reference(x[2 * p : 2 * p + 2], w[p], None if bias is None else bias[p], 1e-5, kind)
+            got = y[2 * p : 2 * p + 2].double()
+            assert float((got - want).norm() / want.norm()) < (1e-6 if dtype == torch.float32 else 4e-3)

@@ -1,0 +1,204 @@
+"""The trainer on a GPU: each step is captured once as a CUDA graph and replayed, its record read a few steps later."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoft import noise, update
+from zoft.device import DeviceAxis
+from zoft.ledger import Ledger, Record
+from zoft.objective import Batch, losses
+from zoft.trainer import Settings, Trainer
+
+BEHIND = 4  # steps that the device may be ahead of the ledger
+GRAPHS_MAX = 24  # shapes that are kept captured; further ones run eagerly
+
+
+@dataclass
+class Shape:
+    """One captured shape: the batches it reads and the graph, or None where it runs eagerly."""
+
+    batches: list[Batch]
+    graph: torch.cuda.CUDAGraph | None
+
+
+class CapturedTrainer(Trainer):
+    """A Trainer whose steps run without waiting for the CPU; same arithmetic, same bits, same ledger.
+
+    Batches are padded to a few shapes (`bucket`), so that few graphs serve all steps. The ledger gets a step's
+    record when the device is at most BEHIND steps further: a crash loses those steps, and they are run again.
+    capture: "" captures; anything else says why not, and steps run eagerly.
+    """
+
+    def __init__(
+        self, model: nn.Module, axis: DeviceAxis, batches: Callable[[int], Sequence[Batch]], ledger: Ledger | None,
+        settings: Settings, forward: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]] = losses, capture: str = "",
+    ) -> None:  # fmt: skip
+        super().__init__(model, axis, batches, ledger, settings, forward)
+        self.axis: DeviceAxis = axis
+        self.capture = capture
+        self.shapes: dict[tuple, Shape] = {}
+        self.pool = torch.cuda.graph_pool_handle() if not capture else None
+        self.flight: deque[tuple[int, float, Tensor, torch.cuda.Event]] = deque()
+        self.pinned = [
+            torch.zeros_like(axis.control.record, device="cpu").pin_memory() for _ in range(BEHIND + 1)
+        ]
+        self.pending: noise.Update | None = None  # the last landed update, which the weights still lack
+        self.steps_launched = 0
+
+    def step(self) -> dict[str, Any] | None:
+        """Send a step to the device; returns the metrics of the step that has landed meanwhile, if one had to."""
+        s, t = self.settings, self.next
+        lr = update.lr_at(t, lr=s.lr, steps=s.steps, schedule=s.schedule, warmup=s.warmup)
+        decay = update.make_update(t, s.seed, (), lr=lr, weight_decay=s.weight_decay).decay
+        shape = self._shape([bucket(b) for b in self.batches(t)])
+        self.axis.control.upload(t, lr, decay)
+        if shape.graph is not None:
+            shape.graph.replay()
+        else:
+            self._forward(shape.batches)
+        record, done = self.pinned[t % len(self.pinned)], torch.cuda.Event()
+        record.copy_(self.axis.control.record, non_blocking=True)
+        done.record()
+        self.flight.append((t, lr, record, done))
+        self.next = t + 1
+        self.forwards += 2 * s.q * sum(b.examples for b in shape.batches)
+        return self._land() if len(self.flight) > BEHIND else None
+
+    @torch.no_grad()
+    def _forward(self, batches: Sequence[Batch]) -> None:
+        """What is captured: the step's losses at all probes, then its multipliers."""
+        control, group = self.axis.control, self.settings.probes_per_forward
+        with self.axis.stepping():
+            control.totals.zero_()
+            for i in range(0, len(control.probes), group):
+                here = control.probes[i : i + group]
+                for batch in batches:
+                    with self.axis.at(0, here, batch.rows):
+                        sums, counts = self.forward(self.model, batch.repeat(len(here)))  # [P·E], [P·E]
+                    both = torch.stack([sums, counts], -1).view(len(here), -1, 2)
+                    control.totals[i : i + group] += both.double().sum(1)
+        control.close()
+
+    def _land(self) -> dict[str, Any]:
+        """Wait for the oldest step under way and write it down: from here on it is a fact."""
+        t, lr, record, done = self.flight.popleft()
+        done.synchronize()
+        s, q = self.settings, self.settings.q
+        values, good = tuple(record[: 2 * q].tolist()), bool(record[3 * q])
+        multipliers = tuple(record[2 * q : 3 * q].tolist()) if good else (0.0,) * q
+        decay = update.make_update(t, s.seed, (), lr=lr, weight_decay=s.weight_decay).decay if good else 1.0
+        self.pending = noise.Update(t, s.seed, multipliers, decay) if good else None
+        return self.write_down(Record(t, multipliers, decay, values, not good, lr))
+
+    def _shape(self, batches: list[Batch]) -> Shape:
+        """The captured shape of these batches, holding them."""
+        what = tuple((k, tuple(v.shape)) for b in batches for k, v in _tensors(b))
+        shape = self.shapes.get(what)
+        if shape is None:
+            shape = Shape([b.to(self.axis.flat_device) for b in batches], None)
+            if not self.capture and len(self.shapes) < GRAPHS_MAX:
+                shape.graph = self._captured(shape.batches)
+                self.shapes[what] = shape
+            return shape
+        for mine, new in zip(shape.batches, batches):
+            for (_, a), (_, b) in zip(_tensors(mine), _tensors(new)):
+                a.copy_(b, non_blocking=True)
+        return shape
+
+    def _captured(self, batches: list[Batch]) -> torch.cuda.CUDAGraph | None:
+        """The step over these batches as a graph; None, with one line why, where the model cannot be captured."""
+        while self.flight:  # warming up moves θ to where it is going anyway, but its losses are nobody's
+            self.landed.append(self._land())
+        self.flush_pending()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            control = self.axis.control
+            control.upload(self.next, 0.0, 1.0)
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(
+                side
+            ):  # compiles kernels, finds workspaces; nothing is pending, so θ stands still
+                for _ in range(2):
+                    self._forward(batches)
+                    control.forget()
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph, pool=self.pool):
+                self._forward(batches)
+            return graph
+        except (RuntimeError, AssertionError) as error:
+            torch.cuda.synchronize()
+            self.capture = (str(error).strip().splitlines() or ["?"])[0][:120]
+            print(f"steps are not captured as CUDA graphs: {self.capture}", file=sys.stderr, flush=True)
+            return None
+        finally:
+            self.axis.control.forget()
+
+    def flush_pending(self) -> None:
+        """Bring the weights to the last landed step."""
+        if self.pending is not None:
+            for t in self.axis.trained:
+                t.step = self.pending.step
+            self.axis.commit(self.pending)
+            self.pending = None
+        self.axis.flush()
+        self.axis.control.forget()
+
+    def run(
+        self, on_step: Callable[[dict[str, Any]], None] = lambda metrics: None, until: int | None = None
+    ) -> None:
+        """Steps until `until`; on return and on exceptions every step is written down and the weights are up to date."""
+        self.landed: list[dict[str, Any]] = []
+        try:
+            while self.next < (self.settings.steps if until is None else until):
+                metrics = self.step()
+                for m in [*self.landed, *([metrics] if metrics else [])]:
+                    on_step(m)
+                self.landed.clear()
+            while self.flight:
+                on_step(self._land())
+        finally:
+            while self.flight:
+                self._land()
+            self.flush_pending()
+
+    landed: list[dict[str, Any]] = []
+
+
+def bucket(batch: Batch) -> Batch:
+    """The batch padded to a width and a number of scored positions that other batches have too; same losses."""
+    rows, width = batch.inputs["input_ids"].shape
+    wide = rounded(width, 8 if width <= 128 else 32)
+    if wide != width:
+        inputs = {k: nn.functional.pad(v, (0, wide - width)) for k, v in batch.inputs.items()}
+        batch = replace(
+            batch, inputs=inputs, positions=batch.positions // width * wide + batch.positions % width
+        )
+    if batch.tokens is None:
+        scored, deep = batch.positions.numel(), batch.slots.shape[2]
+        n = rounded(scored, max(rows, 8))
+        batch = replace(
+            batch,
+            # Positions nobody's slot reads: the last one again, so that they stay in the order of the rows.
+            positions=torch.cat([batch.positions, batch.positions[-1:].expand(n - scored)]),
+            targets=torch.cat([batch.targets, batch.targets[-1:].expand(n - scored)]),
+            slots=nn.functional.pad(batch.slots, (0, rounded(deep, 4) - deep), value=-1),
+        )
+    return batch
+
+
+def rounded(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _tensors(batch: Batch) -> list[tuple[str, Tensor]]:
+    named = {**batch.inputs, **{k: v for k, v in vars(batch).items() if isinstance(v, Tensor)}}
+    return sorted(named.items())

@@ -1,0 +1,277 @@
+"""The probe axis on a GPU, fed from device memory, so that a step can be captured once and replayed.
+
+A step's keys, multipliers and decay live in device buffers. The update of the step before rides on this step's
+passes over θ; this step's multipliers are made where its losses are. Nothing waits for the CPU, and the
+arithmetic is that of the eager path, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from zoft import noise, norms
+from zoft.noise import triton as kernels
+from zoft.noise.triton import Plan
+from zoft.probe import Probe, ProbeAxis, _fast
+from zoft.sites import Site
+from zoft.space import Trained
+
+_SLOTS = 8  # uploads that may be on their way
+_ROOM = 4096  # entries of all plans together
+
+
+@triton.jit
+def _close(totals, rates, master, record, Q, scale, BLOCK: tl.constexpr):
+    """Losses → coefficients → multipliers of the next passes: estimator.two_sided and update.make_update on the device.
+
+    totals fp64 [2Q, 2] (sums, counts); rates fp64 [2] (lr, decay); master: its first Q + 1 become the multipliers and
+    the decay, 0 and 1 if anything is not finite; record fp64 [3Q + 1]: losses, multipliers, whether all is finite.
+    """
+    k = tl.arange(0, BLOCK)
+    ours = k < Q
+    plus = tl.load(totals + 4 * k, mask=ours, other=0.0) / tl.load(totals + 4 * k + 1, mask=ours, other=1.0)
+    minus = tl.load(totals + 4 * k + 2, mask=ours, other=0.0) / tl.load(
+        totals + 4 * k + 3, mask=ours, other=1.0
+    )
+    multiplier = (-tl.load(rates) * ((plus - minus) / scale)).to(tl.float32)
+    wide = multiplier.to(tl.float64)
+    # x − x is 0 for finite x and NaN for any other.
+    bad = (plus - plus != 0) | (minus - minus != 0) | (wide - wide != 0)
+    good = tl.sum(bad.to(tl.int32)) == 0
+    tl.store(master + k, tl.where(good, multiplier, 0.0), mask=ours)
+    tl.store(master + Q, tl.where(good, tl.load(rates + 1), 1.0).to(tl.float32))
+    tl.store(record + 2 * k, plus, mask=ours)
+    tl.store(record + 2 * k + 1, minus, mask=ours)
+    tl.store(record + 2 * Q + k, wide, mask=ours)
+    tl.store(record + 3 * Q, good.to(tl.float64))
+
+
+class Control:
+    """The device buffers that a step's launches read, and the plans that are slices of them.
+
+    master fp32 [3q + 3]: multipliers of the pending update, its decay, 1 (for tensors that do not decay), the 2q
+    scales, beta. Each plan has its own contiguous copy of the entries it needs, made at the start of a step.
+    """
+
+    def __init__(self, q: int, eps: float, beta: float, seed: int, device: torch.device) -> None:
+        self.q, self.seed, self.denominator = q, seed, 2.0 * eps * q
+        self.probes = [Probe(k, s * eps) for k in range(q) for s in (1.0, -1.0)]
+        scales = [p.scale for p in self.probes]
+        self.master = torch.tensor([0.0] * q + [1.0, 1.0, *scales, beta], dtype=torch.float32, device=device)
+        self.rates = torch.zeros(2, dtype=torch.float64, device=device)
+        self.totals = torch.zeros(2 * q, 2, dtype=torch.float64, device=device)
+        self.record = torch.zeros(3 * q + 1, dtype=torch.float64, device=device)
+        self.keys = torch.zeros(_ROOM, 2, dtype=torch.int32, device=device)
+        self.values = torch.zeros(_ROOM, dtype=torch.float32, device=device)
+        self.pick = torch.zeros(_ROOM, dtype=torch.int64, device=device)  # of master, for values
+        self.which = np.zeros(_ROOM, np.int64)  # of this step's keys, for keys
+        self.used = 0
+        self.plans: dict[tuple, Plan] = {}
+        self.staged = [
+            (
+                torch.zeros(_ROOM, 2, dtype=torch.int32).pin_memory(),
+                torch.zeros(2, dtype=torch.float64).pin_memory(),
+            )
+            for _ in range(_SLOTS)
+        ]
+
+    def plan(self, first: int, count: int, updates: bool, decays: bool) -> Plan:
+        """Probes first to first + count (of all 2q), after the pending update if `updates`."""
+        what = (first, count, updates, decays)
+        if what not in self.plans:
+            q, start = self.q, self.used
+            before = list(range(q + 1)) if updates else []  # previous directions, their rounding
+            keys = before + [q + 1 + first + p for p in range(count)]
+            values = [*range(q), q if decays else q + 1] if updates else []
+            values += [q + 2 + first + p for p in range(count)] + [3 * q + 2]
+            assert start + len(values) <= _ROOM, (start, len(values))
+            assert not torch.cuda.is_current_stream_capturing(), f"plan {what} was not met while warming up"
+            self.which[start : start + len(keys)] = keys
+            self.pick[start : start + len(values)] = torch.tensor(values)
+            self.used += len(values)
+            group = self.probes[first : first + count]
+            u = int(updates)
+            self.plans[what] = Plan(
+                self.keys[start : start + len(keys)], self.values[start : start + len(values)], u, q * u, count,
+                *kernels.shape_of(group),
+            )  # fmt: skip
+            if self.step is not None:
+                self.upload(*self.step)
+                self.refresh()
+        return self.plans[what]
+
+    step: tuple[int, float, float] | None = None  # what was uploaded last
+
+    def upload(self, step: int, lr: float, decay: float) -> None:
+        """Keys of a step and of the one before it, and its rates; the device takes them when it gets there."""
+        self.step = (step, lr, decay)
+        before = [noise.key(self.seed, max(step - 1, 0), k) for k in range(self.q)]
+        now = [noise.key(self.seed, step, p.direction) for p in self.probes]
+        words = np.array([*before, before[0], *now], np.uint32).view(np.int32)  # [3q + 1, 2]
+        keys, rates = self.staged[step % _SLOTS]
+        keys.numpy()[: self.used] = words[self.which[: self.used]]
+        rates[0], rates[1] = lr, decay
+        self.keys[: self.used].copy_(keys[: self.used], non_blocking=True)
+        self.rates.copy_(rates, non_blocking=True)
+
+    def refresh(self) -> None:
+        """Give every plan the multipliers that the last step left."""
+        torch.index_select(self.master, 0, self.pick[: self.used], out=self.values[: self.used])
+
+    def close(self) -> None:
+        """This step's totals become the pending update and its record."""
+        _close[(1,)](
+            self.totals, self.rates, self.master, self.record, self.q, self.denominator,
+            BLOCK=triton.next_power_of_2(self.q), num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    def forget(self) -> None:
+        """No update is pending."""
+        self.master[: self.q] = 0.0
+        self.master[self.q] = 1.0
+
+
+class DeviceAxis(ProbeAxis):
+    """A probe axis whose steps, inside `stepping`, take everything that changes from device memory.
+
+    All 1-D tensors (kept in fp32) lie end to end and are probed in one launch a forward; norms over the last
+    dimension run as one kernel for all probes. Outside `stepping` it is an ordinary probe axis.
+    """
+
+    def __init__(
+        self, trained: Sequence[Trained], sites: Sequence[Site], *, seed: int, kind: str, q: int, eps: float, beta: float = 0.0
+    ) -> None:  # fmt: skip
+        super().__init__(trained, sites, seed=seed, kind=kind, beta=beta)
+        self.flat_device = device = self.trained[0].stored.device
+        self.control = Control(q, eps, beta, seed, device)
+        self.live = False
+        self._done: set[int] = set()  # tensors that have the pending update, in the step under way
+        small = [
+            t for t in self.trained if t.stored.ndim <= 1 and t.stored.dtype == t.compute == torch.float32
+        ]
+        self.small: dict[int, slice] = {}
+        if small:
+            sizes = [t.stored.numel() for t in small]
+            self.flat = torch.cat([t.stored.flatten() for t in small])
+            self.table = kernels.table_of(sizes, [t.id for t in small], device)
+            self.flat_out = torch.empty(2 * q, self.flat.numel(), dtype=torch.float32, device=device)
+            self.flat_momentum = torch.zeros_like(self.flat) if beta else None
+            for t, at, n in zip(small, np.cumsum([0, *sizes]).tolist(), sizes):
+                self.small[t.id] = slice(at, at + n)
+                t.param.data = t.stored = self.flat[at : at + n].view(t.stored.shape)
+                if self.flat_momentum is not None:
+                    t.momentum = self.flat_momentum[at : at + n].view(t.stored.shape)
+        if beta:
+            for t in self.trained:
+                if t.momentum is None:
+                    t.momentum = torch.zeros_like(t.stored, dtype=torch.float32)
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """A step's forwards; at its end every tensor has the update that was pending at its start."""
+        self.live, self._done = True, set()
+        self.control.refresh()
+        try:
+            yield
+            for t in self.trained:
+                self._catch_up(t)
+        except BaseException:
+            if not torch.cuda.is_current_stream_capturing():  # while capturing, nothing has run
+                for t in self.trained:
+                    self._catch_up(t)
+                self.control.forget()
+            raise
+        finally:
+            self.live = False
+
+    def _catch_up(self, t: Trained) -> None:
+        """The pending update alone, for a tensor that is read in another way, or not at all."""
+        if t.id in self._done:
+            return
+        if t.id in self.small:
+            plan = self.control.plan(0, 0, True, False)
+            kernels.launch_small(self.flat, self.table, None, plan, self.kind, self.flat_momentum)
+            self._done |= self.small.keys()
+        else:
+            plan = self.control.plan(0, 0, True, t.decays)
+            kernels.launch(t.stored, t.id, None, plan, self.kind, t.momentum)
+            self._done.add(t.id)
+
+    @contextmanager
+    def at(self, step: int, probes: Sequence[Probe], rows: int) -> Iterator[None]:
+        with super().at(step, probes, rows):
+            if self.live:
+                self.offset = self.control.probes.index(probes[0])
+                for i in range(0, len(probes), kernels.PROBES_MAX) if self.small else ():
+                    out = self.flat_out[i : min(i + kernels.PROBES_MAX, len(probes))]
+                    plan = self.control.plan(
+                        self.offset + i, len(out), not self._done & self.small.keys(), False
+                    )
+                    kernels.launch_small(self.flat, self.table, out, plan, self.kind, self.flat_momentum)
+                    self._done |= self.small.keys()
+            yield
+
+    offset = 0  # index of this forward's first probe among the step's
+
+    def perturbed(self, tensors: list[Trained], group: list[Probe], first: int) -> list[Tensor]:
+        if not self.live:
+            return super().perturbed(tensors, group, first)
+        dense = [t for t in tensors if t.id not in self.small]
+        made = dict(zip((t.id for t in dense), super().perturbed(dense, group, first), strict=True))
+        return [made[t.id] if t.id in made else self._of_small(t, first, len(group)) for t in tensors]
+
+    def _of_small(self, t: Trained, first: int, count: int) -> Tensor:
+        at = self.first + first
+        return self.flat_out[at : at + count, self.small[t.id]].unflatten(1, t.stored.shape or (1,))
+
+    def _fill(self, t: Trained, out: Tensor, group: list[Probe], first: int) -> None:
+        if not self.live:
+            return super()._fill(t, out, group, first)
+        plan = self.control.plan(
+            self.offset + self.first + first, len(group), t.id not in self._done, t.decays
+        )
+        kernels.launch(t.stored, t.id, out, plan, self.kind, t.momentum)
+        self._done.add(t.id)
+
+    def gathered(self, t: Trained, rows: Tensor, group: list[Probe], first: int) -> Tensor:
+        if not self.live:
+            return super().gathered(t, rows, group, first)
+        self._catch_up(t)
+        out = torch.empty(*rows.shape, t.stored.shape[1], dtype=t.compute, device=t.stored.device)
+        plan = self.control.plan(self.offset + self.first + first, len(group), False, False)
+        kernels.launch_rows(t.stored, t.id, rows.reshape(-1), out.flatten(0, 1), plan, self.kind)
+        return out
+
+    def shortcut(self, site: Site) -> Callable | None:
+        fast = _fast(site)
+        if fast is not None or any(c.inputs != [0] or c.outputs != [0] for c in site.calls):
+            return fast
+        if (
+            "forward" in site.module.__dict__
+            or site.module._forward_hooks
+            or len(site.module.state_dict()) != len(site.trained)
+        ):
+            return None
+        if any(t.stored.ndim != 1 or t.compute != torch.float32 for t in site.trained):
+            return None
+        found = norms.kind_of(site.module)
+        return None if found is None else partial(_norm, kind=found[0], eps=found[1])
+
+
+def _norm(axis: DeviceAxis, site: Site, x: Tensor, *, kind: str, eps: float) -> Tensor:
+    """A norm over the last dimension at all probes in one kernel."""
+    named: dict[int, list[Tensor]] = {id(t.param): [] for t in site.trained}  # [P, H] in parts, a group each
+    for first, group in [(0, list(axis.probes))] if axis.live else list(axis.groups()):
+        for t, made in zip(site.trained, axis.perturbed(site.trained, group, first), strict=True):
+            named[id(t.param)].append(made if axis.live else made.clone())
+    parts = {p: v[0] if len(v) == 1 else torch.cat(v) for p, v in named.items()}
+    bias = parts.get(id(getattr(site.module, "bias", None)))
+    return norms.norm(x, parts[id(site.module.weight)], bias, eps, kind)
