@@ -1,11 +1,13 @@
 # make        set up .venv (uv where there is one, else pip; a CPU build of torch where there is no NVIDIA GPU)
 # make demo   teach a real model on real data, before and after printed
 # make test   the fast tests          make test ARGS="-k ledger"
-# make lint   ruff and mypy
+# make test-slow   the slow ones: the real model, every architecture of transformers, kernels in full
+# make test-gpu    those that need a CUDA device
+# make lint   ruff and mypy           make UV= …: pip even where there is uv
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := setup
-.PHONY: setup dev real demo test lint clean
+.PHONY: setup dev real demo test test-slow test-gpu lint clean
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -26,6 +28,7 @@ else
   CREATE := $(PYTHON) -m venv $(VENV)
   INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CPU)
 endif
+PYTEST := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest
 SOURCES := pyproject.toml constraints/cpu.txt Makefile
 
 setup: $(VENV)/.setup
@@ -52,7 +55,13 @@ demo: setup real
 
 # Two workers of one thread each beat one worker of two; numba and OpenMP would otherwise take every core twice.
 test: dev real
-	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not slurm" $(ARGS)
+	$(PYTEST) -n $(WORKERS) -m "not slow and not slurm" $(ARGS)
+
+test-slow: dev real
+	$(PYTEST) -n $(WORKERS) --timeout 1800 -m "slow and not slurm" $(ARGS)
+
+test-gpu: dev real
+	$(BIN)/python -m pytest -m gpu --timeout 1800 $(ARGS)
 
 lint: dev
 	$(BIN)/ruff check .

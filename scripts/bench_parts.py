@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -155,6 +156,9 @@ def trainer_step(
     """
     device = config.device
     precisions = {n: p.dtype for n, p in model.named_parameters()}
+    trained: Any = None
+    axis: Any = None
+    trainer: Any = None
     release(device)
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -181,6 +185,8 @@ def trainer_step(
         }
         return found
     finally:
+        config = trained = axis = trainer = None  # their tensors go, one by one, as the model's come back
+        gc.collect()
         for n, p in model.named_parameters():  # as it was, for the next cell
             p.data = p.data.to(precisions[n])
 
@@ -208,10 +214,12 @@ def _timed(trainer: Trainer, ledger: Any, device: str, seconds: float, steps: in
     trainer.run(until=WARM)
     sync(device)
     pace = (time.perf_counter() - began) / (WARM - WARM // 2)
-    steps = max(2, min(steps, int(seconds / max(pace, 1e-9))))
+    steps = max(20 if cuda else 2, min(steps, int(seconds / max(pace, 1e-9))))
     # One step more than is counted: the clock starts with the first append, when the work is flowing again.
+    began = time.perf_counter()
     trainer.run(until=WARM + steps + 1)
     sync(device)
+    whole = time.perf_counter() - began
     walls, events = walls[WARM:], events[WARM:]
     assert len(walls) == steps + 1, (len(walls), steps)
     allocated, reserved = peak(device)
@@ -219,6 +227,7 @@ def _timed(trainer: Trainer, ledger: Any, device: str, seconds: float, steps: in
         "ms": 1e3 * (walls[-1] - walls[0]) / steps,
         "events_ms": events[0].elapsed_time(events[-1]) / steps if cuda else None,
         "median_ms": median(1e3 * (b - a) for a, b in zip(walls, walls[1:])),
+        "run_ms": 1e3 * whole / (steps + 1),  # with the run's start and its last flush: a check on ms
         "steps": steps,
         "peak_bytes": allocated,
         "peak_reserved_bytes": reserved,
@@ -271,6 +280,7 @@ def attempt(call: Callable[[], dict[str, Any]], device: str) -> dict[str, Any]:
     try:
         return call()
     except Exception as error:
+        traceback.print_exc(limit=-6)
         text = " ".join(str(error).split())
         kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
         return {"error": kind if kind == "out of memory" else f"{kind}: {text[:200]}"}

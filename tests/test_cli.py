@@ -28,6 +28,7 @@ SURFACE = {
     "ls": ["--help"],
     "cp": ["--help", "dest", "name"],
     "validate": ["--config", "--help", "-c", "overrides"],
+    "estimate": ["--config", "--help", "--json", "-c", "overrides"],
     "data": ["--config", "--help", "-c", "-n", "overrides"],
     "keys": ["--help"],
     "env": ["--help", "--json"],
@@ -112,6 +113,8 @@ def test_help_and_version():
         (["cp", "mezo/reviews", "x.txt"], ".yaml"),
         (["validate", "--config", "mezo/reviews", "eps=0"], "> 0"),
         (["data", "--config", "mezo/reviews", "task=local"], "task.train is not set"),
+        (["estimate", "--config", "mezo/reviews", "model=some/where"], "HF_HUB_OFFLINE"),
+        (["estimate"], "model is not set"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(args, part, tmp_path, monkeypatch):
@@ -357,6 +360,19 @@ def test_data_marks_what_is_scored(place):
     done = zoft("data", "--config", "mine.yaml", "-n", 2, cwd=place)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("⟦a⟧") == 2 and done.stdout.count("⟦b⟧") == 2
+
+
+def test_estimate_says_what_a_run_takes(place, monkeypatch):
+    from zoft import rates
+
+    monkeypatch.setattr(rates, "MEASURED", 0.0)
+    done = zoft("estimate", "--config", "mine.yaml", "train=norms", "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert (found["parameters"], found["trained"]) == (tiny.llama().num_parameters(), 5 * 16)
+    assert found["peak_bytes"] > found["weights_bytes"] >= 4 * found["parameters"] and not found["notes"]
+    shown = zoft("estimate", "--config", "mine.yaml", cwd=place)
+    assert "peak memory" in shown.stdout and "AdamW" in shown.stdout
 
 
 def test_another_base_is_refused(place, finished):

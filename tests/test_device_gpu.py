@@ -43,7 +43,7 @@ def build(
     accumulate=1,
     **settings,
 ):
-    from zoft.captured import CapturedTrainer
+    from zoft.captured import CapturedTrainer, bucket
     from zoft.device import DeviceAxis
 
     model = make().cuda()
@@ -62,7 +62,8 @@ def build(
 
     def batches(step):
         picks = batch_indices(step, n=len(data), batch_size=4, accumulate=accumulate, seed=7)
-        return [collate([data[i] for i in p]).to("cuda") for p in picks]
+        # In the shapes that captured steps have: other widths round differently.
+        return [bucket(collate([data[i] for i in p])).to("cuda") for p in picks]
 
     ledger = Ledger.create(path, {"seed": settings.seed})
     if how in ("plain", "host"):

@@ -101,9 +101,10 @@ def test_a_pad_token_is_chosen_and_embeddings_stay(folder):
     assert tokenizer.pad_token == "<eos>" and model.get_input_embeddings().num_embeddings == tiny.VOCAB
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_non_finite_weight_is_refused_by_name(tmp_path, bad):
-    model = tiny.llama()
+def test_a_non_finite_weight_is_refused_by_name(tmp_path, bad, dtype):
+    model = tiny.llama().to(dtype)
     model.model.layers[1].mlp.up_proj.weight[3, 2] = bad
     model.save_pretrained(tmp_path / "m")
     tiny.tokenizer().save_pretrained(tmp_path / "m")
@@ -303,6 +304,15 @@ def test_a_gguf_gives_back_the_model_it_was_made_of(tmp_path, tie):
         "2",
     ]
     assert tokenizer.decode(tokenizer("hell  12").input_ids, skip_special_tokens=True) == "hell  12"
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_non_finite_weight_of_a_gguf_is_refused_by_name(tmp_path, kind, bad):
+    model = gguf_llama(tie=False)
+    model.model.layers[1].mlp.down_proj.weight[3, 2] = bad
+    path = write_gguf(tmp_path / "m.gguf", model, kind)
+    assert "model.layers.1.mlp.down_proj.weight" in refused(models.load, str(path))
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q8_0"])

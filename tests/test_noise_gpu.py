@@ -51,19 +51,21 @@ def agrees(a, b, kind):
         return same_bits(a, b)
     a, b = a.cpu(), b.cpu()
     assert a.dtype == b.dtype and a.shape == b.shape
-    # Multipliers and scales in this file are at most 3, and an update passes through two more.
+    # Multipliers and scales in this file are at most 3.
     step = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}.get(a.dtype, 1e-6)
-    near = torch.allclose(a.double(), b.double(), rtol=step, atol=5 * noise.GAUSSIAN_BOUND_GPU)
+    off = (a.double() - b.double()).abs()
+    far = float((off - 3 * step * b.double().abs()).max()) if len(off) else 0.0
     equal = float((a == b).double().mean()) if a.dtype.itemsize == 2 and a.numel() > 500 else 1.0
-    return near and equal > 0.98
+    assert far <= 5 * noise.GAUSSIAN_BOUND_GPU and equal > 0.95, (far, equal, a.dtype)
+    return True
 
 
-def agree(device, sizes, dtypes, out_dtypes):
+def agree(device, sizes, dtypes, out_dtypes, kinds=KINDS):
     """Directions, updates, probes and gathers of both backends."""
     from zoft.noise import triton
 
     for n in sizes:
-        for kind in KINDS:
+        for kind in kinds:
             there, here = torch.empty(n, device=device), torch.empty(n)
             triton.direction(there, TID, SEED, STEP, 3, kind)
             cpu.direction(here, TID, SEED, STEP, 3, kind)
@@ -86,8 +88,12 @@ def _agree_on_a_pass(triton, device, n, kind, dtype, out_dtype):
             out = torch.empty(len(PROBES), n, dtype=out_dtype, device=place)
             backend.perturb(theta, TID, out, PROBES, SEED, STEP + 3, kind, updates, buffer, 0.9)
             results.append((theta, out) if buffer is None else (theta, out, buffer))
-        for a, b in zip(*results):
-            assert agrees(a, b, kind), (n, kind, dtype, out_dtype, len(updates), momentum is None)
+        case = (n, kind, dtype, out_dtype, len(updates), momentum is None)
+        (theta, out, *rest), (other, second, *others) = results
+        assert agrees(theta, other, kind), case
+        same = theta.cpu() == other.cpu()  # a weight that was rounded to the other side has other probes
+        assert agrees(out.cpu()[:, same].flatten(), second.cpu()[:, same].flatten(), kind), case
+        assert all(agrees(a, b, kind) for a, b in zip(rest, others)), case
 
 
 def _agree_in_place(triton, device, n, kind, dtype):
@@ -172,8 +178,8 @@ for capability in (80, 90):
             fixed = dict(WORK=tl.float32, HAS_THETA=True, HAS_UPDATES=True, ONE=0, HAS_MOMENTUM=True, WRITE_THETA=True,
                          STOCHASTIC=dtype != "fp32", BF16=dtype == "bf16", PROBES=2, FRESH=1, SILENT=0, NARROW=out != "fp32", GAUSSIAN=gaussian, LANES=256)
             print(ptx(backend._pass, types, fixed, capability))
-    types = dict(theta="*fp32", momentum="*fp32", out="*fp32", table="*i64", keys="*i32", values="*fp32", total="i32", U="i32", Q="i32")
-    fixed = dict(HAS_UPDATES=True, ONE=0, HAS_MOMENTUM=True, PROBES=2, FRESH=1, SILENT=0, GAUSSIAN=True, LANES=64)
+    types = dict(theta="*fp32", momentum="*fp32", out="*fp32", narrow="*bf16", table="*i64", keys="*i32", values="*fp32", total="i32", U="i32", Q="i32")
+    fixed = dict(HAS_UPDATES=True, ONE=0, HAS_MOMENTUM=True, PROBES=2, FRESH=1, SILENT=0, NARROW=True, GAUSSIAN=True, LANES=64)
     print(ptx(backend._pass_small, types, fixed, capability))
     types = dict(theta="*fp16", rows="*i64", out="*bf16", keys="*i32", values="*fp32", width="i32", per_probe="i32", tid="i32")
     print(ptx(backend._rows, types, dict(WORK=tl.float32, SILENT=False, NARROW=True, GAUSSIAN=True, LANES=256), capability))
@@ -183,23 +189,34 @@ for capability in (80, 90):
 @without_gpu
 @pytest.mark.slow
 def test_compiles_for_gpus(tmp_path):
-    """To PTX without a fused operation but the one that is spelled out, in the rounding to fp16."""
+    """To PTX without a fused operation but those spelled out: two exact ones a pair of normals, one in the rounding to fp16."""
     ptx = run_python(COMPILE, TRITON_CACHE_DIR=str(tmp_path))
     modules = ptx.split(".version")[1:]
     assert len(modules) == 2 * (6 + 2)
     for module in modules:
         fused = len(re.findall(r"\bfma\.rn\.f32", module))
-        assert (fused > 0) == ("cvt.rz.f16.f32" in module), fused
+        pairs, rounded = (
+            len(re.findall(r"lg2\.approx", module)),
+            len(re.findall(r"cvt\.rz\.f16\.f32", module)),
+        )
+        assert fused == 2 * pairs + rounded, (fused, pairs, rounded)
 
 
 # ---- with a GPU ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
-def test_gpu_and_cpu_agree():
-    agree("cuda", (1, 3, 127, 1000, 1024, 1025, 4096, 70001), DTYPES, DTYPES)
-    all_patterns("cuda", torch.float16)
-    all_patterns("cuda", torch.bfloat16)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpu_and_cpu_agree(dtype, out_dtype, kind):
+    agree("cuda", (1, 3, 127, 1000, 1024, 1025, 4096, 70001), [dtype], [out_dtype], [kind])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_16_bit_weight(dtype):
+    all_patterns("cuda", dtype)
 
 
 @pytest.mark.gpu
@@ -232,7 +249,11 @@ def test_small_tensors_in_one_launch():
             buffers = list(torch.ones_like(theta).split(sizes)) if beta else [None] * len(sizes)
             out = torch.empty(2, len(theta), device=device)
             plan = triton.plan_of(UPDATES[:1], PROBES[:2], SEED, STEP + 1, beta, False, device)
-            triton.launch_small(theta, triton.table_of(sizes, tids, device), out, plan, kind, momentum)
+            narrow = torch.empty(2, len(theta), device=device, dtype=torch.bfloat16)
+            triton.launch_small(
+                theta, triton.table_of(sizes, tids, device), out, plan, kind, momentum, narrow
+            )
+            assert same_bits(narrow, out.bfloat16())
             for i, part in enumerate(out.split(sizes, 1)):
                 single = torch.empty(2, sizes[i], device=device)
                 alone[i] = alone[i].clone()

@@ -379,6 +379,33 @@ def test_an_exception_in_the_forward_leaves_the_head_as_it_was():
     assert "forward" not in model.lm_head.__dict__ and not model.lm_head._forward_pre_hooks
 
 
+@pytest.mark.parametrize("name", ["granitemoe_swa", "granitemoehybrid", "llama", "gemma3"])
+def test_no_forward_makes_a_cache_and_the_config_stays(name, monkeypatch, tmp_path):
+    """The first two do not name `use_cache` in their head's signature; gemma3 has a config within its config."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    import shrink
+
+    model = shrink.model("causal", name).requires_grad_(False)
+    model.config.get_text_config().use_cache = True  # as every real checkpoint says
+    batch, caches = objective.collate(encode(SINGLE)), []
+    handle = model.register_forward_hook(lambda m, a, out: caches.append(out.past_key_values))
+    model(**batch.inputs)
+    objective.losses(model, batch)
+    handle.remove()
+    assert caches[0] is not None and caches[1] is None
+    model.save_pretrained(tmp_path)
+    saved = type(model.config).from_pretrained(tmp_path)
+    assert saved.get_text_config().use_cache is model.config.get_text_config().use_cache is True
+
+    def broken(module, args):
+        raise RuntimeError("broken")
+
+    model.get_output_embeddings().register_forward_pre_hook(broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        objective.losses(model, batch)
+    assert model.config.get_text_config().use_cache is True
+
+
 def test_lora_models_are_scored_as_they_run():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from zoo import EPS, PROBES, VOCAB, Batch, apart, batch, losses, make, off, twin, zoo
 
-from zoft import layout, probe, selfcheck, sites, space
+from zoft import layout, routes, selfcheck, sites, space
 from zoft.errors import UserError
 
 H = 8
@@ -519,7 +519,7 @@ def test_random_forwards_are_run_one_probe_at_a_time():
     assert not found.stacked and "from one forward to the next" in found.note
 
 
-ROWS_OF = probe._rows_of
+ROWS_OF = routes._rows_of
 
 
 def swapped(flat, call, index, count, name=""):
@@ -546,14 +546,14 @@ def test_the_proof_sees_rows_given_to_the_wrong_probe(monkeypatch, wrong, dtype,
         return selfcheck.find_sites(model, trained, lambda x: losses(model, x), b.first(2), b, 1e-3)
 
     assert found().stacked
-    monkeypatch.setattr(probe, "_rows_of", wrong)
+    monkeypatch.setattr(routes, "_rows_of", wrong)
     broken = found()
     assert not broken.stacked and "stacked losses differ" in broken.note
 
 
 def test_the_proof_sees_results_joined_in_the_wrong_order(monkeypatch):
-    join = probe._join
-    monkeypatch.setattr(probe, "_join", lambda parts, *rest: join(parts[::-1], *rest))
+    join = routes._join
+    monkeypatch.setattr(routes, "_join", lambda parts, *rest: join(parts[::-1], *rest))
     found = make_uncopied(zoo("llama"), batch())
     assert not found.stacked and "stacked losses differ" in found.note
 

@@ -293,6 +293,48 @@ def test_a_loss_that_is_not_finite_is_skipped_and_logged(tmp_path):
     assert same_bits(weights(trainer.model), weights(resumed.model))
 
 
+class Portions(torch.nn.Module):
+    """An MLP that works through long rows in two portions, so that its layers are called twice."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x):
+        if x.shape[1] <= 7:
+            return self.mlp(x)
+        return torch.cat([self.mlp(part) for part in x.split(7, dim=1)], 1)
+
+
+def test_a_batch_that_cannot_be_stacked_gets_one_forward_a_probe(tmp_path, capsys):
+    """Calibrated on short rows; the first long batch is run again, apart, and so are all that follow."""
+
+    def model():
+        made = tiny.llama()
+        made.model.layers[0].mlp = Portions(made.model.layers[0].mlp)
+        return made
+
+    short, long = ([e for e in examples(48) if (len(e.contexts[0]) > 7) is wide] for wide in (False, True))
+
+    def batches(step):
+        return [collate(short[step : step + 2]), collate((long if step >= 2 else short)[step : step + 2])]
+
+    same = {"data": short, "q": 2, "steps": 4}
+    stacked = build(tmp_path, model(), name="stacked", probes_per_forward=4, **same)
+    apart = build(tmp_path, model(), name="apart", probes_per_forward=1, **same)
+    seen, plain = [], stacked.forward
+    stacked.batches = apart.batches = batches
+    stacked.forward = lambda m, b: seen.append(b.inputs["input_ids"].shape) or plain(m, b)
+    stacked.run(), apart.run()
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "one probe a forward" in said[0] and "were calibrated" in said[0], said
+    # Steps 0 and 1, the short half of step 2, and its long half, which breaks: 8 rows each; then 4 and 16 of 2 rows.
+    assert [rows for rows, _ in seen] == [8] * 6 + [2] * (4 + 8)
+    assert stacked.forwards == apart.forwards == 4 * 2 * 2 * 4
+    for a, b in zip(stacked.ledger.records, apart.ledger.records, strict=True):
+        np.testing.assert_allclose(a.losses, b.losses, rtol=1e-5)
+
+
 def test_training_lowers_the_loss(tmp_path):
     data = examples(8)
     trainer = build(tmp_path, tiny.llama(), data=data, batch_size=8, steps=300, lr=2e-2, q=2)

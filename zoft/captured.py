@@ -46,12 +46,13 @@ class CapturedTrainer(Trainer):
         self.capture = capture
         self.shapes: dict[tuple, Shape] = {}
         self.pool = torch.cuda.graph_pool_handle() if not capture else None
+        self.side = torch.cuda.Stream()  # one for all captures: each stream has workspaces of its own
         self.flight: deque[tuple[int, float, Tensor, torch.cuda.Event]] = deque()
         self.pinned = [
             torch.zeros_like(axis.control.record, device="cpu").pin_memory() for _ in range(BEHIND + 1)
         ]
         self.pending: noise.Update | None = None  # the last landed update, which the weights still lack
-        self.steps_launched = 0
+        self.scratch: list[Any] = []  # graphs point into it, however much the axis may need later
 
     def step(self) -> dict[str, Any] | None:
         """Send a step to the device; returns the metrics of the step that has landed meanwhile, if one had to."""
@@ -110,7 +111,9 @@ class CapturedTrainer(Trainer):
             return shape
         for mine, new in zip(shape.batches, batches):
             for (_, a), (_, b) in zip(_tensors(mine), _tensors(new)):
-                a.copy_(b, non_blocking=True)
+                a.copy_(
+                    b if b.is_cuda else b.pin_memory(), non_blocking=True
+                )  # from pageable memory it would wait
         return shape
 
     def _captured(self, batches: list[Batch]) -> torch.cuda.CUDAGraph | None:
@@ -130,9 +133,10 @@ class CapturedTrainer(Trainer):
                 for _ in range(2):
                     self._forward(batches)
                     control.forget()
-            torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph, pool=self.pool):
+            torch.cuda.current_stream().wait_stream(self.side)
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.side):
                 self._forward(batches)
+            self.scratch.append(self.axis.scratch())
             return graph
         except (RuntimeError, AssertionError) as error:
             torch.cuda.synchronize()

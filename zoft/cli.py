@@ -49,11 +49,9 @@ class _Verbs(TyperGroup):
         except UserError as error:
             typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
             raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            typer.echo(
-                "interrupted; a run that has started continues with `zoft train --resume RUN`", err=True
-            )
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as error:  # of a run that has started: stop.Stopped
+            typer.echo(str(error) or "interrupted", err=True)
+            raise typer.Exit(getattr(error, "code", 130)) from None
 
 
 app = typer.Typer(
@@ -179,6 +177,19 @@ def validate(overrides: Overrides = None, config: Source = None) -> None:
     from zoft.compose import compose, to_yaml
 
     typer.echo(to_yaml(compose(config, overrides or [])), nl=False)
+
+
+@app.command(cls=_Verb, context_settings=_LOOSE)
+def estimate(overrides: Overrides = None, config: Source = None, as_json: Json = False) -> None:
+    """Say what a run would take, memory and time a step, without loading weights."""
+    from zoft.compose import compose
+
+    resolved = compose(config, overrides or [])
+    from zoft import estimate as estimates
+    from zoft import tracking
+
+    found = estimates.estimate(resolved)
+    typer.echo(json.dumps(tracking.finite(found)) if as_json else estimates.text(found))
 
 
 @app.command(cls=_Verb, context_settings=_LOOSE)

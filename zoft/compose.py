@@ -180,9 +180,14 @@ def _typed(name: str, raw: str, kind: str, metadata: Any) -> Any:
         quoted = len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "'\""
         raw = raw[1:-1] if quoted else raw
         return raw.replace("\\n", "\n").replace("\\t", "\t") if metadata.get("template") else raw
-    if kind == "bool":
-        if raw.lower() not in (words := {"true": True, "false": False, "yes": True, "no": False}):
-            raise UserError(f"{name}={raw}: use true or false")
+    if kind.startswith("bool"):
+        words = {"true": True, "false": False, "yes": True, "no": False} | {
+            w: w for w in metadata.get("one_of", ())
+        }
+        if raw.lower() not in words:
+            raise UserError(
+                f"{name}={raw}: use true{''.join(f', {w}' for w in metadata.get('one_of', ()))} or false"
+            )
         return words[raw.lower()]
     if "str" in kind and not re.fullmatch(r"[-+\d.eE_]+", raw):
         return raw  # auto, or a word that the range check refuses

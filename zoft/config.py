@@ -90,8 +90,10 @@ class Config:
     )
     perturb: str = key("auto", "how probes are made", one_of=("auto", "probes", "inplace"))
     probes_per_forward: int | str = key("auto", "probes that share one forward", least=1, one_of=("auto",))
-    cache_frozen: bool = key(
-        False, "compute the frozen layers below the first trained one once, not every step"
+    cache_frozen: bool | str = key(
+        "auto",
+        "run the frozen first blocks once a row, not every step; where they are at least half, on a CPU",
+        one_of=("auto",),
     )
     device: str = key(
         "auto", "auto, cpu, cuda or cuda:N", pattern=(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda, cuda:0")

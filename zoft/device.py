@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,23 +18,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoft import noise, norms
+from zoft import noise, norms, precision
 from zoft.noise import triton as kernels
-from zoft.noise.triton import Plan
-from zoft.probe import Probe, ProbeAxis, _fast
+from zoft.noise.triton import NOTHING, Plan
+from zoft.probe import Probe, ProbeAxis
+from zoft.routes import conv1d, fast, linear
 from zoft.sites import Site
 from zoft.space import Trained
 
 _SLOTS = 8  # uploads that may be on their way
 _ROOM = 4096  # entries of all plans together
+NARROW_COSINE = 0.99  # between z and the realised direction of a bias that is probed in 16 bits
 
 
 @triton.jit
-def _close(totals, rates, master, record, Q, scale, BLOCK: tl.constexpr):
+def _close(totals, rates, master, record, Q, BLOCK: tl.constexpr):
     """Losses → coefficients → multipliers of the next passes: estimator.two_sided and update.make_update on the device.
 
-    totals fp64 [2Q, 2] (sums, counts); rates fp64 [2] (lr, decay); master: its first Q + 1 become the multipliers and
-    the decay, 0 and 1 if anything is not finite; record fp64 [3Q + 1]: losses, multipliers, whether all is finite.
+    totals fp64 [2Q, 2] (sums, counts); rates fp64 [3] (lr, decay, 2·eps·Q); master: its first Q + 2 become the multipliers, the
+    decay and 1, or 0 and NOTHING if anything is not finite; record fp64 [3Q + 1]: losses, multipliers, whether all is finite.
     """
     k = tl.arange(0, BLOCK)
     ours = k < Q
@@ -41,13 +44,16 @@ def _close(totals, rates, master, record, Q, scale, BLOCK: tl.constexpr):
     minus = tl.load(totals + 4 * k + 2, mask=ours, other=0.0) / tl.load(
         totals + 4 * k + 3, mask=ours, other=1.0
     )
-    multiplier = (-tl.load(rates) * ((plus - minus) / scale)).to(tl.float32)
+    multiplier = (tl.load(rates) * -1.0 * ((plus - minus) / tl.load(rates + 2))).to(
+        tl.float32
+    )  # lr 0: -0, as there
     wide = multiplier.to(tl.float64)
     # x − x is 0 for finite x and NaN for any other.
     bad = (plus - plus != 0) | (minus - minus != 0) | (wide - wide != 0)
     good = tl.sum(bad.to(tl.int32)) == 0
     tl.store(master + k, tl.where(good, multiplier, 0.0), mask=ours)
-    tl.store(master + Q, tl.where(good, tl.load(rates + 1), 1.0).to(tl.float32))
+    tl.store(master + Q, tl.where(good, tl.load(rates + 1), NOTHING).to(tl.float32))
+    tl.store(master + Q + 1, tl.where(good, 1.0, NOTHING))
     tl.store(record + 2 * k, plus, mask=ours)
     tl.store(record + 2 * k + 1, minus, mask=ours)
     tl.store(record + 2 * Q + k, wide, mask=ours)
@@ -57,16 +63,18 @@ def _close(totals, rates, master, record, Q, scale, BLOCK: tl.constexpr):
 class Control:
     """The device buffers that a step's launches read, and the plans that are slices of them.
 
-    master fp32 [3q + 3]: multipliers of the pending update, its decay, 1 (for tensors that do not decay), the 2q
-    scales, beta. Each plan has its own contiguous copy of the entries it needs, made at the start of a step.
+    master fp32 [3q + 3]: multipliers of the pending update, its decay, 1 (for tensors that do not decay; both NOTHING
+    where no update is pending), the 2q scales, beta. Each plan has its own contiguous copy of the entries it needs, made at the start of a step.
     """
 
     def __init__(self, q: int, eps: float, beta: float, seed: int, device: torch.device) -> None:
-        self.q, self.seed, self.denominator = q, seed, 2.0 * eps * q
+        self.q, self.seed = q, seed
         self.probes = [Probe(k, s * eps) for k in range(q) for s in (1.0, -1.0)]
         scales = [p.scale for p in self.probes]
-        self.master = torch.tensor([0.0] * q + [1.0, 1.0, *scales, beta], dtype=torch.float32, device=device)
-        self.rates = torch.zeros(2, dtype=torch.float64, device=device)
+        self.master = torch.tensor(
+            [0.0] * q + [NOTHING.value] * 2 + [*scales, beta], dtype=torch.float32, device=device
+        )
+        self.rates = torch.zeros(3, dtype=torch.float64, device=device)
         self.totals = torch.zeros(2 * q, 2, dtype=torch.float64, device=device)
         self.record = torch.zeros(3 * q + 1, dtype=torch.float64, device=device)
         self.keys = torch.zeros(_ROOM, 2, dtype=torch.int32, device=device)
@@ -78,7 +86,7 @@ class Control:
         self.staged = [
             (
                 torch.zeros(_ROOM, 2, dtype=torch.int32).pin_memory(),
-                torch.zeros(2, dtype=torch.float64).pin_memory(),
+                torch.tensor([0.0, 0.0, 2.0 * eps * q], dtype=torch.float64).pin_memory(),
             )
             for _ in range(_SLOTS)
         ]
@@ -129,14 +137,14 @@ class Control:
     def close(self) -> None:
         """This step's totals become the pending update and its record."""
         _close[(1,)](
-            self.totals, self.rates, self.master, self.record, self.q, self.denominator,
+            self.totals, self.rates, self.master, self.record, self.q,
             BLOCK=triton.next_power_of_2(self.q), num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip
 
     def forget(self) -> None:
         """No update is pending."""
         self.master[: self.q] = 0.0
-        self.master[self.q] = 1.0
+        self.master[self.q : self.q + 2] = NOTHING.value
 
 
 class DeviceAxis(ProbeAxis):
@@ -157,22 +165,30 @@ class DeviceAxis(ProbeAxis):
         small = [
             t for t in self.trained if t.stored.ndim <= 1 and t.stored.dtype == t.compute == torch.float32
         ]
+        self.narrow = _narrowed(self.sites, small, eps, seed, kind)
         self.small: dict[int, slice] = {}
         if small:
             sizes = [t.stored.numel() for t in small]
             self.flat = torch.cat([t.stored.flatten() for t in small])
             self.table = kernels.table_of(sizes, [t.id for t in small], device)
             self.flat_out = torch.empty(2 * q, self.flat.numel(), dtype=torch.float32, device=device)
+            width = next(iter(self.narrow.values()), None)
+            self.flat_narrow = None if width is None else torch.empty_like(self.flat_out, dtype=width)
             self.flat_momentum = torch.zeros_like(self.flat) if beta else None
             for t, at, n in zip(small, np.cumsum([0, *sizes]).tolist(), sizes):
                 self.small[t.id] = slice(at, at + n)
                 t.param.data = t.stored = self.flat[at : at + n].view(t.stored.shape)
                 if self.flat_momentum is not None:
                     t.momentum = self.flat_momentum[at : at + n].view(t.stored.shape)
+        self._blank = self._blanks()
         if beta:
             for t in self.trained:
                 if t.momentum is None:
                     t.momentum = torch.zeros_like(t.stored, dtype=torch.float32)
+
+    def scratch(self) -> list[Tensor]:
+        """The scratch in use, for whoever must keep it."""
+        return list(self._arenas)
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
@@ -215,7 +231,10 @@ class DeviceAxis(ProbeAxis):
                     plan = self.control.plan(
                         self.offset + i, len(out), not self._done & self.small.keys(), False
                     )
-                    kernels.launch_small(self.flat, self.table, out, plan, self.kind, self.flat_momentum)
+                    narrow = None if self.flat_narrow is None else self.flat_narrow[i : i + len(out)]
+                    kernels.launch_small(
+                        self.flat, self.table, out, plan, self.kind, self.flat_momentum, narrow
+                    )
                     self._done |= self.small.keys()
             yield
 
@@ -230,7 +249,9 @@ class DeviceAxis(ProbeAxis):
 
     def _of_small(self, t: Trained, first: int, count: int) -> Tensor:
         at = self.first + first
-        return self.flat_out[at : at + count, self.small[t.id]].unflatten(1, t.stored.shape or (1,))
+        out = self.flat_narrow if t.id in self.narrow else self.flat_out
+        assert out is not None
+        return out[at : at + count, self.small[t.id]].unflatten(1, t.stored.shape or (1,))
 
     def _fill(self, t: Trained, out: Tensor, group: list[Probe], first: int) -> None:
         if not self.live:
@@ -251,9 +272,9 @@ class DeviceAxis(ProbeAxis):
         return out
 
     def shortcut(self, site: Site) -> Callable | None:
-        fast = _fast(site)
-        if fast is not None or any(c.inputs != [0] or c.outputs != [0] for c in site.calls):
-            return fast
+        direct = fast(site)
+        if direct is not None or any(c.inputs != [0] or c.outputs != [0] for c in site.calls):
+            return direct
         if (
             "forward" in site.module.__dict__
             or site.module._forward_hooks
@@ -264,6 +285,27 @@ class DeviceAxis(ProbeAxis):
             return None
         found = norms.kind_of(site.module)
         return None if found is None else partial(_norm, kind=found[0], eps=found[1])
+
+
+def _narrowed(
+    sites: Sequence[Site], small: list[Trained], eps: float, seed: int, kind: str
+) -> dict[int, torch.dtype]:
+    """Biases that may be probed in their matrix's dtype, so that the product adds them: where the probe survives that.
+
+    A bias of size 1 loses a bf16 probe of eps 1e-3 and stays in fp32, at a pass over the output of its own.
+    """
+    ours = {t.id for t in small}
+    found: dict[int, torch.dtype] = {}
+    for site in sites:
+        if fast(site) in (linear, conv1d):
+            module: Any = site.module
+            weight = next((t for t in site.trained if t.param is module.weight), None)
+            dtype = module.weight.dtype if weight is None else weight.compute
+            for t in site.trained:
+                bias = t.param is module.bias and t.id in ours and dtype.itemsize == 2
+                if bias and precision.cosine(t, eps, seed, kind, dtype) >= NARROW_COSINE:
+                    t.compute = found[t.id] = dtype
+    return found
 
 
 def _norm(axis: DeviceAxis, site: Site, x: Tensor, *, kind: str, eps: float) -> Tensor:

@@ -17,15 +17,11 @@ from zoft.data_order import batch_indices
 from zoft.encode import Example, encode
 from zoft.errors import UserError
 from zoft.evaluate import TOKENS
+from zoft.frozen import frozen_blocks
 from zoft.objective import Batch, collate, losses
 from zoft.rates import rates
 
 LORA_RANK = 8  # of the LoRA run beside: pairs on query and value projections
-
-
-def main(config: Config) -> str:
-    """The estimate of a config as text; reads the model's config and the data, no weights."""
-    return text(estimate(config))
 
 
 def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str, Any]:
@@ -41,6 +37,7 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     lora: {the same}, config: {resolved storage, compute, perturb, probes_per_forward, device, steps}, notes: [str]}.
     Raises UserError as a run would.
     """
+    models.resolve(config.model)  # a mistake shows before data loads
     config = setup.device(config)
     notes: list[str] = []
     if rows is None:
@@ -76,6 +73,7 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     )
     usual = train.flops * _usual_width(config, rows)
     flops = usual * share * math.ceil(2 * config.q / probes) * config.accumulate
+    flops += usual * (1 - share) / probes / config.batch_size * _met(config, rows) / config.steps
     passes = config.q * (2 if inplace else 1)
     seconds = flops / speed["flops"] + passes * trained / speed["noise"]
     return {
@@ -161,18 +159,28 @@ def _usual_width(config: Config, rows: Sequence[Example]) -> float:
     return sum(widths) / len(widths) / max(e.length for e in rows)
 
 
+def _met(config: Config, rows: Sequence[Example]) -> int:
+    """Examples that a run sees."""
+    return min(len(rows), config.steps * config.batch_size * config.accumulate)
+
+
 def _frozen(config: Config, model: Any, names: Sequence[str], rows: Sequence[Example]) -> tuple[int, float]:
     """With cache_frozen: (bytes of kept hidden states, share of the blocks that a step still runs)."""
-    if not config.cache_frozen or config.perturb == "inplace":
+    auto = config.cache_frozen == "auto"
+    if not config.cache_frozen or config.perturb == "inplace" or (auto and config.device.startswith("cuda")):
         return 0, 1.0
-    prefix, blocks = space.blocks_of(model)
-    inside = [int(n[len(prefix) + 1 :].split(".")[0]) for n in names if n.startswith(f"{prefix}.")]
-    if not {n for n in names if not n.startswith(f"{prefix}.")} <= set(space.train_names(model, "last-1")):
+    first, count = frozen_blocks(model, {id(p) for n, p in model.named_parameters() if n in set(names)})
+    if first in (0, count) or (auto and 2 * first < count):
+        return 0, 1.0
+    inside = f"{space.blocks_of(model)[0]}."
+    if not {n for n in names if not n.startswith(inside)} <= set(space.train_names(model, "last-1")):
         return 0, 1.0  # something is trained that may come before the blocks
-    first = min(inside, default=0)
     states = sum(len(row) for row in {c + t[:-1] for e in rows for c, t in zip(e.contexts, e.completions)})
+    states = states * _met(config, rows) // len(rows)
     size = states * _width(model) * next(model.parameters()).element_size()
-    return (min(size, setup.FROZEN_BYTES), 1 - first / len(blocks)) if first else (0, 1.0)
+    if auto and size > setup.FROZEN_BYTES:
+        return 0, 1.0
+    return min(size, setup.FROZEN_BYTES), 1 - first / count
 
 
 def _forward(model: Any, batch: Batch, notes: list[str]) -> footprint.Cost:
@@ -267,6 +275,11 @@ def text(found: dict[str, Any]) -> str:
         _line("AdamW, all weights", found["adamw"]),
         _line(f"AdamW, LoRA of rank {LORA_RANK}", found["lora"]),
         f"{c['steps']} steps: about {_duration(found['seconds'])}, evaluation and start-up aside",
+        *(
+            ["memory is that of tensors; a process on a CPU takes 0.5 to 1 GB more"]
+            if c["device"] == "cpu"
+            else []
+        ),
         *found["notes"],
     ]
     return "\n".join(lines)

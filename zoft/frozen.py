@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zoft.errors import UserError
 from zoft.layout import leaves
+from zoft.objective import uncached
 from zoft.space import Trained, blocks_of
 
-GROUP = 8  # rows computed together; fixed groups, so that a row's bits do not depend on when it is needed
+Row = tuple[int, ...]  # token ids, no padding
+
+
+def rows_of(inputs: Mapping[str, Tensor]) -> list[Row]:
+    """The rows of a model's inputs."""
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    return [tuple(r[:n]) for r, n in zip(inputs["input_ids"].tolist(), lengths, strict=True)]
 
 
 class _Reached(Exception):
@@ -23,40 +31,44 @@ class FrozenPrefix:
     """Serves the hidden states [T, H] in front of block `first` of every row from memory.
 
     While installed, model(input_ids=…, attention_mask=…) skips the blocks before `first`; everything else
-    (masks, positions, the blocks after) runs as ever. rows: token ids of the training rows, which are computed
-    in fixed groups of GROUP; other rows are computed in the batch they come in. budget: bytes kept at most;
-    rows beyond it are computed again each time.
+    (masks, positions, the blocks after) runs as ever. batches: rows that training meets together; a row is computed
+    with those that are first met in the same batch, whenever that is, so that its bits are always the same. Other
+    rows (of an evaluation, or beyond the budget) are computed with those of the batch they come in. budget: bytes
+    kept at most, for training rows first.
     """
 
-    def __init__(self, model: nn.Module, first: int, rows: Iterable[tuple[int, ...]], budget: int) -> None:
-        self.model, self.budget, self.used = model, budget, 0
+    def __init__(self, model: nn.Module, first: int, batches: Iterable[Sequence[Row]], budget: int) -> None:
+        self.model, self.budget = model, budget
         self.blocks = list(blocks_of(model)[1])
         self.first = first
-        ordered = sorted(set(rows), key=lambda r: (len(r), r))
-        self.group_of = {
-            r: tuple(ordered[i - i % GROUP : i - i % GROUP + GROUP]) for i, r in enumerate(ordered)
-        }
-        self.kept: dict[tuple[int, ...], Tensor] = {}
+        self.group_of: dict[Row, tuple[Row, ...]] = {}
+        for rows in batches:
+            group = tuple(dict.fromkeys(r for r in rows if r not in self.group_of))
+            self.group_of.update(dict.fromkeys(group, group))
+        self.tokens = sum(map(len, self.group_of))
+        self.kept: dict[tuple[Row, ...], list[Tensor]] = {}
+        self.spare = budget  # bytes that rows outside the groups may take
         self.serving: Tensor | None = None  # [R, T, H] for the forward under way
         self._undo: list[Callable[[], Any]] = []
 
     def install(self) -> None:
         for block in self.blocks[: self.first]:
-            inner = block.forward
-            block.forward = self._skip(inner)
-            self._undo.append(partial(block.__dict__.pop, "forward"))
+            own = {k: v for k, v in block.__dict__.items() if k == "forward"}
+            self._undo += [partial(block.__dict__.update, own), partial(block.__dict__.pop, "forward")]
+            block.forward = self._skip(block.forward)
         self._undo.append(self.model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
         self._undo.append(
             self.blocks[self.first].register_forward_pre_hook(self._replace, with_kwargs=True).remove
         )
 
     def remove(self) -> None:
+        """The model as it was; nothing is kept."""
         while self._undo:
             self._undo.pop()()
         self.kept.clear()
-        self.used = 0
 
     def _skip(self, inner: Callable) -> Callable:
+        @wraps(inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self.serving is None:
                 return inner(*args, **kwargs)
@@ -70,9 +82,7 @@ class FrozenPrefix:
     def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._capturing:
             return
-        ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
-        lengths = mask.sum(1).tolist()
-        rows = [tuple(r[:n]) for r, n in zip(ids.tolist(), lengths, strict=True)]
+        ids, rows = kwargs["input_ids"], rows_of(kwargs)
         hidden = self._hidden(rows)
         out = hidden[rows[0]].new_zeros(*ids.shape, hidden[rows[0]].shape[-1])  # [R, T, H]
         for i, row in enumerate(rows):
@@ -88,30 +98,41 @@ class FrozenPrefix:
         assert served is not None and served.shape == hidden.shape, (served is not None, hidden.shape)
         return ((served, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": served})
 
-    def _hidden(self, rows: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], Tensor]:
-        """Hidden states of the rows: kept ones, or computed with their whole group."""
-        found = {r: self.kept[r] for r in rows if r in self.kept}
-        missing = list(dict.fromkeys(r for r in rows if r not in found))
-        strangers = [r for r in missing if r not in self.group_of]
-        for group in dict.fromkeys(
-            [self.group_of[r] for r in missing if r in self.group_of] + [tuple(strangers)]
-        ):
-            if not group:
-                continue
-            made = self._compute(group)  # [G, T, H]
-            for row, states in zip(group, made, strict=True):
-                states = states[: len(row)]
-                size = states.numel() * states.element_size()
-                if self.used + size <= self.budget:
-                    self.kept[row] = states = states.clone()
-                    self.used += size
-                found[row] = states
-        return found
+    def _hidden(self, rows: Sequence[Row]) -> dict[Row, Tensor]:
+        """Hidden states of the rows, each kept or computed with its whole group: a row's bits do not depend on
+        what else was asked for before."""
+        others = tuple(dict.fromkeys(r for r in rows if r not in self.group_of))
+        groups = dict.fromkeys(self.group_of.get(r, others) for r in rows)
+        return {row: states for group in groups for row, states in zip(group, self._states(group))}
+
+    def _states(self, group: tuple[Row, ...]) -> list[Tensor]:
+        """[T, H] of each row of a group, kept if there is room."""
+        if group in self.kept:
+            return self.kept[group]
+        made = self._compute(group)  # [G, T, H]
+        states = [x[: len(row)] for row, x in zip(group, made, strict=True)]
+        if group[0] not in self.group_of:
+            size = sum(x.nbytes for x in states)
+            if size > self.spare:
+                return states
+            self.spare -= size
+        self.kept[group] = [x.clone() for x in states]
+        return self.kept[group]
+
+    def share_out(self, token: int) -> None:
+        """Give the budget to the groups in their order, at `token` bytes a token, and what is left to other rows."""
+        for group in dict.fromkeys(self.group_of.values()):
+            size = token * sum(map(len, group))
+            if size <= self.spare:
+                self.spare -= size
+            else:
+                for row in group:
+                    del self.group_of[row]
 
     _capturing = False
     _captured: Tensor
 
-    def _compute(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
+    def _compute(self, rows: Sequence[Row]) -> Tensor:
         """One forward of the rows up to block `first`: [len(rows), T, H]."""
         width = max(map(len, rows))
         device = next(self.model.parameters()).device
@@ -119,7 +140,8 @@ class FrozenPrefix:
         mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=device)
         self._capturing, self.serving = True, None
         try:
-            self.model(input_ids=ids, attention_mask=mask, use_cache=False)
+            with uncached(self.model):
+                self.model(input_ids=ids, attention_mask=mask)
         except _Reached:
             return self._captured
         finally:
@@ -127,53 +149,71 @@ class FrozenPrefix:
         raise AssertionError("the model never ran its first trained block")
 
 
+def frozen_blocks(model: nn.Module, trained: set[int]) -> tuple[int, int]:
+    """(blocks before the first one that holds a trained tensor, blocks in all); trained: ids of parameters."""
+    try:
+        blocks = blocks_of(model)[1]
+    except UserError:
+        return 0, 0
+    first = (i for i, b in enumerate(blocks) if any(id(p) in trained for p in b.parameters()))
+    return next(first, len(blocks)), len(blocks)
+
+
 def prefix_of(
-    model: nn.Module, trained: Sequence[Trained], rows: Sequence[tuple[int, ...]], budget: int,
-    losses: Callable[[], Tensor],
+    model: nn.Module, trained: Sequence[Trained], batches: Iterable[Sequence[Row]], budget: int,
+    losses: Callable[[], Tensor], auto: bool = False,
 ) -> tuple[FrozenPrefix | None, str]:  # fmt: skip
     """The installed cache and a line about it, or (None, why not).
 
     losses() -> [examples] of a clean forward: the cache must not change it (beyond rounding), and what it
-    keeps must not depend on a trained tensor, which is tried with NaN in the place of each.
+    keeps must not depend on a trained tensor, which is tried with NaN in the place of each. auto: only where it
+    pays, at least half of the blocks being frozen and all rows within the budget; "" where few or none are.
     """
-    try:
-        name, blocks = blocks_of(model)
-    except Exception:
-        return None, "no stack of blocks"
-    ours = {id(t.param) for t in trained}
-    first = next((i for i, b in enumerate(blocks) if any(id(p) in ours for p in b.parameters())), len(blocks))
-    if first == 0 or first == len(blocks):
-        return None, "the first block is trained" if first == 0 else "no block is trained"
-    prefix = FrozenPrefix(model, first, rows, budget)
-    types: list[Any] = []
-    handle = blocks[0].register_forward_hook(lambda m, a, out: types.append(out))
+    first, count = frozen_blocks(model, {id(t.param) for t in trained})
+    if auto and (first in (0, count) or 2 * first < count):
+        return None, ""
+    if first in (0, count):
+        return None, "the first block is trained" if first < count else "no block is trained"
+    prefix = FrozenPrefix(model, first, batches, budget)
     try:
         with torch.no_grad():
-            want = losses()
-            prefix.tuples = isinstance(types[0], tuple)
-            if sum(isinstance(x, Tensor) for x in leaves(types[0])) != 1:
-                return None, f"blocks of {name} return more than hidden states"
-            handle.remove()
-            prefix.install()
-            for t in trained:
-                t.param.data = torch.full_like(t.stored, float("nan"))
-            try:
-                states = prefix._compute(list(rows[:2]))
-            finally:
-                for t in trained:
-                    t.param.data = t.stored
-            got = losses()
+            why = _trial(prefix, trained, losses, auto)
     except (KeyError, TypeError, RuntimeError, AssertionError, IndexError) as error:
+        why = f"this model does not allow it ({type(error).__name__}: {str(error)[:80]})"
+    if why:
         prefix.remove()
-        return None, f"this model does not allow it ({type(error).__name__}: {str(error)[:80]})"
+        return None, why
+    return prefix, f"outputs of the first {first} of {count} blocks are computed once a row and kept"
+
+
+def _trial(
+    prefix: FrozenPrefix, trained: Sequence[Trained], losses: Callable[[], Tensor], auto: bool
+) -> str:  # fmt: skip
+    """ "" with the cache installed, or why it does not do."""
+    given: list[Any] = []
+    handle = prefix.blocks[0].register_forward_hook(lambda module, args, out: given.append(out))
+    try:
+        want = losses()
     finally:
         handle.remove()
+    prefix.tuples = isinstance(given[0], tuple)
+    if sum(isinstance(x, Tensor) for x in leaves(given[0])) != 1:
+        return "its blocks return more than hidden states"
+    prefix.install()
+    for t in trained:
+        t.param.data = torch.full_like(t.stored, float("nan"))
+    try:
+        states = prefix._compute(list(prefix.group_of)[:2])  # [2, T, H]
+    finally:
+        for t in trained:
+            t.param.data = t.stored
     if not bool(torch.isfinite(states).all()):
-        prefix.remove()
-        return None, "what comes before the first trained block reads trained tensors"
+        return "what comes before the first trained block reads trained tensors"
+    need = prefix.tokens * states[0, 0].nbytes
+    if auto and need > prefix.budget:
+        return f"all rows would take {need / 1e9:.2g} GB, more than {prefix.budget / 1e9:.2g}; cache_frozen=true keeps some"
+    prefix.share_out(states[0, 0].nbytes)
+    got = losses()
     worst = float(((got - want).abs() / (1 + want.abs())).max())
     tolerance = 1e-4 if want.dtype == torch.float32 and states.dtype == torch.float32 else 0.05
-    if not worst <= tolerance:
-        prefix.remove()
-        return None, f"it changes losses by {worst:.2g}"
-    return prefix, f"outputs of the first {first} of {len(blocks)} blocks are computed once a row and kept"
+    return "" if worst <= tolerance else f"it changes losses by {worst:.2g}"

@@ -73,6 +73,12 @@ class Batch:
             gold=self.gold.repeat(probes),
         )
 
+    def widened(self, columns: int) -> Batch:
+        """With that many more columns of padding on the right."""
+        width = self.inputs["input_ids"].shape[1]
+        inputs = {k: F.pad(v, (0, columns)) for k, v in self.inputs.items()}
+        return replace(self, inputs=inputs, positions=self.positions + self.positions // width * columns)
+
     def unmasked(self) -> Batch:
         """Without the attention mask: the same losses where no token sees what is to its right (padding is)."""
         return replace(self, inputs={k: v for k, v in self.inputs.items() if k != "attention_mask"})
@@ -197,11 +203,12 @@ def project(
     Returns [N, V] or [N, C] in the dtype of the model's logits.
     """
     rows, width = inputs["input_ids"].shape
-    head = _head(model)
+    head = head_of(model)
     narrow = tokens is not None and head is not None and _narrows(head)
     extra = {"use_cache": False} if _takes_use_cache(_class(model)) else {}
     seen = [0]
     with ExitStack() as stack:
+        stack.enter_context(uncached(model))
         if head is not None:
             stack.enter_context(_gathering(head, seen, rows, width, positions))
         if narrow and tokens is not None:
@@ -265,6 +272,25 @@ def _narrowed(head: Any, tokens: Tensor) -> Iterator[None]:
             head.__dict__["forward"] = replaced
 
 
+@contextmanager
+def uncached(model: nn.Module) -> Iterator[None]:
+    """For the time of one forward no config asks for a key-value cache: not every model's head takes `use_cache`."""
+    configs = [m.__dict__["config"] for m in model.modules() if "config" in m.__dict__]
+    parts = [
+        part
+        for c in {id(c): c for c in configs}.values()
+        for part in (c, *getattr(c, "__dict__", {}).values())
+    ]
+    asking = [c for c in parts if getattr(c, "use_cache", None) is True]
+    try:
+        for c in asking:
+            c.use_cache = False
+        yield
+    finally:
+        for c in asking:
+            c.use_cache = True
+
+
 def _narrows(head: nn.Module) -> bool:
     replaced = head.__dict__.get("forward")
     if replaced is not None:
@@ -272,7 +298,7 @@ def _narrows(head: nn.Module) -> bool:
     return type(head) is nn.Linear
 
 
-def _head(model: Any) -> nn.Module | None:
+def head_of(model: Any) -> nn.Module | None:
     try:
         return model.get_output_embeddings()
     except (AttributeError, NotImplementedError):

@@ -19,10 +19,11 @@ def realised(trained: Sequence[Trained], eps: float, *, seed: int, kind: str) ->
     cos(fl(θ + eps·z) − θ, z), fl to the tensor's compute dtype; the first SAMPLE elements of each tensor.
     1 is exact; near 0 the probe rounds away and the loss says nothing about that tensor.
     """
-    return {t.name: _cosine(t, eps, seed, kind, t.compute) for t in trained if t.stored.numel()}
+    return {t.name: cosine(t, eps, seed, kind, t.compute) for t in trained if t.stored.numel()}
 
 
-def _cosine(t: Trained, eps: float, seed: int, kind: str, dtype: torch.dtype) -> float:
+def cosine(t: Trained, eps: float, seed: int, kind: str, dtype: torch.dtype) -> float:
+    """cos(fl(θ + eps·z) − θ, z) of one tensor, fl to dtype."""
     theta = t.stored.flatten()[:SAMPLE]
     out = torch.empty(1, *theta.shape, dtype=dtype, device=theta.device)
     noise.perturb(theta, t.id, out, [(0, eps)], seed=seed, step=0, noise=kind)
@@ -36,16 +37,16 @@ def _cosine(t: Trained, eps: float, seed: int, kind: str, dtype: torch.dtype) ->
 def weak(trained: Sequence[Trained], eps: float, *, seed: int, kind: str) -> list[str]:
     """One line for every tensor whose realised direction is below COSINE_MIN: its name, and what would do."""
     lines = []
-    for name, cosine in realised(trained, eps, seed=seed, kind=kind).items():
-        if cosine >= COSINE_MIN:
+    for name, found in realised(trained, eps, seed=seed, kind=kind).items():
+        if found >= COSINE_MIN:
             continue
         t = next(t for t in trained if t.name == name)
         enough = next(
-            (eps * 2**k for k in range(1, 20) if _cosine(t, eps * 2**k, seed, kind, t.compute) >= COSINE_MIN),
+            (eps * 2**k for k in range(1, 20) if cosine(t, eps * 2**k, seed, kind, t.compute) >= COSINE_MIN),
             None,
         )
         larger = f"eps={enough:.2g} or " if enough else ""
         lines.append(
-            f"eps={eps:g}: probes of {name} round away (cosine {cosine:.2f} with z); {larger}compute=fp32 would do"
+            f"eps={eps:g}: probes of {name} round away (cosine {found:.2f} with z); {larger}compute=fp32 would do"
         )
     return lines

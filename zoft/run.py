@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from zoft import compose, tracking
 from zoft.config import Config
 from zoft.errors import UserError
+from zoft.stop import Stop, listening
 
 if TYPE_CHECKING:
     from zoft.ledger import Ledger
@@ -133,6 +134,7 @@ class Session:
     ledger: Ledger
     tracker: tracking.Tracker
     config: Config
+    stop: Stop
 
 
 @contextmanager
@@ -140,7 +142,7 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
     """Make or reopen a run's folder and ledger; everything is closed at the end.
 
     config: with nothing `auto` left; a new run's config.yaml keeps it. header: of the ledger; a resumed run's
-    must agree with it. Raises UserError for another base, another plan, or a damaged ledger.
+    must agree with it. Raises UserError for another base, another plan, or a damaged ledger; Stopped on a signal.
     """
     from zoft.env import environment
     from zoft.ledger import Ledger
@@ -153,13 +155,13 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
         write(folder / "config.yaml", compose.to_yaml(config))
         write(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
         ledger = Ledger.create(folder / "ledger", dict(header))
-    with ledger:
+    with ledger, listening(str(folder)) as stop:
         agree(ledger.header, header, folder)
         with tracking.Tracker(
             folder, config.steps, track=config.track, config=dataclasses.asdict(config),
             resume_step=ledger.last_step + 1, device=config.device,
         ) as tracker:  # fmt: skip
-            yield Session(folder, ledger, tracker, config)
+            yield Session(folder, ledger, tracker, config, stop)
 
 
 def agree(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
@@ -194,10 +196,15 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
         nonlocal paused
         seconds = past + time.monotonic() - began - paused
         t.step(metrics.pop("step"), **metrics, seconds=round(seconds, 3))
+        if trainer.settings.probes_per_forward != s.config.probes_per_forward:  # a batch could not be stacked
+            s.config = dataclasses.replace(s.config, probes_per_forward=trainer.settings.probes_per_forward)
+            write(s.folder / "config.yaml", compose.to_yaml(s.config))  # on resume, too, for the same bits
+        s.stop.check()
 
     while trainer.next < config.steps:
         every = config.eval_every or config.steps
-        trainer.run(on_step, until=min(config.steps, (trainer.next // every + 1) * every))
+        with s.stop.finishing():
+            trainer.run(on_step, until=min(config.steps, (trainer.next // every + 1) * every))
         if trainer.next < config.steps:
             pause = time.monotonic()
             s.ledger.sync()  # no evaluation is ever ahead of the ledger

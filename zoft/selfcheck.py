@@ -106,6 +106,21 @@ def prove(
     probes rounds differently, a difference that is small against those between the probes.
     """
     axis = _Guarded(live(trained, found), found.sites, seed=0, kind="rademacher")
+    try:
+        return _prove(axis, model, trained, found, run, batch, eps)
+    finally:
+        axis.release()
+
+
+def _prove(
+    axis: _Guarded,
+    model: nn.Module,
+    trained: Sequence[Trained],
+    found: Found,
+    run: Callable[[Any], torch.Tensor],
+    batch: Any,
+    eps: float,
+) -> str:
     cap = _cap(model, trained)
     alone = stacked = equal = torch.zeros(0)
     for further in _FURTHER:

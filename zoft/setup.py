@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import __version__, models, precision, selfcheck, space, tasks, update
+from zoft import __version__, models, objective, precision, routes, selfcheck, space, tasks, update
 from zoft.config import Config
 from zoft.data_order import batch_indices
 from zoft.encode import Example, encode
 from zoft.errors import UserError
+from zoft.evaluate import CALIBRATION, spread
+from zoft.frozen import Row, prefix_of, rows_of
 from zoft.ledger import Ledger
 from zoft.objective import Batch, collate, losses
 from zoft.probe import InPlace, ProbeAxis
@@ -109,13 +111,16 @@ def axis(
             raise UserError(
                 f"probes_per_forward={config.probes_per_forward}: perturb=inplace has one; leave it out"
             )
+        if config.cache_frozen is True:
+            say("cache_frozen: perturb=inplace keeps nothing; every block runs every time")
+        config = replace(config, cache_frozen=False)
         say("perturb=inplace: weights are moved and moved back, so rounding shifts them a little each step")
         return placed(config, loaded, trained)
 
     def run(batch: Batch) -> torch.Tensor:
         return losses(loaded, batch)[0]
 
-    small, double = calibration(collate(train[:2]).to(config.device))
+    small, double = (b.to(config.device) for b in calibration(train))
     found = selfcheck.find_sites(loaded, trained, run, small, double, config.eps)
     for t in found.unread:
         say(f"{t.name}: no forward reads it; it is not trained")
@@ -125,19 +130,53 @@ def axis(
     group = min(wanted, 2 * config.q) if found.stacked else 1
     config = replace(config, perturb="probes", probes_per_forward=group)
     config, trained, made = placed(config, loaded, selfcheck.live(trained, found), found.sites)
+    if small.tokens is not None and isinstance(made, ProbeAxis):
+        # Only the candidates' rows of the output matrix are ever made.
+        head = objective.head_of(loaded)
+        dense = [s for s in found.sites if s.module is not head or routes.fast(s) is None]
+        made.scratch_bytes = routes.scratch_bytes(dense)
     for line in precision.weak(trained, config.eps, seed=config.seed, kind=config.noise):
         say(line)
-    if config.cache_frozen:
-        from zoft.frozen import prefix_of
 
-        rows = {c + t[:-1] for e in train for c, t in zip(e.contexts, e.completions)}
+    def clean() -> torch.Tensor:
+        with made.clean(small.rows):
+            return run(small)
 
-        def clean() -> torch.Tensor:
-            with made.clean(small.rows):
-                return run(small)
+    return cached(config, loaded, trained, train, clean), trained, made
 
-        say(f"cache_frozen: {prefix_of(loaded, trained, sorted(rows), FROZEN_BYTES, clean)[1]}")
-    return config, trained, made
+
+def cached(
+    config: Config,
+    loaded: nn.Module,
+    trained: Sequence[Trained],
+    train: Sequence[Example],
+    clean: Callable[[], torch.Tensor],
+) -> Config:
+    """Keep the outputs of frozen first blocks, if cache_frozen wants it and the model allows it; resolves the key."""
+    auto = config.cache_frozen == "auto"
+    if config.cache_frozen is False or (auto and config.device.startswith("cuda")):  # there, graphs gain more
+        return replace(config, cache_frozen=False)
+    prefix, note = prefix_of(loaded, trained, first_met(config, train), FROZEN_BYTES, clean, auto)
+    if note:
+        say(f"cache_frozen: {note}")
+    return replace(config, cache_frozen=prefix is not None)
+
+
+def first_met(config: Config, train: Sequence[Example]) -> Iterator[list[Row]]:
+    """The rows of training, by the batch in which the run meets them first: an evaluation's label bias, then steps."""
+    if train[0].objective == "choice":
+        bias = sorted(spread(train, CALIBRATION), key=lambda e: e.length)
+        for i in range(0, len(bias), config.batch_size):
+            yield rows_of(collate(bias[i : i + config.batch_size]).inputs)
+    seen: set[int] = set()
+    for step in range(config.steps):
+        for picks in picked(config, len(train), step):
+            new = [i for i in dict.fromkeys(picks) if i not in seen]
+            seen.update(new)
+            if new:
+                yield rows_of(collate([train[i] for i in new]).inputs)
+        if len(seen) == len(train):
+            return
 
 
 def placed(
@@ -156,8 +195,15 @@ def placed(
     return config, trained, ProbeAxis(trained, sites, **common)
 
 
-def calibration(small: Batch) -> tuple[Batch, Batch]:
-    """A batch of n examples, and one of those n with n others under the same mask."""
+def calibration(train: Sequence[Example]) -> tuple[Batch, Batch]:
+    """A batch of two examples, and one of those and as many others under the same mask.
+
+    Some row is padded, for models make other masks, or none, where nothing is.
+    """
+    other = next((e for e in train if e.length != train[0].length), train[-1])
+    small = collate([train[0], other])
+    if bool(small.inputs["attention_mask"].all()):
+        small = small.widened(1)
     ids = small.inputs["input_ids"]  # [n, T]
     double = small.repeat(2)
     double.inputs["input_ids"][len(ids) :] = ids.flip(1)
@@ -196,19 +242,20 @@ def mask_is_idle(config: Config, loaded: nn.Module, made: ProbeAxis, train: Sequ
 
 def batches(config: Config, train: Sequence[Example]) -> Callable[[int], list[Batch]]:
     """step -> its batches, a pure function of the step."""
-    sizes = {
-        "n": len(train),
-        "batch_size": config.batch_size,
-        "accumulate": config.accumulate,
-        "seed": config.seed,
-    }
 
     def at(step: int) -> list[Batch]:
         return [
-            collate([train[i] for i in picks]).to(config.device) for picks in batch_indices(step, **sizes)
+            collate([train[i] for i in picks]).to(config.device) for picks in picked(config, len(train), step)
         ]
 
     return at
+
+
+def picked(config: Config, n: int, step: int) -> list[list[int]]:
+    """Which of n examples each batch of a step holds."""
+    return batch_indices(
+        step, n=n, batch_size=config.batch_size, accumulate=config.accumulate, seed=config.seed
+    )
 
 
 def settings(config: Config) -> Settings:

@@ -102,7 +102,7 @@ class Tracker:
 
     def _write(self, row: dict[str, Any]) -> None:
         # JSON has no NaN: a skipped step's loss becomes null, so that every reader can read the line.
-        self._file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
+        self._file.write(json.dumps(finite(row), ensure_ascii=False) + "\n")
         self._file.flush()
         if self._wandb:
             self._wandb.log(row, step=row["step"])
@@ -178,11 +178,12 @@ def _wandb(run_dir: Path, config: Mapping[str, Any]) -> Any:
     return wandb.init(project="zoft", name=run_dir.resolve().name, dir=str(run_dir), config=dict(config))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value as JSON can hold it: null for every NaN and infinity in it."""
     if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from zoft import noise, update
 from zoft.errors import UserError
 from zoft.estimator import finite, two_sided
+from zoft.layout import Unfit
 from zoft.ledger import Ledger, Record
 from zoft.objective import Batch, losses
 from zoft.probe import InPlace, Probe, ProbeAxis
@@ -106,15 +108,27 @@ class Trainer:
         group = self.settings.probes_per_forward
         totals = torch.zeros(len(probes), 2, dtype=torch.float64)
         for i in range(0, len(probes), group):
-            here = probes[i : i + group]
             for batch in batches:
-                with self.axis.at(step, here, batch.rows):
-                    sums, counts = self.forward(self.model, batch.repeat(len(here)))  # [P·E], [P·E]
-                both = torch.stack([sums, counts], -1).view(len(here), -1, 2)
-                totals[i : i + group] += both.double().sum(1).cpu()
-                self.forwards += batch.examples * len(here)
+                totals[i : i + group] += self.sums_at(step, probes[i : i + group], batch)
         self.axis.settle()
         return (totals[:, 0] / totals[:, 1]).tolist()
+
+    def sums_at(self, step: int, probes: Sequence[Probe], batch: Batch) -> torch.Tensor:
+        """[P, 2]: a batch's loss sum and count at each probe, from one forward; a batch that cannot be stacked gets
+        one forward a probe, and so do all that follow it."""
+        if len(probes) > self.settings.probes_per_forward:
+            return torch.cat([self.sums_at(step, [p], batch) for p in probes])
+        try:
+            with self.axis.at(step, probes, batch.rows):
+                sums, counts = self.forward(self.model, batch.repeat(len(probes)))  # [P·E], [P·E]
+        except Unfit as error:
+            if len(probes) == 1:
+                raise
+            print(f"step {step}: one probe a forward from here on: {error}", file=sys.stderr, flush=True)
+            self.settings = replace(self.settings, probes_per_forward=1)
+            return self.sums_at(step, probes, batch)
+        self.forwards += batch.examples * len(probes)
+        return torch.stack([sums, counts], -1).view(len(probes), -1, 2).double().sum(1).cpu()
 
     def run(
         self, on_step: Callable[[dict[str, Any]], None] = lambda metrics: None, until: int | None = None

@@ -23,10 +23,11 @@ from torch import Tensor
 from zoft.noise import GAUSSIAN, Probes, Update, key
 
 PROBES_MAX = 16  # probes that one launch unrolls
-_LANES = 256  # of 8 elements each: what one program of 4 warps works on
+_LANES = 128  # of 8 elements each: what one program of 2 warps works on
 _SMALL = 64  # lanes of a program of one warp, where tensors are small
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+_OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
 _OPTIONS_SMALL = {"num_warps": 1, "enable_fp_fusion": False}
+NOTHING = tl.constexpr(-1.0)  # a decay that says: no update here
 # Triton's interpreter knows no assembly: there the same functions, exact, stand in for the hardware's.
 _HARDWARE = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") != "1")
 
@@ -143,33 +144,38 @@ def _updated(
     a, m, base, tid, keys, values, U, Q, beta, ONE: tl.constexpr,
     MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, BF16: tl.constexpr, GAUSSIAN: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """θ (and momentum) after U updates of Q directions each; one whose multipliers are all 0 changes nothing.
+    """θ (and momentum) after U updates of Q directions each; one whose multipliers are all 0 changes nothing, unless
+    there is momentum; one whose decay is NOTHING changes nothing at all.
 
     ONE: there is one update of ONE directions, as in training: nothing is left to a loop.
     """
     if ONE:
         decay = tl.load(values + ONE)
-        live = decay != 1
+        live = MOMENTUM | (decay != 1)
         for k in tl.static_range(ONE):
             live = live | (tl.load(values + k) != 0)
-        if live or MOMENTUM:
+        if live & (decay != NOTHING):
             s = tl.load(values) * _noise(base, tid, keys, 0, GAUSSIAN, LANES).to(a.dtype)
             for k in tl.static_range(1, ONE):
                 s = s + tl.load(values + k) * _noise(base, tid, keys, k, GAUSSIAN, LANES).to(a.dtype)
-            a, m = _step(a, m, s, 0, base, tid, keys, values, ONE, decay, beta, MOMENTUM, STOCHASTIC, BF16, LANES)
+            a, m = _step(
+                a, m, s, 0, base, tid, keys, values, ONE, decay, beta, MOMENTUM, STOCHASTIC, BF16, LANES
+            )
     else:
         for u in range(U):
             decay = tl.load(values + U * Q + u)
-            live = decay != 1
+            live = MOMENTUM | (decay != 1)
             for k in range(Q):
                 live = live | (tl.load(values + u * Q + k) != 0)
-            if live or MOMENTUM:
+            if live & (decay != NOTHING):
                 s = tl.full(a.shape, -0.0, a.dtype)  # what adds nothing, not even to the sign of a zero
                 for k in range(Q):
                     z = _noise(base, tid, keys, u * Q + k, GAUSSIAN, LANES).to(a.dtype)
                     product = tl.load(values + u * Q + k) * z
                     s = tl.where(k == 0, product, s + product)
-                a, m = _step(a, m, s, u, base, tid, keys, values, U * Q, decay, beta, MOMENTUM, STOCHASTIC, BF16, LANES)
+                a, m = _step(
+                    a, m, s, u, base, tid, keys, values, U * Q, decay, beta, MOMENTUM, STOCHASTIC, BF16, LANES
+                )
     return a, m
 
 
@@ -237,6 +243,7 @@ def _pass_small(
     theta,  # fp32, all small tensors end to end
     momentum,  # like theta, or none
     out,  # fp32 [PROBES, total], or none
+    narrow,  # the same in 16 bits, or none
     table,  # int64 [programs, 4]: start in theta, start in its tensor (a multiple of 128), elements, id as int32 bits
     keys,
     values,
@@ -249,6 +256,7 @@ def _pass_small(
     PROBES: tl.constexpr,
     FRESH: tl.constexpr,
     SILENT: tl.constexpr,
+    NARROW: tl.constexpr,
     GAUSSIAN: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -280,6 +288,8 @@ def _pass_small(
         else:
             probe = a + tl.load(values + U * Q + U + p) * z
         tl.store(out + total * p + at, probe, mask=inside)
+        if NARROW:
+            tl.store(narrow + total * p + at, probe.to(narrow.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["tid"])
@@ -412,14 +422,24 @@ def table_of(sizes: list[int], tids: list[int], device: torch.device) -> Tensor:
 
 
 def launch_small(
-    theta: Tensor, table: Tensor, out: Tensor | None, plan: Plan, noise: str, momentum: Tensor | None = None
+    theta: Tensor,
+    table: Tensor,
+    out: Tensor | None,
+    plan: Plan,
+    noise: str,
+    momentum: Tensor | None = None,
+    narrow: Tensor | None = None,
 ) -> None:
-    """Many small fp32 tensors, end to end in theta [total], through a plan in one launch; out: fp32 [P, total]."""
+    """Many small fp32 tensors, end to end in theta [total], through a plan in one launch.
+
+    out: fp32 [P, total]; narrow: the same in 16 bits.
+    """
     with _on(theta):
         _pass_small[(len(table),)](
-            theta, momentum if momentum is not None else theta, out if out is not None else theta, table,
+            theta, momentum if momentum is not None else theta, out if out is not None else theta,
+            narrow if narrow is not None else theta, table,
             plan.keys, plan.values, theta.numel(), plan.updates, plan.directions,
-            HAS_UPDATES=plan.updates > 0, ONE=_one(plan), HAS_MOMENTUM=momentum is not None, PROBES=plan.probes,
+            NARROW=narrow is not None, HAS_UPDATES=plan.updates > 0, ONE=_one(plan), HAS_MOMENTUM=momentum is not None, PROBES=plan.probes,
             FRESH=plan.fresh, SILENT=plan.silent, GAUSSIAN=noise == GAUSSIAN, LANES=_SMALL, **_OPTIONS_SMALL,
         )  # fmt: skip
 

@@ -1,0 +1,107 @@
+"""Stopping: real signals, to a real process; whole steps in the ledger and the same bits after a resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+from zoft.ledger import read
+from zoft.stop import Stopped, listening
+
+ROOT = Path(__file__).resolve().parent.parent
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+STEPS = 400
+
+
+def me(number):
+    os.kill(os.getpid(), number)
+    time.sleep(0)  # the handler runs between two instructions
+
+
+def test_the_first_signal_waits_for_the_end_of_the_step_and_the_second_does_not():
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    done = []
+    with listening("runs/x") as stop:
+        with pytest.raises(Stopped, match="--resume runs/x") as stopped, stop.finishing():
+            stop.check()
+            me(signal.SIGTERM)
+            done.append("the step")
+            stop.check()
+            done.append("another")
+        assert done == ["the step"] and stopped.value.code == 143
+    with listening("runs/x") as stop:
+        with pytest.raises(Stopped), stop.finishing():  # after the last step
+            me(signal.SIGINT)
+    with listening("runs/x") as stop:
+        with pytest.raises(Stopped) as stopped, stop.finishing():
+            me(signal.SIGTERM)
+            me(signal.SIGINT)
+            done.append("another")
+        assert done == ["the step"] and stopped.value.code == 130
+    with listening("runs/x"), pytest.raises(Stopped):  # an evaluation: nothing is half done
+        me(signal.SIGINT)
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_what_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with listening("runs/x") as stop:
+            me(signal.SIGTERM)
+            stop.check()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work")
+    tiny.llama().save_pretrained(folder / "tiny")
+    tiny.tokenizer().save_pretrained(folder / "tiny")
+    rows = [{"text": "bad no " * (i % 3) + str(i), "label": "ab"[i % 2]} for i in range(60)]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "mine.yaml").write_text(
+        "model: tiny\n"
+        "task: {name: local, train: data.jsonl, prompt: '{text} ', label: label, choices: {a: a, b: b}}\n"
+        f"steps: {STEPS}\nbatch_size: 4\nlr: 1e-2\nmax_length: 32\nmomentum: 0.5\nthreads: 1\nstorage: bf16\n"
+    )
+    assert zoft(folder, "output_dir=whole").wait() == 0
+    return folder
+
+
+def zoft(place, *args):
+    command = [sys.executable, "-m", "zoft", "train"]
+    command += args if "--resume" in args else ["--config", "mine.yaml", *args]
+    return subprocess.Popen(
+        command, cwd=place, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGINT, signal.SIGINT)])
+def test_a_stopped_run_ends_with_the_same_bits(place, numbers):
+    name = "-".join(n.name for n in numbers)
+    process = zoft(place, f"output_dir={name}")
+    metrics, deadline = place / name / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and (not metrics.exists() or metrics.read_text().count("\n") < 20):
+        time.sleep(0.01)
+    for number in numbers:
+        process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + numbers[0], said
+    assert said.splitlines()[-1] == f"stopped; continue with `zoft train --resume {name}`"
+    assert "Traceback" not in said
+    steps = len(read(place / name / "ledger")[1])
+    assert 19 <= steps < STEPS and not (place / name / "result.json").exists()
+    if len(numbers) == 1:  # the line of the last step is written, too
+        assert json.loads(metrics.read_text().splitlines()[-1])["step"] == steps - 1
+    assert zoft(place, "--resume", name).wait() == 0
+    for file in ("ledger", "model/model.safetensors"):
+        assert (place / name / file).read_bytes() == (place / "whole" / file).read_bytes(), file
+    lines = [json.loads(x) for x in metrics.read_text().splitlines()]
+    assert len(numbers) > 1 or [x["step"] for x in lines if "loss" in x] == list(range(STEPS))

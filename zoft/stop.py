@@ -1,0 +1,66 @@
+"""Ctrl-C and SIGTERM: a step under way is finished first, so that a stopped run has whole steps only."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has stopped the run in `folder`; all its steps are in the ledger. code: the exit code that says so."""
+
+    def __init__(self, number: int, folder: str) -> None:
+        super().__init__(f"stopped; continue with `zoft train --resume {folder}`")
+        self.code = 128 + number
+
+
+class Stop:
+    """Takes the signals of a run: within `finishing` the first one waits for `check`, any other raises Stopped at once.
+
+    An exception in the middle of a step would leave the weights in memory between two steps. After a second signal
+    they may be; they are not saved then, and the ledger, which is the run, has whole steps whatever happens.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.number, self.busy = folder, 0, False
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        first, self.number = not self.number, number
+        if not (first and self.busy):
+            raise Stopped(number, self.folder)
+
+    def check(self) -> None:
+        """Raise Stopped if a signal has come."""
+        if self.number:
+            raise Stopped(self.number, self.folder)
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Steps in this context, with `check` after each, are finished before a signal stops the run."""
+        self.busy = True
+        try:
+            yield
+        finally:
+            self.busy = False
+        self.check()
+
+
+@contextmanager
+def listening(folder: str) -> Iterator[Stop]:
+    """A Stop that gets the process's signals; other threads than the main one get none, and nothing changes."""
+    stop, before = Stop(folder), {}
+    if threading.current_thread() is threading.main_thread():
+        # What a shell has told the process to ignore (nohup, a job in the background) stays ignored.
+        before = {n: h for n in SIGNALS if (h := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, stop.handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
