@@ -201,8 +201,10 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
     ]
     for i, (key, label, colour) in enumerate(series):
         at = [(j + 0.27 * (i - 1), r[key] / r["floor_ms"]) for j, r in enumerate(rows) if r[key] is not None]
+        if not at:
+            continue
         bars = axes.bar([x for x, _ in at], [y for _, y in at], 0.25, label=label, color=colour)
-        axes.bar_label(bars, [f"{y:.2f}" if y < 10 else f"{y:.0f}" for _, y in at], fontsize=8)
+        axes.bar_label(bars, [f"{y:.2f}" if y < 10 else f"{y:.0f}" for _, y in at], fontsize=8, padding=3)
     axes.axhline(1, color="black", linewidth=0.8, label="floor: two forwards + one pass over θ")
     axes.set_yscale("log")
     axes.set_ylabel("time of a step ÷ floor")

@@ -2,12 +2,16 @@
 
 import os
 import shutil
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests bring their own models and data
 
 import pytest
+
+# A shell that starts a command in the background has it ignore Ctrl-C; tests of Ctrl-C send their own.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
