@@ -111,9 +111,8 @@ class CapturedTrainer(Trainer):
             return shape
         for mine, new in zip(shape.batches, batches):
             for (_, a), (_, b) in zip(_tensors(mine), _tensors(new)):
-                a.copy_(
-                    b if b.is_cuda else b.pin_memory(), non_blocking=True
-                )  # from pageable memory it would wait
+                # From pageable memory the copy would wait for the device.
+                a.copy_(b if b.is_cuda else b.pin_memory(), non_blocking=True)
         return shape
 
     def _captured(self, batches: list[Batch]) -> torch.cuda.CUDAGraph | None:
@@ -125,11 +124,9 @@ class CapturedTrainer(Trainer):
         try:
             control = self.axis.control
             control.upload(self.next, 0.0, 1.0)
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(
-                side
-            ):  # compiles kernels, finds workspaces; nothing is pending, so θ stands still
+            self.side.wait_stream(torch.cuda.current_stream())
+            # Compiles kernels and finds workspaces; nothing is pending, so θ stands still.
+            with torch.cuda.stream(self.side):
                 for _ in range(2):
                     self._forward(batches)
                     control.forget()
