@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -353,6 +354,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(place):
         and "5 tensors trained" in done.stdout
         and "48 forwards" in done.stdout
     )
+    assert float(re.search(r"cosine (\d\.\d+) with z", done.stdout)[1]) > 0.99
     assert not (place / "dry").exists()
 
 

@@ -295,6 +295,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         f"{plan['train_examples']} training and {plan['eval_examples']} evaluation examples, "
         f"the longest of {plan['longest']} tokens\n"
         f"{plan['trained_tensors']} tensors trained, {plan['trained_numbers']:,} numbers, "
-        f"{plan['trained_share']:.1%} of the model\n"
+        f"{plan['trained_share']:.1%} of the model; the weakest realised direction has cosine "
+        f"{plan['weakest_cosine']:.4f} with z ({plan['weakest_direction']})\n"
         f"{config['steps']} steps, {plan['forwards']} forwards; nothing was trained or written"
     )

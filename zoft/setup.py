@@ -273,6 +273,8 @@ def plan(
 ) -> dict[str, Any]:
     """What a run would do: the resolved config and the counts that follow from it."""
     numbers = sum(t.stored.numel() for t in trained)
+    realised = precision.realised(trained, config.eps, seed=config.seed, kind=config.noise)
+    weakest = min(realised, key=lambda name: realised[name])
     total = sum(p.numel() for p in loaded.parameters())
     return {
         "config": asdict(config),
@@ -282,6 +284,8 @@ def plan(
         "trained_tensors": len(trained),
         "trained_numbers": numbers,
         "trained_share": numbers / total,
+        "weakest_direction": weakest,
+        "weakest_cosine": realised[weakest],
         "forwards": config.steps * 2 * config.q * config.batch_size * config.accumulate,
     }
 
