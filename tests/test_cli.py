@@ -232,6 +232,17 @@ def weights(folder):
     return (folder / "model.safetensors").read_bytes()
 
 
+def test_replay_and_eval_of_an_unfinished_run_say_so(place, finished, tmp_path):
+    part = tmp_path / "part"
+    part.mkdir()
+    (part / "config.yaml").write_bytes((place / "whole" / "config.yaml").read_bytes())
+    (part / "ledger").write_bytes((place / "whole" / "ledger").read_bytes()[: -2 * 32])  # two steps less
+    done = zoft("replay", part, "--out", tmp_path / "rebuilt", cwd=place)
+    assert done.returncode == 0 and "4 steps replayed of 6: the run is not finished" in done.stdout
+    done = zoft("eval", part, cwd=place)
+    assert done.returncode == 2 and "zoft train --resume" in done.stderr
+
+
 def test_a_runs_folder(place, finished):
     run = place / "whole"
     assert sorted(p.name for p in run.iterdir()) == [

@@ -117,6 +117,7 @@ def test_labels_that_yaml_reads_as_something_else():
         ("warmup=-1", ["warmup", "≥ 0"]),
         ("warmup=1.5", ["warmup=1.5", "fraction"]),
         ("warmup=1501", ["warmup=1501", "steps=1500"]),
+        ("train=last-0", ["train=last-0", "last-1"]),
         ("noise=gausian", ["noise=gausian", "gaussian, rademacher", "did you mean gaussian?"]),
         ("schedule=cosin", ["schedule", "did you mean cosine?"]),
         ("storage=float16", ["storage=float16", "fp16"]),

@@ -170,6 +170,9 @@ def test_others_load_what_is_saved(tmp_path, tie, dtype):
     models.save(model, tokenizer, tmp_path / "run" / "model", dtype=dtype, card="# card\n")
     assert models.fingerprint(model) == before and model.dtype == torch.float32
     assert sorted(os.listdir(tmp_path / "run")) == ["model"]
+    (tmp_path / "plain").touch()  # as any new file, for whoever may read those
+    modes = {f.stat().st_mode for f in (tmp_path / "run" / "model").rglob("*") if f.is_file()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}
     loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
     wanted = torch.float32 if dtype == "auto" else dtype
     assert loaded.dtype == wanted

@@ -132,11 +132,12 @@ def replay(
     folder: Annotated[str, typer.Argument(metavar="RUN")],
     out: Annotated[str, typer.Option(metavar="DIR", help="Where the model is written.")],
 ) -> None:
-    """Rebuild a run's final model from its base and its ledger, bit for bit."""
+    """Rebuild a run's model from its base and its ledger, bit for bit."""
     from zoft import run
 
-    steps = run.replay(folder, out)
-    typer.echo(f"{steps} steps replayed: {out}")
+    steps, planned = run.replay(folder, out)
+    unfinished = f" of {planned}: the run is not finished" if steps < planned else ""
+    typer.echo(f"{steps} steps replayed{unfinished}: {out}")
 
 
 @app.command("ls", cls=_Verb)

@@ -149,6 +149,8 @@ def check(config: Config) -> Config:
         raise UserError(f"warmup={config.warmup:g}: give whole steps, or a fraction below 1 of all steps")
     if config.warmup > config.steps:
         raise UserError(f"warmup={config.warmup:g}: must not exceed steps={config.steps}")
+    if re.fullmatch(r"last-0+", config.train):
+        raise UserError(f"train={config.train}: that is no block; last-1 is the last one")
     if not re.fullmatch(r"all|last-\d+|norms|bias|head", config.train):
         try:
             re.compile(config.train)

@@ -275,7 +275,10 @@ def save(model: Any, tokenizer: Any, out_dir: str | Path, *, dtype: Any = "auto"
             (temporary / "README.md").write_text(card, encoding="utf-8")
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o777 & ~umask)  # mkdtemp's folder is private
+        temporary.chmod(0o777 & ~umask)  # mkdtemp's folder is private, and so are safetensors' files
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~umask)
         if out.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
             os.rename(out, old / "model")

@@ -44,12 +44,15 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
     return recipe(config.recipe).run(absolute(config), resume=resume, dry_run=dry_run)
 
 
-def replay(folder: str | Path, out: str | Path) -> int:
-    """Rebuild the final model of a run in `out`; returns its steps. Raises UserError on another base."""
+def replay(folder: str | Path, out: str | Path) -> tuple[int, int]:
+    """Rebuild the model of a run in `out`; returns the steps it has and those it was to have.
+
+    Raises UserError on another base.
+    """
     if Path(out).exists():
         raise UserError(f"--out {out}: exists; choose another name")
     config = compose.load_run(folder)
-    return recipe(config.recipe).replay(config, Path(folder), Path(out))
+    return recipe(config.recipe).replay(config, Path(folder), Path(out)), config.steps
 
 
 def evaluate(config: Config, folder: str | Path | None = None) -> dict[str, Any]:
@@ -58,7 +61,8 @@ def evaluate(config: Config, folder: str | Path | None = None) -> dict[str, Any]
         saved = Path(folder) / "model"
         if not saved.is_dir():
             raise UserError(
-                f"{folder}: no model/ in it; `zoft replay {folder} --out DIR`, then eval --config … model=DIR"
+                f"{folder}: no model/ in it: finish the run with `zoft train --resume {folder}`, or rebuild what it has "
+                f"with `zoft replay {folder} --out DIR` and evaluate that with model=DIR"
             )
         config = dataclasses.replace(config, model=str(saved))
     from zoft import evaluate as evaluation

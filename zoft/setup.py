@@ -48,6 +48,7 @@ def device(config: Config) -> Config:
 
 def model(config: Config) -> tuple[nn.Module, Any, str]:
     """(model on its device in the checkpoint's dtype, tokenizer, fingerprint of the base)."""
+    say(f"loading {config.model}")
     loaded, tokenizer = models.load(config.model, dtype="auto", trust_remote_code=config.trust_remote_code)
     base = models.fingerprint(loaded)
     return loaded.to(config.device), tokenizer, base
