@@ -131,9 +131,9 @@ def z(t, step, direction=0, kind="gaussian", seed=7):
 
 @pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
 def test_mean_estimate_points_along_the_gradient(tmp_path, kind):
-    """Over 50·d directions of the norms of a Llama (d = 80) the mean of c·z has a cosine ≥ 0.98 with autograd."""
+    """Over 100·d directions of the norms of a Llama (d = 80) the mean of c·z has a cosine ≥ 0.99 with autograd."""
     model, reference = fp64(tiny.llama()), fp64(tiny.llama()).requires_grad_(True)
-    q = 50 * 80
+    q = 100 * 80
     trainer = build(
         tmp_path,
         model,
@@ -158,7 +158,7 @@ def test_mean_estimate_points_along_the_gradient(tmp_path, kind):
         mine += float((estimate**2).sum())
         true += float((gradient[t.name] ** 2).sum())
     assert sum(t.stored.numel() for t in trainer.axis.trained) == 80
-    assert dot / math.sqrt(mine * true) >= 0.98
+    assert dot / math.sqrt(mine * true) >= 0.99
 
 
 @pytest.mark.parametrize(
