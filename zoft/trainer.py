@@ -73,9 +73,8 @@ class Trainer:
         coefficients = two_sided(values, s.eps)  # [q]
         lr = update.lr_at(t, lr=s.lr, steps=s.steps, schedule=s.schedule, warmup=s.warmup)
         change = update.make_update(t, s.seed, coefficients, lr=lr, weight_decay=s.weight_decay)
-        good = finite(
-            [*values, *change.multipliers]
-        )  # a multiplier may overflow fp32 where its losses do not
+        # A multiplier may overflow fp32 where its losses do not.
+        good = finite([*values, *change.multipliers])
         if not good:
             change = noise.Update(t, s.seed, (0.0,) * s.q)
         metrics = self.write_down(Record(t, change.multipliers, change.decay, tuple(values), not good, lr))
