@@ -170,19 +170,38 @@ def place(
     ours = {id(t.param) for t in trained}
     for t in trained:
         dtype = one_dim if t.param.ndim <= 1 else store
-        if dtype == torch.float16 and t.param.numel() and float(t.param.abs().max()) > FP16_MAX:
+        if dtype == torch.float16 and t.param.numel() and _largest(t.param.data) > FP16_MAX:
             raise UserError(
                 f"storage=fp16: {t.name} holds values beyond {FP16_MAX:g}; use storage=bf16 or storage=fp32"
             )
-        t.param.data = t.stored = t.param.data.to(dtype)
+        t.param.data = t.stored = _cast(t.param.data, dtype)
         t.compute = comp
     for param in model.parameters():
         if id(param) not in ours and param.dtype in DTYPES.values() and param.dtype != comp:
-            param.data = param.data.to(comp)
+            param.data = _cast(param.data, comp)
     for owner, key, buffer in _float_buffers(model):
         # Rotary tables and the like are kept in fp32 by their models on purpose; only 16-bit ones follow.
         if buffer.element_size() == 2 and buffer.dtype != comp:
             owner._buffers[key] = buffer.to(comp)
+
+
+_PIECE = 1 << 24  # numbers that are in two dtypes at one time
+
+
+def _largest(x: torch.Tensor) -> float:
+    """max |x|, without a copy of x."""
+    low, high = x.aminmax()
+    return max(-float(low), float(high))
+
+
+def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in another dtype; in its own memory where an element takes as many bytes, so that no second copy of it exists."""
+    if x.dtype == dtype or x.dtype.itemsize != dtype.itemsize or not x.is_contiguous():
+        return x.to(dtype)
+    old, new = x.flatten(), x.view(dtype).flatten()
+    for i in range(0, x.numel(), _PIECE):
+        new[i : i + _PIECE] = old[i : i + _PIECE].to(dtype)
+    return x.view(dtype)
 
 
 def _no_decay(name: str) -> bool:
