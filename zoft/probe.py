@@ -166,6 +166,10 @@ class ProbeAxis:
         """A direct route for this site, or None: its own forward, once per probe."""
         return routes.fast(site)
 
+    def scratch_held(self) -> int:
+        """Bytes of scratch that are allocated now."""
+        return sum(a.numel() for a in self._arenas)
+
     def release(self) -> None:
         """Give the scratch back; the routes refer to the axis, so that it would wait for a garbage collection."""
         self._arenas.clear()
