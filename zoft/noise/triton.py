@@ -422,7 +422,9 @@ def plan_of(
 ) -> Plan:  # fmt: skip
     """The plan of these updates (all of one number of directions, moves aside) and probes, uploaded."""
     directions = max((1 if u.is_nothing else len(u.multipliers) for u in updates), default=0)
-    keys, values, restores = [], [], any(u.restore for u in updates)
+    keys: list[tuple[int, int]] = []
+    values: list[float] = []
+    restores = any(u.restore for u in updates)
     for u in updates:
         last = len(u.multipliers) - 1
         keys += [key(u.seed, u.step, last if u.is_nothing else k) for k in range(directions)]
