@@ -42,7 +42,7 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
 
 def replay(config: Config, folder: str | Path, out: str | Path) -> int:
     """Base + ledger -> the run's final model in `out`; returns the number of steps."""
-    header, records = ledger.read(Path(folder) / "ledger")
+    header, records, _ = ledger.read(Path(folder) / "ledger")
     config = setup.from_header(setup.device(config), header)
     model, tokenizer, base = setup.model(config)
     runs.agree(header, {"base": base}, Path(folder))
