@@ -34,7 +34,7 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
     def score() -> dict[str, Any]:
         return evaluate.evaluate(model, held_out, train, context=axis.clean)
 
-    with runs.session(config, setup.header(config, base, trained), resume) as s:
+    with runs.session(config, setup.header(config, base, trained, train), resume) as s:
         trainer = setup.trainer(config, model, axis, train, s.ledger)
         result = runs.fit(trainer, s, score)
         return runs.finish(s, model, tokenizer, result)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,16 +44,18 @@ def updates(header: dict, records: Sequence[Record]) -> list[Update]:
 class Ledger:
     """A ledger that this process alone may append to; made by `Ledger.create` or `Ledger.open`."""
 
-    def __init__(self, fd: int, path: Path, log: Log, size: int, crc: int):
-        self.path = path
+    def __init__(self, fd: int, path: Path, log: Log, size: int, crc: int, sync: int | str):
+        self.path, self._policy, self._synced = path, sync, time.monotonic()
         self.header, self.records, self.events = log
         self._fd, self._size, self._crc = fd, size, crc
 
     @staticmethod
-    def create(path: str | os.PathLike, header: dict) -> Ledger:
+    def create(path: str | os.PathLike, header: dict, sync: int | str = "end") -> Ledger:
         """Start a ledger; the header is on disk, whole, when its name appears.
 
-        header: strict JSON ("format" is added; `updates` needs "seed"). Raises UserError if the file exists.
+        header: strict JSON ("format" is added; `updates` needs "seed"). sync: when what is appended is forced to
+        the disk: "end" (by `sync` and `close` alone), "step" (each time), or at most so many seconds late.
+        Raises UserError if the file exists.
         """
         path = Path(path)
         head, crc = encode_header(header)
@@ -69,16 +72,16 @@ class Ledger:
             size = _write(fd, head, 0)
             os.fsync(fd)
             os.rename(draft, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except BaseException as error:
             os.close(fd)
             if isinstance(error, OSError):
                 raise UserError(f"ledger: cannot write {path}: {error.strerror}") from error
             raise
-        return Ledger(fd, path, decode(head, path)[0], size, crc)
+        return Ledger(fd, path, decode(head, path)[0], size, crc, sync)
 
     @staticmethod
-    def open(path: str | os.PathLike) -> Ledger:
+    def open(path: str | os.PathLike, sync: int | str = "end") -> Ledger:
         """Open a ledger to append to it: all of it is checked, an incomplete last step is cut off the file.
 
         Raises UserError if it is missing, damaged (with the byte offset) or being written by a process.
@@ -98,7 +101,7 @@ class Ledger:
             if isinstance(error, OSError):
                 raise UserError(f"ledger: cannot open {path}: {error.strerror}") from error
             raise
-        return Ledger(fd, path, log, size, crc)
+        return Ledger(fd, path, log, size, crc, sync)
 
     @property
     def last_step(self) -> int:
@@ -106,7 +109,7 @@ class Ledger:
         return len(self.records) - 1
 
     def append(self, record: Record) -> None:
-        """Write one step in one system call: once back, a kill -9 does not lose it (a power cut: `sync`).
+        """Write one step in one system call: once back, a kill -9 does not lose it (a power cut: see `create`).
 
         Multipliers and decay must be fp32 values, finite unless skipped; losses and lr are rounded to fp32.
         Raises UserError if it cannot be written; the file then ends with the last whole step.
@@ -137,6 +140,10 @@ class Ledger:
                 os.ftruncate(self._fd, self._size)
             raise UserError(f"ledger: cannot write {what} to {self.path}: {error.strerror}") from error
         self._size, self._crc = size, crc
+        if self._policy == "step" or (
+            self._policy != "end" and time.monotonic() - self._synced >= float(self._policy)
+        ):
+            self.sync()
 
     def sync(self) -> None:
         """Wait until all steps are on the disk (before anything durable that depends on them is written)."""
@@ -144,6 +151,7 @@ class Ledger:
             os.fsync(self._fd)
         except OSError as error:
             raise UserError(f"ledger: cannot write {self.path}: {error.strerror}") from error
+        self._synced = time.monotonic()
 
     def close(self) -> None:
         """Sync, close and let go of the lock; a second call does nothing."""
@@ -192,7 +200,7 @@ def _write(fd: int, data: bytes, at: int) -> int:
     return at
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a new name in `folder` last through a power cut."""
     fd = os.open(folder, os.O_RDONLY)
     try:
