@@ -119,7 +119,7 @@ def load(model: str, *, dtype: Any = "auto", trust_remote_code: bool = False) ->
         )
     loaded.eval().requires_grad_(False)
     _refuse_non_finite(model, loaded)
-    _set_pad_token(tokenizer)
+    set_pad_token(tokenizer)
     return loaded, tokenizer
 
 
@@ -208,7 +208,8 @@ def _refuse_non_finite(name: str, model: nn.Module) -> None:
             raise UserError(f"model={name}: tensor {key} holds NaN or infinity; the checkpoint is damaged")
 
 
-def _set_pad_token(tokenizer: Any) -> None:
+def set_pad_token(tokenizer: Any) -> None:
+    """Give a tokenizer without a pad token one that exists; embeddings are not resized."""
     if tokenizer.pad_token_id is None:
         # Padding is masked and never scored, so any token that exists will do.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
@@ -267,14 +268,19 @@ def save(model: Any, tokenizer: Any, out_dir: str | Path, *, dtype: Any = "auto"
     with fresh(out_dir) as folder:
         with _quiet():
             model.save_pretrained(folder, state_dict=_cast(model, dtype))
-        if dtype != "auto":
-            # save_pretrained writes the dtype that the model in memory has.
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            config["dtype"] = str(dtype).removeprefix("torch.")
-            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        tokenizer.save_pretrained(folder)
-        if card:
-            (folder / "README.md").write_text(card, encoding="utf-8")
+        finish_folder(folder, tokenizer, dtype, card)
+
+
+def finish_folder(folder: Path, tokenizer: Any, dtype: Any, card: str) -> None:
+    """What goes with weights and config.json: the dtype in it, the tokenizer, the model card."""
+    if dtype != "auto":
+        # save_pretrained writes the dtype that the model in memory has.
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save_pretrained(folder)
+    if card:
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 @contextmanager
