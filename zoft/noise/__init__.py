@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+VERSION = 1  # of the specification above; a ledger can only be replayed under its own
 GAUSSIAN, RADEMACHER = "gaussian", "rademacher"
 # |z - exact z| stays below, absolute:
 GAUSSIAN_BOUND = 1e-6  # on a CPU; 9.3e-7 over all words, rms 1.3e-7 (scripts/bench_noise.py --exhaustive)
