@@ -481,6 +481,43 @@ def test_gather_is_rows_of_the_dense_probe(width, dtype, kind):
         noise.gather(theta, TID, torch.tensor([0, 11]), out[:2], 2, 0.1, **where)
 
 
+@pytest.mark.parametrize("kind", (GAUSSIAN, RADEMACHER))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_of_a_tensor_have_the_bits_of_the_whole(dtype, kind):
+    where = {"seed": SEED, "step": STEP + 3, "noise": kind}
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    shape, keep = (9, 640), torch.bfloat16
+    theta, momentum = weights(9 * 640, dtype).view(shape), weights(9 * 640, wide, 1).view(shape)
+    parts, buffers = theta.clone(), momentum.clone()
+    out = torch.empty(len(PROBES), *shape, dtype=keep)
+    updates = {"updates": UPDATES, "beta": 0.9}
+    noise.perturb(theta, TID, out, PROBES, momentum=momentum, **updates, **where)
+    for r0, r1 in ((0, 1), (1, 4), (4, 9)):
+        some, buffer, at = parts[r0:r1], buffers[r0:r1], {"start": r0 * 640}
+        if r0 == 1:
+            noise.advance(some, TID, UPDATES, kind, momentum=buffer, beta=0.9, **at)
+            made = torch.empty(len(PROBES), r1 - r0, 640, dtype=keep)
+            noise.perturb(some, TID, made, PROBES, **where, **at)
+        else:
+            made = torch.empty(len(PROBES), r1 - r0, 640, dtype=keep)
+            noise.perturb(some, TID, made, PROBES, momentum=buffer, **updates, **where, **at)
+        assert same_bits(made, out[:, r0:r1])
+        rows = torch.empty(2, 640, dtype=keep)
+        noise.gather(some, TID, torch.tensor([r1 - r0 - 1, 0]), rows, *PROBES[2], **where, **at)
+        assert same_bits(rows, out[2, [r1 - 1, r0]])
+    assert same_bits(parts, theta) and same_bits(buffers, momentum)
+    with pytest.raises(AssertionError, match="64"):
+        noise.advance(parts[1:], TID, UPDATES, kind, start=64)
+
+
+def test_parts_far_out():
+    start = 2**35 + 128 * 7
+    theta = torch.zeros(500)
+    noise.advance(theta, TID, [Update(STEP, SEED, (1.0,))], RADEMACHER, start=start)
+    exact = twin.z(np.arange(start, start + 500), TID, twin.key(SEED, STEP, 0), RADEMACHER)
+    assert np.array_equal(theta.numpy(), exact)
+
+
 def test_nothing_touches_the_global_generators():
     torch.manual_seed(1)
     np.random.seed(1)

@@ -37,7 +37,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 VERSION = 1  # of the specification above; a ledger can only be replayed under its own
 GAUSSIAN, RADEMACHER = "gaussian", "rademacher"
+PART = 128  # elements that one counter serves at most: a part of a tensor starts at a multiple
 # |z - exact z| stays below, absolute:
 GAUSSIAN_BOUND = 1e-6  # on a CPU; 9.3e-7 over all words, rms 1.3e-7 (scripts/bench_noise.py --exhaustive)
 GAUSSIAN_BOUND_GPU = 5e-5  # on a GPU, with its own logarithm, sine and cosine; rms 3e-7
@@ -103,6 +104,7 @@ def advance(
     *,
     momentum: Tensor | None = None,
     beta: float = 0.0,
+    start: int = 0,
 ) -> None:
     """Apply updates to θ in place, in order, in one pass over memory.
 
@@ -110,8 +112,11 @@ def advance(
 
     theta: contiguous, fp32, bf16, fp16 or fp64; momentum: fp32 (fp64 for fp64) of theta's shape. What is
     no update at all (a skipped step) must not be in updates: with momentum even a no-op coasts.
+    start: theta and momentum are a contiguous part of the tensor, from this element on, a multiple of PART: the
+    bits are those of the whole.
     """
-    perturb(theta, tid, None, (), seed=0, step=0, noise=noise, updates=updates, momentum=momentum, beta=beta)
+    more: dict[str, Any] = {"momentum": momentum, "beta": beta, "start": start}
+    perturb(theta, tid, None, (), seed=0, step=0, noise=noise, updates=updates, **more)
 
 
 def perturb(
@@ -126,6 +131,7 @@ def perturb(
     updates: Sequence[Update] = (),
     momentum: Tensor | None = None,
     beta: float = 0.0,
+    start: int = 0,
 ) -> None:
     """Apply updates to θ as `advance` does, then write every probe of it, in one pass over memory.
 
@@ -137,6 +143,7 @@ def perturb(
     assert noise in (GAUSSIAN, RADEMACHER), noise
     live = tuple(u for u in updates if not u.is_noop or (momentum is not None and beta != 0))
     assert theta.is_contiguous(), (theta.shape, theta.stride())
+    assert start >= 0 and start % PART == 0, start
     if out is not None:
         assert out.is_contiguous() and out.shape == (len(probes), *theta.shape), (
             out.shape,
@@ -154,7 +161,7 @@ def perturb(
         )
     if theta.numel() and (live or probes):
         backend = _backend(theta.device.type)
-        backend.perturb(theta, tid, out, tuple(probes), seed, step, noise, live, momentum, beta)
+        backend.perturb(theta, tid, out, tuple(probes), seed, step, noise, live, momentum, beta, start)
 
 
 def gather(
@@ -168,13 +175,14 @@ def gather(
     seed: int,
     step: int,
     noise: str,
+    start: int = 0,
 ) -> None:
     """Rows of one probe, with noise made for these rows only.
 
     out[n] = cast(θ[rows[n]] + scale·z[rows[n]])
 
     theta: contiguous [R, ...]; rows: int64 [N], each in [0, R); out: contiguous [N, ...]. IndexError for other rows on
-    a CPU; a GPU does not look.
+    a CPU; a GPU does not look. start: as in `advance`.
     """
     assert noise in (GAUSSIAN, RADEMACHER), noise
     assert theta.is_contiguous() and out.is_contiguous() and rows.ndim == 1, (
@@ -184,9 +192,10 @@ def gather(
     )
     assert out.shape == (len(rows), *theta.shape[1:]), (out.shape, rows.shape, theta.shape)
     assert theta.device == rows.device == out.device, (theta.device, rows.device, out.device)
+    assert start >= 0 and start % PART == 0, start
     if out.numel():
         _backend(theta.device.type).gather(
-            theta, tid, rows.contiguous(), out, direction, scale, seed, step, noise
+            theta, tid, rows.contiguous(), out, direction, scale, seed, step, noise, start
         )
 
 

@@ -418,10 +418,11 @@ def run(theta, code, start, end, tid, gaussian, momentum, beta, plan, out, shape
 
 
 @_entry
-def run_rows(theta, code, rows, first, last, width, tid, gaussian, plan, out, out_code):
-    """out[n] = θ[rows[n]] + scale·z[rows[n]] for first <= n < last; a row is `width` consecutive elements."""
+def run_rows(theta, code, rows, first, last, width, origin, tid, gaussian, plan, out, out_code):
+    """out[n] = θ[rows[n]] + scale·z[rows[n]] for first <= n < last; a row is `width` consecutive elements, row 0
+    begins with element `origin`."""
     for n in range(first, last):
-        start = rows[n] * width
+        start = origin + rows[n] * width
         run(
             theta,
             code,

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoft.noise import GAUSSIAN, Probes, Update, key
+from zoft.noise import GAUSSIAN, PART, Probes, Update, key
 
 PROBES_MAX = 16  # probes that one launch unrolls
 _LANES = 128  # of 8 elements each: what one program of 2 warps works on
@@ -187,6 +187,7 @@ def _pass(
     keys,  # int32 [U·Q + U + PROBES, 2]: of directions, rounding, probes
     values,  # of the work dtype [U·Q + U + PROBES + 1]: multipliers, decays, scales, beta
     n,
+    start,  # index of theta's first element in its tensor, a multiple of 128
     tid,  # int32, the bits of the tensor's id
     U,
     Q,
@@ -208,6 +209,7 @@ def _pass(
     base = tl.program_id(0).to(tl.int64) * (8 * LANES)
     at = base + tl.arange(0, 8 * LANES)
     inside = at < n
+    base += start  # of the noise from here on
     tid = tid.to(tl.uint32, bitcast=True)
     if HAS_THETA:
         a = tl.load(theta + at, mask=inside, other=0.0).to(WORK)
@@ -300,6 +302,7 @@ def _rows(
     keys,  # int32 [PROBES, 2]
     values,  # [PROBES]: scales
     width,
+    origin,  # index of theta's first element in its tensor
     per_probe,
     tid,
     WORK: tl.constexpr,
@@ -310,7 +313,8 @@ def _rows(
 ):
     """Program (n, j): out[n] = θ[rows[n]] + scale·z[rows[n]], the j-th stretch that starts at a multiple of 128."""
     row = tl.program_id(0).to(tl.int64)
-    start = tl.load(rows + row) * width
+    theta -= origin  # where element 0 would be
+    start = origin + tl.load(rows + row) * width
     base = start // 128 * 128 + tl.program_id(1).to(tl.int64) * (8 * LANES)
     at = base + tl.arange(0, 8 * LANES)
     inside = (at >= start) & (at < start + width)
@@ -392,9 +396,14 @@ def _upload(host: Tensor, device: torch.device) -> Tensor:
 
 
 def launch(
-    theta: Tensor | None, tid: int, out: Tensor | None, plan: Plan, noise: str, momentum: Tensor | None = None
-) -> None:
-    """θ (None: zeros) through a plan: updates in place, then its probes into out [P, *theta.shape]."""
+    theta: Tensor | None, tid: int, out: Tensor | None, plan: Plan, noise: str, momentum: Tensor | None = None,
+    start: int = 0,
+) -> None:  # fmt: skip
+    """θ (None: zeros) through a plan: updates in place, then its probes into out [P, *theta.shape].
+
+    start: θ (and momentum) is a contiguous part of the tensor, from this element on, a multiple of PART.
+    """
+    assert start % PART == 0, start
     some = theta if theta is not None else out
     assert some is not None
     n = some.numel() if theta is not None else some.numel() // plan.probes
@@ -402,7 +411,7 @@ def launch(
     with _on(some):
         _pass[(triton.cdiv(n, 8 * _LANES),)](
             some, momentum if momentum is not None else some, out if out is not None else some,
-            plan.keys, plan.values, n, _signed(tid), plan.updates, plan.directions,
+            plan.keys, plan.values, n, start, _signed(tid), plan.updates, plan.directions,
             WORK=tl.float64 if some.dtype == torch.float64 and theta is not None else tl.float32,
             HAS_THETA=theta is not None, HAS_UPDATES=plan.updates > 0, ONE=_one(plan), HAS_MOMENTUM=momentum is not None,
             WRITE_THETA=not in_place, STOCHASTIC=some.dtype in (torch.float16, torch.bfloat16),
@@ -444,14 +453,16 @@ def launch_small(
         )  # fmt: skip
 
 
-def launch_rows(theta: Tensor, tid: int, rows: Tensor, out: Tensor, plan: Plan, noise: str) -> None:
+def launch_rows(
+    theta: Tensor, tid: int, rows: Tensor, out: Tensor, plan: Plan, noise: str, start: int = 0
+) -> None:
     """out[n] = cast(θ[rows[n]] + scale·z[rows[n]]), rows [P·N] probe-major; rows are not checked. plan: no updates."""
     width = out.numel() // len(rows)
     lanes = min(_LANES, max(16, triton.next_power_of_2(triton.cdiv(width + 127, 8))))
     assert plan.updates == 0 and len(rows) % plan.probes == 0, (plan.updates, len(rows), plan.probes)
     with _on(theta):
         _rows[(len(rows), triton.cdiv(width + 127, 8 * lanes))](
-            theta, rows, out, plan.keys, plan.values, width, len(rows) // plan.probes, _signed(tid),
+            theta, rows, out, plan.keys, plan.values, width, start, len(rows) // plan.probes, _signed(tid),
             WORK=tl.float64 if theta.dtype == torch.float64 else tl.float32,
             SILENT=plan.silent == (1 << plan.probes) - 1, NARROW=out.itemsize == 2, GAUSSIAN=noise == GAUSSIAN, LANES=lanes,
             **(_OPTIONS if lanes == _LANES else _OPTIONS_SMALL),
@@ -460,20 +471,23 @@ def launch_rows(theta: Tensor, tid: int, rows: Tensor, out: Tensor, plan: Plan, 
 
 def perturb(
     theta: Tensor, tid: int, out: Tensor | None, probes: tuple[tuple[int, float], ...], seed: int, step: int, noise: str,
-    updates: tuple[Update, ...], momentum: Tensor | None, beta: float,
+    updates: tuple[Update, ...], momentum: Tensor | None, beta: float, start: int = 0,
 ) -> None:  # fmt: skip
     """`zoft.noise.perturb` of a CUDA tensor. More than PROBES_MAX probes take more launches."""
     wide = theta.dtype == torch.float64
     # a launch takes updates of one number of directions: all of a run's, but a caller may mix
     runs = [tuple(group) for _, group in groupby(updates, lambda u: len(u.multipliers))]
     for early in runs[:-1]:
-        launch(theta, tid, None, plan_of(early, (), seed, step, beta, wide, theta.device), noise, momentum)
+        launch(
+            theta, tid, None, plan_of(early, (), seed, step, beta, wide, theta.device), noise, momentum, start
+        )
     last = runs[-1] if runs else ()
     rows = None if out is None else out.view(len(probes), theta.numel())
     for first in range(0, max(1, len(probes)), PROBES_MAX):
         some = probes[first : first + PROBES_MAX]
         plan = plan_of(() if first else last, some, seed, step, beta, wide, theta.device)
-        launch(theta, tid, None if rows is None else rows[first : first + len(some)], plan, noise, momentum)
+        part = None if rows is None else rows[first : first + len(some)]
+        launch(theta, tid, part, plan, noise, momentum, start)
 
 
 def direction(out: Tensor, tid: int, seed: int, step: int, direction: int, noise: str) -> None:
@@ -497,12 +511,11 @@ def gather(
     seed: int,
     step: int,
     noise: str,
+    start: int = 0,
 ) -> None:
     """`zoft.noise.gather` of a CUDA tensor; rows are not checked."""
-    wide = theta.dtype == torch.float64
-    launch_rows(
-        theta, tid, rows, out, plan_of((), ((direction, scale),), seed, step, 0.0, wide, theta.device), noise
-    )
+    plan = plan_of((), ((direction, scale),), seed, step, 0.0, theta.dtype == torch.float64, theta.device)
+    launch_rows(theta, tid, rows, out, plan, noise, start)
 
 
 def _one(plan: Plan) -> int:
