@@ -149,7 +149,7 @@ class ProbeAxis:
         """One pass over θ: the updates it lacks, then the probes of the group into out [G, *shape]."""
         noise.perturb(
             t.stored, t.id, out, group, seed=self.seed, step=self.step, noise=self.kind,
-            updates=update.due(t, self.updates, self.beta), momentum=t.momentum, beta=self.beta,
+            updates=update.due(t, self.updates, self.beta), momentum=t.momentum, beta=self.beta, floor=t.floor,
         )  # fmt: skip
         update.mark(t, self.updates)
 

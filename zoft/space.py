@@ -31,6 +31,7 @@ class Trained:
     decays: bool  # weight decay applies (not to biases and norms)
     step: int = 0  # updates of steps < step are in `stored`
     momentum: torch.Tensor | None = None  # fp32 (fp64 for fp64 storage), like stored
+    floor: float | None = None  # no update brings an element below it
 
 
 def train_names(model: nn.Module, train: str) -> list[str]:

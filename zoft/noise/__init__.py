@@ -24,7 +24,8 @@ Specification
 
     Update, in fp32 (fp64 for fp64 tensors, z widened), every operation rounded on its own, in this order:
         s = m₀·z₀; s = s + m₁·z₁; …; with momentum: buffer = beta·buffer + s, s = buffer; a = decay·θ unless decay is 1;
-        a = a + s; θ = round(a). A multiplier of -0 counts as +0. A no-op (all multipliers 0, decay 1) writes nothing
+        a = a + s; with a floor a = max(a, floor);
+        θ = round(a). A multiplier of -0 counts as +0. A no-op (all multipliers 0, decay 1) writes nothing
         at all, unless there is a momentum buffer (and beta is not 0): then it coasts like any other update.
     Probe: fl(θ + fl(scale·z)), then to out's dtype, nearest even; scale 0: θ itself.
 
@@ -105,6 +106,7 @@ def advance(
     momentum: Tensor | None = None,
     beta: float = 0.0,
     start: int = 0,
+    floor: float | None = None,
 ) -> None:
     """Apply updates to θ in place, in order, in one pass over memory.
 
@@ -113,9 +115,9 @@ def advance(
     theta: contiguous, fp32, bf16, fp16 or fp64; momentum: fp32 (fp64 for fp64) of theta's shape. What is
     no update at all (a skipped step) must not be in updates: with momentum even a no-op coasts.
     start: theta and momentum are a contiguous part of the tensor, from this element on, a multiple of PART: the
-    bits are those of the whole.
+    bits are those of the whole. floor: what an update brings θ below is set to it, before it is rounded.
     """
-    more: dict[str, Any] = {"momentum": momentum, "beta": beta, "start": start}
+    more: dict[str, Any] = {"momentum": momentum, "beta": beta, "start": start, "floor": floor}
     perturb(theta, tid, None, (), seed=0, step=0, noise=noise, updates=updates, **more)
 
 
@@ -132,6 +134,7 @@ def perturb(
     momentum: Tensor | None = None,
     beta: float = 0.0,
     start: int = 0,
+    floor: float | None = None,
 ) -> None:
     """Apply updates to θ as `advance` does, then write every probe of it, in one pass over memory.
 
@@ -161,7 +164,7 @@ def perturb(
         )
     if theta.numel() and (live or probes):
         backend = _backend(theta.device.type)
-        backend.perturb(theta, tid, out, tuple(probes), seed, step, noise, live, momentum, beta, start)
+        backend.perturb(theta, tid, out, tuple(probes), seed, step, noise, live, momentum, beta, start, floor)
 
 
 def gather(
