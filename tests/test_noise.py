@@ -154,7 +154,17 @@ def test_elements_far_out(kind, start):
     shape = (kernels.FP32, n, 0)
     zero, target = np.uint64(0), np.uint64(out.data_ptr())
     kernels.run(
-        zero, kernels.ZERO, start, start + n, TID, kind == GAUSSIAN, zero, np.float32(0), plan, target, shape
+        zero,
+        kernels.ZERO,
+        start,
+        start + n,
+        TID,
+        kind == GAUSSIAN,
+        zero,
+        *[np.float32(0)] * 2,
+        plan,
+        target,
+        shape,
     )
     exact = twin.z(np.arange(start, start + n), TID, twin.key(SEED, STEP, 2), kind)
     assert np.abs(out.numpy() - exact).max() <= (noise.GAUSSIAN_BOUND if kind == GAUSSIAN else 0)

@@ -150,7 +150,7 @@ class ProbeAxis:
         """One pass over θ: the updates it lacks, then the probes of the group into out [G, *shape]."""
         noise.perturb(
             t.stored, t.id, out, group, seed=self.seed, step=self.step, noise=self.kind,
-            updates=update.due(t, self.updates, self.beta), momentum=t.momentum, beta=self.beta,
+            updates=update.due(t, self.updates, self.beta), momentum=t.momentum, beta=self.beta, floor=t.floor,
         )  # fmt: skip
         update.mark(t, self.updates)
 
@@ -260,7 +260,7 @@ class InPlace:
             todo = self.todo[self.done[t.id] :]
             if not t.decays:
                 todo = [u if u.is_nothing else replace(u, decay=1.0) for u in todo]
-            where: dict[str, Any] = {"noise": self.kind, "momentum": t.momentum, "beta": self.beta}
+            where: dict[str, Any] = {"noise": self.kind, "momentum": t.momentum, "beta": self.beta, "floor": t.floor}
             if todo and todo[-1].is_nothing:  # a move that ends a pass is written like a probe
                 *todo, end = todo
                 probe = (len(end.multipliers) - 1, end.restore)

@@ -31,6 +31,7 @@ class Trained:
     decays: bool  # weight decay applies (not to biases and norms)
     step: int = 0  # updates of steps < step are in `stored`
     momentum: torch.Tensor | None = None  # fp32 (fp64 for fp64 storage), like stored
+    floor: float | None = None  # no update brings an element below it
 
 
 def train_names(model: nn.Module, train: str) -> list[str]:
@@ -127,6 +128,13 @@ def resolve_dtypes(
     return storage, compute
 
 
+def one(name: str, param: nn.Parameter) -> Trained:
+    """A tensor as Trained, in the precision it has; its memory becomes contiguous."""
+    param.data = param.data.contiguous()
+    decays = param.ndim > 1 and not _no_decay(name)
+    return Trained(name, param, param.data, param.dtype, tensor_id(name), decays)
+
+
 def adopt(model: nn.Module, names: list[str]) -> list[Trained]:
     """The named tensors as Trained, out of autograd's hands, still in the precision they were loaded in.
 
@@ -143,10 +151,7 @@ def adopt(model: nn.Module, names: list[str]) -> list[Trained]:
                 f"train: tensors {ids[tid]} and {name} share one noise id; train one of them only"
             )
         ids[tid] = name
-        param.data = param.data.contiguous()
-        trained.append(
-            Trained(name, param, param.data, param.dtype, tid, param.ndim > 1 and not _no_decay(name))
-        )
+        trained.append(one(name, param))
     assert len(trained) == len(wanted), (
         len(trained),
         len(wanted),
@@ -165,16 +170,10 @@ def place(
     uniform: 1-D tensors follow the matrices, for a model that runs on its stored weights (perturb=inplace).
     Raises UserError for values outside fp16's range.
     """
-    store, comp = DTYPES[storage], DTYPES[compute]
-    one_dim = store if uniform or store == torch.float64 else torch.float32
+    comp = DTYPES[compute]
     ours = {id(t.param) for t in trained}
     for t in trained:
-        dtype = one_dim if t.param.ndim <= 1 else store
-        if dtype == torch.float16 and t.param.numel() and float(t.param.abs().max()) > FP16_MAX:
-            raise UserError(
-                f"storage=fp16: {t.name} holds values beyond {FP16_MAX:g}; use storage=bf16 or storage=fp32"
-            )
-        t.param.data = t.stored = t.param.data.to(dtype)
+        store(t, storage, uniform=uniform)
         t.compute = comp
     for param in model.parameters():
         if id(param) not in ours and param.dtype in DTYPES.values() and param.dtype != comp:
@@ -183,6 +182,18 @@ def place(
         # Rotary tables and the like are kept in fp32 by their models on purpose; only 16-bit ones follow.
         if buffer.element_size() == 2 and buffer.dtype != comp:
             owner._buffers[key] = buffer.to(comp)
+
+
+def store(t: Trained, storage: str, *, uniform: bool = False) -> None:
+    """Keep one tensor in the dtype that `storage` has for it; see `place`."""
+    dtype = DTYPES[storage]
+    if t.param.ndim <= 1 and not uniform and dtype != torch.float64:
+        dtype = torch.float32
+    if dtype == torch.float16 and t.param.numel() and float(t.param.abs().max()) > FP16_MAX:
+        raise UserError(
+            f"storage=fp16: {t.name} holds values beyond {FP16_MAX:g}; use storage=bf16 or storage=fp32"
+        )
+    t.param.data = t.stored = t.param.data.to(dtype)
 
 
 def _no_decay(name: str) -> bool:

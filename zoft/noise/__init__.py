@@ -24,9 +24,10 @@ Specification
 
     Update, in fp32 (fp64 for fp64 tensors, z widened), every operation rounded on its own, in this order:
         s = m₀·z₀; s = s + m₁·z₁; …; with momentum: buffer = beta·buffer + s, s = buffer; a = θ + restore·z_last unless
-        restore is 0; a = decay·a unless decay is 1; a = a + s; θ = round(a). A multiplier of -0 counts as +0. A no-op
-        (all multipliers 0, decay 1) writes nothing at all, unless there is a momentum buffer (and beta is not 0): then
-        it coasts like any other update. decay NOTHING: no update, momentum included, whatever the multipliers.
+        restore is 0; a = decay·a unless decay is 1; a = a + s; with a floor a = max(a, floor); θ = round(a).
+        A multiplier of -0 counts as +0. A no-op (all multipliers 0, decay 1) writes nothing at all, unless there is a
+        momentum buffer (and beta is not 0): then it coasts like any other update.
+        decay NOTHING: no update, momentum included, whatever the multipliers.
         Of a no-op and of NOTHING the restore remains, if it is not 0: θ = nearest(θ + restore·z_last), nearest even in
         θ's dtype. z_last is the z of the last multiplier. In-place probing takes θ back with it, in the update's own
         pass and rounding; a move alone is the same bits as a probe of that scale, written onto θ.
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+VERSION = 1  # of the specification above; a ledger can only be replayed under its own
 GAUSSIAN, RADEMACHER = "gaussian", "rademacher"
 NOTHING = -1.0  # a decay that says: no update at all, though a restore may come with it
 PART = 128  # elements that one counter serves at most: a part of a tensor starts at a multiple
@@ -124,6 +126,7 @@ def advance(
     momentum: Tensor | None = None,
     beta: float = 0.0,
     start: int = 0,
+    floor: float | None = None,
 ) -> None:
     """Apply updates to θ in place, in order, in one pass over memory.
 
@@ -132,9 +135,9 @@ def advance(
     theta: contiguous, fp32, bf16, fp16 or fp64; momentum: fp32 (fp64 for fp64) of theta's shape. What is
     no update at all (a skipped step) must not be in updates: with momentum even a no-op coasts.
     start: theta and momentum are a contiguous part of the tensor, from this element on, a multiple of PART: the
-    bits are those of the whole.
+    bits are those of the whole. floor: what an update brings θ below is set to it, before it is rounded.
     """
-    more: dict[str, Any] = {"momentum": momentum, "beta": beta, "start": start}
+    more: dict[str, Any] = {"momentum": momentum, "beta": beta, "start": start, "floor": floor}
     perturb(theta, tid, None, (), seed=0, step=0, noise=noise, updates=updates, **more)
 
 
@@ -151,6 +154,7 @@ def perturb(
     momentum: Tensor | None = None,
     beta: float = 0.0,
     start: int = 0,
+    floor: float | None = None,
 ) -> None:
     """Apply updates to θ as `advance` does, then write every probe of it, in one pass over memory.
 
@@ -180,7 +184,7 @@ def perturb(
         )
     if theta.numel() and (live or probes):
         backend = _backend(theta.device.type)
-        backend.perturb(theta, tid, out, tuple(probes), seed, step, noise, live, momentum, beta, start)
+        backend.perturb(theta, tid, out, tuple(probes), seed, step, noise, live, momentum, beta, start, floor)
 
 
 def _live(updates: Sequence[Update], coasts: bool) -> Iterator[Update]:

@@ -39,6 +39,7 @@ def perturb(
     momentum: Tensor | None,
     beta: float,
     first: int = 0,
+    floor: float | None = None,
 ) -> None:
     """`zoft.noise.perturb` of a CPU tensor whose first element is number `first`. updates: without no-ops."""
     code, n = _CODES[theta.dtype], theta.numel()
@@ -47,12 +48,12 @@ def perturb(
     address, gaussian = _address(theta, first), noise == GAUSSIAN
     buffer = _NONE if momentum is None else _address(momentum, first)
     target, out_code = (_NONE, 0) if out is None else (np.uint64(out.data_ptr()), _CODES[out.dtype])
-    beta = work(beta)
+    beta, floor = work(beta), work(-np.inf if floor is None else floor)
 
     def piece(start: int, end: int) -> None:
         shape = (out_code, n, start)
         kernels.run(
-            address, code, first + start, first + end, tid, gaussian, buffer, beta, plan, target, shape
+            address, code, first + start, first + end, tid, gaussian, buffer, beta, floor, plan, target, shape
         )
 
     _spread(piece, n, _PIECE)
@@ -92,9 +93,11 @@ def direction(out: Tensor, tid: int, seed: int, step: int, direction: int, noise
     plan = _plan((), ((direction, 1.0),), seed, step, np.float32)
     target = np.uint64(out.data_ptr())
 
+    none = np.float32(0), np.float32(-np.inf)
+
     def piece(start: int, end: int) -> None:
         shape = (code, n, start)
-        kernels.run(_NONE, kernels.ZERO, start, end, tid, gaussian, _NONE, np.float32(0), plan, target, shape)
+        kernels.run(_NONE, kernels.ZERO, start, end, tid, gaussian, _NONE, *none, plan, target, shape)
 
     _spread(piece, n, _PIECE)
 

@@ -356,16 +356,23 @@ def _decay(a, d, n):
 
 
 @_jit
+def _raise(a, floor, n):
+    for i in range(n):
+        a[i] = max(a[i], floor)
+
+
+@_jit
 def _add(a, s, n):
     for i in range(n):
         a[i] = a[i] + s[i]
 
 
 @_entry
-def run(theta, code, start, end, tid, gaussian, momentum, beta, plan, out, shape):
+def run(theta, code, start, end, tid, gaussian, momentum, beta, floor, plan, out, shape):
     """Elements [start, end) of one tensor: pending updates in order, then every probe.
 
-    theta, momentum, out: uint64 addresses (momentum 0: none). beta, and the plan's float arrays: the work dtype.
+    theta, momentum, out: uint64 addresses (momentum 0: none). beta, floor (-inf: none), and the plan's float arrays: the
+    work dtype.
     plan (counts, keys, values, decays, restores, rounding, probes):
         counts int64 [U] the directions of each update; keys uint32 [Σ counts + G, 2] of those directions, then of the
         probe groups; values [Σ counts + P] the multipliers, then the scales of the probes; decays [U]
@@ -411,6 +418,8 @@ def run(theta, code, start, end, tid, gaussian, momentum, beta, plan, out, shape
             if decays[u] != 1:
                 _decay(a, decays[u], n)
             _add(a, s, n)
+            if floor > -np.inf:
+                _raise(a, floor, n)
             if code == BF16 or code == FP16:
                 _rounding(words, base, n + skip, tid, rounding[u, 0], rounding[u, 1])
                 _store_stochastic(a, bits[skip:], theta, code, lo, n)
@@ -448,6 +457,7 @@ def run_rows(theta, code, rows, first, last, width, origin, tid, gaussian, plan,
             gaussian,
             np.uint64(0),
             plan[2][0],
+            plan[2][0],  # beta and floor: there are no updates
             plan,
             out,
             (out_code, width, n * width),

@@ -140,7 +140,7 @@ def _restore(a, z, scale):
 @triton.jit
 def _step(
     a, m, s, u, base, tid, keys, values, UQ, decay, beta,
-    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, BF16: tl.constexpr, LANES: tl.constexpr,
+    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, BF16: tl.constexpr, LANES: tl.constexpr, FLOOR: tl.constexpr = None,
 ):  # fmt: skip
     """θ (and momentum) after update u, whose directions sum to s; UQ: multipliers in all."""
     a = decay * a
@@ -149,6 +149,8 @@ def _step(
         a = tl.where(m == 0, a, a + m)  # a buffer that is still empty leaves the signs of zeros alone
     else:
         a = a + s
+    if FLOOR is not None:
+        a = tl.maximum(a, tl.full([], FLOOR, a.dtype))
     if STOCHASTIC:
         a = _round_stochastic(a, base, tid, keys, UQ + u, BF16, LANES)
     return a, m
@@ -158,6 +160,7 @@ def _step(
 def _updated(
     a, m, base, tid, keys, values, U, Q, PROBES: tl.constexpr, ONE: tl.constexpr, RESTORE: tl.constexpr,
     MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, BF16: tl.constexpr, GAUSSIAN: tl.constexpr, LANES: tl.constexpr,
+    FLOOR: tl.constexpr = None,
 ):  # fmt: skip
     """θ (and momentum) after U updates of Q directions each; one whose multipliers are all 0 changes nothing, unless
     there is momentum; one whose decay is NOTHING changes nothing at all: but their restores are done.
@@ -180,7 +183,22 @@ def _updated(
             if RESTORE:
                 a = _restore(a, z, tl.load(restores))
             a, m = _step(
-                a, m, s, 0, base, tid, keys, values, ONE, decay, beta, MOMENTUM, STOCHASTIC, BF16, LANES
+                a,
+                m,
+                s,
+                0,
+                base,
+                tid,
+                keys,
+                values,
+                ONE,
+                decay,
+                beta,
+                MOMENTUM,
+                STOCHASTIC,
+                BF16,
+                LANES,
+                FLOOR,
             )
         else:
             if RESTORE:
@@ -205,7 +223,22 @@ def _updated(
                 if RESTORE:
                     a = _restore(a, z, tl.load(restores + u))
                 a, m = _step(
-                    a, m, s, u, base, tid, keys, values, U * Q, decay, beta, MOMENTUM, STOCHASTIC, BF16, LANES
+                    a,
+                    m,
+                    s,
+                    u,
+                    base,
+                    tid,
+                    keys,
+                    values,
+                    U * Q,
+                    decay,
+                    beta,
+                    MOMENTUM,
+                    STOCHASTIC,
+                    BF16,
+                    LANES,
+                    FLOOR,
                 )
             else:
                 if RESTORE:
@@ -244,6 +277,7 @@ def _pass(
     NARROW: tl.constexpr,  # out has 16 bits
     GAUSSIAN: tl.constexpr,
     LANES: tl.constexpr,
+    FLOOR: tl.constexpr = None,  # no update brings θ below it
 ):
     base = tl.program_id(0).to(tl.int64) * (8 * LANES)
     at = base + tl.arange(0, 8 * LANES)
@@ -259,7 +293,7 @@ def _pass(
         if HAS_MOMENTUM:
             m = tl.load(momentum + at, mask=inside, other=0.0)
         a, m = _updated(
-            a, m, base, tid, keys, values, U, Q, PROBES, ONE, RESTORE, HAS_MOMENTUM, STOCHASTIC, BF16, GAUSSIAN, LANES
+            a, m, base, tid, keys, values, U, Q, PROBES, ONE, RESTORE, HAS_MOMENTUM, STOCHASTIC, BF16, GAUSSIAN, LANES, FLOOR
         )  # fmt: skip
         if HAS_MOMENTUM:
             tl.store(momentum + at, m, mask=inside)
@@ -458,7 +492,7 @@ def _upload(host: Tensor, device: torch.device) -> Tensor:
 
 def launch(
     theta: Tensor | None, tid: int, out: Tensor | None, plan: Plan, noise: str, momentum: Tensor | None = None,
-    start: int = 0,
+    start: int = 0, floor: float | None = None,
 ) -> None:  # fmt: skip
     """θ (None: zeros) through a plan: updates in place, then its probes into out [P, *theta.shape].
 
@@ -477,7 +511,7 @@ def launch(
             HAS_THETA=theta is not None, HAS_UPDATES=plan.updates > 0, ONE=_one(plan), RESTORE=plan.restores, HAS_MOMENTUM=momentum is not None,
             WRITE_THETA=not in_place, STOCHASTIC=some.dtype in (torch.float16, torch.bfloat16),
             BF16=some.dtype == torch.bfloat16, PROBES=plan.probes, FRESH=plan.fresh, SILENT=plan.silent,
-            NARROW=out is not None and out.itemsize == 2, GAUSSIAN=noise == GAUSSIAN, LANES=_LANES, **_OPTIONS,
+            NARROW=out is not None and out.itemsize == 2, GAUSSIAN=noise == GAUSSIAN, LANES=_LANES, FLOOR=floor, **_OPTIONS,
         )  # fmt: skip
 
 
@@ -532,14 +566,21 @@ def launch_rows(
 
 def perturb(
     theta: Tensor, tid: int, out: Tensor | None, probes: tuple[tuple[int, float], ...], seed: int, step: int, noise: str,
-    updates: tuple[Update, ...], momentum: Tensor | None, beta: float, start: int = 0,
+    updates: tuple[Update, ...], momentum: Tensor | None, beta: float, start: int = 0, floor: float | None = None,
 ) -> None:  # fmt: skip
     """`zoft.noise.perturb` of a CUDA tensor. More than PROBES_MAX probes take more launches."""
     wide = theta.dtype == torch.float64
     runs = _alike(updates)
     for early in runs[:-1]:
         launch(
-            theta, tid, None, plan_of(early, (), seed, step, beta, wide, theta.device), noise, momentum, start
+            theta,
+            tid,
+            None,
+            plan_of(early, (), seed, step, beta, wide, theta.device),
+            noise,
+            momentum,
+            start,
+            floor,
         )
     last = runs[-1] if runs else ()
     rows = None if out is None else out.view(len(probes), theta.numel())
@@ -547,7 +588,7 @@ def perturb(
         some = probes[first : first + PROBES_MAX]
         plan = plan_of(() if first else last, some, seed, step, beta, wide, theta.device)
         part = None if rows is None else rows[first : first + len(some)]
-        launch(theta, tid, part, plan, noise, momentum, start)
+        launch(theta, tid, part, plan, noise, momentum, start, floor)
 
 
 def _alike(updates: tuple[Update, ...]) -> list[tuple[Update, ...]]:
