@@ -34,7 +34,7 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
     def score() -> dict[str, Any]:
         return evaluate.evaluate(model, held_out, train, context=axis.clean)
 
-    with runs.session(config, setup.header(config, base, trained), resume) as s:
+    with runs.session(config, setup.header(config, base, trained, train), resume) as s:
         trainer = setup.trainer(config, model, axis, train, s.ledger)
         result = runs.fit(trainer, s, score)
         return runs.finish(s, model, tokenizer, result)
@@ -42,7 +42,7 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
 
 def replay(config: Config, folder: str | Path, out: str | Path) -> int:
     """Base + ledger -> the run's final model in `out`; returns the number of steps."""
-    header, records = ledger.read(Path(folder) / "ledger")
+    header, records, _ = ledger.read(Path(folder) / "ledger")
     config = setup.from_header(setup.device(config), header)
     model, tokenizer, base = setup.model(config)
     runs.agree(header, {"base": base}, Path(folder))

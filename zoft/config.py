@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -112,10 +114,40 @@ class Config:
         "auto", "auto, cpu, cuda or cuda:N", pattern=(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda, cuda:0")
     )
     threads: int | str = key("auto", "CPU threads", least=1, one_of=("auto",))
+    sync: int | str = key(
+        "end",
+        "when the ledger's steps are forced to the disk, where a power cut cannot take them: at the end (and before "
+        "anything that depends on them), after each step, or with the first step after so many seconds",
+        least=1,
+        one_of=("end", "step"),
+    )
+    snapshot_every: int = key(0, "steps between snapshots, which shorten a resume; 0 takes none", least=0)
+    keep_last: int = key(2, "snapshots to keep, the newest ones", least=1)
+    keep_best: int = key(0, "snapshots to keep besides, the best ones by best_by", least=0)
+    best_by: str = key(
+        "loss",
+        "metric of the evaluations that keep_best goes by",
+        one_of=("loss", "perplexity", "accuracy", "macro_f1", "auc", "calibrated_accuracy"),
+    )
     output_dir: str | None = key(None, "folder of the run; null is runs/<config>-seed<seed>")
     save_model: bool = key(True, "write model/ at the end")
     track: str = key("none", "log elsewhere too; metrics.jsonl is always written", one_of=("none", "wandb"))
     trust_remote_code: bool = key(False, "run code that comes with a model; only on the command line")
+
+
+# Keys that do not decide the weights: where a run is, how it is watched and kept. A run may go on under others.
+FREE = ("model", "output_dir", "device", "threads", "probes_per_forward", "cache_frozen", "eval_every", "eval_limit",
+        "sync", "snapshot_every", "keep_last", "keep_best", "best_by", "save_model", "save_dtype", "track",
+        "trust_remote_code", "task.train", "task.eval")  # fmt: skip
+
+
+def digest(config: Config) -> str:
+    """A hash of the values of all keys but FREE ones."""
+    tree = dataclasses.asdict(config)
+    flat = tree | {f"task.{k}": v for k, v in tree.pop("task").items()}
+    kept = {k: v for k, v in flat.items() if k not in ("task", *FREE)}
+    text = json.dumps(kept, sort_keys=True, default=str)
+    return f"blake2b:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
 
 
 def fields() -> dict[str, dataclasses.Field[Any]]:
@@ -160,6 +192,7 @@ def check(config: Config) -> Config:
         raise UserError("task is not set: task=reviews, task=trec or task=local (or --config; see `zoft ls`)")
     if config.warmup >= 1 and config.warmup != int(config.warmup):
         raise UserError(f"warmup={config.warmup:g}: give whole steps, or a fraction below 1 of all steps")
+    _check_snapshots(config)
     if config.warmup > config.steps:
         raise UserError(f"warmup={config.warmup:g}: must not exceed steps={config.steps}")
     if re.fullmatch(r"last-0+", config.train):
@@ -175,6 +208,22 @@ def check(config: Config) -> Config:
     choices = config.task.choices
     config.task.choices = {str(k).lower() if isinstance(k, bool) else str(k): v for k, v in choices.items()}
     return config
+
+
+def _check_snapshots(config: Config) -> None:
+    every, found = config.snapshot_every, fields()
+    unused = ("keep_last", "keep_best", "best_by") if not every else () if config.keep_best else ("best_by",)
+    for name in unused:
+        if getattr(config, name) != found[name].default:
+            wanted = "keep_best" if every else "snapshot_every"
+            raise UserError(f"{name}={getattr(config, name)}: does nothing without {wanted}; set that too")
+    if every > config.steps:
+        raise UserError(f"snapshot_every={every}: must not exceed steps={config.steps}")
+    if config.keep_best and (not config.eval_every or every % config.eval_every):
+        raise UserError(
+            f"keep_best={config.keep_best}: each snapshot needs an evaluation at its step: "
+            f"set eval_every={every}, or to a divisor of it"
+        )
 
 
 def _check_value(name: str, value: Any, f: dataclasses.Field[Any]) -> None:

@@ -245,7 +245,7 @@ class DeviceAxis(ProbeAxis):
             self._done |= self.small.keys()
         else:
             plan = self.control.plan(0, 0, True, t.decays)
-            kernels.launch(t.stored, t.id, None, plan, self.kind, t.momentum)
+            kernels.launch(t.stored, t.id, None, plan, self.kind, t.momentum, floor=t.floor)
             self._done.add(t.id)
 
     @contextmanager
@@ -286,7 +286,7 @@ class DeviceAxis(ProbeAxis):
         plan = self.control.plan(
             self.offset + self.first + first, len(group), t.id not in self._done, t.decays
         )
-        kernels.launch(t.stored, t.id, out, plan, self.kind, t.momentum)
+        kernels.launch(t.stored, t.id, out, plan, self.kind, t.momentum, floor=t.floor)
         self._done.add(t.id)
 
     def gathered(self, t: Trained, rows: Tensor, group: list[Probe], first: int) -> Tensor:

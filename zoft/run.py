@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoft import compose, tracking
 from zoft.config import Config
+from zoft.due import due, next_stop
 from zoft.errors import UserError
 from zoft.stop import Stop, listening
 
@@ -24,7 +25,15 @@ if TYPE_CHECKING:
     from zoft.ledger import Ledger
     from zoft.trainer import Trainer
 
-OURS = ("config.yaml", "ledger", "metrics.jsonl", "result.json", "env.json", "model")
+OURS = ("config.yaml", "ledger", "metrics.jsonl", "result.json", "env.json", "model", "snapshots")
+
+# What it means where a resumed run's ledger says something else.
+DIFFERS = {
+    "base": "starts from other weights ({found}) than this model has ({value})",
+    "config": "was begun under other keys than config.yaml has now: put back what was changed there",
+    "data": "was begun on other training data: put back what was changed there",
+    "noise_version": "has noise of version {found}, this zoft makes version {value}: use the zoft that wrote it",
+}
 
 
 def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = False) -> dict[str, Any]:
@@ -170,12 +179,12 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
 
     folder = Path(resume or str(config.output_dir))
     if resume and (folder / "ledger").exists():
-        ledger = Ledger.open(folder / "ledger")
+        ledger = Ledger.open(folder / "ledger", sync=config.sync)
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "config.yaml", compose.to_yaml(config))
         write(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
-        ledger = Ledger.create(folder / "ledger", dict(header))
+        ledger = Ledger.create(folder / "ledger", dict(header), sync=config.sync)
     with ledger, listening(str(folder)) as stop:
         agree(ledger.header, header, folder)
         with tracking.Tracker(
@@ -188,33 +197,33 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
 def agree(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
     """Refuse to continue or replay a ledger on anything but what it was written on."""
     for name, value in wanted.items():
-        if name in found and found[name] != value:
-            if name == "base":
-                raise UserError(
-                    f"{folder}: its ledger starts from other weights ({found[name]}) than this model has ({value})"
-                )
-            raise UserError(f"{folder}: its ledger was written with {name}={found[name]}, not {value}")
+        if name in ("zoft", "plan") or name not in found or found[name] == value:
+            continue
+        other = DIFFERS.get(name, f"was written with {name}={found[name]}, not {value}")
+        if name == "trained":
+            names = [n for n in {**found[name], **value} if found[name].get(n) != value.get(n)]
+            other = f"trains other tensors than this model has now, {names[0]} among them"
+        raise UserError(f"{folder}: its ledger {other.format(found=found[name], value=value)}")
 
 
 def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Catch up with the ledger, train to the end with evaluations on the way, and return the result.
+    """Catch up with the ledger, train to the end with whatever is due on the way, and return the result.
 
     evaluate() -> metrics of the weights as they are. `before` is the base's, kept by metrics.jsonl on resume.
     """
+    from zoft import snapshot
+
     config, t = s.config, s.tracker
     seen = logged(s.folder / "metrics.jsonl")
-    before = next((row["eval"] for row in seen if "eval" in row and row["step"] == 0), None)
-    if before is None:
-        before = evaluate()
-        t.evaluation(0, before)
+    evals = {row["step"]: row["eval"] for row in seen if "eval" in row}
+    if 0 not in evals:
+        evals[0] = evaluate()
+        t.evaluation(0, evals[0])
+    snapshot.check_metric(config, evals[0])
     past = next((row["seconds"] for row in reversed(seen) if "seconds" in row), 0.0)
-    if s.ledger.records:
-        t.note(f"replaying {len(s.ledger.records)} of {config.steps} steps from the ledger")
-        trainer.replay(s.ledger.records)
-    began, paused = time.monotonic(), 0.0
+    catch_up(trainer, s)
 
     def on_step(metrics: dict[str, Any]) -> None:
-        nonlocal paused
         seconds = past + time.monotonic() - began - paused
         t.step(metrics.pop("step"), **metrics, seconds=round(seconds, 3))
         if trainer.settings.probes_per_forward != s.config.probes_per_forward:  # a batch could not be stacked
@@ -222,28 +231,51 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
             write(s.folder / "config.yaml", compose.to_yaml(s.config))  # on resume, too, for the same bits
         s.stop.check()
 
+    def at_stop(step: int) -> None:
+        s.ledger.sync()  # nothing durable is ever ahead of the ledger
+        noted = {e.kind for e in s.ledger.events if e.step == step}  # a run that stopped here has done these
+        for what in due(config, step):
+            if what == "eval" and step not in evals:
+                evals[step] = evaluate()
+                t.evaluation(step, evals[step])
+            elif what == "snapshot" and what not in noted:
+                t.note(snapshot.take(s.folder, s.ledger, trainer.axis.trained))
+                snapshot.prune(s.folder, config, s.ledger.events, evals)
+
+    at_stop(trainer.next)
+    began, paused = time.monotonic(), 0.0
     while trainer.next < config.steps:
-        every = config.eval_every or config.steps
         with s.stop.finishing():
-            trainer.run(on_step, until=min(config.steps, (trainer.next // every + 1) * every))
-        if trainer.next < config.steps:
-            pause = time.monotonic()
-            s.ledger.sync()  # no evaluation is ever ahead of the ledger
-            t.evaluation(trainer.next, evaluate())
-            paused += time.monotonic() - pause
+            trainer.run(on_step, until=next_stop(config, trainer.next))
+        pause = time.monotonic()
+        at_stop(trainer.next)
+        paused += time.monotonic() - pause
     seconds = past + time.monotonic() - began - paused
-    s.ledger.sync()
-    after = evaluate()
-    t.evaluation(config.steps, after)
     return {
         "steps": config.steps,
         "skipped": sum(r.skipped for r in s.ledger.records),
         "forwards": config.steps * 2 * config.q * config.batch_size * config.accumulate,
         "train_seconds": round(seconds, 3),
         "peak_memory_gb": round(tracking.peak_memory_gb(config.device), 2),
-        "before": before,
-        "after": after,
+        "before": evals[0],
+        "after": evals[config.steps],
     }
+
+
+def catch_up(trainer: Trainer, s: Session) -> None:
+    """Bring the weights to the ledger's last step: the newest sound snapshot, then what came after it."""
+    from zoft import snapshot
+
+    records = s.ledger.records
+    found = snapshot.newest(s.folder, s.ledger.header, s.ledger.events, say=s.tracker.note)
+    if found:
+        step, path = found
+        s.tracker.note(f"starting from the snapshot at step {step}")
+        snapshot.load(path, trainer.axis.trained, step)
+        trainer.skip_to(step, records)
+    if trainer.next < len(records):
+        s.tracker.note(f"replaying {len(records) - trainer.next} of {s.config.steps} steps from the ledger")
+        trainer.replay(records[trainer.next :])
 
 
 def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> dict[str, Any]:

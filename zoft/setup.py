@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -11,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import __version__, models, objective, precision, routes, selfcheck, space, tasks, update
-from zoft.config import Config
+from zoft import __version__, models, noise, objective, precision, routes, selfcheck, space, tasks, update
+from zoft.config import Config, digest
 from zoft.data_order import batch_indices
 from zoft.encode import Example, encode
 from zoft.errors import UserError
@@ -29,6 +31,9 @@ from zoft.trainer import Settings, Trainer
 FROZEN_BYTES = 1 << 30  # kept outputs of frozen blocks; rows beyond it are computed again each time
 # What a ledger's header says of the run, beside the base and the trained tensors.
 PLAN = ("seed", "noise", "momentum", "eps", "q", "storage", "compute", "perturb")
+# What it says for people, of how the run began; another machine may go on with it otherwise.
+MADE = ("recipe", "train", "steps", "lr", "schedule", "warmup", "weight_decay", "batch_size", "accumulate",
+        "device", "threads", "probes_per_forward", "cache_frozen")  # fmt: skip
 
 
 def device(config: Config) -> Config:
@@ -62,10 +67,14 @@ def tokenizer(config: Config) -> Any:
         from zoft import gguf
 
         made = gguf.tokenizer(gguf.read(Path(source.place)))
-        return made if made is not None else models.load(config.model)[1]
-    from transformers import AutoTokenizer
+        if made is None:
+            return models.load(config.model)[1]
+    else:
+        from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(source.place, trust_remote_code=config.trust_remote_code)
+        made = AutoTokenizer.from_pretrained(source.place, trust_remote_code=config.trust_remote_code)
+    models.set_pad_token(made)
+    return made
 
 
 def examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[list[Example], list[Example]]:
@@ -330,10 +339,32 @@ def plan(
     }
 
 
-def header(config: Config, base: str, trained: Sequence[Trained]) -> dict[str, Any]:
-    """The ledger's header: all that replay needs beside the base."""
+def header(
+    config: Config, base: str, trained: Sequence[Trained], train: Sequence[Example] = ()
+) -> dict[str, Any]:
+    """The ledger's header: what the run is, all that replay needs beside the base, and how the run was made."""
+    tensors = {
+        t.name: {"id": t.id, "shape": list(t.stored.shape), "stored": short(t.stored.dtype), "compute": short(t.compute)}
+        for t in trained
+    }  # fmt: skip
     known = {k: getattr(config, k) for k in PLAN}
-    return {"zoft": __version__, "base": base, "trained": [t.name for t in trained], **known}
+    found = {"zoft": __version__, "noise_version": noise.VERSION, "base": base, "config": digest(config)}
+    if train:
+        found["data"] = data_digest(train)
+    return {**found, **known, "trained": tensors, "plan": {k: getattr(config, k) for k in MADE}}
+
+
+def short(dtype: torch.dtype) -> str:
+    """The name that config and ledger have for a dtype."""
+    return next(name for name, d in space.DTYPES.items() if d == dtype)
+
+
+def data_digest(train: Sequence[Example]) -> str:
+    """A hash of the training examples' tokens, in their order."""
+    h = hashlib.blake2b(digest_size=16)
+    for e in train:
+        h.update(json.dumps([e.contexts, e.completions, e.gold]).encode())
+    return f"blake2b:{h.hexdigest()}"
 
 
 def from_header(config: Config, found: Mapping[str, Any]) -> Config:

@@ -31,6 +31,7 @@ class Trained:
     decays: bool  # weight decay applies (not to biases and norms)
     step: int = 0  # updates of steps < step are in `stored`
     momentum: torch.Tensor | None = None  # fp32 (fp64 for fp64 storage), like stored
+    floor: float | None = None  # no update brings an element below it
 
 
 def train_names(model: nn.Module, train: str) -> list[str]:
@@ -127,6 +128,13 @@ def resolve_dtypes(
     return storage, compute
 
 
+def one(name: str, param: nn.Parameter) -> Trained:
+    """A tensor as Trained, in the precision it has; its memory becomes contiguous."""
+    param.data = param.data.contiguous()
+    decays = param.ndim > 1 and not _no_decay(name)
+    return Trained(name, param, param.data, param.dtype, tensor_id(name), decays)
+
+
 def adopt(model: nn.Module, names: list[str]) -> list[Trained]:
     """The named tensors as Trained, out of autograd's hands, still in the precision they were loaded in.
 
@@ -143,10 +151,7 @@ def adopt(model: nn.Module, names: list[str]) -> list[Trained]:
                 f"train: tensors {ids[tid]} and {name} share one noise id; train one of them only"
             )
         ids[tid] = name
-        param.data = param.data.contiguous()
-        trained.append(
-            Trained(name, param, param.data, param.dtype, tid, param.ndim > 1 and not _no_decay(name))
-        )
+        trained.append(one(name, param))
     assert len(trained) == len(wanted), (
         len(trained),
         len(wanted),
@@ -165,24 +170,31 @@ def place(
     uniform: 1-D tensors follow the matrices, for a model that runs on its stored weights (perturb=inplace).
     Raises UserError for values outside fp16's range.
     """
-    store, comp = DTYPES[storage], DTYPES[compute]
-    one_dim = store if uniform or store == torch.float64 else torch.float32
+    comp = DTYPES[compute]
     ours = {id(t.param) for t in trained}
     for t in trained:
-        dtype = one_dim if t.param.ndim <= 1 else store
-        if dtype == torch.float16 and t.param.numel() and _largest(t.param.data) > FP16_MAX:
-            raise UserError(
-                f"storage=fp16: {t.name} holds values beyond {FP16_MAX:g}; use storage=bf16 or storage=fp32"
-            )
-        t.param.data = t.stored = _cast(t.param.data, dtype)
+        store(t, storage, uniform=uniform)
         t.compute = comp
     for param in model.parameters():
         if id(param) not in ours and param.dtype in DTYPES.values() and param.dtype != comp:
-            param.data = _cast(param.data, comp)
+            _cast(param, comp)
     for owner, key, buffer in _float_buffers(model):
         # Rotary tables and the like are kept in fp32 by their models on purpose; only 16-bit ones follow.
         if buffer.element_size() == 2 and buffer.dtype != comp:
             owner._buffers[key] = buffer.to(comp)
+
+
+def store(t: Trained, storage: str, *, uniform: bool = False) -> None:
+    """Keep one tensor in the dtype that `storage` has for it; see `place`."""
+    dtype = DTYPES[storage]
+    if t.param.ndim <= 1 and not uniform and dtype != torch.float64:
+        dtype = torch.float32
+    if dtype == torch.float16 and t.param.numel() and _largest(t.param.data) > FP16_MAX:
+        raise UserError(
+            f"storage=fp16: {t.name} holds values beyond {FP16_MAX:g}; use storage=bf16 or storage=fp32"
+        )
+    _cast(t.param, dtype)
+    t.stored = t.param.data
 
 
 _PIECE = 1 << 24  # numbers that are in two dtypes at one time
@@ -194,14 +206,26 @@ def _largest(x: torch.Tensor) -> float:
     return max(-float(low), float(high))
 
 
-def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x in another dtype; in its own memory where an element takes as many bytes, so that no second copy of it exists."""
-    if x.dtype == dtype or x.dtype.itemsize != dtype.itemsize or not x.is_contiguous():
-        return x.to(dtype)
+def _cast(param: nn.Parameter, dtype: torch.dtype) -> None:
+    """Give a parameter another dtype; in its own memory where that fits and nobody else looks at it, so that of a large
+    one no second copy exists."""
+    x = param.data
+    if x.dtype.itemsize != dtype.itemsize or x.numel() <= _PIECE or not x.is_contiguous() or _shared(param):
+        param.data = x.to(dtype)
+        return
     old, new = x.flatten(), x.view(dtype).flatten()
-    for i in range(0, x.numel(), _PIECE):
+    for i in range(0, x.numel() if x.dtype != dtype else 0, _PIECE):
         new[i : i + _PIECE] = old[i : i + _PIECE].to(dtype)
-    return x.view(dtype)
+    param.data = x.view(dtype)
+
+
+def _shared(param: nn.Parameter) -> bool:
+    """Whether other tensors may use this parameter's memory: more hold it than hold that of a new one."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    if count is None:
+        return True
+    fresh = nn.Parameter(torch.empty(1), requires_grad=False)
+    return count(param.untyped_storage()._cdata) > count(fresh.untyped_storage()._cdata)
 
 
 def _no_decay(name: str) -> bool:

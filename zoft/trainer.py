@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -156,6 +157,11 @@ class Trainer:
                 on_step(metrics)
         finally:
             self.axis.flush()
+
+    def skip_to(self, step: int, records: Sequence[Record]) -> None:
+        """Go on from weights that have the first `step` of these records in them already (a snapshot's)."""
+        self.next = step
+        self.skipped_in_a_row = len(list(takewhile(lambda r: r.skipped, reversed(records[:step]))))
 
     def replay(self, records: Sequence[Record], on_step: Callable[[int], None] = lambda step: None) -> None:
         """Repeat the updates of a ledger's records in order: θ, momentum and counters as the run had them."""
