@@ -31,9 +31,10 @@ def test_slabs_are_one_run_with_the_whole(tmp_path, monkeypatch, storage, beta, 
         held = trainer.axis.scratch_held()
         assert any(map(routes.in_slabs, trainer.axis.trained)) == (name == "slabs")
         ends[name] = weights(trainer.model), [r.losses for r in trainer.ledger.records], held
-    for a, b in zip(ends["whole"][1], ends["slabs"][1]):
-        assert a == pytest.approx(b, rel=1e-5)
+    # An update that differs in its last bit makes some stochastic roundings fall to the other side: a step of the grid.
     tolerance = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 2e-2}[storage]
+    for a, b in zip(ends["whole"][1], ends["slabs"][1]):
+        assert a == pytest.approx(b, rel=tolerance)
     for n, w in ends["whole"][0].items():
         torch.testing.assert_close(w, ends["slabs"][0][n], rtol=tolerance, atol=tolerance)
 
@@ -68,4 +69,4 @@ def test_scratch_is_bounded(tmp_path, monkeypatch):
         trainer = build(tmp_path, llama(), name=str(slab), data=examples())
         trainer.step()
         sizes[slab] = trainer.axis.scratch_held()
-    assert sizes == {1 << 30: 2 * 160 * 64 * 4, 1 << 12: 2 << 12}
+    assert sizes == {1 << 30: 2 * 300 * 64 * 4, 1 << 12: 2 << 12}  # of the output matrix
