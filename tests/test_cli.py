@@ -26,6 +26,7 @@ SURFACE = {
     "train": ["--config", "--dry-run", "--help", "--resume", "-c", "overrides"],
     "eval": ["--config", "--help", "--json", "-c", "args"],
     "replay": ["--help", "--out", "folder"],
+    "ledger": ["--help", "--json", "--plot", "--verify", "folder"],
     "ls": ["--help"],
     "cp": ["--help", "dest", "name"],
     "validate": ["--config", "--help", "-c", "overrides"],

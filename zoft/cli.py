@@ -140,6 +140,30 @@ def replay(
     typer.echo(f"{steps} steps replayed{unfinished}: {out}")
 
 
+@app.command(cls=_Verb)
+def ledger(
+    folder: Annotated[str, typer.Argument(metavar="RUN")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check the ledger, its config and snapshots.")
+    ] = False,
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE.png", help="Draw losses and coefficients of all steps.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a run's ledger holds, also while the run goes on: steps, losses, coefficients, events, base, plan."""
+    from zoft import inspect_run
+
+    found = inspect_run.summary(folder)
+    checks = inspect_run.verify(folder) if verify else []
+    if as_json:
+        typer.echo(inspect_run.as_json({**found, "verified": checks} if verify else found))
+    else:
+        typer.echo("\n".join([inspect_run.text(found), *checks]))
+    if plot:
+        typer.echo(inspect_run.plot(folder, plot), err=as_json)
+
+
 @app.command("ls", cls=_Verb)
 def list_configs() -> None:
     """List the packaged configs."""

@@ -133,6 +133,7 @@ def digest(config: Config) -> str:
     tree = dataclasses.asdict(config)
     flat = tree | {f"task.{k}": v for k, v in tree.pop("task").items()}
     kept = {k: v for k, v in flat.items() if k not in ("task", *FREE)}
+    kept = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in kept.items()}  # 0 is 0.0
     text = json.dumps(kept, sort_keys=True, default=str)
     return f"blake2b:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
 
