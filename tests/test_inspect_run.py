@@ -17,7 +17,7 @@ import tiny
 from test_trainer import build
 from typer.testing import CliRunner
 
-from zoft import compose, inspect_run, noise, setup, snapshot
+from zoft import compose, inspect_run, setup, snapshot
 from zoft import run as runs
 from zoft.cli import app
 from zoft.config import Config, Task
@@ -154,11 +154,8 @@ def test_a_header_that_lacks_what_replay_needs_or_mixes_up_noise_is_named(finish
     header = read(finished / "ledger").header
     assert inspect_run.header_faults(header) == []
     name = next(iter(header["trained"]))
-    wrong = {
-        **header,
-        "trained": {name: {**header["trained"][name], "id": noise.tensor_id(name) ^ 1}},
-        "noise_version": 9,
-    }
+    tensor, *rest = header["trained"][name]
+    wrong = {**header, "trained": {name: [tensor ^ 1, *rest]}, "noise_version": 9}
     del wrong["base"]
     said = inspect_run.header_faults(wrong)
     assert len(said) == 3 and "no base" in said[0] and "version 9" in said[1] and name in said[2]

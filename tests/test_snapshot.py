@@ -281,9 +281,8 @@ def test_the_header_tells_other_keys_data_and_noise_apart(tmp_path):
     trained = build(tmp_path, tiny.llama()).axis.trained
     config = Config(model="m", task=Task(name="local"), storage="fp32", compute="fp32")
     made = setup.header(config, "b", trained, examples())
-    assert made["trained"][trained[0].name] == {
-        "id": trained[0].id, "shape": list(trained[0].stored.shape), "stored": "fp32", "compute": "fp32",
-    }  # fmt: skip
+    first = trained[0]
+    assert made["trained"][first.name] == [first.id, list(first.stored.shape), "fp32"]
     free = dataclasses.replace(
         config, output_dir="x", model="y", threads=2, device="cpu", sync="step", keep_last=9
     )

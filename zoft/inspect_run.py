@@ -56,7 +56,7 @@ def summary(run: str | Path) -> dict[str, Any]:
         "lr": {"first": records[0].lr, "last": records[-1].lr} if records else {},
         "events": [{"kind": e.kind, "step": e.step} | about(path.parent, e) for e in log.events],
         "tensors": len(trained),
-        "numbers": sum(math.prod(t["shape"]) for t in trained.values()) if isinstance(trained, dict) else None,
+        "numbers": sum(math.prod(shape) for _, shape, _ in trained.values()) if isinstance(trained, dict) else None,
         "curves": {"loss": squeezed(losses), "multiplier": squeezed(multipliers)},
         "header": {k: v for k, v in header.items() if k != "trained"},
     }  # fmt: skip
@@ -160,8 +160,8 @@ def header_faults(header: Mapping[str, Any]) -> list[str]:
     if header.get("noise_version", noise.VERSION) != noise.VERSION:
         wrong.append(f"its noise is of version {header['noise_version']}, this zoft makes {noise.VERSION}")
     trained = header.get("trained")
-    for name, t in trained.items() if isinstance(trained, dict) else ():
-        if t.get("id") != noise.tensor_id(name):
+    for name, (tensor, _, _) in trained.items() if isinstance(trained, dict) else ():
+        if tensor != noise.tensor_id(name):
             wrong.append(f"its header gives {name} the noise of another tensor")
     return wrong
 

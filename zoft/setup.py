@@ -304,10 +304,7 @@ def header(
     config: Config, base: str, trained: Sequence[Trained], train: Sequence[Example] = ()
 ) -> dict[str, Any]:
     """The ledger's header: what the run is, all that replay needs beside the base, and how the run was made."""
-    tensors = {
-        t.name: {"id": t.id, "shape": list(t.stored.shape), "stored": short(t.stored.dtype), "compute": short(t.compute)}
-        for t in trained
-    }  # fmt: skip
+    tensors = {t.name: [t.id, list(t.stored.shape), short(t.stored.dtype)] for t in trained}
     known = {k: getattr(config, k) for k in PLAN}
     found = {"zoft": __version__, "noise_version": noise.VERSION, "base": base, "config": digest(config)}
     if train:
