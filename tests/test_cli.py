@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SURFACE = {
     "train": ["--config", "--dry-run", "--help", "--resume", "-c", "overrides"],
     "eval": ["--config", "--help", "--json", "-c", "args"],
-    "replay": ["--help", "--out", "folder"],
+    "replay": ["--denoise", "--device", "--help", "--out", "--step", "--storage", "folder"],
     "ledger": ["--help", "--json", "--plot", "--verify", "folder"],
     "ls": ["--help"],
     "cp": ["--help", "dest", "name"],

@@ -130,14 +130,25 @@ def evaluate(args: Args = None, config: Source = None, as_json: Json = False) ->
 @app.command(cls=_Verb)
 def replay(
     folder: Annotated[str, typer.Argument(metavar="RUN")],
-    out: Annotated[str, typer.Option(metavar="DIR", help="Where the model is written.")],
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Where the model is written; without it, what would be made."),
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option(min=0, help="The model after so many steps; default: the last.")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(metavar="fp32", help="Keep 16-bit weights in fp32: nothing is rounded.")
+    ] = None,
+    denoise: Annotated[
+        bool, typer.Option("--denoise", help="Sum in fp32, round to the run's storage once.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: where it ran.")] = None,
 ) -> None:
     """Rebuild a run's model from its base and its ledger, bit for bit."""
     from zoft import run
 
-    steps, planned = run.replay(folder, out)
-    unfinished = f" of {planned}: the run is not finished" if steps < planned else ""
-    typer.echo(f"{steps} steps replayed{unfinished}: {out}")
+    typer.echo(run.replay(folder, out, step=step, storage=storage, denoise=denoise, device=device))
 
 
 @app.command(cls=_Verb)

@@ -108,6 +108,12 @@ class Config:
         least=1,
         one_of=("end", "step"),
     )
+    denoise_every: int = key(
+        0,
+        "steps between rebuilds of 16-bit weights from base and ledger, summed in fp32 and rounded once; "
+        "the end of the run has one too, 0 has none",
+        least=0,
+    )
     snapshot_every: int = key(0, "steps between snapshots, which shorten a resume; 0 takes none", least=0)
     keep_last: int = key(2, "snapshots to keep, the newest ones", least=1)
     keep_best: int = key(0, "snapshots to keep besides, the best ones by best_by", least=0)

@@ -195,6 +195,7 @@ def placed(
     """The axis itself, tensors in their precision; without sites it can only apply updates (replay)."""
     inplace = config.perturb == "inplace"
     space.place(loaded, trained, config.storage, config.compute, uniform=inplace)
+    refuse_denoise(config, trained)
     common: dict[str, Any] = {"seed": config.seed, "kind": config.noise, "beta": config.momentum}
     if inplace:
         return replace(config, probes_per_forward=1), trained, InPlace(trained, **common)
@@ -203,6 +204,23 @@ def placed(
 
         return config, trained, DeviceAxis(trained, sites, q=config.q, eps=config.eps, **common)
     return config, trained, ProbeAxis(trained, sites, **common)
+
+
+def refuse_denoise(config: Config, trained: Sequence[Trained]) -> None:
+    """Raise UserError where denoise_every asks for what cannot be, or is not needed."""
+    if not config.denoise_every:
+        return
+    key = f"denoise_every={config.denoise_every}"
+    if any(getattr(t, name, None) is not None for t in trained for name in ("threshold", "floor")):
+        raise UserError(
+            f"{key}: the directions of recipe={config.recipe} depend on the weights, so that base and ledger give "
+            "no sum; leave it out"
+        )
+    if all(t.stored.element_size() > 2 for t in trained):
+        raise UserError(
+            f"{key}: storage={config.storage} keeps no trained tensor in 16 bits, so there is no rounding to "
+            "remove; leave it out"
+        )
 
 
 def calibration(train: Sequence[Example]) -> tuple[Batch, Batch]:

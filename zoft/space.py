@@ -175,12 +175,21 @@ def place(
         store(t, storage, uniform=uniform)
         t.compute = comp
     for param in model.parameters():
-        if id(param) not in ours and param.dtype in DTYPES.values() and param.dtype != comp:
-            param.data = param.data.to(comp)
+        if id(param) not in ours:
+            param.data = as_frozen(param.data, compute, True)
     for owner, key, buffer in _float_buffers(model):
-        # Rotary tables and the like are kept in fp32 by their models on purpose; only 16-bit ones follow.
-        if buffer.element_size() == 2 and buffer.dtype != comp:
-            owner._buffers[key] = buffer.to(comp)
+        owner._buffers[key] = as_frozen(buffer, compute, False)
+
+
+def as_frozen(tensor: torch.Tensor, compute: str, parameter: bool) -> torch.Tensor:
+    """A tensor that is not trained, ready for `compute`.
+
+    Rotary tables and the like are buffers that their models keep in fp32 on purpose; only 16-bit ones follow.
+    """
+    follows = (
+        tensor.dtype in DTYPES.values() if parameter else tensor.dtype in (torch.bfloat16, torch.float16)
+    )
+    return tensor.to(DTYPES[compute]) if follows else tensor
 
 
 def store(t: Trained, storage: str, *, uniform: bool = False) -> None:
