@@ -3,11 +3,11 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -98,20 +98,24 @@ def test_a_step_on_the_way_is_the_run_that_ended_there(place, tmp_path):
     assert not (tmp_path / "seven").exists()
 
 
-@pytest.mark.parametrize("policy", ["probes", "inplace"])
-def test_denoised_in_the_run_resumed_and_replayed(place, tmp_path, policy):
+@pytest.mark.parametrize("way", ["probes", "inplace", "snapshots"])
+def test_denoised_in_the_run_resumed_and_replayed(place, tmp_path, way):
     """Killed after any step, before or after a denoising was noted: the same bits, ledger included."""
-    keys = ["storage=bf16", "compute=bf16", f"perturb={policy}", "momentum=0.5", "denoise_every=2", "steps=5"]
-    whole = train(place, f"whole-{policy}", *keys)
-    log = ledger.read(whole / "ledger")
-    assert [(e.kind, e.step) for e in log.events] == [("denoise", n) for n in (2, 4, 5)]
+    keys = ["storage=bf16", "compute=bf16", "denoise_every=2", "steps=5", "schedule=linear"]
+    keys += [] if way == "snapshots" else ["momentum=0.5"]
+    keys += {"probes": [], "inplace": ["perturb=inplace"], "snapshots": ["snapshot_every=3"]}[way]
+    whole = train(place, f"whole-{way}", *keys)
+    events = [(e.kind, e.step) for e in ledger.read(whole / "ledger").events]
+    assert [e for e in events if e[0] == "denoise"] == [("denoise", n) for n in (2, 4, 5)]
     data = (whole / "ledger").read_bytes()
-    start = len(data) - 32 * (5 + 3)
-    for kept in range(9):
-        cut = place / f"cut-{policy}-{kept}"
+    count = 5 + len(events)
+    for kept in range(count + 1):
+        cut = place / f"cut-{way}-{kept}"
         cut.mkdir()
         (cut / "config.yaml").write_text((whole / "config.yaml").read_text().replace(str(whole), str(cut)))
-        (cut / "ledger").write_bytes(data[: start + 32 * kept])
+        (cut / "ledger").write_bytes(data[: len(data) - 32 * (count - kept)])
+        if way == "snapshots":
+            shutil.copytree(whole / "snapshots", cut / "snapshots")
         runs.train(load_run(cut), resume=cut)
         assert bits(cut / "model") == bits(whole / "model"), kept
         assert (cut / "ledger").read_bytes() == data, kept
@@ -387,7 +391,7 @@ def test_memory_is_that_of_a_tensor_not_of_the_model(place, tmp_path):
     assert size > 1.2e8 and float(done.stdout) < 0.2 * size / 1e9, (size, done.stdout)
 
 
-def write_run(folder, config, model, steps):
+def write_run(folder, config, model, steps, multiplier=0.0009765625):
     """A run's folder as training leaves it, without the training."""
     from zoft.compose import to_yaml
 
@@ -397,4 +401,4 @@ def write_run(folder, config, model, steps):
     (folder / "config.yaml").write_text(to_yaml(dataclasses.replace(config, output_dir=str(folder))))
     with Ledger.create(folder / "ledger", setup.header(config, base, trained)) as log:
         for i in range(steps):
-            log.append(Record(i, (float(np.float32(1e-3)),), 1.0, (1.0, 1.0)))
+            log.append(Record(i, (multiplier,), 1.0, (1.0, 1.0)))

@@ -152,6 +152,23 @@ def replay(
 
 
 @app.command(cls=_Verb)
+def export(
+    folder: Annotated[str, typer.Argument(metavar="RUN")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where it is written.")],
+    merge: Annotated[bool, typer.Option("--merge", help="The whole model, for transformers.")] = False,
+    adapter: Annotated[bool, typer.Option("--adapter", help="What was trained beside it, for PEFT.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or bf16; default: the run's save_dtype.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: where it ran.")] = None,
+) -> None:
+    """Write a run's model as others load it, and check it: zoft export runs/mine --merge --out mine."""
+    from zoft import run
+
+    typer.echo(run.export(folder, out, merge=merge, adapter=adapter, dtype=dtype, device=device))
+
+
+@app.command(cls=_Verb)
 def ledger(
     folder: Annotated[str, typer.Argument(metavar="RUN")],
     verify: Annotated[

@@ -265,7 +265,7 @@ def save(model: Any, tokenizer: Any, out_dir: str | Path, *, dtype: Any = "auto"
     floating tensors on disk, or "auto": each as it is. card: text of README.md, see model_card().
     Errors: UserError where a value does not fit in dtype.
     """
-    with fresh(out_dir) as folder:
+    with whole(out_dir) as folder:
         with _quiet():
             model.save_pretrained(folder, state_dict=_cast(model, dtype))
         finish_folder(folder, tokenizer, dtype, card)
@@ -284,8 +284,8 @@ def finish_folder(folder: Path, tokenizer: Any, dtype: Any, card: str) -> None:
 
 
 @contextmanager
-def fresh(out_dir: str | Path) -> Iterator[Path]:
-    """An empty folder beside out_dir, which takes its name, and its place if it exists, when all has gone well."""
+def whole(out_dir: str | Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name out_dir when the context ends well, in place of an older one."""
     out = Path(out_dir)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))

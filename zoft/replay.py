@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -95,7 +96,7 @@ def replay(config: Config, folder: Path, out: Path, ask: Ask) -> int:
                     state[name].data = tensor.cpu()
             models.save(base.model, tokenizer, out, dtype=dtype, card=text)
         else:
-            with models.fresh(out) as draft:
+            with models.whole(out) as draft:
                 stream(base, made, draft, dtype)
                 models.finish_folder(draft, tokenizer, dtype, text)
     return len(log.records)
@@ -163,6 +164,21 @@ def weights(
             yield name, tensors.at_the_end(name, theta, found, did)
         else:
             yield name, space.as_frozen(theta, config.compute, name in params)
+
+
+def live(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
+    """(the model as the run has it after the log's steps, its tokenizer, the config): all of it in memory.
+
+    config, log: from `asked`. Raises UserError for another base.
+    """
+    model, tokenizer, found = setup.model(config)
+    runs.agree(log.header, {"base": found}, folder)
+    trained, tensors = space.adopt(model, list(log.header["trained"])), Tensors(config, log)
+    begin = start(folder, log, Ask())
+    with progress(log, begin[0] if begin else 0) as did:
+        for t in trained:
+            t.param.data = tensors.at_the_end(t.name, t.param.data, begin, did)
+    return model, tokenizer, setup.placed(config, model, trained)[0]
 
 
 @dataclass

@@ -71,6 +71,44 @@ def replay(
         raise UserError(
             f"{'--denoise' if denoise else '--storage'}: makes another model; say where with --out DIR"
         )
+    config = of_run(folder, device)
+    from zoft import replay as replays
+
+    ask = replays.Ask(step, exact=storage == "fp32", denoise=denoise)
+    if out is None:
+        return replays.look(config, Path(folder), ask)
+    done = recipe(config.recipe).replay(config, Path(folder), Path(out), ask)
+    unfinished = (
+        f" of {config.steps}: the run is not finished" if step is None and done < config.steps else ""
+    )
+    return f"{done} steps replayed{unfinished}: {out}"
+
+
+def export(
+    folder: str | Path, out: str | Path, *, merge: bool, adapter: bool, dtype: str | None = None, device: str | None = None
+) -> str:  # fmt: skip
+    """Write a run's model, or its adapter alone, as others load it, checked; returns a line about it.
+
+    dtype: of the model on disk; None is the run's save_dtype. The run may be unfinished; its folder is only read.
+    """
+    if merge == adapter:
+        raise UserError(
+            "export: say --merge for the whole model, or --adapter for what was trained beside it"
+        )
+    if Path(out).exists():
+        raise UserError(f"--out {out}: exists; choose another name")
+    if dtype is not None and dtype not in (known := ("fp32", "fp16", "bf16")):
+        raise UserError(f"--dtype {dtype}: use {', '.join(known)}")
+    config = of_run(folder, device)
+    if adapter:
+        raise UserError(f"{folder}: it trained the model's own weights, so there is no adapter; use --merge")
+    from zoft import export as exports
+
+    return exports.merge(config, Path(folder), Path(out), dtype or config.save_dtype)
+
+
+def of_run(folder: str | Path, device: str | None) -> Config:
+    """A run's config, to rebuild its weights on `device` (None: where it ran). Raises UserError without that device."""
     config = compose.load_run(folder, [f"device={device}"] if device else [])
     if config.device.startswith("cuda") and not device:
         import torch
@@ -80,18 +118,7 @@ def replay(
                 f"{folder}: it ran on {config.device}, which is not here; --device cpu gives the same bits with rademacher, "
                 "and weights within 1e-5 with gaussian and storage=fp32"
             )
-    from zoft import replay as replays
-
-    ask = replays.Ask(step, exact=storage == "fp32", denoise=denoise)
-    # Threads change no bit of a replay.
-    config = dataclasses.replace(config, threads="auto")
-    if out is None:
-        return replays.look(config, Path(folder), ask)
-    done = recipe(config.recipe).replay(config, Path(folder), Path(out), ask)
-    unfinished = (
-        f" of {config.steps}: the run is not finished" if step is None and done < config.steps else ""
-    )
-    return f"{done} steps replayed{unfinished}: {out}"
+    return dataclasses.replace(config, threads="auto")  # they change no bit of a replay
 
 
 def evaluate(config: Config, folder: str | Path | None = None) -> dict[str, Any]:

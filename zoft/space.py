@@ -177,7 +177,7 @@ def place(
     for param in model.parameters():
         if id(param) not in ours:
             param.data = as_frozen(param.data, compute, True)
-    for owner, key, buffer in _float_buffers(model):
+    for owner, key, buffer in float_buffers(model):
         owner._buffers[key] = as_frozen(buffer, compute, False)
 
 
@@ -208,7 +208,8 @@ def _no_decay(name: str) -> bool:
     return bool(re.search(r"bias$|norm|(^|[._])ln[._\d]", name.lower()))
 
 
-def _float_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+def float_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+    """(module, key, buffer) of every buffer that holds fractions."""
     for module in model.modules():
         for key, buffer in list(module._buffers.items()):
             if buffer is not None and buffer.is_floating_point():
