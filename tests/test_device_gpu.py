@@ -6,7 +6,7 @@ import tiny
 import torch
 from test_trainer import calibration, examples, same_bits, weights
 
-from zoft import selfcheck, space
+from zoft import layout, selfcheck, space
 from zoft.data_order import batch_indices
 from zoft.ledger import Ledger, read
 from zoft.objective import Example, collate, losses
@@ -81,6 +81,7 @@ CASES = [
     (tiny.opt, texts, {"accumulate": 2, "storage": "fp32", "compute": "fp32", "kind": "rademacher"}),
     (tiny.gemma2, examples, {"storage": "fp32", "compute": "bf16"}),
     (tiny.llama, examples, {"lr": 0.0, "weight_decay": 0.1}),
+    (tiny.llama, examples, {"q": 3, "clip": 0.3, "meazo": 0.9}),
 ]
 
 
@@ -154,6 +155,46 @@ def test_a_loss_that_is_not_finite_is_skipped_on_the_device(tmp_path):
     assert same_bits(before, weights(trainer.model))
     trainer.run()
     assert [r.skipped for r in trainer.ledger.records] == [i in (3, 4) for i in range(12)]
+
+
+def replayed(path, make, **settings):
+    trainer = build(path.with_name("replayed"), make, "captured", data=examples(), **settings)
+    trainer.replay(read(path)[1])
+    return weights(trainer.model)
+
+
+def test_an_exception_leaves_the_weights_that_the_ledger_tells(tmp_path):
+    trainer = build(tmp_path / "l", tiny.llama, "eager", data=examples())
+    plain = trainer.forward
+
+    def forward(model, batch):
+        if trainer.next == 6:
+            raise ValueError("in mid-run")
+        return plain(model, batch)
+
+    trainer.forward = forward
+    with pytest.raises(ValueError):
+        trainer.run()
+    assert len(trainer.ledger.records) == 6
+    assert same_bits(weights(trainer.model), replayed(tmp_path / "l", tiny.llama))
+
+
+@pytest.mark.parametrize("how", ["captured", "eager"])
+def test_a_batch_that_cannot_be_stacked_gets_one_probe_a_forward(tmp_path, how):
+    trainer = build(tmp_path / "l", tiny.llama, how, data=examples())
+    plain = trainer.forward
+
+    def forward(model, batch):
+        if trainer.next >= 6 and trainer.settings.probes_per_forward > 1:
+            raise layout.Unfit("rows of an odd kind")
+        return plain(model, batch)
+
+    trainer.run(until=6)
+    trainer.forward = forward
+    trainer.shapes.clear()
+    trainer.run()
+    assert trainer.settings.probes_per_forward == 1 and len(trainer.ledger.records) == 12
+    assert same_bits(weights(trainer.model), replayed(tmp_path / "l", tiny.llama))
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms", "rms1"])

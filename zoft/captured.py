@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from zoft import noise, update
 from zoft.device import DeviceAxis
+from zoft.layout import Unfit
 from zoft.ledger import Ledger, Record
 from zoft.objective import Batch, losses
 from zoft.trainer import Settings, Trainer
@@ -59,19 +60,32 @@ class CapturedTrainer(Trainer):
         s, t = self.settings, self.next
         lr = update.lr_at(t, lr=s.lr, steps=s.steps, schedule=s.schedule, warmup=s.warmup)
         decay = update.make_update(t, s.seed, (), lr=lr, weight_decay=s.weight_decay).decay
-        shape = self._shape([bucket(b) for b in self.batches(t)])
-        self.axis.control.upload(t, lr, decay)
-        if shape.graph is not None:
-            shape.graph.replay()
-        else:
-            self._forward(shape.batches)
+        batches = [bucket(b) for b in self.batches(t)]
+        try:
+            self._send(batches, t, lr, decay)
+        except Unfit as error:
+            if s.probes_per_forward == 1:
+                raise
+            self._land_all()
+            self.alone(t, error)
+            self.shapes.clear()  # graphs of several probes a forward
+            self._send(batches, t, lr, decay)
         record, done = self.pinned[t % len(self.pinned)], torch.cuda.Event()
         record.copy_(self.axis.control.record, non_blocking=True)
         done.record()
         self.flight.append((t, lr, record, done))
         self.next = t + 1
-        self.forwards += 2 * s.q * sum(b.examples for b in shape.batches)
+        self.forwards += 2 * s.q * sum(b.examples for b in batches)
         return self._land() if len(self.flight) > BEHIND else None
+
+    def _send(self, batches: list[Batch], step: int, lr: float, decay: float) -> None:
+        """Start a step over these batches on the device."""
+        shape = self._shape(batches)
+        self.axis.control.upload(step, lr, decay)
+        if shape.graph is not None:
+            shape.graph.replay()
+        else:
+            self._forward(shape.batches)
 
     @torch.no_grad()
     def _forward(self, batches: Sequence[Batch]) -> None:
@@ -117,12 +131,11 @@ class CapturedTrainer(Trainer):
 
     def _captured(self, batches: list[Batch]) -> torch.cuda.CUDAGraph | None:
         """The step over these batches as a graph; None, with one line why, where the model cannot be captured."""
-        while self.flight:  # warming up moves θ to where it is going anyway, but its losses are nobody's
-            self.landed.append(self._land())
-        self.flush_pending()
+        self._land_all()  # warming up moves θ to where it is going anyway, but its losses are nobody's
         graph = torch.cuda.CUDAGraph()
         try:
             control = self.axis.control
+            moment = control.moment.clone()
             control.upload(self.next, 0.0, 1.0)
             self.side.wait_stream(torch.cuda.current_stream())
             # Compiles kernels and finds workspaces; nothing is pending, so θ stands still.
@@ -130,11 +143,14 @@ class CapturedTrainer(Trainer):
                 for _ in range(2):
                     self._forward(batches)
                     control.forget()
+                control.moment.copy_(moment)
             torch.cuda.current_stream().wait_stream(self.side)
             with torch.cuda.graph(graph, pool=self.pool, stream=self.side):
                 self._forward(batches)
             self.scratch.append(self.axis.scratch())
             return graph
+        except Unfit:
+            raise
         except (RuntimeError, AssertionError) as error:
             torch.cuda.synchronize()
             self.capture = (str(error).strip().splitlines() or ["?"])[0][:120]
@@ -143,13 +159,20 @@ class CapturedTrainer(Trainer):
         finally:
             self.axis.control.forget()
 
+    def _land_all(self) -> None:
+        """Write down every step under way, and bring the weights to the last one."""
+        while self.flight:
+            self.landed.append(self._land())
+        self.flush_pending()
+
     def flush_pending(self) -> None:
         """Bring the weights to the last landed step."""
         if self.pending is not None:
             for t in self.axis.trained:
-                t.step = self.pending.step
+                t.step = self.pending.step + self.axis.ahead
             self.axis.commit(self.pending)
             self.pending = None
+        self.axis.ahead = False
         self.axis.flush()
         self.axis.control.forget()
 
@@ -158,6 +181,7 @@ class CapturedTrainer(Trainer):
     ) -> None:
         """Steps until `until`; on return and on exceptions every step is written down and the weights are up to date."""
         self.landed: list[dict[str, Any]] = []
+        self.axis.control.configure(self.settings.clip, self.moment)
         try:
             while self.next < (self.settings.steps if until is None else until):
                 metrics = self.step()

@@ -71,6 +71,19 @@ class Config:
     lr: float = key(1e-6, "learning rate; full-parameter MeZO wants 1e-7 to 1e-5", least=0)
     schedule: str = key("constant", "learning rate over the steps", one_of=("constant", "linear", "cosine"))
     warmup: float = key(0, "warm-up steps; below 1, a fraction of all steps", least=0)
+    clip: float | None = key(
+        None, "largest projected gradient (l+ - l-)/2eps that a step may use; null: any", above=0
+    )
+    meazo: float = key(
+        0.0,
+        "divide steps by the root of the projected gradient's running second moment, of this decay (0.99); lr is then "
+        "the size of a step; 0 does not",
+        least=0,
+        below=1,
+    )
+    max_forwards: int | None = key(
+        None, "stop at so many forwards (examples × probes): fewer steps than `steps` if need be", least=1
+    )
     weight_decay: float = key(0.0, "decoupled decay, times lr, not for biases and norms", least=0)
     momentum: float = key(0.0, "0 keeps no buffer", least=0, below=1)
     eps: float = key(1e-3, "probe size: the loss is asked at θ ± eps·z", above=0)

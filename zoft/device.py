@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoft import noise, norms, precision
+from zoft.estimator import Moment
 from zoft.noise import triton as kernels
 from zoft.noise.triton import NOTHING, Plan
 from zoft.probe import Probe, ProbeAxis
@@ -32,11 +33,12 @@ NARROW_COSINE = 0.99  # between z and the realised direction of a bias that is p
 
 
 @triton.jit
-def _close(totals, rates, master, record, Q, BLOCK: tl.constexpr):
-    """Losses → coefficients → multipliers of the next passes: estimator.two_sided and update.make_update on the device.
+def _close(totals, rates, moment, master, record, Q, BLOCK: tl.constexpr, MEAZO: tl.constexpr):
+    """Losses → coefficients → multipliers of the next passes: the estimator and update.make_update on the device.
 
-    totals fp64 [2Q, 2] (sums, counts); rates fp64 [3] (lr, decay, 2·eps·Q); master: its first Q + 2 become the multipliers, the
-    decay and 1, or 0 and NOTHING if anything is not finite; record fp64 [3Q + 1]: losses, multipliers, whether all is finite.
+    totals fp64 [2Q, 2] (sums, counts); rates fp64 [5] (lr, decay, 2·eps·Q, clip ÷ Q, beta); moment fp64 [2] (v, betaᵗ) of
+    estimator.Moment; master: its first Q + 2 become the multipliers, the decay and 1, or 0 and NOTHING if anything is
+    not finite; record fp64 [3Q + 1]: losses, multipliers, whether all is finite.
     """
     k = tl.arange(0, BLOCK)
     ours = k < Q
@@ -44,18 +46,32 @@ def _close(totals, rates, master, record, Q, BLOCK: tl.constexpr):
     minus = tl.load(totals + 4 * k + 2, mask=ours, other=0.0) / tl.load(
         totals + 4 * k + 3, mask=ours, other=1.0
     )
-    multiplier = (tl.load(rates) * -1.0 * ((plus - minus) / tl.load(rates + 2))).to(
-        tl.float32
-    )  # lr 0: -0, as there
+    tl.store(record + 2 * k, plus, mask=ours)
+    tl.store(record + 2 * k + 1, minus, mask=ours)
+    most, size = tl.load(rates + 3), tl.load(rates + 2)
+    slope = (plus - minus) / size
+    slope = tl.where(slope > most, most, tl.where(slope < -most, -most, slope))
+    if MEAZO:
+        beta = tl.load(rates + 4)
+        g = tl.full([], 0.0, tl.float64)
+        for i in range(Q):  # in the order, and from the fp32 losses, that a replay has
+            here = tl.load(totals + 4 * i) / tl.load(totals + 4 * i + 1)
+            there = tl.load(totals + 4 * i + 2) / tl.load(totals + 4 * i + 3)
+            g = g + (here.to(tl.float32).to(tl.float64) - there.to(tl.float32).to(tl.float64)) / size
+        v = beta * tl.load(moment) + (1.0 - beta) * (g * g)
+        power = tl.load(moment + 1) * beta
+        slope = slope / (tl.sqrt(v / (1.0 - power)) + 1e-8)
+    multiplier = (tl.load(rates) * -1.0 * slope).to(tl.float32)  # lr 0: -0, as there
     wide = multiplier.to(tl.float64)
     # x − x is 0 for finite x and NaN for any other.
     bad = (plus - plus != 0) | (minus - minus != 0) | (wide - wide != 0)
     good = tl.sum(bad.to(tl.int32)) == 0
+    if MEAZO:
+        tl.store(moment, v, mask=good)
+        tl.store(moment + 1, power, mask=good)
     tl.store(master + k, tl.where(good, multiplier, 0.0), mask=ours)
     tl.store(master + Q, tl.where(good, tl.load(rates + 1), NOTHING).to(tl.float32))
     tl.store(master + Q + 1, tl.where(good, 1.0, NOTHING))
-    tl.store(record + 2 * k, plus, mask=ours)
-    tl.store(record + 2 * k + 1, minus, mask=ours)
     tl.store(record + 2 * Q + k, wide, mask=ours)
     tl.store(record + 3 * Q, good.to(tl.float64))
 
@@ -69,12 +85,14 @@ class Control:
 
     def __init__(self, q: int, eps: float, beta: float, seed: int, device: torch.device) -> None:
         self.q, self.seed = q, seed
+        self.meazo = 0.0
         self.probes = [Probe(k, s * eps) for k in range(q) for s in (1.0, -1.0)]
         scales = [p.scale for p in self.probes]
         self.master = torch.tensor(
             [0.0] * q + [NOTHING.value] * 2 + [*scales, beta], dtype=torch.float32, device=device
         )
-        self.rates = torch.zeros(3, dtype=torch.float64, device=device)
+        self.rates = torch.zeros(5, dtype=torch.float64, device=device)
+        self.moment = torch.tensor([0.0, 1.0], dtype=torch.float64, device=device)
         self.totals = torch.zeros(2 * q, 2, dtype=torch.float64, device=device)
         self.record = torch.zeros(3 * q + 1, dtype=torch.float64, device=device)
         self.keys = torch.zeros(_ROOM, 2, dtype=torch.int32, device=device)
@@ -86,7 +104,7 @@ class Control:
         self.staged = [
             (
                 torch.zeros(_ROOM, 2, dtype=torch.int32).pin_memory(),
-                torch.tensor([0.0, 0.0, 2.0 * eps * q], dtype=torch.float64).pin_memory(),
+                torch.tensor([0.0, 0.0, 2.0 * eps * q, torch.inf, 0.0], dtype=torch.float64).pin_memory(),
             )
             for _ in range(_SLOTS)
         ]
@@ -137,9 +155,16 @@ class Control:
     def close(self) -> None:
         """This step's totals become the pending update and its record."""
         _close[(1,)](
-            self.totals, self.rates, self.master, self.record, self.q,
+            self.totals, self.rates, self.moment, self.master, self.record, self.q, MEAZO=self.meazo > 0,
             BLOCK=triton.next_power_of_2(self.q), num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip
+
+    def configure(self, clip: float | None, moment: Moment) -> None:
+        """How slopes become coefficients: their limit, and the second moment so far."""
+        self.meazo = moment.beta
+        for _, rates in self.staged:
+            rates[3], rates[4] = torch.inf if clip is None else clip / self.q, moment.beta
+        self.moment.copy_(torch.tensor([moment.v, moment.power], dtype=torch.float64))
 
     def forget(self) -> None:
         """No update is pending."""
@@ -161,6 +186,7 @@ class DeviceAxis(ProbeAxis):
         self.flat_device = device = self.trained[0].stored.device
         self.control = Control(q, eps, beta, seed, device)
         self.live = False
+        self.ahead = False  # a step broke off after the update before it had reached every tensor
         self._done: set[int] = set()  # tensors that have the pending update, in the step under way
         small = [
             t for t in self.trained if t.stored.ndim <= 1 and t.stored.dtype == t.compute == torch.float32
@@ -193,7 +219,7 @@ class DeviceAxis(ProbeAxis):
     @contextmanager
     def stepping(self) -> Iterator[None]:
         """A step's forwards; at its end every tensor has the update that was pending at its start."""
-        self.live, self._done = True, set()
+        self.live, self._done, self.ahead = True, set(), False
         self.control.refresh()
         try:
             yield
@@ -204,6 +230,7 @@ class DeviceAxis(ProbeAxis):
                 for t in self.trained:
                     self._catch_up(t)
                 self.control.forget()
+                self.ahead = True
             raise
         finally:
             self.live = False
@@ -218,7 +245,7 @@ class DeviceAxis(ProbeAxis):
             self._done |= self.small.keys()
         else:
             plan = self.control.plan(0, 0, True, t.decays)
-            kernels.launch(t.stored, t.id, None, plan, self.kind, t.momentum)
+            kernels.launch(t.stored, t.id, None, plan, self.kind, t.momentum, floor=t.floor)
             self._done.add(t.id)
 
     @contextmanager
@@ -259,7 +286,7 @@ class DeviceAxis(ProbeAxis):
         plan = self.control.plan(
             self.offset + self.first + first, len(group), t.id not in self._done, t.decays
         )
-        kernels.launch(t.stored, t.id, out, plan, self.kind, t.momentum)
+        kernels.launch(t.stored, t.id, out, plan, self.kind, t.momentum, floor=t.floor)
         self._done.add(t.id)
 
     def gathered(self, t: Trained, rows: Tensor, group: list[Probe], first: int) -> Tensor:

@@ -163,7 +163,7 @@ def weights(
         if name in trained:
             yield name, tensors.at_the_end(name, theta, found, did)
         else:
-            yield name, space.as_frozen(theta, config.compute, name in params)
+            yield name, theta.to(space.frozen_dtype(theta, config.compute, name in params))
 
 
 def live(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
@@ -227,12 +227,16 @@ class Tensors:
             advance(t, [u for u in self.updates if u.step >= t.step], self.config, did)
             return
         c, todo = self.config, {u.step: u for u in self.updates}
-        axis = InPlace([t], seed=c.seed, kind=c.noise, beta=c.momentum)
+        before = t.momentum
+        axis = InPlace([t], seed=c.seed, kind=c.noise, beta=c.momentum)  # with a buffer of its own
+        if before is not None and t.momentum is not None:
+            t.momentum.copy_(before)
         for record in self.log.records[t.step :]:
             axis.repeat_step(record.step, c.q, c.eps)
             if record.step in todo:
                 axis.commit(todo[record.step])
             did(t.stored.numel())
+        axis.flush()
 
 
 def advance(t: Trained, updates: Sequence[Update], config: Config, did: Callable[[int], None]) -> None:

@@ -51,7 +51,24 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
     if resume is None and not dry_run:
         claim(Path(str(config.output_dir)))
     models.resolve(config.model)
-    return recipe(config.recipe).run(absolute(config), resume=resume, dry_run=dry_run)
+    return recipe(config.recipe).run(within(absolute(config)), resume=resume, dry_run=dry_run)
+
+
+def within(config: Config) -> Config:
+    """The config with as many steps as `max_forwards` allows. Raises UserError if it allows none."""
+    if config.max_forwards is None:
+        return config
+    each = 2 * config.q * config.batch_size * config.accumulate
+    steps = min(config.steps, config.max_forwards // each)
+    if not steps:
+        raise UserError(
+            f"max_forwards={config.max_forwards}: a step takes {each}; allow more, or lower q or batch_size"
+        )
+    if steps < config.steps:
+        print(f"max_forwards={config.max_forwards}: {steps} steps of {each} forwards", file=sys.stderr)
+    if config.warmup > steps:
+        raise UserError(f"warmup={config.warmup:g}: more than the {steps} steps that max_forwards allows")
+    return dataclasses.replace(config, steps=steps)
 
 
 def replay(

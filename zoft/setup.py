@@ -19,6 +19,7 @@ from zoft.data_order import batch_indices
 from zoft.encode import Example, encode
 from zoft.errors import UserError
 from zoft.evaluate import CALIBRATION, spread
+from zoft.footprint import Live
 from zoft.frozen import Row, prefix_of, rows_of
 from zoft.ledger import Ledger
 from zoft.objective import Batch, collate, losses
@@ -138,6 +139,7 @@ def axis(
         say(found.note)
     wanted = 2 if config.probes_per_forward == "auto" else int(config.probes_per_forward)
     group = min(wanted, 2 * config.q) if found.stacked else 1
+    auto = config.probes_per_forward == "auto"
     config = replace(config, perturb="probes", probes_per_forward=group)
     config, trained, made = placed(config, loaded, selfcheck.live(trained, found), found.sites)
     if small.tokens is not None and isinstance(made, ProbeAxis):
@@ -148,11 +150,48 @@ def axis(
     for line in precision.weak(trained, config.eps, seed=config.seed, kind=config.noise):
         say(line)
 
+    if auto and group > 1 and isinstance(made, ProbeAxis):
+        room = memory_left(config.device) // 2
+        config = replace(config, probes_per_forward=grouped(config, loaded, made, train, room))
+
     def clean() -> torch.Tensor:
         with made.clean(small.rows):
             return run(small)
 
     return cached(config, loaded, trained, train, clean), trained, made
+
+
+@torch.no_grad()
+def grouped(config: Config, loaded: nn.Module, made: ProbeAxis, train: Sequence[Example], room: int) -> int:
+    """How many of a step's probes share a forward: as many as have their activations in `room` bytes.
+
+    All 2q, or an equal share of the directions, or 1 where not even the two of one direction fit. What a probe takes is
+    measured, on the longest examples. More probes at once gain where much is frozen, and where batches are small.
+    """
+    longest = sorted(train, key=lambda e: -e.length)[: config.batch_size]
+    batch = collate(longest).to(config.device)
+    kept = [*loaded.parameters(), *loaded.buffers(), *batch.inputs.values()]
+    with made.clean(batch.rows), Live(kept) as live:
+        losses(loaded, batch)
+    each = max(1, live.most - made.scratch_held())  # the scratch was allocated meanwhile
+    pairs = min(config.q, room // (2 * each))
+    if not pairs:
+        return 1
+    while config.q % pairs:  # groups of one size: no small one at the end
+        pairs -= 1
+    return 2 * pairs
+
+
+def memory_left(device: str) -> int:
+    """Bytes that a tensor on this device could take."""
+    if device.startswith("cuda"):
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        return int(text.partition("MemAvailable:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        return 4 << 30
 
 
 def cached(

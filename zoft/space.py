@@ -31,6 +31,7 @@ class Trained:
     decays: bool  # weight decay applies (not to biases and norms)
     step: int = 0  # updates of steps < step are in `stored`
     momentum: torch.Tensor | None = None  # fp32 (fp64 for fp64 storage), like stored
+    floor: float | None = None  # no update brings an element below it
 
 
 def train_names(model: nn.Module, train: str) -> list[str]:
@@ -175,21 +176,19 @@ def place(
         store(t, storage, uniform=uniform)
         t.compute = comp
     for param in model.parameters():
-        if id(param) not in ours:
-            param.data = as_frozen(param.data, compute, True)
+        if id(param) not in ours and frozen_dtype(param, compute, True) != param.dtype:
+            _cast(param, comp)
     for owner, key, buffer in float_buffers(model):
-        owner._buffers[key] = as_frozen(buffer, compute, False)
+        owner._buffers[key] = buffer.to(frozen_dtype(buffer, compute, False))
 
 
-def as_frozen(tensor: torch.Tensor, compute: str, parameter: bool) -> torch.Tensor:
-    """A tensor that is not trained, ready for `compute`.
+def frozen_dtype(tensor: torch.Tensor, compute: str, parameter: bool) -> torch.dtype:
+    """The dtype that a tensor which is not trained has while the model runs in `compute`.
 
     Rotary tables and the like are buffers that their models keep in fp32 on purpose; only 16-bit ones follow.
     """
-    follows = (
-        tensor.dtype in DTYPES.values() if parameter else tensor.dtype in (torch.bfloat16, torch.float16)
-    )
-    return tensor.to(DTYPES[compute]) if follows else tensor
+    follows = DTYPES.values() if parameter else (torch.bfloat16, torch.float16)
+    return DTYPES[compute] if tensor.dtype in follows else tensor.dtype
 
 
 def store(t: Trained, storage: str, *, uniform: bool = False) -> None:
@@ -197,11 +196,43 @@ def store(t: Trained, storage: str, *, uniform: bool = False) -> None:
     dtype = DTYPES[storage]
     if t.param.ndim <= 1 and not uniform and dtype != torch.float64:
         dtype = torch.float32
-    if dtype == torch.float16 and t.param.numel() and float(t.param.abs().max()) > FP16_MAX:
+    if dtype == torch.float16 and t.param.numel() and _largest(t.param.data) > FP16_MAX:
         raise UserError(
             f"storage=fp16: {t.name} holds values beyond {FP16_MAX:g}; use storage=bf16 or storage=fp32"
         )
-    t.param.data = t.stored = t.param.data.to(dtype)
+    _cast(t.param, dtype)
+    t.stored = t.param.data
+
+
+_PIECE = 1 << 24  # numbers that are in two dtypes at one time
+
+
+def _largest(x: torch.Tensor) -> float:
+    """max |x|, without a copy of x."""
+    low, high = x.aminmax()
+    return max(-float(low), float(high))
+
+
+def _cast(param: nn.Parameter, dtype: torch.dtype) -> None:
+    """Give a parameter another dtype; in its own memory where that fits and nobody else looks at it, so that of a large
+    one no second copy exists."""
+    x = param.data
+    if x.dtype.itemsize != dtype.itemsize or x.numel() <= _PIECE or not x.is_contiguous() or _shared(param):
+        param.data = x.to(dtype)
+        return
+    old, new = x.flatten(), x.view(dtype).flatten()
+    for i in range(0, x.numel() if x.dtype != dtype else 0, _PIECE):
+        new[i : i + _PIECE] = old[i : i + _PIECE].to(dtype)
+    param.data = x.view(dtype)
+
+
+def _shared(param: nn.Parameter) -> bool:
+    """Whether other tensors may use this parameter's memory: more hold it than hold that of a new one."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    if count is None:
+        return True
+    fresh = nn.Parameter(torch.empty(1), requires_grad=False)
+    return count(param.untyped_storage()._cdata) > count(fresh.untyped_storage()._cdata)
 
 
 def _no_decay(name: str) -> bool:
