@@ -127,7 +127,7 @@ def test_verify_names_what_is_wrong(run, what):
     if what == "config":
         config = compose.load_run(run)
         (run / "config.yaml").write_text(compose.to_yaml(dataclasses.replace(config, lr=0.02)))
-        line = "config.yaml has other keys"
+        line = "config.yaml has another lr than the run was begun with"
     elif what == "snapshot":
         path = run / "snapshots" / "step-00000008.safetensors"
         path.write_bytes(path.read_bytes()[:-1] + b"x")

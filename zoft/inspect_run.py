@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zoft import noise, snapshot
-from zoft.config import digest
+from zoft.config import changed, digests
 from zoft.errors import UserError
 from zoft.ledger_format import Log, Record, decode
 
@@ -58,7 +58,7 @@ def summary(run: str | Path) -> dict[str, Any]:
         "tensors": len(trained),
         "numbers": sum(math.prod(shape) for _, shape, _ in trained.values()) if isinstance(trained, dict) else None,
         "curves": {"loss": squeezed(losses), "multiplier": squeezed(multipliers)},
-        "header": {k: v for k, v in header.items() if k != "trained"},
+        "header": {k: v for k, v in header.items() if k not in ("trained", "config")},
     }  # fmt: skip
 
 
@@ -121,9 +121,10 @@ def verify(run: str | Path) -> list[str]:
     if (folder / "config.yaml").is_file():
         from zoft.compose import load_run
 
-        if digest(load_run(folder, ["trust_remote_code=true"])) != header.get("config"):
-            wrong.append("config.yaml has other keys than the run was begun under")
-        said.append("config: config.yaml is what the run was begun under")
+        other = changed(header.get("config", {}), digests(load_run(folder, ["trust_remote_code=true"])))
+        if other:
+            wrong.append(f"config.yaml has another {', '.join(other)} than the run was begun with")
+        said.append("config: config.yaml is what the run was begun with")
     else:
         said.append("config: no config.yaml here, only its hash is known")
     if (folder / "result.json").exists() and len(log.records) != header.get("plan", {}).get("steps", -1):

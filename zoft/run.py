@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from zoft import compose, tracking
-from zoft.config import Config
+from zoft.config import Config, changed
 from zoft.due import due, next_stop
 from zoft.errors import UserError
 from zoft.stop import Stop, listening
@@ -31,7 +31,6 @@ OURS = ("config.yaml", "ledger", "metrics.jsonl", "result.json", "env.json", "mo
 # What it means where a resumed run's ledger says something else.
 DIFFERS = {
     "base": "starts from other weights ({found}) than this model has ({value})",
-    "config": "was begun under other keys than config.yaml has now: put back what was changed there",
     "data": "was begun on other training data: put back what was changed there",
     "noise_version": "has noise of version {found}, this zoft makes version {value}: use the zoft that wrote it",
 }
@@ -257,6 +256,11 @@ def agree(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> 
         if name in ("zoft", "plan") or name not in found or found[name] == value:
             continue
         other = DIFFERS.get(name, f"was written with {name}={found[name]}, not {value}")
+        if name == "config":
+            keys = changed(found[name], value)
+            if not keys:  # a zoft that knows other keys
+                continue
+            other = f"was begun with another {', '.join(keys)} than config.yaml has now: put back what it was"
         if name == "trained":
             names = [n for n in {**found[name], **value} if found[name].get(n) != value.get(n)]
             other = f"trains other tensors than this model has now, {names[0]} among them"

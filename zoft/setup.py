@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from zoft import __version__, models, noise, objective, precision, routes, selfcheck, space, tasks, update
-from zoft.config import Config, digest
+from zoft.config import Config, digests
 from zoft.data_order import batch_indices
 from zoft.encode import Example, encode
 from zoft.errors import UserError
@@ -363,7 +363,7 @@ def header(
     """The ledger's header: what the run is, all that replay needs beside the base, and how the run was made."""
     tensors = {t.name: [t.id, list(t.stored.shape), short(t.stored.dtype)] for t in trained}
     known = {k: getattr(config, k) for k in PLAN}
-    found = {"zoft": __version__, "noise_version": noise.VERSION, "base": base, "config": digest(config)}
+    found: dict[str, Any] = {"zoft": __version__, "noise_version": noise.VERSION, "base": base, "config": digests(config)}
     if train:
         found["data"] = data_digest(train)
     return {**found, **known, "trained": tensors, "plan": {k: getattr(config, k) for k in MADE}}
