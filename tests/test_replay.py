@@ -189,7 +189,7 @@ def test_what_cannot_be_denoised_is_refused(place, tmp_path):
     model = tiny.llama().bfloat16()
     trained = space.adopt(model, space.train_names(model, "all"))
     setup.refuse_denoise(config, trained)
-    trained[0].threshold = 0.5
+    trained[0].floor = 1e-3
     with pytest.raises(UserError, match="depend on the weights"):
         setup.refuse_denoise(config, trained)
     full = train(place, "full-storage", "steps=1", "storage=fp32")
