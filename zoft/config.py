@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,6 +121,12 @@ class Config:
         least=1,
         one_of=("end", "step"),
     )
+    denoise_every: int = key(
+        0,
+        "steps between rebuilds of 16-bit weights from base and ledger, summed in fp32 and rounded once; "
+        "the end of the run has one too, 0 has none",
+        least=0,
+    )
     snapshot_every: int = key(0, "steps between snapshots, which shorten a resume; 0 takes none", least=0)
     keep_last: int = key(2, "snapshots to keep, the newest ones", least=1)
     keep_best: int = key(0, "snapshots to keep besides, the best ones by best_by", least=0)
@@ -141,13 +147,23 @@ FREE = ("model", "output_dir", "device", "threads", "probes_per_forward", "cache
         "trust_remote_code", "task.train", "task.eval")  # fmt: skip
 
 
-def digest(config: Config) -> str:
-    """A hash of the values of all keys but FREE ones."""
+def digests(config: Config) -> dict[str, str]:
+    """A short hash of the value of each key but FREE ones."""
     tree = dataclasses.asdict(config)
     flat = tree | {f"task.{k}": v for k, v in tree.pop("task").items()}
-    kept = {k: v for k, v in flat.items() if k not in ("task", *FREE)}
-    text = json.dumps(kept, sort_keys=True, default=str)
-    return f"blake2b:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
+    found = {}
+    for name, value in flat.items():
+        if name not in FREE:
+            value = int(value) if isinstance(value, float) and value.is_integer() else value  # 0 is 0.0
+            text = json.dumps(value, sort_keys=True, default=str)
+            found[name] = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    return found
+
+
+def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The keys in which two configs differ, from their `digests`; one that a side does not know has its default."""
+    usual = digests(Config())
+    return [k for k in {**before, **now} if before.get(k, usual.get(k)) != now.get(k, usual.get(k))]
 
 
 def fields() -> dict[str, dataclasses.Field[Any]]:

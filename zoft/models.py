@@ -265,7 +265,7 @@ def save(model: Any, tokenizer: Any, out_dir: str | Path, *, dtype: Any = "auto"
     floating tensors on disk, or "auto": each as it is. card: text of README.md, see model_card().
     Errors: UserError where a value does not fit in dtype.
     """
-    with fresh(out_dir) as folder:
+    with whole(out_dir) as folder:
         with _quiet():
             model.save_pretrained(folder, state_dict=_cast(model, dtype))
         finish_folder(folder, tokenizer, dtype, card)
@@ -284,8 +284,8 @@ def finish_folder(folder: Path, tokenizer: Any, dtype: Any, card: str) -> None:
 
 
 @contextmanager
-def fresh(out_dir: str | Path) -> Iterator[Path]:
-    """An empty folder beside out_dir, which takes its name, and its place if it exists, when all has gone well."""
+def whole(out_dir: str | Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name out_dir when the context ends well, in place of an older one."""
     out = Path(out_dir)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -308,19 +308,23 @@ def fresh(out_dir: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _cast(model: nn.Module, dtype: Any) -> dict[str, torch.Tensor]:
+def cast(name: str, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor to save, on the CPU in dtype. Raises UserError for values that it cannot hold."""
     import torch
 
+    made = t.to("cpu", dtype)
+    if made.dtype != t.dtype and made.numel() and not torch.stack(torch.aminmax(made)).isfinite().all():
+        raise UserError(f"save_dtype: {name} has values that {dtype} cannot hold; use bf16 or fp32")
+    return made
+
+
+def _cast(model: nn.Module, dtype: Any) -> dict[str, torch.Tensor]:
     done: dict[tuple, torch.Tensor] = {}  # ties stay ties
     out = {}
     for name, t in model.state_dict().items():
         if dtype != "auto" and t.is_floating_point() and t.dtype != dtype:
             if _place(t) not in done:
-                cast = done[_place(t)] = t.to("cpu", dtype)
-                if cast.numel() and not torch.stack(torch.aminmax(cast)).isfinite().all():
-                    raise UserError(
-                        f"save_dtype: {name} has values that {dtype} cannot hold; use bf16 or fp32"
-                    )
+                done[_place(t)] = cast(name, t, dtype)
             t = done[_place(t)]
         out[name] = t
     return out

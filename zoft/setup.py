@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from zoft import __version__, models, noise, objective, precision, routes, selfcheck, space, tasks, update
-from zoft.config import Config, digest
+from zoft.config import Config, digests
 from zoft.data_order import batch_indices
 from zoft.encode import Example, encode
 from zoft.errors import UserError
@@ -234,6 +234,7 @@ def placed(
     """The axis itself, tensors in their precision; without sites it can only apply updates (replay)."""
     inplace = config.perturb == "inplace"
     space.place(loaded, trained, config.storage, config.compute, uniform=inplace)
+    refuse_denoise(config, trained)
     common: dict[str, Any] = {"seed": config.seed, "kind": config.noise, "beta": config.momentum}
     fed: dict[str, Any] = common | {"q": config.q, "eps": config.eps}
     captured = config.device.startswith("cuda") and config.storage != "fp64"
@@ -249,6 +250,23 @@ def placed(
 
         return config, trained, DeviceAxis(trained, sites, **fed)
     return config, trained, ProbeAxis(trained, sites, **common)
+
+
+def refuse_denoise(config: Config, trained: Sequence[Trained]) -> None:
+    """Raise UserError where denoise_every asks for what cannot be, or is not needed."""
+    if not config.denoise_every:
+        return
+    key = f"denoise_every={config.denoise_every}"
+    if any(t.floor is not None or getattr(t, "threshold", None) is not None for t in trained):
+        raise UserError(
+            f"{key}: the directions of recipe={config.recipe} depend on the weights, so that base and ledger give "
+            "no sum; leave it out"
+        )
+    if all(t.stored.element_size() > 2 for t in trained):
+        raise UserError(
+            f"{key}: storage={config.storage} keeps no trained tensor in 16 bits, so there is no rounding to "
+            "remove; leave it out"
+        )
 
 
 def calibration(train: Sequence[Example]) -> tuple[Batch, Batch]:
@@ -353,12 +371,9 @@ def header(
     config: Config, base: str, trained: Sequence[Trained], train: Sequence[Example] = ()
 ) -> dict[str, Any]:
     """The ledger's header: what the run is, all that replay needs beside the base, and how the run was made."""
-    tensors = {
-        t.name: {"id": t.id, "shape": list(t.stored.shape), "stored": short(t.stored.dtype), "compute": short(t.compute)}
-        for t in trained
-    }  # fmt: skip
+    tensors = {t.name: [t.id, list(t.stored.shape), short(t.stored.dtype)] for t in trained}
     known = {k: getattr(config, k) for k in PLAN}
-    found = {"zoft": __version__, "noise_version": noise.VERSION, "base": base, "config": digest(config)}
+    found: dict[str, Any] = {"zoft": __version__, "noise_version": noise.VERSION, "base": base, "config": digests(config)}
     if train:
         found["data"] = data_digest(train)
     return {**found, **known, "trained": tensors, "plan": {k: getattr(config, k) for k in MADE}}

@@ -176,12 +176,19 @@ def place(
         store(t, storage, uniform=uniform)
         t.compute = comp
     for param in model.parameters():
-        if id(param) not in ours and param.dtype in DTYPES.values() and param.dtype != comp:
+        if id(param) not in ours and frozen_dtype(param, compute, True) != param.dtype:
             _cast(param, comp)
-    for owner, key, buffer in _float_buffers(model):
-        # Rotary tables and the like are kept in fp32 by their models on purpose; only 16-bit ones follow.
-        if buffer.element_size() == 2 and buffer.dtype != comp:
-            owner._buffers[key] = buffer.to(comp)
+    for owner, key, buffer in float_buffers(model):
+        owner._buffers[key] = buffer.to(frozen_dtype(buffer, compute, False))
+
+
+def frozen_dtype(tensor: torch.Tensor, compute: str, parameter: bool) -> torch.dtype:
+    """The dtype that a tensor which is not trained has while the model runs in `compute`.
+
+    Rotary tables and the like are buffers that their models keep in fp32 on purpose; only 16-bit ones follow.
+    """
+    follows = DTYPES.values() if parameter else (torch.bfloat16, torch.float16)
+    return DTYPES[compute] if tensor.dtype in follows else tensor.dtype
 
 
 def store(t: Trained, storage: str, *, uniform: bool = False) -> None:
@@ -233,7 +240,8 @@ def _no_decay(name: str) -> bool:
     return bool(re.search(r"bias$|norm|(^|[._])ln[._\d]", name.lower()))
 
 
-def _float_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+def float_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+    """(module, key, buffer) of every buffer that holds fractions."""
     for module in model.modules():
         for key, buffer in list(module._buffers.items()):
             if buffer is not None and buffer.is_floating_point():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -160,20 +159,26 @@ class Trainer:
 
     def skip_to(self, step: int, records: Sequence[Record]) -> None:
         """Go on from weights that have the first `step` of these records in them already (a snapshot's)."""
-        self.next = step
-        self.skipped_in_a_row = len(list(takewhile(lambda r: r.skipped, reversed(records[:step]))))
+        assert self.next == 0, f"skip to {step} after {self.next} steps"
+        for record in records[:step]:
+            self.pass_by(record)
+
+    def pass_by(self, record: Record) -> None:
+        """All that a step leaves behind outside the weights."""
+        assert record.step == self.next, (record.step, self.next)
+        if not record.skipped:
+            self.moment.see(record.losses, self.settings.eps)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if record.skipped else 0
+        self.next += 1
 
     def replay(self, records: Sequence[Record], on_step: Callable[[int], None] = lambda step: None) -> None:
         """Repeat the updates of a ledger's records in order: θ, momentum and counters as the run had them."""
         for record in records:
-            assert record.step == self.next, (record.step, self.next)
             self.axis.repeat_step(record.step, self.settings.q, self.settings.eps)
             if not record.skipped:
                 self.axis.commit(
                     noise.Update(record.step, self.settings.seed, record.multipliers, record.decay)
                 )
-                self.moment.see(record.losses, self.settings.eps)
-            self.next += 1
-            self.skipped_in_a_row = self.skipped_in_a_row + 1 if record.skipped else 0
+            self.pass_by(record)
             on_step(record.step)
         self.axis.flush()
