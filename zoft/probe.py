@@ -7,7 +7,7 @@ the seed in a scratch buffer. θ itself is only read, or brought up to date by u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -144,7 +144,9 @@ class ProbeAxis:
             made.append(out)
         return made
 
-    def slabs(self, t: Trained, group: list[Probe], first: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    def slabs(
+        self, t: Trained, group: list[Probe], first: int
+    ) -> Generator[tuple[slice, torch.Tensor], None, None]:
         """(rows, [G, r, D]): a matrix at the probes of the group, some rows at a time, in scratch that the next ones reuse.
 
         To be closed: what is pending reaches all rows, whatever happens to the one who asks.

@@ -373,7 +373,12 @@ def header(
     """The ledger's header: what the run is, all that replay needs beside the base, and how the run was made."""
     tensors = {t.name: [t.id, list(t.stored.shape), short(t.stored.dtype)] for t in trained}
     known = {k: getattr(config, k) for k in PLAN}
-    found: dict[str, Any] = {"zoft": __version__, "noise_version": noise.VERSION, "base": base, "config": digests(config)}
+    found: dict[str, Any] = {
+        "zoft": __version__,
+        "noise_version": noise.VERSION,
+        "base": base,
+        "config": digests(config),
+    }
     if train:
         found["data"] = data_digest(train)
     return {**found, **known, "trained": tensors, "plan": {k: getattr(config, k) for k in MADE}}
