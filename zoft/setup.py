@@ -171,7 +171,7 @@ def grouped(config: Config, loaded: nn.Module, made: ProbeAxis, train: Sequence[
     longest = sorted(train, key=lambda e: -e.length)[: config.batch_size]
     batch = collate(longest).to(config.device)
     kept = [*loaded.parameters(), *loaded.buffers(), *batch.inputs.values()]
-    with made.clean(batch.rows), Live(kept) as live:
+    with made.clean(batch.rows), Live(kept, count=False) as live:
         losses(loaded, batch)
     each = max(1, live.most - made.scratch_held())  # the scratch was allocated meanwhile
     pairs = min(config.q, room // (2 * each))
