@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from zoft import noise, update
 from zoft.device import DeviceAxis
+from zoft.device_inplace import DeviceInPlace
 from zoft.layout import Unfit
 from zoft.ledger import Ledger, Record
 from zoft.objective import Batch, losses
@@ -39,11 +40,11 @@ class CapturedTrainer(Trainer):
     """
 
     def __init__(
-        self, model: nn.Module, axis: DeviceAxis, batches: Callable[[int], Sequence[Batch]], ledger: Ledger | None,
+        self, model: nn.Module, axis: DeviceAxis | DeviceInPlace, batches: Callable[[int], Sequence[Batch]], ledger: Ledger | None,
         settings: Settings, forward: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]] = losses, capture: str = "",
     ) -> None:  # fmt: skip
         super().__init__(model, axis, batches, ledger, settings, forward)
-        self.axis: DeviceAxis = axis
+        self.axis: DeviceAxis | DeviceInPlace = axis
         self.capture = capture
         self.shapes: dict[tuple, Shape] = {}
         self.pool = torch.cuda.graph_pool_handle() if not capture else None
@@ -53,6 +54,7 @@ class CapturedTrainer(Trainer):
             torch.zeros_like(axis.control.record, device="cpu").pin_memory() for _ in range(BEHIND + 1)
         ]
         self.pending: noise.Update | None = None  # the last landed update, which the weights still lack
+        self.under_way = False  # the device has begun a step since the weights were last brought up to date
         self.scratch: list[Any] = []  # graphs point into it, however much the axis may need later
 
     def step(self) -> dict[str, Any] | None:
@@ -82,10 +84,15 @@ class CapturedTrainer(Trainer):
         """Start a step over these batches on the device."""
         shape = self._shape(batches)
         self.axis.control.upload(step, lr, decay)
-        if shape.graph is not None:
-            shape.graph.replay()
-        else:
-            self._forward(shape.batches)
+        try:
+            if shape.graph is not None:
+                shape.graph.replay()
+            else:
+                self._forward(shape.batches)
+        except BaseException:
+            self.under_way = self.under_way or self.axis.ahead
+            raise
+        self.under_way = True
 
     @torch.no_grad()
     def _forward(self, batches: Sequence[Batch]) -> None:
@@ -133,9 +140,9 @@ class CapturedTrainer(Trainer):
         """The step over these batches as a graph; None, with one line why, where the model cannot be captured."""
         self._land_all()  # warming up moves θ to where it is going anyway, but its losses are nobody's
         graph = torch.cuda.CUDAGraph()
+        control = self.axis.control
+        moment, master = control.moment.clone(), control.still()
         try:
-            control = self.axis.control
-            moment = control.moment.clone()
             control.upload(self.next, 0.0, 1.0)
             self.side.wait_stream(torch.cuda.current_stream())
             # Compiles kernels and finds workspaces; nothing is pending, so θ stands still.
@@ -143,7 +150,6 @@ class CapturedTrainer(Trainer):
                 for _ in range(2):
                     self._forward(batches)
                     control.forget()
-                control.moment.copy_(moment)
             torch.cuda.current_stream().wait_stream(self.side)
             with torch.cuda.graph(graph, pool=self.pool, stream=self.side):
                 self._forward(batches)
@@ -157,7 +163,10 @@ class CapturedTrainer(Trainer):
             print(f"steps are not captured as CUDA graphs: {self.capture}", file=sys.stderr, flush=True)
             return None
         finally:
-            self.axis.control.forget()
+            torch.cuda.current_stream().wait_stream(self.side)
+            control.moment.copy_(moment)
+            control.master.copy_(master)
+            control.forget()
 
     def _land_all(self) -> None:
         """Write down every step under way, and bring the weights to the last one."""
@@ -167,12 +176,9 @@ class CapturedTrainer(Trainer):
 
     def flush_pending(self) -> None:
         """Bring the weights to the last landed step."""
-        if self.pending is not None:
-            for t in self.axis.trained:
-                t.step = self.pending.step + self.axis.ahead
-            self.axis.commit(self.pending)
-            self.pending = None
-        self.axis.ahead = False
+        if self.under_way:
+            self.axis.land(self.next - 1, self.pending)
+        self.under_way, self.pending = False, None
         self.axis.flush()
         self.axis.control.forget()
 

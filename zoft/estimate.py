@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import footprint, models, setup, space
+from zoft import footprint, models, routes, setup, space
 from zoft.config import Config
 from zoft.data_order import batch_indices
 from zoft.encode import Example, encode
@@ -220,10 +220,14 @@ def _scratch(model: Any, names: Sequence[str], compute: torch.dtype, probes: int
         alone = None
     chosen = set(names)
     passed = (alone, last if few else None)
-    numbers = [
-        p.numel() for n, p in model.named_parameters() if n in chosen and all(p is not x for x in passed)
+    linear = {id(m.weight) for m in model.modules() if type(m) is nn.Linear}
+    sizes = [
+        min(size, routes.SLAB) if id(p) in linear else size
+        for n, p in model.named_parameters()
+        if n in chosen and all(p is not x for x in passed)
+        for size in [p.numel() * compute.itemsize]
     ]
-    return probes * max(numbers, default=0) * compute.itemsize
+    return probes * max(sizes, default=0)
 
 
 def _with_gradients(model: Any, batch: Batch, forward: float) -> dict[str, dict[str, float]]:

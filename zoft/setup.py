@@ -236,12 +236,19 @@ def placed(
     space.place(loaded, trained, config.storage, config.compute, uniform=inplace)
     refuse_denoise(config, trained)
     common: dict[str, Any] = {"seed": config.seed, "kind": config.noise, "beta": config.momentum}
+    fed: dict[str, Any] = common | {"q": config.q, "eps": config.eps}
+    captured = config.device.startswith("cuda") and config.storage != "fp64"
     if inplace:
-        return replace(config, probes_per_forward=1), trained, InPlace(trained, **common)
-    if config.device.startswith("cuda") and config.storage != "fp64":
+        config = replace(config, probes_per_forward=1)
+        if captured:
+            from zoft.device_inplace import DeviceInPlace
+
+            return config, trained, DeviceInPlace(trained, **fed)
+        return config, trained, InPlace(trained, **common)
+    if captured:
         from zoft.device import DeviceAxis
 
-        return config, trained, DeviceAxis(trained, sites, q=config.q, eps=config.eps, **common)
+        return config, trained, DeviceAxis(trained, sites, **fed)
     return config, trained, ProbeAxis(trained, sites, **common)
 
 
@@ -282,12 +289,13 @@ def trainer(
 ) -> Trainer:
     """The trainer of a run: on a GPU, one whose steps are captured."""
     at = batches(config, train)
-    if not config.device.startswith("cuda") or config.perturb == "inplace" or config.storage == "fp64":
+    if not config.device.startswith("cuda") or config.storage == "fp64":
         return Trainer(loaded, made, at, ledger, settings(config))
     from zoft.captured import CapturedTrainer
     from zoft.device import DeviceAxis
+    from zoft.device_inplace import DeviceInPlace
 
-    assert isinstance(made, DeviceAxis), type(made)
+    assert isinstance(made, (DeviceAxis, DeviceInPlace)), type(made)
     why = "cache_frozen looks rows up on the CPU" if config.cache_frozen else ""
     if not why and mask_is_idle(config, loaded, made, train):
         plain, at = at, lambda step: [b.unmasked() for b in plain(step)]
@@ -295,7 +303,9 @@ def trainer(
 
 
 @torch.no_grad()
-def mask_is_idle(config: Config, loaded: nn.Module, made: ProbeAxis, train: Sequence[Example]) -> bool:
+def mask_is_idle(
+    config: Config, loaded: nn.Module, made: ProbeAxis | InPlace, train: Sequence[Example]
+) -> bool:
     """Whether padding on the right changes nothing, as in a causal model: then attention needs no mask."""
     by_length = sorted(train, key=lambda e: e.length)
     batch = collate([by_length[0], by_length[-1]]).to(config.device)
@@ -363,7 +373,12 @@ def header(
     """The ledger's header: what the run is, all that replay needs beside the base, and how the run was made."""
     tensors = {t.name: [t.id, list(t.stored.shape), short(t.stored.dtype)] for t in trained}
     known = {k: getattr(config, k) for k in PLAN}
-    found: dict[str, Any] = {"zoft": __version__, "noise_version": noise.VERSION, "base": base, "config": digests(config)}
+    found: dict[str, Any] = {
+        "zoft": __version__,
+        "noise_version": noise.VERSION,
+        "base": base,
+        "config": digests(config),
+    }
     if train:
         found["data"] = data_digest(train)
     return {**found, **known, "trained": tensors, "plan": {k: getattr(config, k) for k in MADE}}

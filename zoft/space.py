@@ -217,7 +217,7 @@ def _cast(param: nn.Parameter, dtype: torch.dtype) -> None:
     """Give a parameter another dtype; in its own memory where that fits and nobody else looks at it, so that of a large
     one no second copy exists."""
     x = param.data
-    if x.dtype.itemsize != dtype.itemsize or x.numel() <= _PIECE or not x.is_contiguous() or _shared(param):
+    if x.dtype.itemsize != dtype.itemsize or x.numel() <= _PIECE or not x.is_contiguous() or _shared(x):
         param.data = x.to(dtype)
         return
     old, new = x.flatten(), x.view(dtype).flatten()
@@ -226,13 +226,14 @@ def _cast(param: nn.Parameter, dtype: torch.dtype) -> None:
     param.data = x.view(dtype)
 
 
-def _shared(param: nn.Parameter) -> bool:
-    """Whether other tensors may use this parameter's memory: more hold it than hold that of a new one."""
+def _shared(x: torch.Tensor) -> bool:
+    """Whether others use the memory of x, a parameter's data: more hold it than hold that of a new one."""
     count = getattr(torch._C, "_storage_Use_Count", None)
     if count is None:
         return True
-    fresh = nn.Parameter(torch.empty(1), requires_grad=False)
-    return count(param.untyped_storage()._cdata) > count(fresh.untyped_storage()._cdata)
+    new = nn.Parameter(torch.empty(1), requires_grad=False)
+    y = new.data
+    return count(x.untyped_storage()._cdata) > count(y.untyped_storage()._cdata)
 
 
 def _no_decay(name: str) -> bool:
