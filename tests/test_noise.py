@@ -622,7 +622,9 @@ def twin_moving(mask, n, start=0):
 def test_masked_updates_are_the_twins_bit_for_bit(which, dtype, kind, beta):
     n, start, mask = 700, 256, MASKS[which]
     wide = torch.float64 if dtype is torch.float64 else torch.float32
-    updates = UPDATES if which == "small" else (*UPDATES, *RESTORES)  # a mask by magnitude goes with no restore
+    updates = (
+        UPDATES if which == "small" else (*UPDATES, *RESTORES)
+    )  # a mask by magnitude goes with no restore
     before, moving = weights(n, dtype), twin_moving(mask, n, start)
     momentum = None if beta is None else weights(n, wide, seed=1)
     index = np.arange(start, start + n)
@@ -638,7 +640,9 @@ def test_masked_updates_are_the_twins_bit_for_bit(which, dtype, kind, beta):
     theta, fast = before.clone(), None if momentum is None else momentum.clone()
     noise.advance(theta, TID, updates, kind, momentum=fast, beta=beta or 0.0, start=start, mask=mask)
     assert np.array_equal(twin.numbers(theta), expected)
-    assert np.array_equal(np.signbit(twin.numbers(theta)), np.signbit(expected))  # zeros that stay keep theirs
+    assert np.array_equal(
+        np.signbit(twin.numbers(theta)), np.signbit(expected)
+    )  # zeros that stay keep theirs
     assert fast is None or np.array_equal(twin.numbers(fast), twin.numbers(torch.from_numpy(buffer)))
     share = moving(twin.numbers(before)).mean()
     changed = (twin.numbers(theta) != twin.numbers(before)).mean()

@@ -143,7 +143,13 @@ def _agree_on_masks(triton, device, n, kind, dtype, out_dtype, mask):
     """Updates that are looped over, one as in training, with restores where they may be, and rows of a matrix."""
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     restores = RESTORES if mask.threshold is None else ()
-    for updates, beta in ((UPDATES, None), (restores, None), (UPDATES[:2], 0.9), (UPDATES[:1], None), (restores[1:2], 0.9)):
+    for updates, beta in (
+        (UPDATES, None),
+        (restores, None),
+        (UPDATES[:2], 0.9),
+        (UPDATES[:1], None),
+        (restores[1:2], 0.9),
+    ):
         if kind == GAUSSIAN and mask.threshold is not None and len(updates) > 1:
             continue  # what ends a little off the threshold on one backend may move with the next update there alone
         results = []
@@ -153,7 +159,10 @@ def _agree_on_masks(triton, device, n, kind, dtype, out_dtype, mask):
             out, rows = torch.empty(4, n, dtype=out_dtype, device=place), torch.tensor([2, 0, 2]).to(place)
             where, live = (128, None, mask), tuple(noise._live(updates, beta is not None))
             backend.perturb(theta, TID, out, PROBES[:4], SEED, 9, kind, live, buffer, beta or 0.0, *where)
-            some, table = torch.empty(3, n, dtype=out_dtype, device=place), weights(3 * n, dtype).view(3, n).to(place)
+            some, table = (
+                torch.empty(3, n, dtype=out_dtype, device=place),
+                weights(3 * n, dtype).view(3, n).to(place),
+            )
             backend.gather(table, TID, rows, some, 2, 0.01, SEED, STEP, kind, 256, mask)
             results.append((theta, out, some, buffer))
         (theta, out, some, buffer), (other, second, others, fast) = results
@@ -163,7 +172,9 @@ def _agree_on_masks(triton, device, n, kind, dtype, out_dtype, mask):
         same = theta.cpu() == other.cpu()
         assert agrees(out[:, same].flatten(), second.cpu()[:, same].flatten(), kind), case
         stays = ~noise.moving(weights(n, dtype), TID, mask, 128)
-        assert same_bits(other.cpu()[stays], weights(n, dtype)[stays]) and 0 < stays.sum() < n or n < 100, case
+        assert same_bits(other.cpu()[stays], weights(n, dtype)[stays]) and 0 < stays.sum() < n or n < 100, (
+            case
+        )
 
 
 def _agree_on_a_part(triton, device, n, kind, dtype, out_dtype):
@@ -253,7 +264,7 @@ for capability in (80, 90):
     for dtype, out in (("bf16", "bf16"), ("fp16", "bf16"), ("fp32", "fp32")):
         for gaussian in (True, False):
             types = dict(theta="*" + dtype, out="*" + out, momentum="*fp32", keys="*i32", values="*fp32", n="i32", start="i32", tid="i32", U="i32", Q="i32", threshold="fp32", share="i32", mask0="i32", mask1="i32")
-            fixed = dict(WORK=tl.float32, MASK=backend.ALL, HAS_THETA=True, HAS_UPDATES=True, ONE=0, HAS_MOMENTUM=True, WRITE_THETA=True,
+            fixed = dict(WORK=tl.float32, PARTIAL=True, MASK=backend.ALL, HAS_THETA=True, HAS_UPDATES=True, ONE=0, HAS_MOMENTUM=True, WRITE_THETA=True,
                          RESTORE=True, STOCHASTIC=dtype != "fp32", BF16=dtype == "bf16", PROBES=2, FRESH=1, SILENT=0, NARROW=out != "fp32", GAUSSIAN=gaussian, LANES=256)
             print(ptx(backend._pass, types, fixed, capability))
     types = dict(theta="*fp32", momentum="*fp32", out="*fp32", narrow="*bf16", table="*i64", keys="*i32", values="*fp32", total="i32", U="i32", Q="i32")
@@ -387,9 +398,7 @@ def test_more_elements_than_32_bits_count(kind):
     )
     assert torch.equal(rows, out[0, [0, 2048]])
     here, start = torch.empty(1, width, dtype=torch.bfloat16), 2048 * width
-    noise.perturb(
-        theta[2048].cpu(), TID, here, [(2, 1.0)], seed=SEED, step=STEP, noise=kind, start=start
-    )
+    noise.perturb(theta[2048].cpu(), TID, here, [(2, 1.0)], seed=SEED, step=STEP, noise=kind, start=start)
     assert agrees(here[0], out[0, 2048], kind)
 
 

@@ -260,7 +260,12 @@ class InPlace:
             todo = self.todo[self.done[t.id] :]
             if not t.decays:
                 todo = [u if u.is_nothing else replace(u, decay=1.0) for u in todo]
-            where: dict[str, Any] = {"noise": self.kind, "momentum": t.momentum, "beta": self.beta, "floor": t.floor}
+            where: dict[str, Any] = {
+                "noise": self.kind,
+                "momentum": t.momentum,
+                "beta": self.beta,
+                "floor": t.floor,
+            }
             if todo and todo[-1].is_nothing:  # a move that ends a pass is written like a probe
                 *todo, end = todo
                 probe = (len(end.multipliers) - 1, end.restore)

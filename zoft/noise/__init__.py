@@ -204,7 +204,9 @@ def perturb(
         )
     if mask is not None and mask.threshold is not None:
         moved = out is not None and out.data_ptr() == theta.data_ptr()
-        assert not moved and not any(u.restore for u in live), "a mask by magnitude of θ that is moved in place"
+        assert not moved and not any(u.restore for u in live), (
+            "a mask by magnitude of θ that is moved in place"
+        )
     if theta.numel() and (live or probes):
         backend = _backend(theta.device.type)
         backend.perturb(

@@ -49,7 +49,7 @@ def perturb(
     address, gaussian = _address(theta, first), noise == GAUSSIAN
     buffer = _NONE if momentum is None else _address(momentum, first)
     target, out_code = (_NONE, 0) if out is None else (np.uint64(out.data_ptr()), _CODES[out.dtype])
-    rules = work(beta), work(-np.inf if floor is None else floor), _mask(mask, work)
+    rules = _rules(beta, floor, mask)
 
     def piece(start: int, end: int) -> None:
         shape = (out_code, n, start)
@@ -79,7 +79,7 @@ def gather(
     if index.min() < 0 or index.max() >= len(theta):
         raise IndexError(f"rows [{index.min()}, {index.max()}] of a tensor that has {len(theta)}")
     work = np.float64 if code == kernels.FP64 else np.float32
-    plan, rules = _plan((), ((direction, scale),), seed, step, work), (work(0), work(0), _mask(mask, work))
+    plan, rules = _plan((), ((direction, scale),), seed, step, work), _rules(0.0, None, mask)
     source, target, gaussian = _address(theta, start), np.uint64(out.data_ptr()), noise == GAUSSIAN
 
     def piece(first: int, last: int) -> None:
@@ -96,11 +96,11 @@ def direction(out: Tensor, tid: int, seed: int, step: int, direction: int, noise
     plan = _plan((), ((direction, 1.0),), seed, step, np.float32)
     target = np.uint64(out.data_ptr())
 
-    none = np.float32(0), np.float32(0), _mask(None, np.float32)
+    rules = _rules(0.0, None, None)
 
     def piece(start: int, end: int) -> None:
         shape = (code, n, start)
-        kernels.run(_NONE, kernels.ZERO, start, end, tid, gaussian, _NONE, none, plan, target, shape)
+        kernels.run(_NONE, kernels.ZERO, start, end, tid, gaussian, _NONE, rules, plan, target, shape)
 
     _spread(piece, n, _PIECE)
 
@@ -110,14 +110,15 @@ def _address(tensor: Tensor, first: int) -> np.uint64:
     return np.uint64((tensor.data_ptr() - first * tensor.element_size()) % 2**64)
 
 
-def _mask(mask: Mask | None, work: type):
-    """What `kernels.run` takes as its mask."""
-    if mask is None:
-        return kernels.ALL, work(0), 0, np.uint32(0), np.uint32(0)
-    if mask.threshold is not None:
-        return kernels.SMALL, work(mask.threshold), 0, np.uint32(0), np.uint32(0)
-    k0, k1 = key(mask.seed, 0, 0)
-    return kernels.CHOSEN, work(0), mask.share, np.uint32(k0), np.uint32(k1)
+@lru_cache(maxsize=4096)  # one for each tensor with a threshold of its own
+def _rules(beta: float, floor: float | None, mask: Mask | None):
+    """What `kernels.run` takes as its rules: fp64 [7], which holds them exactly."""
+    kind, threshold, share, words = kernels.ALL, 0.0, 0, (0, 0)
+    if mask is not None and mask.threshold is not None:
+        kind, threshold = kernels.SMALL, mask.threshold
+    elif mask is not None:
+        kind, share, words = kernels.CHOSEN, mask.share, key(mask.seed, 0, 0)
+    return np.array([beta, -np.inf if floor is None else floor, kind, threshold, share, *words])
 
 
 @lru_cache(

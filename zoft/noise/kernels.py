@@ -409,8 +409,8 @@ def _copy(a, b, n):
 def run(theta, code, start, end, tid, gaussian, momentum, rules, plan, out, shape):
     """Elements [start, end) of one tensor: pending updates in order, then every probe.
 
-    theta, momentum, out: uint64 addresses (momentum 0: none). rules (beta, floor (-inf: none), mask (kind, threshold,
-    share, two words of its key)); their floats, and the plan's arrays of floats: the work dtype.
+    theta, momentum, out: uint64 addresses (momentum 0: none). rules fp64 [7]: beta, floor (-inf: none), of the mask its
+    kind, threshold, share and the two words of its key. The plan's arrays of floats have the work dtype.
     plan (counts, keys, values, decays, restores, rounding, probes):
         counts int64 [U] the directions of each update; keys uint32 [Σ counts + G, 2] of those directions, then of the
         probe groups; values [Σ counts + P] the multipliers, then the scales of the probes; decays [U]
@@ -419,11 +419,13 @@ def run(theta, code, start, end, tid, gaussian, momentum, rules, plan, out, shap
     shape: out's storage code, elements between two probes' rows, place of element `start` in a row.
     """
     counts, keys, values, decays, restores, rounding, probes = plan
-    beta, floor, (kind, threshold, share, mask0, mask1) = rules
     words = np.empty(CHUNK // 4, np.uint64)
     bits = words.view(np.uint16)
     z = np.empty(CHUNK, np.float32)
     a, s, m = np.empty(CHUNK, values.dtype), np.empty(CHUNK, values.dtype), np.empty(CHUNK, values.dtype)
+    m[0], m[1], m[2] = rules[0], rules[1], rules[3]
+    beta, floor, threshold = m[0], m[1], m[2]  # in the work dtype
+    kind, share, mask0, mask1 = int(rules[2]), int(rules[4]), np.uint32(rules[5]), np.uint32(rules[6])
     size = CHUNK if kind != ALL else 1
     keep, old = np.empty(size, np.float32), np.empty(size, values.dtype)
     out_code, stride, origin = shape

@@ -88,14 +88,14 @@ def _noise(base, tid, keys, k, GAUSSIAN: tl.constexpr, LANES: tl.constexpr):
     """z of the 8·LANES elements from base (a multiple of 128) on, fp32; key k of keys int32 [., 2]."""
     k0, k1 = _key(keys, k)
     if GAUSSIAN:
-        w0, w1, w2, w3 = _words(base // 8 + tl.arange(0, LANES), tid, 0, k0, k1)
+        w0, w1, w2, w3 = _words((base >> 3) + tl.arange(0, LANES), tid, 0, k0, k1)
         a0, a1 = _pair(w0)
         b0, b1 = _pair(w1)
         c0, c1 = _pair(w2)
         d0, d1 = _pair(w3)
         return tl.interleave(_in_order(a0, b0, c0, d0), _in_order(a1, b1, c1, d1))
     word = tl.arange(0, LANES // 4)  # of 32 elements each
-    w0, w1, w2, w3 = _words(base // 128 + word // 4, tid, 0, k0, k1)
+    w0, w1, w2, w3 = _words((base >> 7) + word // 4, tid, 0, k0, k1)
     which = word % 4
     bits = tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
     spread = (bits[:, None] >> tl.arange(0, 32).to(tl.uint32)[None, :]) & 1
@@ -105,7 +105,7 @@ def _noise(base, tid, keys, k, GAUSSIAN: tl.constexpr, LANES: tl.constexpr):
 @triton.jit
 def _pairs(base, tid, purpose: tl.constexpr, k0, k1, LANES: tl.constexpr):
     """Words [4·LANES], each of two elements' 16 bits from base (a multiple of 128) on, the even one's low."""
-    w0, w1, w2, w3 = _words(base // 8 + tl.arange(0, LANES), tid, purpose, k0, k1)
+    w0, w1, w2, w3 = _words((base >> 3) + tl.arange(0, LANES), tid, purpose, k0, k1)
     return _in_order(w0, w1, w2, w3)
 
 
@@ -180,7 +180,7 @@ def _step(
     old = a
     if MASK == SMALL:
         keep = tl.abs(a) <= threshold
-    if MASK:
+    if MASK and MOMENTUM:
         s = tl.where(keep, s, -0.0)
     if RESTORE:
         a = _restored(a, z, tl.load(restores + u))
@@ -232,7 +232,9 @@ def _updated(
             if RESTORE:
                 if tl.load(restores) != 0:
                     back = tl.load(restores)
-                    a = _moved(a, base, tid, keys, ONE - 1, back, keep, MASK, STOCHASTIC, BF16, GAUSSIAN, LANES)
+                    a = _moved(
+                        a, base, tid, keys, ONE - 1, back, keep, MASK, STOCHASTIC, BF16, GAUSSIAN, LANES
+                    )
     else:
         for u in range(U):
             decay = tl.load(values + U * Q + u)
@@ -254,7 +256,9 @@ def _updated(
                 if RESTORE:
                     if tl.load(restores + u) != 0:
                         last, back = u * Q + Q - 1, tl.load(restores + u)
-                        a = _moved(a, base, tid, keys, last, back, keep, MASK, STOCHASTIC, BF16, GAUSSIAN, LANES)
+                        a = _moved(
+                            a, base, tid, keys, last, back, keep, MASK, STOCHASTIC, BF16, GAUSSIAN, LANES
+                        )
     return a, m
 
 
@@ -274,6 +278,7 @@ def _pass(
     share,  # of a random mask, and its key, int32 bits
     mask0,
     mask1,
+    PARTIAL: tl.constexpr,  # start is not 0
     WORK: tl.constexpr,
     HAS_THETA: tl.constexpr,
     HAS_UPDATES: tl.constexpr,
@@ -295,7 +300,8 @@ def _pass(
     base = tl.program_id(0).to(tl.int64) * (8 * LANES)
     at = base + tl.arange(0, 8 * LANES)
     inside = at < n
-    base += start  # of the noise from here on
+    if PARTIAL:
+        base += start  # of the noise from here on
     tid = tid.to(tl.uint32, bitcast=True)
     if HAS_THETA:
         a = tl.load(theta + at, mask=inside, other=0.0).to(WORK)
@@ -524,7 +530,7 @@ def launch(
         _pass[(triton.cdiv(n, 8 * _LANES),)](
             some, momentum if momentum is not None else some, out if out is not None else some,
             plan.keys, plan.values, n, start, _signed(tid), plan.updates, plan.directions,
-            **_mask(mask), WORK=tl.float64 if some.dtype == torch.float64 and theta is not None else tl.float32,
+            **_mask(mask), PARTIAL=start != 0, WORK=tl.float64 if some.dtype == torch.float64 and theta is not None else tl.float32,
             HAS_THETA=theta is not None, HAS_UPDATES=plan.updates > 0, ONE=_one(plan), RESTORE=plan.restores, HAS_MOMENTUM=momentum is not None,
             WRITE_THETA=not in_place, STOCHASTIC=some.dtype in (torch.float16, torch.bfloat16),
             BF16=some.dtype == torch.bfloat16, PROBES=plan.probes, FRESH=plan.fresh, SILENT=plan.silent,
