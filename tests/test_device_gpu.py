@@ -6,11 +6,11 @@ import tiny
 import torch
 from test_trainer import calibration, examples, same_bits, weights
 
-from zoft import selfcheck, space
+from zoft import selfcheck, space, sparse
 from zoft.data_order import batch_indices
-from zoft.ledger import Ledger, read
+from zoft.ledger import Ledger, Record, read
 from zoft.objective import Example, collate, losses
-from zoft.probe import ProbeAxis
+from zoft.probe import InPlace, ProbeAxis
 from zoft.trainer import Settings, Trainer
 
 pytestmark = pytest.mark.gpu
@@ -41,6 +41,7 @@ def build(
     beta=0.0,
     kind="gaussian",
     accumulate=1,
+    mask="none",
     **settings,
 ):
     from zoft.captured import CapturedTrainer, bucket
@@ -54,6 +55,7 @@ def build(
     assert found.stacked, found.note
     trained = selfcheck.live(trained, found)
     space.place(model, trained, storage, compute)
+    sparse.mask(trained, mask, 0.75, settings.seed)
     common = {"seed": settings.seed, "kind": kind, "beta": beta}
     if how == "plain":
         axis = ProbeAxis(trained, found.sites, **common)
@@ -81,6 +83,9 @@ CASES = [
     (tiny.opt, texts, {"accumulate": 2, "storage": "fp32", "compute": "fp32", "kind": "rademacher"}),
     (tiny.gemma2, examples, {"storage": "fp32", "compute": "bf16"}),
     (tiny.llama, examples, {"lr": 0.0, "weight_decay": 0.1}),
+    (lambda: tiny.llama(tie=True), examples, {"mask": "magnitude", "weight_decay": 0.1}),
+    (tiny.opt, texts, {"mask": "magnitude", "storage": "bf16", "beta": 0.9, "q": 2}),
+    (tiny.gpt2, examples, {"mask": "random", "storage": "fp32", "compute": "fp32"}),
 ]
 
 
@@ -137,6 +142,42 @@ def test_resume_and_replay_end_with_the_same_bits(tmp_path):
     replayed = build(tmp_path / "replayed", tiny.opt, "captured", data=examples(), beta=0.9)
     replayed.replay(read(tmp_path / "whole")[1])
     assert same_bits(end, weights(replayed.model))
+
+
+@pytest.mark.parametrize("mask", ["none", "magnitude", "random"])
+@pytest.mark.parametrize("policy", ["probes", "inplace"])
+@pytest.mark.parametrize("storage", ["fp32", "fp16", "bf16"])
+def test_a_ledger_gives_the_same_bits_on_both_devices(tmp_path, storage, policy, mask):
+    """Signs as noise; masks, momentum, the cycle of perturb=inplace, skipped steps: replayed here and there."""
+    if policy == "inplace" and mask == "magnitude":
+        pytest.skip("refused")
+    records = []
+    for step in range(30):
+        multipliers = (0.01 * (step % 3 - 1), 0.003)
+        skipped = step in (4, 11)
+        records.append(
+            Record(
+                step,
+                (0.0, 0.0) if skipped else multipliers,
+                1.0 if skipped else 0.875,
+                (0.0,) * 4,
+                skipped,
+                0.01,
+            )
+        )
+    ends = []
+    for place in ("cpu", "cuda"):
+        model = tiny.llama(tie=True).to(place)
+        trained = space.adopt(model, space.train_names(model, "all"))
+        space.place(model, trained, storage, storage, uniform=policy == "inplace")
+        sparse.mask(trained, mask, 0.75, 7)
+        common = {"seed": 7, "kind": "rademacher", "beta": 0.9}
+        axis = InPlace(trained, **common) if policy == "inplace" else ProbeAxis(trained, [], **common)
+        Trainer(
+            model, axis, lambda step: [], None, Settings(seed=7, steps=30, lr=0.01, eps=1e-2, q=2)
+        ).replay(records)
+        ends.append({n: p.detach().cpu() for n, p in model.named_parameters()})
+    assert same_bits(*ends)
 
 
 def test_a_loss_that_is_not_finite_is_skipped_on_the_device(tmp_path):

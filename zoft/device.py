@@ -218,7 +218,7 @@ class DeviceAxis(ProbeAxis):
             self._done |= self.small.keys()
         else:
             plan = self.control.plan(0, 0, True, t.decays)
-            kernels.launch(t.stored, t.id, None, plan, self.kind, t.momentum, floor=t.floor)
+            kernels.launch(t.stored, t.id, None, plan, self.kind, t.momentum, floor=t.floor, mask=t.mask)
             self._done.add(t.id)
 
     @contextmanager
@@ -259,7 +259,7 @@ class DeviceAxis(ProbeAxis):
         plan = self.control.plan(
             self.offset + self.first + first, len(group), t.id not in self._done, t.decays
         )
-        kernels.launch(t.stored, t.id, out, plan, self.kind, t.momentum, floor=t.floor)
+        kernels.launch(t.stored, t.id, out, plan, self.kind, t.momentum, floor=t.floor, mask=t.mask)
         self._done.add(t.id)
 
     def gathered(self, t: Trained, rows: Tensor, group: list[Probe], first: int) -> Tensor:
@@ -268,7 +268,7 @@ class DeviceAxis(ProbeAxis):
         self._catch_up(t)
         out = torch.empty(*rows.shape, t.stored.shape[1], dtype=t.compute, device=t.stored.device)
         plan = self.control.plan(self.offset + self.first + first, len(group), False, False)
-        kernels.launch_rows(t.stored, t.id, rows.reshape(-1), out.flatten(0, 1), plan, self.kind)
+        kernels.launch_rows(t.stored, t.id, rows.reshape(-1), out.flatten(0, 1), plan, self.kind, mask=t.mask)
         return out
 
     def shortcut(self, site: Site) -> Callable | None:
