@@ -99,6 +99,12 @@ class Config:
         "auto", "auto, cpu, cuda or cuda:N", pattern=(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda, cuda:0")
     )
     threads: int | str = key("auto", "CPU threads", least=1, one_of=("auto",))
+    max_skipped: int = key(
+        20, "steps in a row whose loss is not finite, each of them skipped, that stop the run", least=1
+    )
+    on_divergence: str = key(
+        "warn", "what a loss that stays above its start does to the run", one_of=("warn", "stop")
+    )
     output_dir: str | None = key(None, "folder of the run; null is runs/<config>-seed<seed>")
     save_model: bool = key(True, "write model/ at the end")
     track: str = key("none", "log elsewhere too; metrics.jsonl is always written", one_of=("none", "wandb"))

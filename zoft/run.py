@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,10 +14,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from zoft import compose, tracking
+from zoft import compose, guards, tracking
 from zoft.config import Config
-from zoft.errors import UserError
+from zoft.errors import UserError, writing
+from zoft.folder import Presence, kept, refuse_unwritable, write
 from zoft.stop import Stop, listening
+from zoft.tracking import logged
 
 if TYPE_CHECKING:
     from zoft.ledger import Ledger
@@ -32,7 +33,7 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
 
     Returns result.json's content. Raises UserError before anything heavy where a mistake shows early.
     """
-    from zoft import models
+    from zoft import models, tasks
 
     tracking.require(config.track)
     if resume and (Path(resume) / "result.json").exists():
@@ -41,7 +42,10 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
     if resume is None and not dry_run:
         claim(Path(str(config.output_dir)))
     models.resolve(config.model)
-    return recipe(config.recipe).run(absolute(config), resume=resume, dry_run=dry_run)
+    tasks.look(config.task)
+    # A signal that comes while things load says "resume me", too.
+    with listening(str(resume or config.output_dir)), guards.memory(config):
+        return recipe(config.recipe).run(absolute(config), resume=resume, dry_run=dry_run)
 
 
 def replay(folder: str | Path, out: str | Path) -> tuple[int, int]:
@@ -110,6 +114,7 @@ def claim(folder: Path) -> None:
             f"output_dir={folder}: it holds a run; continue it with `zoft train --resume {folder}`, "
             "or choose another name with output_dir=…"
         )
+    refuse_unwritable("output_dir", folder)
     taken = [name for name in OURS if (folder / name).exists()]
     if taken or (folder.exists() and not folder.is_dir()):
         raise UserError(
@@ -155,17 +160,28 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
     if resume and (folder / "ledger").exists():
         ledger = Ledger.open(folder / "ledger")
     else:
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         write(folder / "config.yaml", compose.to_yaml(config))
         write(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
         ledger = Ledger.create(folder / "ledger", dict(header))
-    with ledger, listening(str(folder)) as stop:
+    with kept(ledger), ledger, listening(str(folder)) as stop:
         agree(ledger.header, header, folder)
         with tracking.Tracker(
             folder, config.steps, track=config.track, config=dataclasses.asdict(config),
-            resume_step=ledger.last_step + 1, device=config.device,
+            resume_step=ledger.last_step + 1, known=steps_of(ledger, config), device=config.device,
         ) as tracker:  # fmt: skip
-            yield Session(folder, ledger, tracker, config, stop)
+            try:
+                yield Session(folder, ledger, tracker, config, stop)
+            finally:  # steps that were under way when something stopped the run
+                tracker.fill(steps_of(ledger, config))
+
+
+def steps_of(ledger: Ledger, config: Config) -> list[dict[str, Any]]:
+    """The metrics of the steps that a ledger has."""
+    from zoft.trainer import metrics_of
+
+    return [metrics_of(record, config.eps) for record in ledger.records]
 
 
 def agree(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
@@ -195,11 +211,17 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
         t.note(f"replaying {len(s.ledger.records)} of {config.steps} steps from the ledger")
         trainer.replay(s.ledger.records)
     began, paused = time.monotonic(), 0.0
+    watch = guards.Watch(config, trainer.axis.trained, steps_of(s.ledger, config))
+    folder = Presence(s.ledger, {"config.yaml": compose.to_yaml(config)})
 
     def on_step(metrics: dict[str, Any]) -> None:
         nonlocal paused
         seconds = past + time.monotonic() - began - paused
+        lines = watch.see(metrics)
         t.step(metrics.pop("step"), **metrics, seconds=round(seconds, 3))
+        for line in lines:
+            t.note(line)
+        folder.look()
         if trainer.settings.probes_per_forward != s.config.probes_per_forward:  # a batch could not be stacked
             s.config = dataclasses.replace(s.config, probes_per_forward=trainer.settings.probes_per_forward)
             write(s.folder / "config.yaml", compose.to_yaml(s.config))  # on resume, too, for the same bits
@@ -231,6 +253,7 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
 
 def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> dict[str, Any]:
     """Save the model and, last of all, result.json: its presence says that the run is complete."""
+    Presence(s.ledger, {"config.yaml": compose.to_yaml(s.config)}).look(now=True)
     if s.config.save_model:
         save(s.config, model, tokenizer, s.folder / "model", result)
     result = {**result, "output_dir": str(s.folder)}
@@ -249,23 +272,6 @@ def save(config: Config, model: Any, tokenizer: Any, out: Path, result: Mapping[
         facts |= {f"{name} {when}": tracking.short(v) for name, v in result.get(when, {}).items()}
     models.save(
         model, tokenizer, out, dtype=dtype, card=models.model_card(models.resolve(config.model), facts)
-    )
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file so that its name never holds half of it."""
-    draft = path.with_name(f".{path.name}.new")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-
-
-def logged(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl."""
-    return (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import __version__, models, objective, precision, routes, selfcheck, space, tasks, update
+from zoft import __version__, guards, models, objective, precision, routes, selfcheck, space, tasks, update
 from zoft.config import Config
 from zoft.data_order import batch_indices
 from zoft.encode import Example, encode
@@ -215,6 +215,8 @@ def trainer(
     config: Config, loaded: nn.Module, made: ProbeAxis | InPlace, train: Sequence[Example], ledger: Ledger
 ) -> Trainer:
     """The trainer of a run: on a GPU, one whose steps are captured."""
+    for line in guards.at_start(config, made.trained) if ledger.last_step < 0 else ():
+        say(line)
     at = batches(config, train)
     if not config.device.startswith("cuda") or config.perturb == "inplace" or config.storage == "fp64":
         return Trainer(loaded, made, at, ledger, settings(config))
@@ -273,6 +275,8 @@ def plan(
     held_out: Sequence[Example],
 ) -> dict[str, Any]:
     """What a run would do: the resolved config and the counts that follow from it."""
+    for line in guards.at_start(config, trained):
+        say(line)
     numbers = sum(t.stored.numel() for t in trained)
     realised = precision.realised(trained, config.eps, seed=config.seed, kind=config.noise)
     weakest = min(realised, key=lambda name: realised[name])

@@ -86,6 +86,18 @@ def load(task: Any) -> TaskData:
     return TaskData(task.name, **settings, train=train, eval=held_out, notes=notes)
 
 
+def look(task: Any) -> None:
+    """Refuse what can be refused before anything heavy loads: settings, templates, a file that is not there."""
+    settings = _settings(task)
+    template.parse("task.prompt", settings["prompt"])
+    if task.target:
+        template.parse("task.target", task.target)
+    if task.name not in named.READERS:
+        for key, place in (("task.train", task.train), ("task.eval", task.eval)):
+            if place:
+                local.look(key, place)
+
+
 def subset(rows: Sequence[dict[str, Any]], n: int | None) -> list[dict[str, Any]]:
     """The n rows of lowest key, in their own order: always the same ones. None takes all."""
     if n is None or n >= len(rows):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,17 @@ def read(key: str, place: str, subset: str | None = None, *, held_out: bool = Fa
     return rows
 
 
+def look(key: str, place: str) -> None:
+    """Raise UserError for a file that is not there, cannot be read or is of no known format; a Hub id passes."""
+    path = Path(place).expanduser()
+    if is_file(place):
+        _suffix(key, path)
+        if not os.access(path, os.R_OK):
+            raise UserError(f"{key}={place}: cannot be read: permission denied")
+    elif _means_a_file(place, path):
+        raise UserError(f"{key}={place}: {_why_no_file(path)}")
+
+
 def is_file(place: str) -> bool:
     return Path(place).expanduser().is_file()
 
@@ -56,9 +68,7 @@ def _why_no_file(path: Path) -> str:
 
 
 def _file(key: str, path: Path) -> Rows:
-    kind = path.suffix.lower()
-    if kind not in FORMATS:
-        raise UserError(f"{key}={path}: unknown format {kind or '(no suffix)'}; use {', '.join(FORMATS)}")
+    kind = _suffix(key, path)
     if kind == ".parquet":
         return _parquet(key, path)
     text = _decode(path)
@@ -67,6 +77,13 @@ def _file(key: str, path: Path) -> Rows:
     if kind == ".json" and text.lstrip().startswith("["):
         return _json(path, text)
     return _jsonl(path, text)
+
+
+def _suffix(key: str, path: Path) -> str:
+    kind = path.suffix.lower()
+    if kind not in FORMATS:
+        raise UserError(f"{key}={path}: unknown format {kind or '(no suffix)'}; use {', '.join(FORMATS)}")
+    return kind
 
 
 def _decode(path: Path) -> str:
