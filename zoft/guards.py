@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import re
-import statistics
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +39,7 @@ PREFIX = Known("prefixes", (1e-3, 1e-1), (1e-1, 1e-1), 2.5e5)
 FAR_ABOVE, FAR_BELOW, FAR_EPS = 3.0, 0.1, 10.0
 
 ZERO_STEPS = 20  # steps in a row with a projected gradient of exactly 0
-WINDOW = 100  # steps that a loss is averaged over before it is compared with the start's
+WINDOW = 100  # steps whose losses are compared with the first ones'
 
 
 def known(recipe: str, names: Sequence[str]) -> Known | None:
@@ -93,7 +92,7 @@ def _paper(k: Known) -> str:
 class Watch:
     """Looks at each step's metrics and says, once each, what has gone wrong for long.
 
-    - a loss above its start: means over WINDOW steps (a tenth of a short run) have been beyond the mean of the first
+    - a loss above its start: the median of WINDOW steps (a tenth of a short run) has been beyond that of the first
       ones, by a tenth of it and by 4 standard errors of the difference, for as many steps on end;
     - a projected gradient of exactly 0 for ZERO_STEPS steps; the first step that is skipped.
 
@@ -130,9 +129,9 @@ class Watch:
             self.first.append(metrics["loss"])
             return lines
         self.last = [*self.last[1 - self.window :], metrics["loss"]]
-        start, now = statistics.fmean(self.first), statistics.fmean(self.last)
-        spread = math.sqrt((statistics.pvariance(self.first) + statistics.pvariance(self.last)) / self.window)
-        far = len(self.last) == self.window and now > start + max(0.1 * abs(start), 4 * spread)
+        start, now = _median(self.first), _median(self.last)
+        error = math.sqrt((_variance(self.first) + _variance(self.last)) / self.window)
+        far = len(self.last) == self.window and now > start + max(0.1 * abs(start), 4 * error)
         self.above = self.above + 1 if far else 0
         return lines + (self._once("above", self._diverged()) if self.above >= self.window else [])
 
@@ -144,8 +143,8 @@ class Watch:
     def _diverged(self) -> str:
         c, k = self.config, known(self.config.recipe, [t.name for t in self.trained])
         text = (
-            f"the loss has been above its start for {self.above} steps ({statistics.fmean(self.first):.3g} → "
-            f"{statistics.fmean(self.last):.3g}, means of {self.window}): start again with a lower lr than {c.lr:g}"
+            f"the loss has been above its start for {self.above} steps ({_median(self.first):.3g} → "
+            f"{_median(self.last):.3g}, medians of {self.window}): start again with a lower lr than {c.lr:g}"
         )
         if k is None:
             return text
@@ -164,6 +163,15 @@ class Watch:
             f"{text}both probes of a direction give the same loss: the loss is too coarse to tell them apart ({fix}), "
             f"or train={c.train} does not reach what is scored"
         )
+
+
+def _median(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def _variance(values: Sequence[float]) -> float:
+    mean = sum(values) / len(values)
+    return sum((v - mean) ** 2 for v in values) / len(values)
 
 
 def is_memory(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -173,8 +173,9 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
         ) as tracker:  # fmt: skip
             try:
                 yield Session(folder, ledger, tracker, config, stop)
-            finally:  # steps that were under way when something stopped the run
-                tracker.fill(steps_of(ledger, config))
+            finally:  # steps that were under way when something stopped the run; what does not fit, a resume fills in
+                with suppress(UserError):
+                    tracker.fill(steps_of(ledger, config))
 
 
 def steps_of(ledger: Ledger, config: Config) -> list[dict[str, Any]]:
@@ -263,6 +264,8 @@ def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> di
 
 def save(config: Config, model: Any, tokenizer: Any, out: Path, result: Mapping[str, Any]) -> None:
     """Write a run's model as others load it, in the checkpoint's dtype or save_dtype."""
+    from safetensors import SafetensorError
+
     from zoft import models, space
 
     dtype = model.checkpoint_dtype if config.save_dtype == "auto" else space.DTYPES[config.save_dtype]
@@ -270,9 +273,12 @@ def save(config: Config, model: Any, tokenizer: Any, out: Path, result: Mapping[
     facts = {"task": config.task.name} | {k: getattr(config, k) for k in keys}
     for when in ("before", "after"):
         facts |= {f"{name} {when}": tracking.short(v) for name, v in result.get(when, {}).items()}
-    models.save(
-        model, tokenizer, out, dtype=dtype, card=models.model_card(models.resolve(config.model), facts)
-    )
+    card = models.model_card(models.resolve(config.model), facts)
+    try:
+        with writing(out):
+            models.save(model, tokenizer, out, dtype=dtype, card=card)
+    except SafetensorError as error:
+        raise UserError(f"cannot write {out}: {error}") from OSError(str(error))
 
 
 def summary(result: Mapping[str, Any]) -> str:
