@@ -20,10 +20,16 @@ LOOK_SECONDS = 1.0  # between looks whether the folder is still there
 
 def refuse_unwritable(key: str, folder: Path) -> None:
     """Raise UserError, before anything heavy, where a folder could not be made or written in."""
+    try:
+        folder.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise UserError(f"{key}={folder}: {error.strerror}; choose another name") from None
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
     if not os.path.isdir(there):
         raise UserError(f"{key}={folder}: {there} is no folder; choose another name")
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise UserError(f"{key}={folder}: {there} cannot be written in; choose another place")
 
 

@@ -109,17 +109,15 @@ def recipe(name: str) -> ModuleType:
 
 def claim(folder: Path) -> None:
     """Refuse a folder that holds a run, or files that a run would overwrite."""
+    refuse_unwritable("output_dir", folder)
     if (folder / "ledger").exists():
         raise UserError(
             f"output_dir={folder}: it holds a run; continue it with `zoft train --resume {folder}`, "
             "or choose another name with output_dir=…"
         )
-    refuse_unwritable("output_dir", folder)
     taken = [name for name in OURS if (folder / name).exists()]
-    if taken or (folder.exists() and not folder.is_dir()):
-        raise UserError(
-            f"output_dir={folder}: {taken[0] if taken else 'a file'} is in the way; choose another name"
-        )
+    if taken:
+        raise UserError(f"output_dir={folder}: {taken[0]} is in the way; choose another name")
 
 
 def absolute(config: Config) -> Config:
