@@ -41,7 +41,7 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
         return json.loads((Path(resume) / "result.json").read_text(encoding="utf-8"))
     if resume is None and not dry_run:
         claim(Path(str(config.output_dir)))
-    models.resolve(config.model)
+    models.check(models.resolve(config.model))
     tasks.look(config.task)
     # A signal that comes while things load says "resume me", too.
     with listening(str(resume or config.output_dir)), guards.memory(config):
@@ -69,20 +69,29 @@ def evaluate(config: Config, folder: str | Path | None = None) -> dict[str, Any]
                 f"with `zoft replay {folder} --out DIR` and evaluate that with model=DIR"
             )
         config = dataclasses.replace(config, model=str(saved))
-    from zoft import evaluate as evaluation
-    from zoft import setup, tasks
+    from zoft import models, tasks
 
-    config = setup.device(config)
-    data = tasks.load(config.task)
-    model, tokenizer, _ = setup.model(config)
-    train, held_out = setup.examples(config, tokenizer, data)
-    return evaluation.evaluate(model, held_out, train)
+    models.check(models.resolve(config.model))
+    tasks.look(config.task)
+    from zoft import evaluate as evaluation
+    from zoft import setup
+
+    with guards.memory(config):
+        config = setup.device(config)
+        data = tasks.load(config.task)
+        model, tokenizer, _ = setup.model(config)
+        train, held_out = setup.examples(config, tokenizer, data)
+        return evaluation.evaluate(model, held_out, train)
 
 
 def show_data(config: Config, count: int, say: Callable[[str], Any]) -> None:
     """Print the first examples of training as the model reads them, scored tokens in ⟦ ⟧."""
-    from zoft import setup, tasks
+    from zoft import models, tasks
     from zoft.encode import encode, show
+
+    models.check(models.resolve(config.model))
+    tasks.look(config.task)
+    from zoft import setup
 
     data = tasks.load(config.task)
     for note in data.notes:

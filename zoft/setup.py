@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,15 +55,7 @@ def model(config: Config) -> tuple[nn.Module, Any, str]:
 
 def tokenizer(config: Config) -> Any:
     """The tokenizer alone, without loading weights."""
-    source = models.resolve(config.model)
-    if source.kind == "gguf":
-        from zoft import gguf
-
-        made = gguf.tokenizer(gguf.read(Path(source.place)))
-        return made if made is not None else models.load(config.model)[1]
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(source.place, trust_remote_code=config.trust_remote_code)
+    return models.tokenizer(config.model, config.trust_remote_code)
 
 
 def examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[list[Example], list[Example]]:

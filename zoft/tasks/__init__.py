@@ -173,6 +173,10 @@ def _render(where: str, row: dict, prompt: list, target: list | None, settings: 
             raise UserError(f"{where}: column {column} is empty; fill it or leave the row out")
         if isinstance(value, (list, dict)):
             raise UserError(f"{where}: column {column} holds a {type(value).__name__}, not text")
+        if isinstance(value, (bytes, bytearray)):
+            raise UserError(f"{where}: column {column} holds bytes, not text")
+        if isinstance(value, str) and (bad := _no_text(value)):
+            raise UserError(f"{where}: column {column} holds {bad}; give it plain text")
     content = [template.as_text(row[c]) for c in read] or [template.fill(target or [], row, strip=False)]
     digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).digest()
     text = template.fill(prompt, row, strip=True)
@@ -188,6 +192,15 @@ def _render(where: str, row: dict, prompt: list, target: list | None, settings: 
         "key": int.from_bytes(digest, "big"),
         "words": sum(len(c.split()) for c in content),
     }
+
+
+def _no_text(value: str) -> str:
+    """What is in a text that no tokenizer takes, or nothing."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return "half of a character (a lone surrogate)"
+    return "a zero byte" if "\0" in value else ""
 
 
 def _gold(where: str, column: str, value: Any, labels: list[str]) -> int:

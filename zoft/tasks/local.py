@@ -14,6 +14,7 @@ from zoft.errors import UserError
 from zoft.tasks.template import near
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+LINE_MAX = 10_000_000  # characters of a row
 Rows = list[tuple[str, dict[str, Any]]]  # (where it stands, column -> value)
 
 
@@ -44,27 +45,30 @@ def look(key: str, place: str) -> None:
     path = Path(place).expanduser()
     if is_file(place):
         _suffix(key, path)
-        if not os.access(path, os.R_OK):
-            raise UserError(f"{key}={place}: cannot be read: permission denied")
+        if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise UserError(f"{key}={place}: cannot be read: Permission denied")
     elif _means_a_file(place, path):
         raise UserError(f"{key}={place}: {_why_no_file(path)}")
 
 
 def is_file(place: str) -> bool:
-    return Path(place).expanduser().is_file()
+    return os.path.isfile(Path(place).expanduser())
 
 
 def _means_a_file(place: str, path: Path) -> bool:
     hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(:\w+)?", place)
-    return path.is_dir() or path.suffix.lower() in FORMATS or not hub_id
+    return os.path.isdir(path) or path.suffix.lower() in FORMATS or not hub_id
 
 
 def _why_no_file(path: Path) -> str:
-    if path.is_dir():
+    if os.path.isdir(path):
         return f"is a folder; give one file ({', '.join(FORMATS)})"
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         return f"no such file: there is no folder {path.parent}"
-    return "no such file" + near(path.name, [p.name for p in path.parent.iterdir()])
+    try:
+        return "no such file" + near(path.name, os.listdir(path.parent))
+    except OSError as error:
+        return f"no such file that can be seen: {error.strerror}"
 
 
 def _file(key: str, path: Path) -> Rows:
@@ -110,12 +114,17 @@ def _jsonl(path: Path, text: str) -> Rows:
 
 
 def _object(where: str, line: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        said = (
-            f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "too deep"
+    if len(line) > LINE_MAX:
+        raise UserError(
+            f"{where}: {len(line) / 1e6:.0f} million characters in one line; a row is one example"
         )
+    try:
+        value = json.loads(line, object_pairs_hook=_once)
+    except json.JSONDecodeError as error:
+        said = f"{error.msg} at column {error.colno}"
+        raise UserError(f"{where}: bad JSON: {said}; one object a line is wanted") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a name twice
+        said = "nested too deep" if isinstance(error, RecursionError) else str(error)
         raise UserError(f"{where}: bad JSON: {said}; one object a line is wanted") from None
     if not isinstance(value, dict):
         raise UserError(f'{where}: a {type(value).__name__}, not an object; write {{"column": value, …}}')
@@ -124,13 +133,25 @@ def _object(where: str, line: str) -> dict[str, Any]:
 
 def _json(path: Path, text: str) -> Rows:
     try:
-        items = json.loads(text)
+        items = json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: bad JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        said = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{path}: bad JSON: {said}") from None
     for i, item in enumerate(items, 1):
         if not isinstance(item, dict):
             raise UserError(f"{path}: item {i} is a {type(item).__name__}, not an object with columns")
     return [(f"{path}: item {i}", item) for i, item in enumerate(items, 1)]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a name that comes twice JSON would silently keep the last."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice")
+    return made
 
 
 def _csv(path: Path, text: str, delimiter: str) -> Rows:
@@ -166,7 +187,7 @@ def _parquet(key: str, path: Path) -> Rows:
         raise UserError(f"{key}={path}: reading parquet needs pyarrow: pip install pyarrow") from None
     try:
         items = parquet.read_table(path).to_pylist()
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: not a whole parquet file: {' '.join(str(error).split())[:160]}") from None
     return [(f"{path}: row {i}", item) for i, item in enumerate(items, 1)]
 
@@ -179,6 +200,10 @@ def _hub(key: str, place: str, subset: str | None, held_out: bool) -> Rows:
             f"{key}={place}: no such file, and for a Hub data set the datasets package is needed: pip install datasets"
         ) from None
     name, _, split = place.partition(":")
+    if name in getattr(datasets.packaged_modules, "_PACKAGED_DATASETS_MODULES", ()):
+        raise UserError(
+            f"{key}={place}: no such file; {name} is a reader of the datasets package, not a data set"
+        )
     try:
         if not split:
             offered = datasets.get_dataset_split_names(name, subset)
