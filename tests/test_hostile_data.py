@@ -132,7 +132,7 @@ SETTINGS = {
     "evaluation, a folder": (["task.eval=tiny"], "is a folder"),
     "a subset of a file": (["task.subset=x"], "task.subset"),
     "a Hub data set that is not there": (["task.train=no/such-data"], "no such file, nor a data set"),
-    "a builder of pickles": (["task.train=pandas"], "task.train=pandas"),
+    "a reader of pickles": (["task.train=pandas"], "is a reader"),
     "attribute in the prompt": (["task.prompt={text.__class__}"], "more than a column's name"),
     "index in the prompt": (["task.prompt={text[0]}"], "more than a column's name"),
     "conversion in the prompt": (["task.prompt={text!r}"], "more than a column's name"),
@@ -184,13 +184,13 @@ def test_hostile_settings(place, name):
 def test_a_parquet_file_with_flipped_bits_is_read_or_refused(place):
     """A flipped bit may be one of the text; never is it a crash, nor more than a line."""
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    parquet = pytest.importorskip("pyarrow.parquet")
     from typer.testing import CliRunner
 
     from zoft.cli import app
 
     path = place / "d.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({k: [r[k] for r in GOOD] for k in GOOD[0]}), path)
+    parquet.write_table(pyarrow.table({k: [r[k] for r in GOOD] for k in GOOD[0]}), path)
     whole = path.read_bytes()
     refusals = 0
     for at in range(0, len(whole), max(1, len(whole) // 60)):
@@ -219,7 +219,7 @@ def test_links_pipes_and_permissions(place):
     (place / "shut.jsonl").chmod(0)
     (place / "closed").chmod(0)
     try:
-        for name, part in (("shut.jsonl", "permission denied"), ("closed/data.jsonl", "no such file")):
+        for name, part in (("shut.jsonl", "Permission denied"), ("closed/data.jsonl", "no such file")):
             with hostile.no_privileges(), pytest.MonkeyPatch.context() as patch:
                 patch.setattr(hostile, "digest", lambda folder: None)
                 hostile.refused(place, [*hostile.TRAIN, f"task.train={name}"], part)
@@ -244,7 +244,7 @@ def test_a_missing_file_is_refused_before_anything_heavy_loads(place):
         command = [sys.executable, "-c", code, *args]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(command, cwd=place, capture_output=True, text=True, env=env)
-        assert done.returncode == 2 and done.stderr == "error: task.train=no.jsonl: no such file\n", (
+        assert done.returncode == 2 and done.stderr.startswith("error: task.train=no.jsonl: no such file"), (
             done.stderr
         )
         assert done.stdout == "HEAVY []\n", done.stdout

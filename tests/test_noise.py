@@ -154,7 +154,17 @@ def test_elements_far_out(kind, start):
     shape = (kernels.FP32, n, 0)
     zero, target = np.uint64(0), np.uint64(out.data_ptr())
     kernels.run(
-        zero, kernels.ZERO, start, start + n, TID, kind == GAUSSIAN, zero, np.float32(0), plan, target, shape
+        zero,
+        kernels.ZERO,
+        start,
+        start + n,
+        TID,
+        kind == GAUSSIAN,
+        zero,
+        *[np.float32(0)] * 2,
+        plan,
+        target,
+        shape,
     )
     exact = twin.z(np.arange(start, start + n), TID, twin.key(SEED, STEP, 2), kind)
     assert np.abs(out.numpy() - exact).max() <= (noise.GAUSSIAN_BOUND if kind == GAUSSIAN else 0)
@@ -293,6 +303,67 @@ def test_advance_is_the_twin_bit_for_bit(n, dtype, kind, with_momentum):
     assert not np.array_equal(twin.numbers(theta), twin.numbers(before))
     if momentum is not None:
         assert np.array_equal(twin.numbers(momentum), twin.numbers(torch.from_numpy(buffer)))
+
+
+RESTORES = (  # in-place probing: there and back, with an update on the way, with a no-op, with nothing
+    noise.move(SEED, STEP, 0, 0.01),
+    noise.move(SEED, STEP, 0, -0.02),
+    Update(STEP, SEED, (3e-3,), restore=0.01),
+    noise.move(SEED, STEP + 1, 2, -0.5),
+    Update(STEP + 1, SEED, (1e-3, 0.0, -2e-3), 0.75, 0.5),
+    noise.move(SEED, STEP + 2, 1, 3e-8),
+    Update(STEP + 2, SEED, (0.0, -0.0), restore=-3e-8),
+    noise.move(SEED, STEP + 3, 0, 0.25),
+    Update(STEP + 3, SEED, (7.0,), noise.NOTHING, -0.25),
+    Update(STEP + 4, SEED, (7.0,), noise.NOTHING),
+    Update(STEP + 5, SEED, (), 0.5),
+    noise.move(SEED, STEP + 6, 0, 0.125),
+)
+
+
+@pytest.mark.parametrize("beta", (None, 0.0, 0.9))
+@pytest.mark.parametrize("kind", (GAUSSIAN, RADEMACHER))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_restores_are_the_twins_bit_for_bit(dtype, kind, beta):
+    n = 500
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    before = weights(n, dtype)
+    momentum = None if beta is None else weights(n, wide, seed=1)
+    for upto in (7, len(RESTORES)):
+        theta, buffer = before.clone(), None if momentum is None else momentum.clone()
+        expected, twins = twin.advance(
+            before,
+            lambda u, k: drawn(n, k, u.step, kind).numpy(),
+            lambda u: twin.rounding_bits(np.arange(n), TID, twin.key(u.seed, u.step, 0)),
+            RESTORES[:upto],
+            momentum,
+            beta or 0.0,
+        )
+        noise.advance(theta, TID, RESTORES[:upto], kind, momentum=buffer, beta=beta or 0.0)
+        assert np.array_equal(twin.numbers(theta), expected), upto
+        if buffer is not None:
+            assert np.array_equal(twin.numbers(buffer), twin.numbers(torch.from_numpy(twins)))
+
+
+@pytest.mark.parametrize("kind", (GAUSSIAN, RADEMACHER))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_pass_with_restore_update_and_move_is_as_many_passes(dtype, kind):
+    whole, pieces = weights(3000, dtype), weights(3000, dtype)
+    noise.advance(whole, TID, RESTORES, kind)
+    for u in RESTORES:
+        if u.is_nothing and u.restore:
+            probe = [(len(u.multipliers) - 1, u.restore)]
+            noise.perturb(pieces, TID, pieces[None], probe, seed=u.seed, step=u.step, noise=kind)
+        else:
+            noise.advance(pieces, TID, [u], kind)
+    assert same_bits(whole, pieces)
+    fused, (update, end) = weights(3000, dtype), RESTORES[2:4]
+    where = {"seed": SEED, "step": end.step, "noise": kind}
+    noise.perturb(fused, TID, fused[None], [(2, end.restore)], updates=[update], **where)
+    apart = weights(3000, dtype)
+    noise.advance(apart, TID, [update], kind)
+    noise.perturb(apart, TID, apart[None], [(2, end.restore)], **where)
+    assert same_bits(fused, apart)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -479,6 +550,43 @@ def test_gather_is_rows_of_the_dense_probe(width, dtype, kind):
         assert same_bits(out, dense[0][rows])
     with pytest.raises(IndexError, match="11"):
         noise.gather(theta, TID, torch.tensor([0, 11]), out[:2], 2, 0.1, **where)
+
+
+@pytest.mark.parametrize("kind", (GAUSSIAN, RADEMACHER))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_of_a_tensor_have_the_bits_of_the_whole(dtype, kind):
+    where = {"seed": SEED, "step": STEP + 3, "noise": kind}
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    shape, keep = (9, 640), torch.bfloat16
+    theta, momentum = weights(9 * 640, dtype).view(shape), weights(9 * 640, wide, 1).view(shape)
+    parts, buffers = theta.clone(), momentum.clone()
+    out = torch.empty(len(PROBES), *shape, dtype=keep)
+    updates = {"updates": UPDATES, "beta": 0.9}
+    noise.perturb(theta, TID, out, PROBES, momentum=momentum, **updates, **where)
+    for r0, r1 in ((0, 1), (1, 4), (4, 9)):
+        some, buffer, at = parts[r0:r1], buffers[r0:r1], {"start": r0 * 640}
+        if r0 == 1:
+            noise.advance(some, TID, UPDATES, kind, momentum=buffer, beta=0.9, **at)
+            made = torch.empty(len(PROBES), r1 - r0, 640, dtype=keep)
+            noise.perturb(some, TID, made, PROBES, **where, **at)
+        else:
+            made = torch.empty(len(PROBES), r1 - r0, 640, dtype=keep)
+            noise.perturb(some, TID, made, PROBES, momentum=buffer, **updates, **where, **at)
+        assert same_bits(made, out[:, r0:r1])
+        rows = torch.empty(2, 640, dtype=keep)
+        noise.gather(some, TID, torch.tensor([r1 - r0 - 1, 0]), rows, *PROBES[2], **where, **at)
+        assert same_bits(rows, out[2, [r1 - 1, r0]])
+    assert same_bits(parts, theta) and same_bits(buffers, momentum)
+    with pytest.raises(AssertionError, match="64"):
+        noise.advance(parts[1:], TID, UPDATES, kind, start=64)
+
+
+def test_parts_far_out():
+    start = 2**35 + 128 * 7
+    theta = torch.zeros(500)
+    noise.advance(theta, TID, [Update(STEP, SEED, (1.0,))], RADEMACHER, start=start)
+    exact = twin.z(np.arange(start, start + 500), TID, twin.key(SEED, STEP, 0), RADEMACHER)
+    assert np.array_equal(theta.numpy(), exact)
 
 
 def test_nothing_touches_the_global_generators():

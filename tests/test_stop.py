@@ -105,7 +105,7 @@ def test_a_stopped_run_ends_with_the_same_bits(place, numbers):
     assert process.returncode == RESUME, said
     assert said.splitlines()[-1] == f"stopped; continue with `zoft train --resume {name}`"
     assert "Traceback" not in said
-    steps = len(read(place / name / "ledger")[1])
+    steps = len(read(place / name / "ledger").records)
     assert 19 <= steps < STEPS and not (place / name / "result.json").exists()
     if len(numbers) == 1:  # every step of the ledger has its line, too
         assert json.loads(metrics.read_text().splitlines()[-1])["step"] == steps - 1

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +71,19 @@ class Config:
     lr: float = key(1e-6, "learning rate; full-parameter MeZO wants 1e-7 to 1e-5", least=0)
     schedule: str = key("constant", "learning rate over the steps", one_of=("constant", "linear", "cosine"))
     warmup: float = key(0, "warm-up steps; below 1, a fraction of all steps", least=0)
+    clip: float | None = key(
+        None, "largest projected gradient (l+ - l-)/2eps that a step may use; null: any", above=0
+    )
+    meazo: float = key(
+        0.0,
+        "divide steps by the root of the projected gradient's running second moment, of this decay (0.99); lr is then "
+        "the size of a step; 0 does not",
+        least=0,
+        below=1,
+    )
+    max_forwards: int | None = key(
+        None, "stop at so many forwards (examples × probes): fewer steps than `steps` if need be", least=1
+    )
     weight_decay: float = key(0.0, "decoupled decay, times lr, not for biases and norms", least=0)
     momentum: float = key(0.0, "0 keeps no buffer", least=0, below=1)
     eps: float = key(1e-3, "probe size: the loss is asked at θ ± eps·z", above=0, most=1000)
@@ -105,10 +120,56 @@ class Config:
     on_divergence: str = key(
         "warn", "what a loss that stays above its start does to the run", one_of=("warn", "stop")
     )
+    sync: int | str = key(
+        "end",
+        "when the ledger's steps are forced to the disk, where a power cut cannot take them: at the end (and before "
+        "anything that depends on them), after each step, or with the first step after so many seconds",
+        least=1,
+        one_of=("end", "step"),
+    )
+    denoise_every: int = key(
+        0,
+        "steps between rebuilds of 16-bit weights from base and ledger, summed in fp32 and rounded once; "
+        "the end of the run has one too, 0 has none",
+        least=0,
+    )
+    snapshot_every: int = key(0, "steps between snapshots, which shorten a resume; 0 takes none", least=0)
+    keep_last: int = key(2, "snapshots to keep, the newest ones", least=1)
+    keep_best: int = key(0, "snapshots to keep besides, the best ones by best_by", least=0)
+    best_by: str = key(
+        "loss",
+        "metric of the evaluations that keep_best goes by",
+        one_of=("loss", "perplexity", "accuracy", "macro_f1", "auc", "calibrated_accuracy"),
+    )
     output_dir: str | None = key(None, "folder of the run; null is runs/<config>-seed<seed>")
     save_model: bool = key(True, "write model/ at the end")
     track: str = key("none", "log elsewhere too; metrics.jsonl is always written", one_of=("none", "wandb"))
     trust_remote_code: bool = key(False, "run code that comes with a model; only on the command line")
+
+
+# Keys that do not decide the weights: where a run is, how it is watched and kept. A run may go on under others.
+FREE = ("model", "output_dir", "device", "threads", "probes_per_forward", "cache_frozen", "eval_every", "eval_limit",
+        "sync", "snapshot_every", "keep_last", "keep_best", "best_by", "save_model", "save_dtype", "track",
+        "trust_remote_code", "task.train", "task.eval")  # fmt: skip
+
+
+def digests(config: Config) -> dict[str, str]:
+    """A short hash of the value of each key but FREE ones."""
+    tree = dataclasses.asdict(config)
+    flat = tree | {f"task.{k}": v for k, v in tree.pop("task").items()}
+    found = {}
+    for name, value in flat.items():
+        if name not in FREE:
+            value = int(value) if isinstance(value, float) and value.is_integer() else value  # 0 is 0.0
+            text = json.dumps(value, sort_keys=True, default=str)
+            found[name] = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    return found
+
+
+def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The keys in which two configs differ, from their `digests`; one that a side does not know has its default."""
+    usual = digests(Config())
+    return [k for k in {**before, **now} if before.get(k, usual.get(k)) != now.get(k, usual.get(k))]
 
 
 def fields() -> dict[str, dataclasses.Field[Any]]:
@@ -155,6 +216,7 @@ def check(config: Config) -> Config:
         raise UserError("task is not set: task=reviews, task=trec or task=local (or --config; see `zoft ls`)")
     if config.warmup >= 1 and config.warmup != int(config.warmup):
         raise UserError(f"warmup={config.warmup:g}: give whole steps, or a fraction below 1 of all steps")
+    _check_snapshots(config)
     if config.warmup > config.steps:
         raise UserError(f"warmup={config.warmup:g}: must not exceed steps={config.steps}")
     if re.fullmatch(r"last-0+", config.train):
@@ -181,6 +243,22 @@ def check(config: Config) -> Config:
         choices[name] = v
     config.task.choices = choices
     return config
+
+
+def _check_snapshots(config: Config) -> None:
+    every, found = config.snapshot_every, fields()
+    unused = ("keep_last", "keep_best", "best_by") if not every else () if config.keep_best else ("best_by",)
+    for name in unused:
+        if getattr(config, name) != found[name].default:
+            wanted = "keep_best" if every else "snapshot_every"
+            raise UserError(f"{name}={getattr(config, name)}: does nothing without {wanted}; set that too")
+    if every > config.steps:
+        raise UserError(f"snapshot_every={every}: must not exceed steps={config.steps}")
+    if config.keep_best and (not config.eval_every or every % config.eval_every):
+        raise UserError(
+            f"keep_best={config.keep_best}: each snapshot needs an evaluation at its step: "
+            f"set eval_every={every}, or to a divisor of it"
+        )
 
 
 def _check_value(name: str, value: Any, f: dataclasses.Field[Any]) -> None:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +134,7 @@ def load(model: str, *, dtype: Any = "auto", trust_remote_code: bool = False) ->
     _refuse_whole_numbers(model, loaded, held)
     _refuse_words_without_weights(model, loaded, tokenizer)
     _refuse_non_finite(model, loaded)
-    _set_pad_token(tokenizer)
+    set_pad_token(tokenizer)
     return loaded, tokenizer
 
 
@@ -246,10 +246,14 @@ def tokenizer(model: str, trust_remote_code: bool = False) -> Any:
             from zoft import gguf
 
             made = gguf.tokenizer(gguf.read(Path(source.place)))
-            return made if made is not None else load(model)[1]
-        from transformers import AutoTokenizer
+            if made is None:
+                return load(model)[1]
+        else:
+            from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(source.place, trust_remote_code=trust_remote_code)
+            made = AutoTokenizer.from_pretrained(source.place, trust_remote_code=trust_remote_code)
+    set_pad_token(made)
+    return made
 
 
 def _refuse_whole_numbers(name: str, model: nn.Module, held: dict[str, str]) -> None:
@@ -284,7 +288,8 @@ def _refuse_non_finite(name: str, model: nn.Module) -> None:
             raise UserError(f"model={name}: tensor {key} holds NaN or infinity; the checkpoint is damaged")
 
 
-def _set_pad_token(tokenizer: Any) -> None:
+def set_pad_token(tokenizer: Any) -> None:
+    """Give a tokenizer without a pad token one that exists; embeddings are not resized."""
     if tokenizer.pad_token_id is None:
         # Padding is masked and never scored, so any token that exists will do.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
@@ -297,9 +302,14 @@ def fingerprint(model: nn.Module) -> str:
     each larger tensor stand for it, and the result says "sampled". The same on every device.
     """
     tensors = _tensors(model)
-    whole = sum(t.numel() * t.element_size() for t in tensors.values()) <= FULL_HASH_BYTES
+    return hashed(tensors.items(), sum(t.nbytes for t in tensors.values()))
+
+
+def hashed(tensors: Iterable[tuple[str, torch.Tensor]], size: int) -> str:
+    """The fingerprint of tensors that come one by one; size: bytes of all of them."""
+    whole = size <= FULL_HASH_BYTES
     h = hashlib.blake2b(digest_size=16)
-    for name, t in tensors.items():
+    for name, t in tensors:
         h.update(f"{name} {tuple(t.shape)} {t.dtype}\n".encode())
         flat = t.detach().reshape(-1)
         if not whole and flat.numel() > SAMPLE:
@@ -335,20 +345,32 @@ def save(model: Any, tokenizer: Any, out_dir: str | Path, *, dtype: Any = "auto"
     floating tensors on disk, or "auto": each as it is. card: text of README.md, see model_card().
     Errors: UserError where a value does not fit in dtype.
     """
+    with whole(out_dir) as folder:
+        with _quiet():
+            model.save_pretrained(folder, state_dict=_cast(model, dtype))
+        finish_folder(folder, tokenizer, dtype, card)
+
+
+def finish_folder(folder: Path, tokenizer: Any, dtype: Any, card: str) -> None:
+    """What goes with weights and config.json: the dtype in it, the tokenizer, the model card."""
+    if dtype != "auto":
+        # save_pretrained writes the dtype that the model in memory has.
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save_pretrained(folder)
+    if card:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def whole(out_dir: str | Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name out_dir when the context ends well, in place of an older one."""
     out = Path(out_dir)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        with _quiet():
-            model.save_pretrained(temporary, state_dict=_cast(model, dtype))
-        if dtype != "auto":
-            # save_pretrained writes the dtype that the model in memory has.
-            config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
-            config["dtype"] = str(dtype).removeprefix("torch.")
-            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        tokenizer.save_pretrained(temporary)
-        if card:
-            (temporary / "README.md").write_text(card, encoding="utf-8")
+        yield temporary
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)  # mkdtemp's folder is private, and so are safetensors' files
@@ -366,19 +388,23 @@ def save(model: Any, tokenizer: Any, out_dir: str | Path, *, dtype: Any = "auto"
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _cast(model: nn.Module, dtype: Any) -> dict[str, torch.Tensor]:
+def cast(name: str, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor to save, on the CPU in dtype. Raises UserError for values that it cannot hold."""
     import torch
 
+    made = t.to("cpu", dtype)
+    if made.dtype != t.dtype and made.numel() and not torch.stack(torch.aminmax(made)).isfinite().all():
+        raise UserError(f"save_dtype: {name} has values that {dtype} cannot hold; use bf16 or fp32")
+    return made
+
+
+def _cast(model: nn.Module, dtype: Any) -> dict[str, torch.Tensor]:
     done: dict[tuple, torch.Tensor] = {}  # ties stay ties
     out = {}
     for name, t in model.state_dict().items():
         if dtype != "auto" and t.is_floating_point() and t.dtype != dtype:
             if _place(t) not in done:
-                cast = done[_place(t)] = t.to("cpu", dtype)
-                if cast.numel() and not torch.stack(torch.aminmax(cast)).isfinite().all():
-                    raise UserError(
-                        f"save_dtype: {name} has values that {dtype} cannot hold; use bf16 or fp32"
-                    )
+                done[_place(t)] = cast(name, t, dtype)
             t = done[_place(t)]
         out[name] = t
     return out
