@@ -5,21 +5,22 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from zoft import compose, tracking
+from zoft import compose, guards, tracking
 from zoft.config import Config, changed
 from zoft.due import due, next_stop
-from zoft.errors import UserError
+from zoft.errors import UserError, writing
+from zoft.folder import Presence, kept, refuse_unwritable, write
 from zoft.stop import Stop, listening
+from zoft.tracking import logged
 
 if TYPE_CHECKING:
     from zoft.ledger import Ledger, Log
@@ -40,16 +41,19 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
 
     Returns result.json's content. Raises UserError before anything heavy where a mistake shows early.
     """
-    from zoft import models
+    from zoft import models, tasks
 
     tracking.require(config.track)
     if resume and (Path(resume) / "result.json").exists():
         print(f"{resume}: this run is finished; its result follows", file=sys.stderr)
-        return json.loads((Path(resume) / "result.json").read_text(encoding="utf-8"))
+        return outcome(Path(resume))
     if resume is None and not dry_run:
         claim(Path(str(config.output_dir)))
-    models.resolve(config.model)
-    return recipe(config.recipe).run(within(absolute(config)), resume=resume, dry_run=dry_run)
+    models.check(models.resolve(config.model))
+    tasks.look(config.task)
+    # A signal that comes while things load says "resume me", too.
+    with listening(str(resume or config.output_dir)), guards.memory(config):
+        return recipe(config.recipe).run(within(absolute(config)), resume=resume, dry_run=dry_run)
 
 
 def within(config: Config) -> Config:
@@ -146,20 +150,29 @@ def evaluate(config: Config, folder: str | Path | None = None) -> dict[str, Any]
                 f"with `zoft replay {folder} --out DIR` and evaluate that with model=DIR"
             )
         config = dataclasses.replace(config, model=str(saved))
-    from zoft import evaluate as evaluation
-    from zoft import setup, tasks
+    from zoft import models, tasks
 
-    config = setup.device(config)
-    data = tasks.load(config.task)
-    model, tokenizer, _ = setup.model(config)
-    train, held_out = setup.examples(config, tokenizer, data)
-    return evaluation.evaluate(model, held_out, train)
+    models.check(models.resolve(config.model))
+    tasks.look(config.task)
+    from zoft import evaluate as evaluation
+    from zoft import setup
+
+    with guards.memory(config):
+        config = setup.device(config)
+        data = tasks.load(config.task)
+        model, tokenizer, _ = setup.model(config)
+        train, held_out = setup.examples(config, tokenizer, data)
+        return evaluation.evaluate(model, held_out, train)
 
 
 def show_data(config: Config, count: int, say: Callable[[str], Any]) -> None:
     """Print the first examples of training as the model reads them, scored tokens in ⟦ ⟧."""
-    from zoft import setup, tasks
+    from zoft import models, tasks
     from zoft.encode import encode, show
+
+    models.check(models.resolve(config.model))
+    tasks.look(config.task)
+    from zoft import setup
 
     data = tasks.load(config.task)
     for note in data.notes:
@@ -186,16 +199,15 @@ def recipe(name: str) -> ModuleType:
 
 def claim(folder: Path) -> None:
     """Refuse a folder that holds a run, or files that a run would overwrite."""
+    refuse_unwritable("output_dir", folder)
     if (folder / "ledger").exists():
         raise UserError(
             f"output_dir={folder}: it holds a run; continue it with `zoft train --resume {folder}`, "
             "or choose another name with output_dir=…"
         )
     taken = [name for name in OURS if (folder / name).exists()]
-    if taken or (folder.exists() and not folder.is_dir()):
-        raise UserError(
-            f"output_dir={folder}: {taken[0] if taken else 'a file'} is in the way; choose another name"
-        )
+    if taken:
+        raise UserError(f"output_dir={folder}: {taken[0]} is in the way; choose another name")
 
 
 def absolute(config: Config) -> Config:
@@ -236,17 +248,29 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
     if resume and (folder / "ledger").exists():
         ledger = Ledger.open(folder / "ledger", sync=config.sync)
     else:
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         write(folder / "config.yaml", compose.to_yaml(config))
         write(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
         ledger = Ledger.create(folder / "ledger", dict(header), sync=config.sync)
-    with ledger, listening(str(folder)) as stop:
+    with kept(ledger), ledger, listening(str(folder)) as stop:
         agree(ledger.header, header, folder)
         with tracking.Tracker(
             folder, config.steps, track=config.track, config=dataclasses.asdict(config),
-            resume_step=ledger.last_step + 1, device=config.device,
+            resume_step=ledger.last_step + 1, known=steps_of(ledger, config), device=config.device,
         ) as tracker:  # fmt: skip
-            yield Session(folder, ledger, tracker, config, stop)
+            try:
+                yield Session(folder, ledger, tracker, config, stop)
+            finally:  # steps that were under way when something stopped the run; what does not fit, a resume fills in
+                with suppress(UserError):
+                    tracker.fill(steps_of(ledger, config))
+
+
+def steps_of(ledger: Ledger, config: Config) -> list[dict[str, Any]]:
+    """The metrics of the steps that a ledger has."""
+    from zoft.trainer import metrics_of
+
+    return [metrics_of(record, config.eps) for record in ledger.records]
 
 
 def agree(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
@@ -284,10 +308,16 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
     past = next((row["seconds"] for row in reversed(seen) if "seconds" in row), 0.0)
     log = Log(s.ledger.header, s.ledger.records, s.ledger.events)  # the ledger's own lists: they grow
     catch_up(trainer, s.folder, config, log, t.note)
+    watch = guards.Watch(config, trainer.axis.trained, steps_of(s.ledger, config))
+    folder = Presence(s.ledger, {"config.yaml": compose.to_yaml(config)})
 
     def on_step(metrics: dict[str, Any]) -> None:
         seconds = past + time.monotonic() - began - paused
+        lines = watch.see(metrics)
         t.step(metrics.pop("step"), **metrics, seconds=round(seconds, 3))
+        for line in lines:
+            t.note(line)
+        folder.look()
         if trainer.settings.probes_per_forward != s.config.probes_per_forward:  # a batch could not be stacked
             s.config = dataclasses.replace(s.config, probes_per_forward=trainer.settings.probes_per_forward)
             write(s.folder / "config.yaml", compose.to_yaml(s.config))  # on resume, too, for the same bits
@@ -354,6 +384,7 @@ def catch_up(trainer: Trainer, folder: Path, config: Config, log: Log, say: Call
 
 def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> dict[str, Any]:
     """Save the model and, last of all, result.json: its presence says that the run is complete."""
+    Presence(s.ledger, {"config.yaml": compose.to_yaml(s.config)}).look(now=True)
     if s.config.save_model:
         save(s.config, model, tokenizer, s.folder / "model", result)
     result = {**result, "output_dir": str(s.folder)}
@@ -365,10 +396,16 @@ def save(
     config: Config, model: Any, tokenizer: Any, out: Path, result: Mapping[str, Any], **facts: Any
 ) -> None:
     """Write a run's model as others load it, in the checkpoint's dtype or save_dtype; facts: more for its card."""
+    from safetensors import SafetensorError
+
     from zoft import models, space
 
     dtype = model.checkpoint_dtype if config.save_dtype == "auto" else space.DTYPES[config.save_dtype]
-    models.save(model, tokenizer, out, dtype=dtype, card=card(config, result, **facts))
+    try:
+        with writing(out):
+            models.save(model, tokenizer, out, dtype=dtype, card=card(config, result, **facts))
+    except SafetensorError as error:
+        raise UserError(f"cannot write {out}: {error}") from OSError(str(error))
 
 
 def card(config: Config, result: Mapping[str, Any], **facts: Any) -> str:
@@ -385,24 +422,16 @@ def card(config: Config, result: Mapping[str, Any], **facts: Any) -> str:
 def outcome(folder: Path) -> dict[str, Any]:
     """result.json's content, empty for a run that is not finished."""
     path = folder / "result.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file so that its name never holds half of it."""
-    draft = path.with_name(f".{path.name}.new")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-
-
-def logged(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl."""
-    return (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    )
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+        summary(found)
+        return found
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise UserError(
+            f"{path}: damaged; delete it, and `zoft train --resume {folder}` writes it again"
+        ) from None
 
 
 def summary(result: Mapping[str, Any]) -> str:

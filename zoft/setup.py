@@ -15,6 +15,7 @@ from torch import nn
 
 from zoft import (
     __version__,
+    guards,
     models,
     noise,
     objective,
@@ -74,19 +75,7 @@ def model(config: Config) -> tuple[nn.Module, Any, str]:
 
 def tokenizer(config: Config) -> Any:
     """The tokenizer alone, without loading weights."""
-    source = models.resolve(config.model)
-    if source.kind == "gguf":
-        from zoft import gguf
-
-        made = gguf.tokenizer(gguf.read(Path(source.place)))
-        if made is None:
-            return models.load(config.model)[1]
-    else:
-        from transformers import AutoTokenizer
-
-        made = AutoTokenizer.from_pretrained(source.place, trust_remote_code=config.trust_remote_code)
-    models.set_pad_token(made)
-    return made
+    return models.tokenizer(config.model, config.trust_remote_code)
 
 
 def examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[list[Example], list[Example]]:
@@ -302,6 +291,8 @@ def trainer(
     config: Config, loaded: nn.Module, made: ProbeAxis | InPlace, train: Sequence[Example], ledger: Ledger
 ) -> Trainer:
     """The trainer of a run: on a GPU, one whose steps are captured."""
+    for line in guards.at_start(config, made.trained) if ledger.last_step < 0 else ():
+        say(line)
     at = batches(config, train)
     if not config.device.startswith("cuda") or config.storage == "fp64":
         return Trainer(loaded, made, at, ledger, settings(config))
@@ -363,6 +354,8 @@ def plan(
     held_out: Sequence[Example],
 ) -> dict[str, Any]:
     """What a run would do: the resolved config and the counts that follow from it."""
+    for line in guards.at_start(config, trained):
+        say(line)
     numbers = sum(t.stored.numel() for t in trained)
     realised = precision.realised(trained, config.eps, seed=config.seed, kind=config.noise)
     weakest = min(realised, key=lambda name: realised[name])
