@@ -322,6 +322,15 @@ def test_a_damaged_or_foreign_header_is_refused(tmp_path):
         read(path)
 
 
+@pytest.mark.parametrize("text", [b"[1]", b"7", b"{", b"\xff\xfe", b""])
+def test_a_header_that_is_no_json_object_is_refused_whatever_its_checksum(tmp_path, text):
+    head = b"zoft\r\n\x1a\n" + struct.pack("<II", 2, len(text)) + text
+    (tmp_path / "ledger").write_bytes(head + struct.pack("<I", zlib.crc32(head)))
+    for call in (read, Ledger.open):
+        with pytest.raises(UserError, match="no JSON object"):
+            call(tmp_path / "ledger")
+
+
 def test_a_missing_file_a_folder_and_an_existing_run_are_refused(tmp_path):
     for call in (read, Ledger.open):
         with pytest.raises(UserError, match="No such file"):
@@ -414,6 +423,26 @@ def test_twenty_thousand_steps_fit_in_700_kB(tmp_path):
             ledger.append(step(i, q=1))
     assert (tmp_path / "ledger").stat().st_size <= 700_000
     assert len(read(tmp_path / "ledger").records) == 20_000
+
+
+def test_so_do_they_with_the_header_of_a_large_model(tmp_path):
+    """All tensors of a 13 B model named: the header, 32 bytes a step, and nothing else."""
+    import torch
+    import transformers as hf
+
+    from zoft import setup, space
+    from zoft.config import Config, Task
+
+    shape = {"hidden_size": 5120, "word_embed_proj_dim": 5120, "ffn_dim": 20480, "num_hidden_layers": 40}
+    with torch.device("meta"):
+        model = hf.OPTForCausalLM(hf.OPTConfig(num_attention_heads=40, **shape))
+    trained = space.adopt(model, space.train_names(model, "all"))
+    config = Config(model="m", task=Task(name="local"), storage="fp16", compute="bf16")
+    header = setup.header(config, "blake2b-sampled:" + "0" * 32, trained)
+    with Ledger.create(tmp_path / "ledger", header) as ledger:
+        ledger.append(step(0, q=1))
+    assert len(trained) > 600
+    assert (tmp_path / "ledger").stat().st_size + 19_999 * 32 <= 700_000
 
 
 def test_updates_are_the_steps_that_were_not_skipped(tmp_path):

@@ -128,7 +128,9 @@ def test_fifty_steps_are_those_of_a_twin_that_keeps_its_masks(tmp_path, mask, st
         elif t.stored.itemsize == 2:
             assert (got == theta[n]).mean() > 0.99, n
         else:
-            assert (np.abs(got - theta[n]) < 2e-6).mean() > 0.99, n  # what is near h may fall to either side of it
+            assert (np.abs(got - theta[n]) < 2e-6).mean() > 0.99, (
+                n
+            )  # what is near h may fall to either side of it
         crossed += int((moving[n] != first[n]).sum())
         assert (got[~first[n]] != start[~first[n]]).sum() == 0 or mask == "magnitude"
     # Members come and go by magnitude; at random they never do.

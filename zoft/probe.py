@@ -7,7 +7,7 @@ the seed in a scratch buffer. θ itself is only read, or brought up to date by u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -133,26 +133,60 @@ class ProbeAxis:
 
         first: index of the group's first probe among axis.probes.
         """
-        need = self.used + sum(routes.nbytes(t) for t in tensors) * len(group)
-        if not self._arenas or self._arenas[-1].numel() < need:
-            device = self.trained[0].stored.device
-            self._arenas.append(torch.empty(max(need, self.scratch_bytes), dtype=torch.uint8, device=device))
-        offset, made = self.used, []
+        arena = self._room(sum(routes.nbytes(t) for t in tensors) * len(group))
+        offset, made = 0, []
         for t in tensors:
             size = t.stored.numel() * t.compute.itemsize * len(group)
-            out = self._arenas[-1][offset : offset + size].view(t.compute).view(len(group), *t.stored.shape)
+            out = arena[offset : offset + size].view(t.compute).view(len(group), *t.stored.shape)
             offset += routes.nbytes(t) * len(group)
             self._fill(t, out, group, first)
+            self._mark(t)
             made.append(out)
         return made
 
-    def _fill(self, t: Trained, out: torch.Tensor, group: list[Probe], first: int) -> None:
-        """One pass over θ: the updates it lacks, then the probes of the group into out [G, *shape]."""
+    def slabs(
+        self, t: Trained, group: list[Probe], first: int
+    ) -> Generator[tuple[slice, torch.Tensor], None, None]:
+        """(rows, [G, r, D]): a matrix at the probes of the group, some rows at a time, in scratch that the next ones reuse.
+
+        To be closed: what is pending reaches all rows, whatever happens to the one who asks.
+        """
+        step, end = routes.slab_rows(t), 0
+        size = t.stored.shape[1] * t.compute.itemsize * len(group)
+        try:
+            while end < len(t.stored):
+                rows = slice(end, min(end + step, len(t.stored)))
+                r = rows.stop - rows.start
+                out = self._room(r * size)[: r * size].view(t.compute).view(len(group), r, -1)
+                self._fill(t, out, group, first, rows)
+                end = rows.stop
+                yield rows, out
+        finally:
+            if end < len(t.stored):
+                self._fill(t, None, [], first, slice(end, len(t.stored)))
+            self._mark(t)
+
+    def _room(self, size: int) -> torch.Tensor:
+        """Scratch of that many bytes at least, after what running sites hold."""
+        need = self.used + size
+        if not self._arenas or self._arenas[-1].numel() < need:
+            device = self.trained[0].stored.device
+            self._arenas.append(torch.empty(max(need, self.scratch_bytes), dtype=torch.uint8, device=device))
+        return self._arenas[-1][self.used :]
+
+    def _fill(
+        self, t: Trained, out: torch.Tensor | None, group: list[Probe], first: int, rows: slice = slice(None)
+    ) -> None:
+        """One pass over rows of θ: the updates they lack, then the probes of the group into out [G, *shape of the rows]."""
+        updates = update.due(t, self.updates, self.beta)
         noise.perturb(
-            t.stored, t.id, out, group, seed=self.seed, step=self.step, noise=self.kind,
-            updates=update.due(t, self.updates, self.beta), momentum=t.momentum, beta=self.beta, floor=t.floor,
-            mask=t.mask,
+            routes.part(t.stored, rows), t.id, out, group, seed=self.seed, step=self.step, noise=self.kind, updates=updates,
+            momentum=None if t.momentum is None else routes.part(t.momentum, rows), beta=self.beta,
+            start=routes.start(t.stored, rows), floor=t.floor, mask=t.mask,
         )  # fmt: skip
+
+    def _mark(self, t: Trained) -> None:
+        """Note that all of a tensor has what was pending."""
         update.mark(t, self.updates)
 
     def gathered(self, t: Trained, rows: torch.Tensor, group: list[Probe], first: int) -> torch.Tensor:
@@ -167,6 +201,10 @@ class ProbeAxis:
     def shortcut(self, site: Site) -> Callable | None:
         """A direct route for this site, or None: its own forward, once per probe."""
         return routes.fast(site)
+
+    def scratch_held(self) -> int:
+        """Bytes of scratch that are allocated now."""
+        return sum(a.numel() for a in self._arenas)
 
     def release(self) -> None:
         """Give the scratch back; the routes refer to the axis, so that it would wait for a garbage collection."""

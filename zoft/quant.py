@@ -56,9 +56,7 @@ class QuantLinear(nn.Module):
         self.transposed = transposed  # stood for a Conv1D
         width = -(-self.in_features // group)  # groups in a row
         made: dict[str, Any] = {"dtype": torch.uint8, "device": device}
-        self.register_buffer(
-            "codes", torch.zeros(self.out_features, width * self.padded * bits // 8, **made)
-        )
+        self.register_buffer("codes", torch.zeros(self.out_features, width * self.padded * bits // 8, **made))
         self.scales = Scales(torch.ones(self.out_features, width, device=device), requires_grad=False)
         self.register_buffer("zeros", torch.zeros(self.out_features, width, **made) if zeros else None)
         order = torch.arange(self.in_features, dtype=torch.int32, device=device) if ordered else None
@@ -151,7 +149,9 @@ def product(
     if fused(layer, x, scales):
         from zoft import quant_triton
 
-        quant_triton.product(layer, x.contiguous(), scales.contiguous(), bias, y, cast(Scales, layer.scales).log)
+        quant_triton.product(
+            layer, x.contiguous(), scales.contiguous(), bias, y, cast(Scales, layer.scales).log
+        )
         return
     made = dequantise(layer, scales, x.dtype, w)
     for p in range(len(x)):
@@ -221,7 +221,9 @@ def _quantise(
 # ---- models --------------------------------------------------------------------------------------------------------
 
 
-def from_linear(linear: nn.Module, bits: int, group: int, zero_points: bool, device: Any = None) -> QuantLinear:
+def from_linear(
+    linear: nn.Module, bits: int, group: int, zero_points: bool, device: Any = None
+) -> QuantLinear:
     """The layer's matrix quantised, on the device, its bias as it is; a group larger than a row becomes the row."""
     source: Any = linear
     transposed = type(source) is Conv1D
@@ -241,7 +243,13 @@ def from_linear(linear: nn.Module, bits: int, group: int, zero_points: bool, dev
 
 
 def quantise_model(
-    model: Any, *, bits: int, group: int = 128, zero_points: bool = False, head: bool = False, device: Any = None
+    model: Any,
+    *,
+    bits: int,
+    group: int = 128,
+    zero_points: bool = False,
+    head: bool = False,
+    device: Any = None,
 ) -> str:
     """Quantise the linear layers of a model in place, one by one, on the device (default: where each is).
 
