@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from zoft import base as bases
-from zoft import ledger, models, setup, shards, snapshot, space, tracking, update
+from zoft import ledger, models, setup, shards, snapshot, space, sparse, tracking, update
 from zoft import run as runs
 from zoft.base import Base
 from zoft.config import Config
@@ -62,6 +62,10 @@ def asked(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
         if not any(dtype in SIXTEEN for _, _, dtype in trained.values()):
             raise UserError(
                 f"{word}: {folder} stores its weights in {config.storage}; there is no rounding to undo"
+            )
+        if config.mask == "magnitude":
+            raise UserError(
+                f"{word}: with mask=magnitude the rounded weights decide what moves; there is no sum without rounding"
             )
     events = [e for e in events if e.step <= n]
     if ask.denoise:
@@ -233,7 +237,9 @@ class Tensors:
         return t
 
     def _of(self, name: str, theta: Tensor, dtype: torch.dtype) -> Trained:
-        return space.one(name, nn.Parameter(theta.to(dtype), requires_grad=False))
+        t = space.one(name, nn.Parameter(theta.to(dtype), requires_grad=False))
+        sparse.one(t, self.config.mask, self.config.sparsity, self.config.seed)
+        return t
 
     def _repeat(self, t: Trained, did: Callable[[int], None]) -> None:
         """The run's own steps from where t is, to the bit."""
