@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from zoft import base as bases
-from zoft import ledger, models, setup, shards, snapshot, space, tracking, update
+from zoft import ledger, models, setup, shards, snapshot, space, sparse, tracking, update
 from zoft import run as runs
 from zoft.base import Base
 from zoft.config import Config
@@ -59,6 +59,10 @@ def asked(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
         )
     if ask.exact or ask.denoise:
         word = "--denoise" if ask.denoise else "--storage fp32"
+        if config.mask == "magnitude" and config.sparsity:
+            raise UserError(
+                f"{word}: what moves depends on the weights in {folder}, so base and ledger give no sum"
+            )
         if not any(dtype in SIXTEEN for _, _, dtype in trained.values()):
             raise UserError(
                 f"{word}: {folder} stores its weights in {config.storage}; there is no rounding to undo"
@@ -219,8 +223,8 @@ class Tensors:
                     t.momentum = file.get_tensor(f"{name}@momentum").clone()
         elif self.denoised and dtype.itemsize == 2:
             exact = self.summed(name, theta, self.denoised, did)
-            t = self._of(name, nearest(exact.stored, dtype), dtype)
-            t.step, t.momentum = self.denoised, exact.momentum
+            t = self._of(name, theta, dtype)
+            t.stored, t.step, t.momentum = nearest(exact.stored, dtype), self.denoised, exact.momentum
         else:
             t = self._of(name, theta, dtype)
         self._repeat(t, did)
@@ -233,7 +237,9 @@ class Tensors:
         return t
 
     def _of(self, name: str, theta: Tensor, dtype: torch.dtype) -> Trained:
-        return space.one(name, nn.Parameter(theta.to(dtype), requires_grad=False))
+        t = space.one(name, nn.Parameter(theta.to(dtype), requires_grad=False))
+        sparse.mask([t], self.config.mask, self.config.sparsity, self.config.seed)  # θ is the base, as stored
+        return t
 
     def _repeat(self, t: Trained, did: Callable[[int], None]) -> None:
         """The run's own steps from where t is, to the bit."""

@@ -260,7 +260,7 @@ def refuse_denoise(config: Config, trained: Sequence[Trained]) -> None:
     if not config.denoise_every:
         return
     key = f"denoise_every={config.denoise_every}"
-    if any(t.floor is not None or getattr(t, "threshold", None) is not None for t in trained):
+    if any(t.floor is not None or t.threshold is not None for t in trained):
         raise UserError(
             f"{key}: the directions of recipe={config.recipe} depend on the weights, so that base and ledger give "
             "no sum; leave it out"
