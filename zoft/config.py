@@ -158,7 +158,7 @@ class Config:
 
 # Keys that do not decide the weights: where a run is, how it is watched and kept. A run may go on under others.
 FREE = ("model", "output_dir", "device", "threads", "probes_per_forward", "cache_frozen", "eval_every", "eval_limit",
-        "sync", "snapshot_every", "keep_last", "keep_best", "best_by", "save_model", "save_dtype", "track",
+        "max_skipped", "on_divergence", "sync", "snapshot_every", "keep_last", "keep_best", "best_by", "save_model", "save_dtype", "track",
         "trust_remote_code", "task.train", "task.eval")  # fmt: skip
 
 

@@ -59,6 +59,10 @@ def asked(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
         )
     if ask.exact or ask.denoise:
         word = "--denoise" if ask.denoise else "--storage fp32"
+        if config.mask == "magnitude" and config.sparsity:
+            raise UserError(
+                f"{word}: what moves depends on the weights in {folder}, so base and ledger give no sum"
+            )
         if not any(dtype in SIXTEEN for _, _, dtype in trained.values()):
             raise UserError(
                 f"{word}: {folder} stores its weights in {config.storage}; there is no rounding to undo"
@@ -223,8 +227,8 @@ class Tensors:
                     t.momentum = file.get_tensor(f"{name}@momentum").clone()
         elif self.denoised and dtype.itemsize == 2:
             exact = self.summed(name, theta, self.denoised, did)
-            t = self._of(name, nearest(exact.stored, dtype), dtype)
-            t.step, t.momentum = self.denoised, exact.momentum
+            t = self._of(name, theta, dtype)
+            t.stored, t.step, t.momentum = nearest(exact.stored, dtype), self.denoised, exact.momentum
         else:
             t = self._of(name, theta, dtype)
         self._repeat(t, did)

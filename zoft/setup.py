@@ -45,7 +45,7 @@ FROZEN_BYTES = 1 << 30  # kept outputs of frozen blocks; rows beyond it are comp
 # What a ledger's header says of the run, beside the base and the trained tensors.
 PLAN = ("seed", "noise", "momentum", "eps", "q", "storage", "compute", "perturb", "mask", "sparsity")
 # What it says for people, of how the run began; another machine may go on with it otherwise.
-MADE = ("recipe", "train", "steps", "lr", "schedule", "warmup", "weight_decay", "batch_size", "accumulate",
+MADE = ("recipe", "train", "steps", "lr", "schedule", "warmup", "clip", "meazo", "weight_decay", "batch_size", "accumulate",
         "device", "threads", "probes_per_forward", "cache_frozen")  # fmt: skip
 
 
