@@ -88,6 +88,15 @@ class Config:
     momentum: float = key(0.0, "0 keeps no buffer", least=0, below=1)
     eps: float = key(1e-3, "probe size: the loss is asked at θ ± eps·z", above=0, most=1000)
     noise: str = key("gaussian", "distribution of z", one_of=("gaussian", "rademacher"))
+    mask: str = key(
+        "auto",
+        "recipe=sparse_mezo: which numbers of each matrix move: those that are small in the base (magnitude; auto), as "
+        "many at random, or all",
+        one_of=("auto", "magnitude", "random", "none"),
+    )
+    sparsity: float = key(
+        0.75, "recipe=sparse_mezo: share of each matrix that stays as it is", least=0, below=1
+    )
     q: int = key(1, "directions a step, each probed at + and −", least=1, most=1 << 16)
     steps: int = key(1000, "updates in all", least=1, below=1 << 32)
     batch_size: int = key(16, "examples a batch", least=1, most=1 << 20)
@@ -217,6 +226,7 @@ def check(config: Config) -> Config:
     if config.warmup >= 1 and config.warmup != int(config.warmup):
         raise UserError(f"warmup={config.warmup:g}: give whole steps, or a fraction below 1 of all steps")
     _check_snapshots(config)
+    _check_mask(config)
     if config.warmup > config.steps:
         raise UserError(f"warmup={config.warmup:g}: must not exceed steps={config.steps}")
     if re.fullmatch(r"last-0+", config.train):
@@ -243,6 +253,24 @@ def check(config: Config) -> Config:
         choices[name] = v
     config.task.choices = choices
     return config
+
+
+def _check_mask(config: Config) -> None:
+    """Refuse masks where they do not apply; resolves mask=auto."""
+    ours, default = config.recipe == "sparse_mezo", fields()["sparsity"].default
+    if not ours and config.mask not in ("auto", "none"):
+        raise UserError(f"mask={config.mask}: is of recipe=sparse_mezo, not {config.recipe}; leave it out")
+    if not ours and config.sparsity != default:
+        raise UserError(
+            f"sparsity={config.sparsity:g}: is of recipe=sparse_mezo, not {config.recipe}; leave it out"
+        )
+    if config.mask == "auto":
+        config.mask = "magnitude" if ours else "none"
+    if config.mask == "magnitude" and config.perturb == "inplace":
+        raise UserError(
+            "mask=magnitude: perturb=inplace moves the weights whose size says which of them move; "
+            "use perturb=probes, or mask=random"
+        )
 
 
 def _check_snapshots(config: Config) -> None:

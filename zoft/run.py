@@ -7,7 +7,7 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,7 @@ from zoft.stop import Stop, listening
 from zoft.tracking import logged
 
 if TYPE_CHECKING:
-    from zoft.ledger import Ledger
-    from zoft.space import Trained
+    from zoft.ledger import Ledger, Log
     from zoft.trainer import Trainer
 
 OURS = ("config.yaml", "ledger", "metrics.jsonl", "result.json", "env.json", "model", "snapshots")
@@ -296,8 +295,8 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
 
     evaluate() -> metrics of the weights as they are. `before` is the base's, kept by metrics.jsonl on resume.
     """
-    from zoft import snapshot
-    from zoft.ledger import Event
+    from zoft import replay, snapshot
+    from zoft.ledger import Event, Log
 
     config, t = s.config, s.tracker
     seen = logged(s.folder / "metrics.jsonl")
@@ -307,7 +306,8 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
         t.evaluation(0, evals[0])
     snapshot.check_metric(config, evals[0])
     past = next((row["seconds"] for row in reversed(seen) if "seconds" in row), 0.0)
-    catch_up(trainer, s)
+    log = Log(s.ledger.header, s.ledger.records, s.ledger.events)  # the ledger's own lists: they grow
+    catch_up(trainer, s.folder, config, log, t.note)
     watch = guards.Watch(config, trainer.axis.trained, steps_of(s.ledger, config))
     folder = Presence(s.ledger, {"config.yaml": compose.to_yaml(config)})
 
@@ -329,7 +329,7 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
         for what in due(config, step):
             if what == "denoise" and what not in noted:
                 s.ledger.note(Event("denoise", step))  # first, as with steps: from here on it is a fact
-                t.note(denoise(s, step, trainer.axis.trained))
+                t.note(replay.denoise(s.folder, config, log, step, trainer.axis.trained))
             elif what == "eval" and step not in evals:
                 evals[step] = evaluate()
                 t.evaluation(step, evals[step])
@@ -357,37 +357,29 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
     }
 
 
-def catch_up(trainer: Trainer, s: Session) -> None:
-    """Bring the weights to the ledger's last step: the newest sound snapshot, then what came after it."""
-    from zoft import snapshot
+def catch_up(trainer: Trainer, folder: Path, config: Config, log: Log, say: Callable[[str], Any]) -> None:
+    """Bring the weights to the log's last step: the newest sound snapshot, then what came after it."""
+    from zoft import replay, snapshot
 
-    records = s.ledger.records
-    found = snapshot.newest(s.folder, s.ledger.header, s.ledger.events, say=s.tracker.note)
+    records = log.records
+    found = snapshot.newest(folder, log.header, log.events, say=say)
     if found:
         step, path = found
-        s.tracker.note(f"starting from the snapshot at step {step}")
+        say(f"starting from the snapshot at step {step}")
         snapshot.load(path, trainer.axis.trained, step)
         trainer.skip_to(step, records)
     if trainer.next < len(records):
-        s.tracker.note(f"replaying {len(records) - trainer.next} of {s.config.steps} steps from the ledger")
+        say(f"replaying {len(records) - trainer.next} of {config.steps} steps from the ledger")
     # The last denoising makes all earlier roundings void.
-    denoised = max((e.step for e in s.ledger.events if e.kind == "denoise"), default=0)
+    denoised = max((e.step for e in log.events if e.kind == "denoise"), default=0)
     if trainer.next < denoised:
         trained = trainer.axis.trained
-        if not s.config.momentum:  # with it, only these steps give the buffers
+        if not config.momentum:  # with it, only these steps give the buffers
             for t in trained:
                 t.step = denoised if t.stored.element_size() == 2 else t.step
         trainer.replay(records[trainer.next : denoised])
-        s.tracker.note(denoise(s, denoised, trained))
+        say(replay.denoise(folder, config, log, denoised, trained))
     trainer.replay(records[trainer.next :])
-
-
-def denoise(s: Session, step: int, trained: Sequence[Trained]) -> str:
-    """Rebuild a run's 16-bit weights as they are after `step` steps; returns a line about it."""
-    from zoft import replay as replays
-    from zoft.ledger import Log
-
-    return replays.denoise(s.folder, s.config, Log(s.ledger.header, s.ledger.records[:step], []), trained)
 
 
 def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> dict[str, Any]:
@@ -400,8 +392,10 @@ def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> di
     return result
 
 
-def save(config: Config, model: Any, tokenizer: Any, out: Path, result: Mapping[str, Any]) -> None:
-    """Write a run's model as others load it, in the checkpoint's dtype or save_dtype."""
+def save(
+    config: Config, model: Any, tokenizer: Any, out: Path, result: Mapping[str, Any], **facts: Any
+) -> None:
+    """Write a run's model as others load it, in the checkpoint's dtype or save_dtype; facts: more for its card."""
     from safetensors import SafetensorError
 
     from zoft import models, space
@@ -409,7 +403,7 @@ def save(config: Config, model: Any, tokenizer: Any, out: Path, result: Mapping[
     dtype = model.checkpoint_dtype if config.save_dtype == "auto" else space.DTYPES[config.save_dtype]
     try:
         with writing(out):
-            models.save(model, tokenizer, out, dtype=dtype, card=card(config, result))
+            models.save(model, tokenizer, out, dtype=dtype, card=card(config, result, **facts))
     except SafetensorError as error:
         raise UserError(f"cannot write {out}: {error}") from OSError(str(error))
 

@@ -23,6 +23,7 @@ from zoft import (
     routes,
     selfcheck,
     space,
+    sparse,
     tasks,
     update,
 )
@@ -42,7 +43,7 @@ from zoft.trainer import Settings, Trainer
 
 FROZEN_BYTES = 1 << 30  # kept outputs of frozen blocks; rows beyond it are computed again each time
 # What a ledger's header says of the run, beside the base and the trained tensors.
-PLAN = ("seed", "noise", "momentum", "eps", "q", "storage", "compute", "perturb")
+PLAN = ("seed", "noise", "momentum", "eps", "q", "storage", "compute", "perturb", "mask", "sparsity")
 # What it says for people, of how the run began; another machine may go on with it otherwise.
 MADE = ("recipe", "train", "steps", "lr", "schedule", "warmup", "weight_decay", "batch_size", "accumulate",
         "device", "threads", "probes_per_forward", "cache_frozen")  # fmt: skip
@@ -234,6 +235,8 @@ def placed(
     """The axis itself, tensors in their precision; without sites it can only apply updates (replay)."""
     inplace = config.perturb == "inplace"
     space.place(loaded, trained, config.storage, config.compute, uniform=inplace)
+    for line in sparse.mask(trained, config.mask, config.sparsity, config.seed):  # θ is the base, as stored
+        say(line)
     refuse_denoise(config, trained)
     common: dict[str, Any] = {"seed": config.seed, "kind": config.noise, "beta": config.momentum}
     fed: dict[str, Any] = common | {"q": config.q, "eps": config.eps}
