@@ -254,16 +254,13 @@ def test_another_base_is_refused(place, tmp_path):
 # ---- reading and writing one tensor at a time ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["one", "shards", "bin", "headless"])
+@pytest.mark.parametrize("form", ["one", "shards", "headless"])
 @pytest.mark.parametrize("name", ["opt", "gpt2", "gemma2"])
 def test_the_base_from_its_files_is_the_base_that_is_loaded(name, form, tmp_path):
     model = tiny.MODELS[name]().bfloat16()
     model = model.base_model if form == "headless" else model
     model.save_pretrained(tmp_path, max_shard_size="5kB" if form == "shards" else "5GB")
     tiny.tokenizer().save_pretrained(tmp_path)
-    if form == "bin":
-        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-        (tmp_path / "model.safetensors").unlink()
     assert (tmp_path / "model.safetensors.index.json").exists() == (form == "shards")
     loaded, _ = models.load(str(tmp_path))
     found = bases.streamed(Config(model=str(tmp_path), task=Task(name="local")))
