@@ -45,8 +45,9 @@ class Base:
 def find(config: Config, wanted: str, where: str) -> Base:
     """The base of the run in `where`, which has the fingerprint `wanted`.
 
-    Read from its files tensor by tensor (safetensors, GGUF) if they give the very tensors that the run loaded, which
-    the fingerprint tells; else, as for checkpoints that transformers converts while it loads, from the loaded model. Raises UserError for other weights.
+    Read from its files tensor by tensor (safetensors, GGUF) if they give the very tensors that the run loaded,
+    which the fingerprint tells; else, as for checkpoints that transformers converts while it loads, from the
+    loaded model. Raises UserError for other weights.
     """
     base = streamed(config)
     if base is None or base.fingerprint() != wanted:
@@ -70,6 +71,7 @@ def streamed(config: Config) -> Base | None:
     if config.trust_remote_code:  # the model's own code may load as it likes
         return None
     source = models.resolve(config.model)
+    models.check(source)
     with models._user_errors(source):
         held = _gguf(Path(source.place)) if source.kind == "gguf" else _files(_folder(source))
     if not held:

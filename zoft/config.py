@@ -214,7 +214,7 @@ def check(config: Config) -> Config:
     """Raise UserError for the first value that is out of range; returns config, label names made strings."""
     for name, f in fields().items():
         section, _, last = name.rpartition(".")
-        _check_value(name, getattr(config.task if section else config, last), f)
+        check_value(name, getattr(config.task if section else config, last), f)
     if config.output_dir is not None and not config.output_dir.strip():
         raise UserError("output_dir is empty: give the run's folder a name, or leave the key out")
     if not config.model.strip():
@@ -289,7 +289,8 @@ def _check_snapshots(config: Config) -> None:
         )
 
 
-def _check_value(name: str, value: Any, f: dataclasses.Field[Any]) -> None:
+def check_value(name: str, value: Any, f: dataclasses.Field[Any]) -> None:
+    """Raise UserError for a value, of its key's type, that is out of the key's limits."""
     m = f.metadata
     if isinstance(value, dict):
         for label, text in value.items():

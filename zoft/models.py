@@ -148,11 +148,11 @@ def _load_gguf(source: Source, dtype: Any, trust_remote_code: bool) -> tuple[Any
     file = gguf.read(path)
     loaded: Any = gguf.model(file, dtype)
     tokenizer = gguf.tokenizer(file)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if loaded is None:
-        loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+        loaded = _whole(source, **where, dtype=dtype)
         # Its weights are plain ones by now; these marks would only stop it from being saved.
         loaded.hf_quantizer = None
         if hasattr(loaded.config, "quantization_config"):
@@ -165,28 +165,14 @@ def _load_gguf(source: Source, dtype: Any, trust_remote_code: bool) -> tuple[Any
 
 def _load_pretrained(source: Source, dtype: Any, trust_remote_code: bool) -> tuple[Any, Any]:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     extra = {"trust_remote_code": trust_remote_code}
 
     def weights(dtype: Any) -> Any:
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            source.place, dtype=dtype, **extra, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )  # fmt: skip
-        loaded, info = found
-        # transformers draws at random what it does not find.
-        for what, names in (
-            ("is missing", info["missing_keys"]),
-            ("has another shape", info["mismatched_keys"]),
-        ):
-            if names:
-                first = min(n if isinstance(n, str) else n[0] for n in names)
-                more = f", as are {len(names) - 1} others" if len(names) > 1 else ""
-                raise UserError(
-                    f"model={source.name}: tensor {first} {what} in the checkpoint{more}; fetch it again"
-                )
-        return loaded
+        return _whole(
+            source, pretrained_model_name_or_path=source.place, dtype=dtype, **extra, use_safetensors=True
+        )
 
     config = AutoConfig.from_pretrained(source.place, **extra)
     if source.kind == "hub":
@@ -200,6 +186,24 @@ def _load_pretrained(source: Source, dtype: Any, trust_remote_code: bool) -> tup
     tokenizer = AutoTokenizer.from_pretrained(source.place, **extra)
     loaded.checkpoint_dtype = getattr(torch, own) if isinstance(own, str) else own
     return loaded, tokenizer
+
+
+def _whole(source: Source, **where: Any) -> Any:
+    """The model that from_pretrained makes, if the checkpoint has all of it: the rest would be drawn at random."""
+    from transformers import AutoModelForCausalLM
+
+    found: Any = AutoModelForCausalLM.from_pretrained(
+        **where, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    loaded, info = found
+    for what, names in (("is missing", info["missing_keys"]), ("has another shape", info["mismatched_keys"])):
+        if names:
+            first = min(n if isinstance(n, str) else n[0] for n in names)
+            more = f", as are {len(names) - 1} others" if len(names) > 1 else ""
+            raise UserError(
+                f"model={source.name}: tensor {first} {what} in the checkpoint{more}; fetch it again"
+            )
+    return loaded
 
 
 @contextmanager

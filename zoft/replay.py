@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from zoft import base as bases
-from zoft import ledger, models, setup, shards, snapshot, space, sparse, tracking, update
+from zoft import inspect_run, ledger, models, setup, shards, snapshot, space, sparse, tracking, update
 from zoft import run as runs
 from zoft.base import Base
 from zoft.config import Config
@@ -47,7 +47,7 @@ def asked(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
 
     Raises UserError for steps that the ledger does not have, and for a wish that its storage makes void.
     """
-    header, records, events = ledger.read(folder / "ledger")
+    header, records, events = inspect_run.sound(folder, ledger.read(folder / "ledger"))
     trained = header["trained"]
     n = len(records) if ask.steps is None else ask.steps
     if n > len(records):

@@ -49,6 +49,10 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
         return outcome(Path(resume))
     if resume is None and not dry_run:
         claim(Path(str(config.output_dir)))
+    if resume and (Path(resume) / "ledger").exists():  # damage shows before weights load
+        from zoft import inspect_run, ledger
+
+        inspect_run.sound(resume, ledger.read(Path(resume) / "ledger"))
     models.check(models.resolve(config.model))
     tasks.look(config.task)
     # A signal that comes while things load says "resume me", too.
