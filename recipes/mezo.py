@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from zoft import evaluate, ledger, setup, space, tasks
+from zoft import adapters, evaluate, ledger, setup, space, tasks
 from zoft import run as runs
 from zoft.config import Config
 from zoft.trainer import Trainer
@@ -23,7 +23,7 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
     """Train, from the start or from where `resume` stopped; returns result.json's content, or the plan of a dry run."""
     config = setup.device(config)
     data = tasks.load(config.task)  # a mistake in the data shows before weights load
-    model, tokenizer, base = setup.model(config)
+    model, tokenizer, base = setup.model(config, resume)
     train, held_out = setup.examples(config, tokenizer, data)
     names = space.train_names(model, config.train)
     config = setup.dtypes(config, model, names)
@@ -35,6 +35,7 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
         return evaluate.evaluate(model, held_out, train, context=axis.clean)
 
     with runs.session(config, setup.header(config, base, trained), resume) as s:
+        adapters.keep(config, trained, s.folder)
         trainer = setup.trainer(config, model, axis, train, s.ledger)
         result = runs.fit(trainer, s, score)
         return runs.finish(s, model, tokenizer, result)
@@ -44,9 +45,11 @@ def replay(config: Config, folder: str | Path, out: str | Path) -> int:
     """Base + ledger -> the run's final model in `out`; returns the number of steps."""
     header, records = ledger.read(Path(folder) / "ledger")
     config = setup.from_header(setup.device(config), header)
-    model, tokenizer, base = setup.model(config)
+    model, tokenizer, base = setup.model(config, folder)
     runs.agree(header, {"base": base}, Path(folder))
-    config, _, axis = setup.placed(config, model, space.adopt(model, header["trained"]))
+    config, trained, axis = setup.placed(config, model, space.adopt(model, header["trained"]))
+    if "adapter" in header:
+        runs.agree(header, {"adapter": adapters.fingerprint(trained)}, Path(folder))
     Trainer(model, axis, lambda step: [], None, setup.settings(config)).replay(records)
     runs.save(config, model, tokenizer, Path(out), {})
     return len(records)

@@ -259,20 +259,27 @@ def save(model: Any, tokenizer: Any, out_dir: str | Path, *, dtype: Any = "auto"
     floating tensors on disk, or "auto": each as it is. card: text of README.md, see model_card().
     Errors: UserError where a value does not fit in dtype.
     """
+    with whole(out_dir) as folder:
+        with _quiet():
+            model.save_pretrained(folder, state_dict=_cast(model, dtype))
+        if dtype != "auto":
+            # save_pretrained writes the dtype that the model in memory has.
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            config["dtype"] = str(dtype).removeprefix("torch.")
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        tokenizer.save_pretrained(folder)
+        if card:
+            (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def whole(out_dir: str | Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name out_dir when the context ends well, in place of an older one."""
     out = Path(out_dir)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        with _quiet():
-            model.save_pretrained(temporary, state_dict=_cast(model, dtype))
-        if dtype != "auto":
-            # save_pretrained writes the dtype that the model in memory has.
-            config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
-            config["dtype"] = str(dtype).removeprefix("torch.")
-            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        tokenizer.save_pretrained(temporary)
-        if card:
-            (temporary / "README.md").write_text(card, encoding="utf-8")
+        yield temporary
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)  # mkdtemp's folder is private, and so are safetensors' files

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from zoft import compose, tracking
-from zoft.config import Config
+from zoft.config import ADAPTERS, Config
 from zoft.errors import UserError
 from zoft.stop import Stop, listening
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from zoft.ledger import Ledger
     from zoft.trainer import Trainer
 
-OURS = ("config.yaml", "ledger", "metrics.jsonl", "result.json", "env.json", "model")
+OURS = ("config.yaml", "ledger", "metrics.jsonl", "result.json", "env.json", "model", "adapter", "start.safetensors")
 
 
 def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = False) -> dict[str, Any]:
@@ -57,22 +57,38 @@ def replay(folder: str | Path, out: str | Path) -> tuple[int, int]:
 
 def evaluate(config: Config, folder: str | Path | None = None) -> dict[str, Any]:
     """Metrics of a run's saved model, or of the config's own model, on the config's evaluation data."""
+    adapter = None
     if folder is not None:
-        saved = Path(folder) / "model"
+        saved = Path(folder) / result_name(config)
         if not saved.is_dir():
             raise UserError(
-                f"{folder}: no model/ in it: finish the run with `zoft train --resume {folder}`, or rebuild what it has "
-                f"with `zoft replay {folder} --out DIR` and evaluate that with model=DIR"
+                f"{folder}: no {saved.name}/ in it: finish the run with `zoft train --resume {folder}`, or rebuild what it has "
+                f"with `zoft replay {folder} --out DIR`" + (" and evaluate that with model=DIR" if saved.name == "model" else "")
             )
-        config = dataclasses.replace(config, model=str(saved))
+        if saved.name == "model":
+            config = dataclasses.replace(config, model=str(saved))
+        else:
+            adapter = saved
+    from zoft import adapters, setup, tasks
     from zoft import evaluate as evaluation
-    from zoft import setup, tasks
 
     config = setup.device(config)
     data = tasks.load(config.task)
-    model, tokenizer, _ = setup.model(config)
+    model, tokenizer, _ = setup.model(plain(config))
+    if adapter is not None:
+        model = adapters.load(model, adapter)
     train, held_out = setup.examples(config, tokenizer, data)
     return evaluation.evaluate(model, held_out, train)
+
+
+def result_name(config: Config) -> str:
+    """What a run leaves: `model`, or `adapter` where one was trained beside a frozen model."""
+    return "adapter" if config.train in ADAPTERS else "model"
+
+
+def plain(config: Config) -> Config:
+    """The config of the base alone, without the adapter that it would train."""
+    return dataclasses.replace(config, train="all") if config.train in ADAPTERS else config
 
 
 def show_data(config: Config, count: int, say: Callable[[str], Any]) -> None:
@@ -232,7 +248,7 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
 def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> dict[str, Any]:
     """Save the model and, last of all, result.json: its presence says that the run is complete."""
     if s.config.save_model:
-        save(s.config, model, tokenizer, s.folder / "model", result)
+        save(s.config, model, tokenizer, s.folder / result_name(s.config), result)
     result = {**result, "output_dir": str(s.folder)}
     write(s.folder / "result.json", json.dumps(result, indent=2) + "\n")
     return result
@@ -240,16 +256,17 @@ def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> di
 
 def save(config: Config, model: Any, tokenizer: Any, out: Path, result: Mapping[str, Any]) -> None:
     """Write a run's model as others load it, in the checkpoint's dtype or save_dtype."""
-    from zoft import models, space
+    from zoft import adapters, models, space
 
-    dtype = model.checkpoint_dtype if config.save_dtype == "auto" else space.DTYPES[config.save_dtype]
     keys = ("recipe", "train", "steps", "lr", "schedule", "eps", "q", "noise", "batch_size", "seed")
     facts = {"task": config.task.name} | {k: getattr(config, k) for k in keys}
     for when in ("before", "after"):
         facts |= {f"{name} {when}": tracking.short(v) for name, v in result.get(when, {}).items()}
-    models.save(
-        model, tokenizer, out, dtype=dtype, card=models.model_card(models.resolve(config.model), facts)
-    )
+    card = models.model_card(models.resolve(config.model), facts)
+    if config.train in ADAPTERS:
+        return adapters.save(model, out, tokenizer=tokenizer, card=card)
+    dtype = model.checkpoint_dtype if config.save_dtype == "auto" else space.DTYPES[config.save_dtype]
+    models.save(model, tokenizer, out, dtype=dtype, card=card)
 
 
 def write(path: Path, text: str) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import __version__, models, objective, precision, routes, selfcheck, space, tasks, update
-from zoft.config import Config
+from zoft import __version__, adapters, models, objective, precision, routes, selfcheck, space, tasks, update
+from zoft.config import ADAPTERS, Config
 from zoft.data_order import batch_indices
 from zoft.encode import Example, encode
 from zoft.errors import UserError
@@ -46,12 +46,20 @@ def device(config: Config) -> Config:
     return replace(config, device=where, threads=threads)
 
 
-def model(config: Config) -> tuple[nn.Module, Any, str]:
-    """(model on its device in the checkpoint's dtype, tokenizer, fingerprint of the base)."""
+def model(config: Config, folder: str | Path | None = None) -> tuple[nn.Module, Any, str]:
+    """(model on its device in the checkpoint's dtype, tokenizer, fingerprint of the base).
+
+    With the adapter that config.train asks for, if any. folder: of a run that goes on or is replayed.
+    """
     say(f"loading {config.model}")
     loaded, tokenizer = models.load(config.model, dtype="auto", trust_remote_code=config.trust_remote_code)
     base = models.fingerprint(loaded)
-    return loaded.to(config.device), tokenizer, base
+    loaded = loaded.to(config.device)
+    if config.train in ADAPTERS:
+        loaded = adapters.attach(loaded, config, Path(folder) / adapters.START if folder else None)
+        source = models.resolve(config.model)
+        loaded.peft_config["default"].base_model_name_or_path = source.home or source.place
+    return loaded, tokenizer, base
 
 
 def tokenizer(config: Config) -> Any:
@@ -79,6 +87,11 @@ def examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[list[Examp
 def dtypes(config: Config, loaded: nn.Module, names: Sequence[str]) -> Config:
     """Resolve storage and compute."""
     kind = config.device.partition(":")[0]
+    if config.train in ADAPTERS:  # kept in fp32, beside a base that computes as it would without them
+        base = [n for n, p in loaded.named_parameters() if n not in set(names) and p.is_floating_point()]
+        _, compute = space.resolve_dtypes(loaded, base, "fp32", config.compute, kind)
+        wide = "fp64" if compute == "fp64" else "fp32"
+        return replace(config, storage=wide if config.storage == "auto" else config.storage, compute=compute)
     storage, compute = space.resolve_dtypes(loaded, list(names), config.storage, config.compute, kind)
     if config.perturb == "inplace" and storage != compute:
         # The model runs on its stored weights here, so there is one precision.
@@ -186,6 +199,8 @@ def placed(
     """The axis itself, tensors in their precision; without sites it can only apply updates (replay)."""
     inplace = config.perturb == "inplace"
     space.place(loaded, trained, config.storage, config.compute, uniform=inplace)
+    if config.train in ADAPTERS:
+        adapters.place(trained, space.DTYPES[config.compute])
     common: dict[str, Any] = {"seed": config.seed, "kind": config.noise, "beta": config.momentum}
     if inplace:
         return replace(config, probes_per_forward=1), trained, InPlace(trained, **common)
@@ -294,6 +309,8 @@ def plan(
 def header(config: Config, base: str, trained: Sequence[Trained]) -> dict[str, Any]:
     """The ledger's header: all that replay needs beside the base."""
     known = {k: getattr(config, k) for k in PLAN}
+    if config.train in ADAPTERS:
+        known["adapter"] = adapters.fingerprint(trained)
     return {"zoft": __version__, "base": base, "trained": [t.name for t in trained], **known}
 
 

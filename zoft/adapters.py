@@ -1,0 +1,288 @@
+"""Adapters: LoRA pairs, prefixes and prompts beside a frozen model, made, saved and loaded through peft.
+
+Where they start is a function of the run's seed and of the base model alone, as everything else in a run is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from zoft import models, space
+from zoft.config import ADAPTERS, Config
+from zoft.errors import UserError
+from zoft.noise import tensor_id
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from zoft.space import Trained
+
+START = "start.safetensors"  # in a run's folder: what a prefix started from, which a forward pass has made
+# Where peft has no mapping for a model's type: the first of these that its linear layers go by.
+_PAIRS = (("q_proj", "v_proj"), ("query", "value"), ("query_key_value",), ("qkv_proj",), ("c_attn",), ("Wqkv",), ("q", "v"))  # fmt: skip
+
+
+def attach(model: nn.Module, config: Config, start: Path | None = None) -> Any:
+    """The model with the adapter that config.train asks for, untrained, as a peft model on the model's device.
+
+    LoRA: y = W x + (alpha / rank)·B A x, A uniform in ±1/sqrt(in) (Kaiming, a = √5), B = 0; no dropout, no bias.
+    prefix: keys and values of virtual_tokens random tokens as the frozen model makes them, in every layer, without
+    re-parameterisation. prompt: the embeddings of virtual_tokens random tokens.
+    New tensors are fp32 (fp64 in an fp64 model). On the meta device they have shapes only.
+
+    start: a file that keep() wrote, whose values are taken. Raises UserError where the model has no such place.
+    Sources: LoRA (arXiv 2106.09685), prefix tuning (2101.00190), prompt tuning (2104.08691); starts as in MeZO
+    (2305.17333), which draws the prefix's tokens too.
+    """
+    make = {"lora": _lora, "prefix": _prefix, "prompt": _prompt}[config.train]
+    with torch.no_grad(), _quiet(), torch.random.fork_rng(devices=[]):
+        made = make(model, config)
+    wide = torch.promote_types(_dtype(model), torch.float32)
+    for name, p in named(made):
+        p.data = p.data.to(wide)
+        if p.is_meta:
+            continue
+        if "lora_A" in name:
+            p.data.copy_(_uniform(p.shape, config.seed, name) / p[0].numel() ** 0.5)
+        elif "lora_embedding_B" in name:
+            p.data.copy_(_normal(p.shape, config.seed, name))
+    if start is not None and start.exists():
+        _restore(made, start)
+    if config.train != "lora":  # a copy from the CPU in every forward would keep graphs from being captured
+        made.prompt_tokens = {k: v.to(next(model.parameters()).device) for k, v in made.prompt_tokens.items()}
+    return made.eval()
+
+
+def _lora(model: nn.Module, config: Config) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    layers: dict[str, Any] = {}
+    if config.lora_layers is not None:
+        prefix, blocks = space.blocks_of(model)
+        k = int(config.lora_layers.removeprefix("last-"))
+        if k > len(blocks):
+            raise UserError(
+                f"lora_layers=last-{k}: the model has {len(blocks)} blocks; use last-1 to last-{len(blocks)}"
+            )
+        layers = {
+            "layers_to_transform": list(range(len(blocks) - k, len(blocks))),
+            "layers_pattern": prefix.rpartition(".")[2],
+        }
+    targets = _targets(model, config.lora_targets)
+    settings = LoraConfig(
+        task_type="CAUSAL_LM", r=config.lora_rank or 8, lora_alpha=config.lora_alpha or 16.0, lora_dropout=0.0,
+        target_modules=targets, fan_in_fan_out=False, **layers,
+    )  # fmt: skip
+    try:
+        return get_peft_model(model, settings)
+    except ValueError as error:
+        known = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise UserError(
+            f"lora_targets={config.lora_targets or 'null'}: {str(error).splitlines()[0][:160]}; "
+            f"linear layers here are {', '.join(known) or 'none'}"
+        ) from None
+
+
+def _targets(model: Any, asked: str | None) -> Any:
+    """peft's target_modules: a list of ends of names, or a pattern for whole names."""
+    if asked is not None:
+        words = asked.split()
+        plain = all(re.fullmatch(r"[\w.]+", w) for w in words)
+        return words if words and plain and asked != "all-linear" else asked
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    if kind in KNOWN:
+        return KNOWN[kind]
+    ends = {n.rpartition(".")[2] for n, m in model.named_modules() if "weight" in m._parameters}
+    found = next((list(pair) for pair in _PAIRS if set(pair) <= ends), None)
+    if found is None:
+        raise UserError(
+            f"train=lora: no query and value projections are known for a model of type {kind}; set lora_targets, "
+            f"to some of {', '.join(sorted(ends))}, or to all-linear"
+        )
+    return found
+
+
+def _prefix(model: Any, config: Config) -> Any:
+    from peft import PrefixTuningConfig, get_peft_model
+
+    n = config.virtual_tokens or 5
+    if next(model.parameters()).is_meta:
+        return get_peft_model(
+            model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=n, inference_mode=False)
+        )
+    keys_values = _past(model, _tokens(model, n, config.seed))  # [n, layers, 2, heads, dim]
+    _, layers, _, heads, dim = keys_values.shape
+    made = get_peft_model(model, PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=n, inference_mode=False,
+        num_layers=layers, num_attention_heads=heads, token_dim=heads * dim,
+    ))  # fmt: skip
+    table = made.prompt_encoder["default"].embedding.weight
+    table.data = keys_values.flatten(1).to(table.device, torch.promote_types(keys_values.dtype, torch.float32))
+    return made
+
+
+def _past(model: Any, tokens: Tensor) -> Tensor:
+    """Keys and values [n, layers, 2, heads, dim] that the frozen model makes of one row of n tokens."""
+    try:
+        past = model(input_ids=tokens[None], use_cache=True).past_key_values
+        pairs = [torch.stack([layer.keys[0], layer.values[0]]) for layer in past.layers]  # [2, heads, n, dim]
+        return torch.stack(pairs).permute(3, 0, 1, 2, 4).contiguous()
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"train=prefix: {type(model).__name__} keeps no keys and values of one shape in every layer "
+            f"({' '.join(str(error).split())[:80]}); use train=lora"
+        ) from None
+
+
+def _prompt(model: Any, config: Config) -> Any:
+    from peft import PromptTuningConfig, get_peft_model
+
+    n = config.virtual_tokens or 10
+    made = get_peft_model(
+        model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=n, prompt_tuning_init="RANDOM")
+    )
+    table = made.prompt_encoder["default"].embedding.weight
+    if not table.is_meta:
+        start = made.word_embeddings(_tokens(model, n, config.seed))  # [n, width]
+        if start.shape != table.shape:
+            raise UserError(
+                f"train=prompt: embeddings of {start.shape[1]} numbers in a model of width {table.shape[1]}; use train=lora"
+            )
+        table.data = start.to(torch.promote_types(start.dtype, torch.float32))
+    return made
+
+
+def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The adapter's own tensors."""
+    return [(n, p) for n, p in model.named_parameters() if space.ADDED.search(n)]
+
+
+def place(trained: Sequence[Trained], compute: torch.dtype) -> None:
+    """Probe adapters in the precision they are kept in: whoever reads them casts to what the base computes in."""
+    for t in trained:
+        t.compute = torch.promote_types(t.stored.dtype, compute)
+
+
+# ---- in a run's folder ---------------------------------------------------------------------------------------------
+
+
+def fingerprint(trained: Sequence[Trained]) -> str:
+    """Hash of what the adapter starts from."""
+    h = hashlib.blake2b(digest_size=16)
+    for t in trained:
+        h.update(f"{t.name} {tuple(t.stored.shape)} {t.stored.dtype}\n".encode())
+        h.update(t.stored.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return f"blake2b:{h.hexdigest()}"
+
+
+def keep(config: Config, trained: Sequence[Trained], folder: Path) -> None:
+    """Write a prefix's start beside the ledger: another machine's forward pass would round otherwise."""
+    from safetensors.torch import save_file
+
+    path = folder / START
+    if config.train == "prefix" and not path.exists():
+        draft = path.with_name(f".{path.name}.new")
+        save_file({t.name: t.stored.detach().cpu().contiguous() for t in trained}, draft)
+        draft.replace(path)
+
+
+def _restore(model: nn.Module, start: Path) -> None:
+    from safetensors.torch import load_file
+
+    kept = load_file(start)
+    for name, p in named(model):
+        assert kept[name].shape == p.shape, (name, kept[name].shape, p.shape)
+        p.data = kept[name].to(p.device)
+
+
+def save(model: Any, folder: str | Path, *, tokenizer: Any = None, card: str = "") -> None:
+    """Write the adapter as peft does, in the dtype it is kept in; all or nothing.
+
+    adapter_config.json and adapter_model.safetensors, which PeftModel.from_pretrained reads; the tokenizer, if one is
+    given; card: text of README.md, see models.model_card.
+    """
+    with models.whole(folder) as place, _quiet():
+        model.save_pretrained(str(place), save_embedding_layers=False)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(place)
+        if card:
+            (place / "README.md").write_text(card, encoding="utf-8")
+
+
+def load(model: nn.Module, folder: str | Path) -> Any:
+    """The base model with a saved adapter. Raises UserError where it does not fit."""
+    from peft import PeftModel
+
+    try:
+        with _quiet():
+            return PeftModel.from_pretrained(model, str(folder)).eval().requires_grad_(False)
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        raise UserError(f"{folder}: {' '.join(str(error).split())[:200]}") from None
+
+
+def merge(model: Any) -> Any:
+    """The base model with its LoRA pairs added to its matrices: W + (alpha / rank)·B A, summed in fp32, rounded once.
+
+    The model's own matrices change. Raises UserError for a prefix or a prompt, which are no change of weights.
+    """
+    if model.active_peft_config.is_prompt_learning:
+        raise UserError(
+            f"{model.active_peft_config.peft_type.value.lower()}: it cannot be merged into weights; keep the adapter"
+        )
+    return model.merge_and_unload()
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+
+def _raw(count: int, seed: int, name: str) -> np.ndarray:
+    """uint64 [count], a function of (seed, name): NumPy's Philox stream, which its policy keeps as it is."""
+    return np.random.Philox(key=[seed & (2**64 - 1), tensor_id(name)]).random_raw(count)
+
+
+def _uniform(shape: Sequence[int], seed: int, name: str) -> Tensor:
+    """Uniform on an even grid in (-1, 1), fp32."""
+    words = _raw(int(np.prod(shape)), seed, name) >> np.uint64(40)  # 24 bits
+    return torch.from_numpy(((words.astype(np.float64) + 0.5) * 2.0**-23 - 1.0).astype(np.float32)).view(*shape)
+
+
+def _normal(shape: Sequence[int], seed: int, name: str) -> Tensor:
+    from zoft import noise
+
+    key = int(_raw(1, seed, name)[0])
+    return noise.direction(shape, tensor_id(name), seed=key, step=0, direction=0, noise=noise.GAUSSIAN)
+
+
+def _tokens(model: Any, n: int, seed: int) -> Tensor:
+    """n random token ids of the vocabulary."""
+    table = model.get_input_embeddings().weight
+    size = min(table.shape[0], getattr(model.config.get_text_config(), "vocab_size", table.shape[0]))
+    ids = _raw(n, seed, "virtual tokens") % np.uint64(size)
+    return torch.from_numpy(ids.astype(np.int64)).to(table.device)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """peft's and transformers' advice is for those who call them."""
+    with warnings.catch_warnings(), models._quiet():
+        warnings.simplefilter("ignore")
+        yield
+
+
+__all__ = ["ADAPTERS", "attach", "fingerprint", "keep", "load", "merge", "named", "place", "save"]
