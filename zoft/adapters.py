@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
 
 START = "start.safetensors"  # in a run's folder: what a prefix started from, which a forward pass has made
 # Where peft has no mapping for a model's type: the first of these that its linear layers go by.
-_PAIRS = (("q_proj", "v_proj"), ("query", "value"), ("query_key_value",), ("qkv_proj",), ("c_attn",), ("Wqkv",), ("q", "v"))  # fmt: skip
+_PAIRS = (
+    ("q_proj", "v_proj"), ("query", "value"), ("query_key_value",), ("qkv_proj",), ("c_attn",), ("Wqkv",), ("q", "v"),
+    ("q_b_proj", "kv_b_proj"), ("q_proj", "kv_b_proj"),
+)  # fmt: skip
 
 
 def attach(model: nn.Module, config: Config, start: Path | None = None) -> Any:
@@ -153,6 +157,8 @@ def _prompt(model: Any, config: Config) -> Any:
     made = get_peft_model(
         model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=n, prompt_tuning_init="RANDOM")
     )
+    # A row of its own for each row of the batch, as a prefix has it, so that each probe's rows get that probe's prompt.
+    made.get_prompt = partial(_rows_of_prompt, made)
     table = made.prompt_encoder["default"].embedding.weight
     if not table.is_meta:
         start = made.word_embeddings(_tokens(model, n, config.seed))  # [n, width]
@@ -162,6 +168,12 @@ def _prompt(model: Any, config: Config) -> Any:
             )
         table.data = start.to(torch.promote_types(start.dtype, torch.float32))
     return made
+
+
+def _rows_of_prompt(model: Any, batch_size: int, **unused: Any) -> Tensor:
+    """What PeftModel.get_prompt gives, [rows, n, width], by embeddings of n tokens a row."""
+    tokens = model.prompt_tokens["default"].expand(batch_size, -1)
+    return model.prompt_encoder["default"](tokens.to(model.device))
 
 
 def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
