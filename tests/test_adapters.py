@@ -12,9 +12,9 @@ import torch
 import transformers as hf
 from test_trainer import build, examples
 from typer.testing import CliRunner
-from zoo import EPS, PROBES, SEED, STEP, ZOO, apart, batch, make, off, twin, zoo
+from zoo import PROBES, SEED, STEP, ZOO, apart, batch, make, off, twin, zoo
 
-from zoft import adapters, noise, routes, routes_adapter, selfcheck, setup, space
+from zoft import adapters, noise, routes, routes_adapter, setup, space
 from zoft.cli import app
 from zoft.compose import compose
 from zoft.config import BY_TRAIN, Config
@@ -44,6 +44,13 @@ def qwen3():
     return hf.Qwen3ForCausalLM(ZOO["qwen3"]().config).eval().requires_grad_(False)
 
 
+def narrow_opt():
+    """Embeddings of another width than the model, as OPT-350M has them."""
+    config = copy.deepcopy(tiny.opt().config)
+    config.word_embed_proj_dim = 8
+    return tiny.build(hf.OPTForCausalLM, config)
+
+
 # ---- the start -----------------------------------------------------------------------------------------------------
 
 
@@ -52,7 +59,7 @@ def test_lora_starts_as_the_base_with_uniform_a(name):
     base = tiny.MODELS[name]()
     ids = torch.randint(3, tiny.VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
     want, state = base(ids).logits, torch.random.get_rng_state()
-    model = attach(base, "lora", lora_rank=64, lora_alpha=32.0)
+    model = attach(base, "lora", lora_rank=64, lora_alpha=32)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(model(ids).logits, want)
     for key, p in adapters.named(model):
@@ -73,7 +80,7 @@ def test_lora_starts_as_the_base_with_uniform_a(name):
 
 
 @pytest.mark.parametrize("train", ["prefix", "prompt"])
-@pytest.mark.parametrize("make_base", [*tiny.MODELS.values(), qwen3])
+@pytest.mark.parametrize("make_base", [*tiny.MODELS.values(), qwen3, narrow_opt])
 def test_a_prefix_or_prompt_starts_as_those_tokens_in_front(make_base, train):
     """So keys, values, positions and mask are what the model itself makes of them."""
     base = make_base()
@@ -93,15 +100,22 @@ def test_a_prefix_or_prompt_starts_as_those_tokens_in_front(make_base, train):
     assert (want - plain)[real].abs().max() > 0.1
 
 
+class Reader(hf.LlamaForCausalLM):
+    """Takes token ids and nothing else."""
+
+    def forward(self, input_ids, **kwargs):
+        return super().forward(input_ids=input_ids)
+
+
 def test_models_without_a_place_for_it_are_refused_in_one_line():
     with pytest.raises(UserError, match="train=prefix: MambaForCausalLM keeps no keys and values"):
         attach(ZOO["mamba"]().eval(), "prefix")
-    config = copy.deepcopy(tiny.opt().config)
-    config.word_embed_proj_dim = 8
-    with pytest.raises(UserError, match="train=prompt: embeddings of 8 numbers in a model of width 16"):
-        attach(hf.OPTForCausalLM(config), "prompt")
+    with pytest.raises(UserError, match="train=prompt: Reader does not run with one"):
+        attach(Reader(tiny.llama().config), "prompt")
     with pytest.raises(UserError, match="linear layers here are .*q_proj"):
         attach(tiny.llama(), "lora", lora_targets="query")
+    with pytest.raises(UserError, match="lora_targets=.*: no module of those blocks"):
+        attach(tiny.llama(), "lora", lora_layers="last-1", lora_targets=".*query.*")
     with pytest.raises(UserError, match="lora_layers=last-3: the model has 2 blocks"):
         attach(tiny.llama(), "lora", lora_layers="last-3")
 
@@ -109,20 +123,37 @@ def test_models_without_a_place_for_it_are_refused_in_one_line():
 def test_targets_are_names_a_pattern_or_all():
     def on(**keys):
         model = attach(tiny.llama(), "lora", **keys)
-        return {k.split(".lora_")[0].removeprefix("base_model.model.model.") for k, _ in adapters.named(model)}
+        return {
+            k.split(".lora_")[0].removeprefix("base_model.model.model.") for k, _ in adapters.named(model)
+        }
 
     both = {f"layers.{i}.self_attn.{x}_proj" for i in (0, 1) for x in "qv"}
     assert on() == both
     assert on(lora_layers="last-1") == {x for x in both if "layers.1" in x}
-    assert on(lora_targets="o_proj up_proj", lora_layers="last-1") == {"layers.1.self_attn.o_proj", "layers.1.mlp.up_proj"}
-    assert on(lora_targets=r".*\.1\..*(k|v)_proj") == {"layers.1.self_attn.k_proj", "layers.1.self_attn.v_proj"}
+    assert on(lora_targets="o_proj up_proj", lora_layers="last-1") == {
+        "layers.1.self_attn.o_proj",
+        "layers.1.mlp.up_proj",
+    }
+    assert on(lora_targets=r".*\.1\..*(k|v)_proj") == {
+        "layers.1.self_attn.k_proj",
+        "layers.1.self_attn.v_proj",
+    }
     assert len(on(lora_targets="all-linear")) == 2 * 7
+    assert on(lora_targets="all-linear", lora_layers="last-1") == {
+        x for x in on(lora_targets="all-linear") if "layers.1" in x
+    }
+    assert on(lora_targets=r".*[kv]_proj", lora_layers="last-1") == {
+        f"layers.1.self_attn.{x}_proj" for x in "kv"
+    }
     neo = hf.SmolLM3ForCausalLM(hf.SmolLM3Config(
         vocab_size=99, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, pad_token_id=0,
     ))  # fmt: skip
     assert "smollm3" not in peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    assert {k.split(".lora_")[0].rpartition(".")[2] for k, _ in adapters.named(attach(neo, "lora"))} == {"q_proj", "v_proj"}
+    assert {k.split(".lora_")[0].rpartition(".")[2] for k, _ in adapters.named(attach(neo, "lora"))} == {
+        "q_proj",
+        "v_proj",
+    }
 
 
 # ---- at a probe ----------------------------------------------------------------------------------------------------
@@ -132,7 +163,11 @@ def rows_losses(model, b):
     """[rows]: a number a row; the model's own rows of a prompt left out."""
     ids = b.inputs["input_ids"]
     logits = model(**b.inputs, use_cache=False).logits[:, -ids.shape[1] :]
-    picked = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    picked = (
+        logits.to(torch.promote_types(logits.dtype, torch.float32))
+        .log_softmax(-1)
+        .gather(-1, ids[..., None])[..., 0]
+    )
     return -(picked * b.inputs["attention_mask"]).mean(-1)
 
 
@@ -174,7 +209,14 @@ def test_the_difference_of_two_probes_is_the_directional_derivative(train):
     leaves = {n: p.requires_grad_() for n, p in made.untouched.named_parameters() if n in params}
     grads = torch.autograd.grad(rows_losses(made.untouched, b).sum(), list(leaves.values()))
     slope = sum(
-        float((g * noise.direction(g.shape, params[n].id, seed=SEED, step=STEP, direction=0, noise="gaussian").double()).sum())
+        float(
+            (
+                g
+                * noise.direction(
+                    g.shape, params[n].id, seed=SEED, step=STEP, direction=0, noise="gaussian"
+                ).double()
+            ).sum()
+        )
         for n, g in zip(leaves, grads)
     )
     assert float(got[0] - got[1]) / (2 * eps) == pytest.approx(slope, rel=1e-7)
@@ -205,7 +247,9 @@ def test_a_base_layer_trained_as_well_goes_the_general_way():
 
 def test_pairs_on_embeddings_and_the_head():
     b = batch("right")
-    made = make(moved(attach(zoo("llama"), "lora", lora_targets="embed_tokens lm_head")), b, "lora", run=rows_losses)
+    made = make(
+        moved(attach(zoo("llama"), "lora", lora_targets="embed_tokens lm_head")), b, "lora", run=rows_losses
+    )
     assert made.found.stacked and len(made.trained) == 4
     expected = twin(made.untouched, made.trained, b, PROBES, run=rows_losses)
     assert apart(expected) > 1e-5 and off(made.losses(b, PROBES), expected) < 1e-5
@@ -256,7 +300,10 @@ def twin_step(model, theta, ids, step, batch_, *, seed, q, eps, lr, decay, inpla
     change = {n: torch.zeros_like(t) for n, t in theta.items()}
     slopes = []
     for k in range(q):
-        z = {n: noise.direction(t.shape, ids[n], seed=seed, step=step, direction=k, noise="gaussian") for n, t in theta.items()}
+        z = {
+            n: noise.direction(t.shape, ids[n], seed=seed, step=step, direction=k, noise="gaussian")
+            for n, t in theta.items()
+        }
         found = []
         if inplace:
             for shift in (eps, -2 * eps, eps):
@@ -272,7 +319,9 @@ def twin_step(model, theta, ids, step, batch_, *, seed, q, eps, lr, decay, inpla
     for k in range(q):
         m = np.float32(-lr * slopes[k] / q)
         for n in theta:
-            change[n] += m * noise.direction(theta[n].shape, ids[n], seed=seed, step=step, direction=k, noise="gaussian")
+            change[n] += m * noise.direction(
+                theta[n].shape, ids[n], seed=seed, step=step, direction=k, noise="gaussian"
+            )
     for n in theta:
         theta[n] = (np.float32(decay) * theta[n] if n in decays(theta) else theta[n]) + change[n]
 
@@ -326,7 +375,7 @@ def test_only_the_adapter_moves(tmp_path):
 def test_a_saved_adapter_loads_in_plain_peft_with_equal_logits(tmp_path, name, train):
     base = tiny.MODELS[name]()
     base.save_pretrained(tmp_path / "base")
-    model = moved(attach(base, train, **({"lora_rank": 4, "lora_alpha": 6.0} if train == "lora" else {})))
+    model = moved(attach(base, train, **({"lora_rank": 4, "lora_alpha": 6} if train == "lora" else {})))
     b = batch("right")
     ids = b.inputs["input_ids"] % tiny.VOCAB
     want = model(input_ids=ids, attention_mask=b.inputs["attention_mask"]).logits
@@ -339,12 +388,14 @@ def test_a_saved_adapter_loads_in_plain_peft_with_equal_logits(tmp_path, name, t
     said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert said["task_type"] == "CAUSAL_LM"
     if train == "lora":
-        assert (said["r"], said["lora_alpha"], said["lora_dropout"], said["bias"]) == (4, 6.0, 0.0, "none")
+        assert (said["r"], said["lora_alpha"], said["lora_dropout"], said["bias"]) == (4, 6, 0.0, "none")
         assert set(said["target_modules"]) == ({"c_attn"} if name == "gpt2" else {"q_proj", "v_proj"})
     else:
         assert said["num_virtual_tokens"] == N
     assert (tmp_path / "adapter" / "README.md").read_text() == "a card"
-    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} == {p.name for p in (tmp_path / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} == {
+        p.name for p in (tmp_path / "adapter").iterdir()
+    }
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)
@@ -376,7 +427,13 @@ def test_what_is_trained_says_the_defaults():
     config = at("recipe=lora_zo", "train=prefix", "lr=0.5")
     assert (config.lr, config.eps, config.virtual_tokens, config.lora_rank) == (0.5, 0.1, 5, None)
     config = at()
-    assert (config.train, config.lr, config.eps, config.lora_rank, config.virtual_tokens) == ("all", 1e-6, 1e-3, None, None)
+    assert (config.train, config.lr, config.eps, config.lora_rank, config.virtual_tokens) == (
+        "all",
+        1e-6,
+        1e-3,
+        None,
+        None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -387,6 +444,7 @@ def test_what_is_trained_says_the_defaults():
         (["train=lora", "virtual_tokens=5"], "virtual_tokens=5: is for train=prefix or prompt, not lora"),
         (["train=lora", "lora_rank=0"], "lora_rank=0: must be ≥ 1"),
         (["train=lora", "lora_layers=6"], "lora_layers=6: use last-1"),
+        (["train=lora", "lora_targets=("], r"lora_targets=\(: use ends of names"),
         (["train=lora", "save_dtype=bf16"], "save_dtype=bf16: an adapter is saved as it is kept"),
         (["recipe=lora_zo", "train=norms"], "train=norms: recipe=lora_zo trains lora, prefix or prompt"),
     ],
@@ -422,13 +480,16 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "train, keys", [("lora", ["momentum=0.5"]), ("lora", ["perturb=inplace"]), ("prefix", ["q=2"]), ("prompt", [])]
+    "train, keys",
+    [("lora", ["momentum=0.5"]), ("lora", ["perturb=inplace"]), ("prefix", ["q=2"]), ("prompt", [])],
 )
 def test_resume_and_replay_are_the_run_bit_for_bit(place, train, keys):
     done = zoft("train", "--config", "mine.yaml", f"train={train}", "output_dir=whole", *keys)
     assert done.exit_code == 0, done.stderr
     names = {"config.yaml", "env.json", "ledger", "metrics.jsonl", "result.json", "adapter"}
-    assert {p.name for p in (place / "whole").iterdir()} == names | ({"start.safetensors"} if train == "prefix" else set())
+    assert {p.name for p in (place / "whole").iterdir()} == names | (
+        {"start.safetensors"} if train == "prefix" else set()
+    )
     saved = (place / "whole" / "adapter" / "adapter_model.safetensors").read_bytes()
     shutil.copytree("whole", "cut")
     shutil.rmtree("cut/adapter")
@@ -444,7 +505,9 @@ def test_resume_and_replay_are_the_run_bit_for_bit(place, train, keys):
     after = json.loads((place / "whole" / "result.json").read_text())["after"]
     assert json.loads(zoft("eval", "whole", "--json").stdout) == pytest.approx(after)
     base = json.loads(zoft("eval", "--config", "mine.yaml", f"train={train}", "--json").stdout)
-    assert base == json.loads(zoft("eval", "--config", "mine.yaml", "recipe=mezo", "train=all", "--json").stdout)
+    assert base == json.loads(
+        zoft("eval", "--config", "mine.yaml", "recipe=mezo", "train=all", "--json").stdout
+    )
     said = json.loads((place / "whole" / "adapter" / "adapter_config.json").read_text())
     assert said["base_model_name_or_path"] == str(place / "tiny")
 
@@ -462,7 +525,10 @@ def test_a_kept_start_is_taken_and_another_one_refused(place):
     assert done.exit_code == 2 and "adapter=blake2b" in done.stderr
     (place / "run" / "start.safetensors").unlink()
     assert zoft("replay", "run", "--out", "out").exit_code == 0  # made anew, on this machine to the same bits
-    files = (place / "out" / "adapter_model.safetensors", place / "run" / "adapter" / "adapter_model.safetensors")
+    files = (
+        place / "out" / "adapter_model.safetensors",
+        place / "run" / "adapter" / "adapter_model.safetensors",
+    )
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -492,7 +558,11 @@ def test_estimate_counts_the_adapter(place, monkeypatch):
     from zoft import rates
 
     monkeypatch.setattr(rates, "MEASURED", 0.0)
-    for train, numbers in (("lora", 2 * 8 * (16 + 16 + 16 + 8)), ("prefix", 5 * 2 * 2 * 8), ("prompt", 10 * 16)):
+    for train, numbers in (
+        ("lora", 2 * 8 * (16 + 16 + 16 + 8)),
+        ("prefix", 5 * 2 * 2 * 8),
+        ("prompt", 10 * 16),
+    ):
         done = zoft("estimate", "--config", "mine.yaml", f"train={train}", "--json")
         found = json.loads(done.stdout)
         assert (found["trained"], found["notes"]) == (numbers, []), train

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from zoft import models, space
 from zoft.config import ADAPTERS, Config
@@ -64,12 +65,16 @@ def attach(model: nn.Module, config: Config, start: Path | None = None) -> Any:
         _restore(made, start)
     if config.train != "lora":  # a copy from the CPU in every forward would keep graphs from being captured
         made.prompt_tokens = {k: v.to(next(model.parameters()).device) for k, v in made.prompt_tokens.items()}
+        if not next(model.parameters()).is_meta:
+            with torch.no_grad():
+                _works(made.eval(), config.train, made.active_peft_config.num_virtual_tokens)
     return made.eval()
 
 
 def _lora(model: nn.Module, config: Config) -> Any:
     from peft import LoraConfig, get_peft_model
 
+    targets = _targets(model, config.lora_targets)
     layers: dict[str, Any] = {}
     if config.lora_layers is not None:
         prefix, blocks = space.blocks_of(model)
@@ -78,13 +83,13 @@ def _lora(model: nn.Module, config: Config) -> Any:
             raise UserError(
                 f"lora_layers=last-{k}: the model has {len(blocks)} blocks; use last-1 to last-{len(blocks)}"
             )
-        layers = {
-            "layers_to_transform": list(range(len(blocks) - k, len(blocks))),
-            "layers_pattern": prefix.rpartition(".")[2],
-        }
-    targets = _targets(model, config.lora_targets)
+        last = range(len(blocks) - k, len(blocks))
+        if isinstance(targets, str):  # which peft does not take beside layers
+            targets = _names(model, targets, tuple(f"{prefix}.{i}." for i in last))
+        else:
+            layers = {"layers_to_transform": list(last), "layers_pattern": prefix.rpartition(".")[2]}
     settings = LoraConfig(
-        task_type="CAUSAL_LM", r=config.lora_rank or 8, lora_alpha=config.lora_alpha or 16.0, lora_dropout=0.0,
+        task_type="CAUSAL_LM", r=config.lora_rank or 8, lora_alpha=config.lora_alpha or 16, lora_dropout=0.0,
         target_modules=targets, fan_in_fan_out=False, **layers,
     )  # fmt: skip
     try:
@@ -118,6 +123,22 @@ def _targets(model: Any, asked: str | None) -> Any:
     return found
 
 
+def _names(model: nn.Module, asked: str, starts: tuple[str, ...]) -> list[str]:
+    """Whole names of the modules below `starts` that all-linear or a pattern means."""
+
+    def meant(name: str, module: nn.Module) -> bool:
+        return (
+            isinstance(module, nn.Linear | Conv1D)
+            if asked == "all-linear"
+            else bool(re.fullmatch(asked, name))
+        )
+
+    found = [n for n, m in model.named_modules() if n.startswith(starts) and meant(n, m)]
+    if not found:
+        raise UserError(f"lora_targets={asked}: no module of those blocks has such a name")
+    return found
+
+
 def _prefix(model: Any, config: Config) -> Any:
     from peft import PrefixTuningConfig, get_peft_model
 
@@ -128,12 +149,14 @@ def _prefix(model: Any, config: Config) -> Any:
         )
     keys_values = _past(model, _tokens(model, n, config.seed))  # [n, layers, 2, heads, dim]
     _, layers, _, heads, dim = keys_values.shape
-    made = get_peft_model(model, PrefixTuningConfig(
+    made: Any = get_peft_model(model, PrefixTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=n, inference_mode=False,
         num_layers=layers, num_attention_heads=heads, token_dim=heads * dim,
     ))  # fmt: skip
     table = made.prompt_encoder["default"].embedding.weight
-    table.data = keys_values.flatten(1).to(table.device, torch.promote_types(keys_values.dtype, torch.float32))
+    table.data = keys_values.flatten(1).to(
+        table.device, torch.promote_types(keys_values.dtype, torch.float32)
+    )
     return made
 
 
@@ -153,21 +176,34 @@ def _past(model: Any, tokens: Tensor) -> Tensor:
 def _prompt(model: Any, config: Config) -> Any:
     from peft import PromptTuningConfig, get_peft_model
 
-    n = config.virtual_tokens or 10
-    made = get_peft_model(
-        model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=n, prompt_tuning_init="RANDOM")
+    n, table, shape = (
+        config.virtual_tokens or 10,
+        model.get_input_embeddings(),
+        model.config.get_text_config(),
     )
+    made: Any = get_peft_model(model, PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=n, prompt_tuning_init="RANDOM", token_dim=table.weight.shape[1],
+        num_layers=getattr(shape, "num_hidden_layers", 1), num_attention_heads=getattr(shape, "num_attention_heads", 1),
+    ))  # fmt: skip
     # A row of its own for each row of the batch, as a prefix has it, so that each probe's rows get that probe's prompt.
     made.get_prompt = partial(_rows_of_prompt, made)
-    table = made.prompt_encoder["default"].embedding.weight
-    if not table.is_meta:
-        start = made.word_embeddings(_tokens(model, n, config.seed))  # [n, width]
-        if start.shape != table.shape:
-            raise UserError(
-                f"train=prompt: embeddings of {start.shape[1]} numbers in a model of width {table.shape[1]}; use train=lora"
-            )
-        table.data = start.to(torch.promote_types(start.dtype, torch.float32))
+    if not table.weight.is_meta:
+        start = table(_tokens(model, n, config.seed))  # [n, width]
+        own = made.prompt_encoder["default"].embedding.weight
+        own.data = start.to(torch.promote_types(start.dtype, torch.float32))
     return made
+
+
+def _works(made: Any, train: str, n: int) -> None:
+    """Raise UserError where the model cannot run behind a prefix or a prompt."""
+    ids = torch.full((2, 3), 1, device=made.device)
+    try:
+        seen = made(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.shape[1]
+        assert seen == 3 + (n if train == "prompt" else 0), f"logits at {seen} positions"
+    except Exception as error:  # whatever peft or the model cannot do
+        base = type(made.get_base_model()).__name__
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        raise UserError(f"train={train}: {base} does not run with one ({why}); use train=lora") from None
 
 
 def _rows_of_prompt(model: Any, batch_size: int, **unused: Any) -> Tensor:
@@ -195,7 +231,7 @@ def fingerprint(trained: Sequence[Trained]) -> str:
     h = hashlib.blake2b(digest_size=16)
     for t in trained:
         h.update(f"{t.name} {tuple(t.stored.shape)} {t.stored.dtype}\n".encode())
-        h.update(t.stored.detach().cpu().contiguous().view(torch.uint8).numpy())
+        h.update(memoryview(models._bytes(t.stored.detach().flatten())))
     return f"blake2b:{h.hexdigest()}"
 
 
@@ -267,7 +303,9 @@ def _raw(count: int, seed: int, name: str) -> np.ndarray:
 def _uniform(shape: Sequence[int], seed: int, name: str) -> Tensor:
     """Uniform on an even grid in (-1, 1), fp32."""
     words = _raw(int(np.prod(shape)), seed, name) >> np.uint64(40)  # 24 bits
-    return torch.from_numpy(((words.astype(np.float64) + 0.5) * 2.0**-23 - 1.0).astype(np.float32)).view(*shape)
+    return torch.from_numpy(((words.astype(np.float64) + 0.5) * 2.0**-23 - 1.0).astype(np.float32)).view(
+        *shape
+    )
 
 
 def _normal(shape: Sequence[int], seed: int, name: str) -> Tensor:

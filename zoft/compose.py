@@ -60,7 +60,9 @@ def strict(tree: dict[str, Any], default_output: str = "run") -> Config:
 
     _known(tree)
     try:
-        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(filled(tree))))
+        merged = OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(filled(tree)))
+        )
     except OmegaConfBaseException as error:
         where = getattr(error, "full_key", None) or "config"
         raise UserError(f"{where}: {str(error).splitlines()[0]}") from None

@@ -20,7 +20,7 @@ ADAPTERS = ("lora", "prefix", "prompt")  # values of `train` that add tensors to
 # Defaults that depend on what is trained. LoRA, prefix: of the MeZO paper's grids (arXiv 2305.17333); prompt:
 # what those who compare on it use (SubZero, arXiv 2410.08989).
 BY_TRAIN: dict[str, dict[str, Any]] = {
-    "lora": {"lora_rank": 8, "lora_alpha": 16.0, "lr": 1e-4, "eps": 1e-2},
+    "lora": {"lora_rank": 8, "lora_alpha": 16, "lr": 1e-4, "eps": 1e-2},
     "prefix": {"virtual_tokens": 5, "lr": 1e-2, "eps": 1e-1},
     "prompt": {"virtual_tokens": 10, "lr": 1e-3, "eps": 1e-2},
 }
@@ -86,7 +86,7 @@ class Config:
         "or lora, prefix, prompt: tensors added to a frozen model",
     )
     lora_rank: int | None = key(None, "rank of the LoRA pairs; null is 8", least=1)
-    lora_alpha: float | None = key(None, "a LoRA pair counts lora_alpha / lora_rank times; null is 16", above=0)
+    lora_alpha: int | None = key(None, "a LoRA pair counts lora_alpha / lora_rank times; null is 16", least=1)
     lora_targets: str | None = key(
         None,
         "modules that get a LoRA pair: ends of their names ('q_proj v_proj'), all-linear, or a pattern for whole names; "
@@ -108,7 +108,9 @@ class Config:
     weight_decay: float = key(0.0, "decoupled decay, times lr, not for biases and norms", least=0)
     momentum: float = key(0.0, "0 keeps no buffer", least=0, below=1)
     eps: float = key(
-        1e-3, "probe size: the loss is asked at θ ± eps·z; not set: lora 1e-2, prefix 1e-1, prompt 1e-2", above=0
+        1e-3,
+        "probe size: the loss is asked at θ ± eps·z; not set: lora 1e-2, prefix 1e-1, prompt 1e-2",
+        above=0,
     )
     noise: str = key("gaussian", "distribution of z", one_of=("gaussian", "rademacher"))
     q: int = key(1, "directions a step, each probed at + and −", least=1)
@@ -202,12 +204,20 @@ def check(config: Config) -> Config:
             raise UserError(
                 f"{name}={getattr(config, name)}: is for train={' or '.join(sets)}, not {config.train}; leave it out"
             )
+    try:
+        re.compile(config.lora_targets or "")
+    except re.error as error:
+        raise UserError(
+            f"lora_targets={config.lora_targets}: use ends of names ('q_proj v_proj'), all-linear or a regular expression ({error})"
+        ) from None
     if config.save_dtype != "auto" and config.train in ADAPTERS:
         raise UserError(
             f"save_dtype={config.save_dtype}: an adapter is saved as it is kept; leave it out, or set storage"
         )
     if config.recipe == "lora_zo" and config.train not in ADAPTERS:
-        raise UserError(f"train={config.train}: recipe=lora_zo trains lora, prefix or prompt; use recipe=mezo")
+        raise UserError(
+            f"train={config.train}: recipe=lora_zo trains lora, prefix or prompt; use recipe=mezo"
+        )
     if not re.fullmatch(rf"all|last-\d+|norms|bias|head|{'|'.join(ADAPTERS)}", config.train):
         try:
             re.compile(config.train)

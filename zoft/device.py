@@ -342,7 +342,9 @@ def _narrowed(
             base: Any = site.module
             dtype = base.base_layer.weight.dtype
             fits = dtype.is_floating_point and dtype.itemsize == 2 and all(t.id in ours for t in site.trained)
-            if fits and all(precision.cosine(t, eps, seed, kind, dtype) >= NARROW_COSINE for t in site.trained):
+            if fits and all(
+                precision.cosine(t, eps, seed, kind, dtype) >= NARROW_COSINE for t in site.trained
+            ):
                 for t in site.trained:
                     t.compute = found[t.id] = dtype
     return found

@@ -212,6 +212,9 @@ def project(
     seen = [0]
     with ExitStack() as stack:
         stack.enter_context(uncached(model))
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            # peft makes the mask of a prefix on the default device, and a copy from the CPU cannot be captured.
+            stack.enter_context(inputs["input_ids"].device)
         if head is not None:
             stack.enter_context(_gathering(head, seen, rows, width, positions))
         if narrow and tokens is not None:
@@ -310,7 +313,7 @@ def head_of(model: Any) -> nn.Module | None:
 
 def prompt_columns(model: Any) -> int:
     """Columns that the model itself puts in front of each row of hidden states: its prompt."""
-    settings = getattr(model, "active_peft_config", None)
+    settings: Any = getattr(model, "active_peft_config", None)
     return settings.num_virtual_tokens if getattr(settings, "peft_type", "") == "PROMPT_TUNING" else 0
 
 

@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from zoft.ledger import Ledger
     from zoft.trainer import Trainer
 
-OURS = ("config.yaml", "ledger", "metrics.jsonl", "result.json", "env.json", "model", "adapter", "start.safetensors")
+OURS = (
+    "config.yaml",
+    "ledger",
+    "metrics.jsonl",
+    "result.json",
+    "env.json",
+    "model",
+    "adapter",
+    "start.safetensors",
+)
 
 
 def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = False) -> dict[str, Any]:
@@ -63,7 +72,8 @@ def evaluate(config: Config, folder: str | Path | None = None) -> dict[str, Any]
         if not saved.is_dir():
             raise UserError(
                 f"{folder}: no {saved.name}/ in it: finish the run with `zoft train --resume {folder}`, or rebuild what it has "
-                f"with `zoft replay {folder} --out DIR`" + (" and evaluate that with model=DIR" if saved.name == "model" else "")
+                f"with `zoft replay {folder} --out DIR`"
+                + (" and evaluate that with model=DIR" if saved.name == "model" else "")
             )
         if saved.name == "model":
             config = dataclasses.replace(config, model=str(saved))
