@@ -14,7 +14,7 @@ from test_trainer import build, examples
 from typer.testing import CliRunner
 from zoo import PROBES, SEED, STEP, ZOO, apart, batch, make, off, twin, zoo
 
-from zoft import adapters, noise, routes, routes_adapter, setup, space
+from zoft import adapter_start, adapters, noise, routes, routes_adapter, setup, space
 from zoft.cli import app
 from zoft.compose import compose
 from zoft.config import BY_TRAIN, Config
@@ -84,7 +84,7 @@ def test_lora_starts_as_the_base_with_uniform_a(name):
 def test_a_prefix_or_prompt_starts_as_those_tokens_in_front(make_base, train):
     """So keys, values, positions and mask are what the model itself makes of them."""
     base = make_base()
-    tokens = adapters._tokens(base, N, seed=5)
+    tokens = adapter_start.tokens_of(base, N, seed=5)
     assert len(set(tokens.tolist())) > 1
     ids = torch.randint(3, tiny.VOCAB, (3, 8), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)

@@ -14,15 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from zoft import models, space
+from zoft import adapter_start, models, space
 from zoft.config import ADAPTERS, Config
 from zoft.errors import UserError
-from zoft.noise import tensor_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,9 +56,9 @@ def attach(model: nn.Module, config: Config, start: Path | None = None) -> Any:
         if p.is_meta:
             continue
         if "lora_A" in name:
-            p.data.copy_(_uniform(p.shape, config.seed, name) / p[0].numel() ** 0.5)
+            p.data.copy_(adapter_start.uniform(p.shape, config.seed, name) / p[0].numel() ** 0.5)
         elif "lora_embedding_B" in name:
-            p.data.copy_(_normal(p.shape, config.seed, name))
+            p.data.copy_(adapter_start.normal(p.shape, config.seed, name))
     if start is not None and start.exists():
         _restore(made, start)
     if config.train != "lora":  # a copy from the CPU in every forward would keep graphs from being captured
@@ -147,7 +145,9 @@ def _prefix(model: Any, config: Config) -> Any:
         return get_peft_model(
             model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=n, inference_mode=False)
         )
-    keys_values = _past(model, _tokens(model, n, config.seed))  # [n, layers, 2, heads, dim]
+    keys_values = adapter_start.keys_values(
+        model, adapter_start.tokens_of(model, n, config.seed)
+    )  # [n, layers, 2, heads, dim]
     _, layers, _, heads, dim = keys_values.shape
     made: Any = get_peft_model(model, PrefixTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=n, inference_mode=False,
@@ -158,19 +158,6 @@ def _prefix(model: Any, config: Config) -> Any:
         table.device, torch.promote_types(keys_values.dtype, torch.float32)
     )
     return made
-
-
-def _past(model: Any, tokens: Tensor) -> Tensor:
-    """Keys and values [n, layers, 2, heads, dim] that the frozen model makes of one row of n tokens."""
-    try:
-        past = model(input_ids=tokens[None], use_cache=True).past_key_values
-        pairs = [torch.stack([layer.keys[0], layer.values[0]]) for layer in past.layers]  # [2, heads, n, dim]
-        return torch.stack(pairs).permute(3, 0, 1, 2, 4).contiguous()
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"train=prefix: {type(model).__name__} keeps no keys and values of one shape in every layer "
-            f"({' '.join(str(error).split())[:80]}); use train=lora"
-        ) from None
 
 
 def _prompt(model: Any, config: Config) -> Any:
@@ -188,7 +175,7 @@ def _prompt(model: Any, config: Config) -> Any:
     # A row of its own for each row of the batch, as a prefix has it, so that each probe's rows get that probe's prompt.
     made.get_prompt = partial(_rows_of_prompt, made)
     if not table.weight.is_meta:
-        start = table(_tokens(model, n, config.seed))  # [n, width]
+        start = table(adapter_start.tokens_of(model, n, config.seed))  # [n, width]
         own = made.prompt_encoder["default"].embedding.weight
         own.data = start.to(torch.promote_types(start.dtype, torch.float32))
     return made
@@ -290,37 +277,6 @@ def merge(model: Any) -> Any:
             f"{model.active_peft_config.peft_type.value.lower()}: it cannot be merged into weights; keep the adapter"
         )
     return model.merge_and_unload()
-
-
-# ---- numbers -------------------------------------------------------------------------------------------------------
-
-
-def _raw(count: int, seed: int, name: str) -> np.ndarray:
-    """uint64 [count], a function of (seed, name): NumPy's Philox stream, which its policy keeps as it is."""
-    return np.random.Philox(key=[seed & (2**64 - 1), tensor_id(name)]).random_raw(count)
-
-
-def _uniform(shape: Sequence[int], seed: int, name: str) -> Tensor:
-    """Uniform on an even grid in (-1, 1), fp32."""
-    words = _raw(int(np.prod(shape)), seed, name) >> np.uint64(40)  # 24 bits
-    return torch.from_numpy(((words.astype(np.float64) + 0.5) * 2.0**-23 - 1.0).astype(np.float32)).view(
-        *shape
-    )
-
-
-def _normal(shape: Sequence[int], seed: int, name: str) -> Tensor:
-    from zoft import noise
-
-    key = int(_raw(1, seed, name)[0])
-    return noise.direction(shape, tensor_id(name), seed=key, step=0, direction=0, noise=noise.GAUSSIAN)
-
-
-def _tokens(model: Any, n: int, seed: int) -> Tensor:
-    """n random token ids of the vocabulary."""
-    table = model.get_input_embeddings().weight
-    size = min(table.shape[0], getattr(model.config.get_text_config(), "vocab_size", table.shape[0]))
-    ids = _raw(n, seed, "virtual tokens") % np.uint64(size)
-    return torch.from_numpy(ids.astype(np.int64)).to(table.device)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
