@@ -18,8 +18,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from zoft import replay as replays
 from zoft import run as runs
 from zoft.config import Config
+from zoft.ledger import Log
 
 
 def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = False) -> dict[str, Any]:
@@ -27,6 +29,11 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
     return runs.recipe("mezo").run(config, resume=resume, dry_run=dry_run)
 
 
-def replay(config: Config, folder: str | Path, out: str | Path) -> int:
-    """Base + ledger -> the run's adapter in `out`; returns the number of steps."""
-    return runs.recipe("mezo").replay(config, folder, out)
+def replay(config: Config, folder: Path, out: Path, ask: replays.Ask) -> int:
+    """Base + ledger -> an adapter of the run in `out`; returns its number of steps."""
+    return replays.in_memory(config, folder, out, ask, rebuild)
+
+
+def rebuild(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
+    """(the model with the run's adapter after the log's steps, its tokenizer, the config)."""
+    return replays.live(config, folder, log)

@@ -13,10 +13,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from zoft import adapters, evaluate, ledger, setup, space, tasks
+from zoft import adapters, evaluate, setup, space, tasks
+from zoft import replay as replays
 from zoft import run as runs
 from zoft.config import Config
-from zoft.trainer import Trainer
+from zoft.ledger import Log
 
 
 def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = False) -> dict[str, Any]:
@@ -34,22 +35,20 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
     def score() -> dict[str, Any]:
         return evaluate.evaluate(model, held_out, train, context=axis.clean)
 
-    with runs.session(config, setup.header(config, base, trained), resume) as s:
+    with runs.session(config, setup.header(config, base, trained, train), resume) as s:
         adapters.keep(config, trained, s.folder)
         trainer = setup.trainer(config, model, axis, train, s.ledger)
         result = runs.fit(trainer, s, score)
         return runs.finish(s, model, tokenizer, result)
 
 
-def replay(config: Config, folder: str | Path, out: str | Path) -> int:
-    """Base + ledger -> the run's final model in `out`; returns the number of steps."""
-    header, records = ledger.read(Path(folder) / "ledger")
-    config = setup.from_header(setup.device(config), header)
-    model, tokenizer, base = setup.model(config, folder)
-    runs.agree(header, {"base": base}, Path(folder))
-    config, trained, axis = setup.placed(config, model, space.adopt(model, header["trained"]))
-    if "adapter" in header:
-        runs.agree(header, {"adapter": adapters.fingerprint(trained)}, Path(folder))
-    Trainer(model, axis, lambda step: [], None, setup.settings(config)).replay(records)
-    runs.save(config, model, tokenizer, Path(out), {})
-    return len(records)
+def replay(config: Config, folder: Path, out: Path, ask: replays.Ask) -> int:
+    """Base + ledger -> a model of the run in `out`, or its adapter; returns its number of steps."""
+    if config.train in adapters.ADAPTERS:
+        return replays.in_memory(config, folder, out, ask, rebuild)
+    return replays.replay(config, folder, out, ask)
+
+
+def rebuild(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
+    """(the run's model in memory after the log's steps, its tokenizer, the config)."""
+    return replays.live(config, folder, log)

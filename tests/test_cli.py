@@ -25,7 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SURFACE = {
     "train": ["--config", "--dry-run", "--help", "--resume", "-c", "overrides"],
     "eval": ["--config", "--help", "--json", "-c", "args"],
-    "replay": ["--help", "--out", "folder"],
+    "replay": ["--denoise", "--device", "--help", "--out", "--step", "--storage", "folder"],
+    "ledger": ["--help", "--json", "--plot", "--verify", "folder"],
+    "export": ["--adapter", "--device", "--dtype", "--help", "--merge", "--out", "folder"],
     "ls": ["--help"],
     "cp": ["--help", "dest", "name"],
     "validate": ["--config", "--help", "-c", "overrides"],
@@ -110,6 +112,9 @@ def test_help_and_version():
         (["eval", "a", "--config", "mezo/reviews"], "one run's folder"),
         (["eval", "nowhere"], "not a run's folder"),
         (["replay", "nowhere", "--out", "x"], "not a run's folder"),
+        (["export", "nowhere", "--merge", "--out", "x"], "not a run's folder"),
+        (["export", "nowhere", "--out", "x"], "--merge for the whole model"),
+        (["export", "nowhere", "--merge", "--out", "x", "--dtype", "int8"], "use fp32, fp16, bf16"),
         (["cp", "mezo/revews", "x.yaml"], "did you mean mezo/reviews?"),
         (["cp", "mezo/reviews", "x.txt"], ".yaml"),
         (["validate", "--config", "mezo/reviews", "eps=0"], "> 0"),
@@ -125,7 +130,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(args, part, tmp_path, monkeypatch
 
 def test_an_unknown_verb_names_the_nearest():
     result = invoke("trian")
-    assert result.exit_code == 2 and "'train'" in result.stderr
+    assert result.exit_code == 2 and "did you mean train?" in result.stderr
 
 
 def test_a_bug_keeps_its_traceback(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from zoft import noise
-from zoft.noise import GAUSSIAN, RADEMACHER, Update, cpu, kernels
+from zoft.noise import GAUSSIAN, RADEMACHER, Mask, Update, cpu, kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIZES = (1, 3, 4, 127, 129, 1000, 2049, 4200)
@@ -147,17 +147,12 @@ def test_direction_is_the_specification(n):
 @pytest.mark.parametrize("kind", (GAUSSIAN, RADEMACHER))
 @pytest.mark.parametrize("start", (5, 2**31 - 70, 2**32 - 1, 2**34 - 129, 2**39 + 77))
 def test_elements_far_out(kind, start):
-    """The element index has 64 bits; the range starts anywhere."""
-    n = 300
-    out = torch.empty(n)
-    plan = cpu._plan((), ((2, 1.0),), SEED, STEP, np.float32)
-    shape = (kernels.FP32, n, 0)
-    zero, target = np.uint64(0), np.uint64(out.data_ptr())
-    kernels.run(
-        zero, kernels.ZERO, start, start + n, TID, kind == GAUSSIAN, zero, np.float32(0), plan, target, shape
-    )
-    exact = twin.z(np.arange(start, start + n), TID, twin.key(SEED, STEP, 2), kind)
-    assert np.abs(out.numpy() - exact).max() <= (noise.GAUSSIAN_BOUND if kind == GAUSSIAN else 0)
+    """The element index has 64 bits."""
+    part, n = start // 128 * 128, 428
+    out, where = torch.empty(1, n), {"seed": SEED, "step": STEP, "noise": kind}
+    noise.perturb(torch.zeros(n), TID, out, [(2, 1.0)], start=part, **where)
+    exact = twin.z(np.arange(part, part + n), TID, twin.key(SEED, STEP, 2), kind)
+    assert np.abs(out[0].numpy() - exact).max() <= (noise.GAUSSIAN_BOUND if kind == GAUSSIAN else 0)
 
 
 @numba.njit
@@ -293,6 +288,67 @@ def test_advance_is_the_twin_bit_for_bit(n, dtype, kind, with_momentum):
     assert not np.array_equal(twin.numbers(theta), twin.numbers(before))
     if momentum is not None:
         assert np.array_equal(twin.numbers(momentum), twin.numbers(torch.from_numpy(buffer)))
+
+
+RESTORES = (  # in-place probing: there and back, with an update on the way, with a no-op, with nothing
+    noise.move(SEED, STEP, 0, 0.01),
+    noise.move(SEED, STEP, 0, -0.02),
+    Update(STEP, SEED, (3e-3,), restore=0.01),
+    noise.move(SEED, STEP + 1, 2, -0.5),
+    Update(STEP + 1, SEED, (1e-3, 0.0, -2e-3), 0.75, 0.5),
+    noise.move(SEED, STEP + 2, 1, 3e-8),
+    Update(STEP + 2, SEED, (0.0, -0.0), restore=-3e-8),
+    noise.move(SEED, STEP + 3, 0, 0.25),
+    Update(STEP + 3, SEED, (7.0,), noise.NOTHING, -0.25),
+    Update(STEP + 4, SEED, (7.0,), noise.NOTHING),
+    Update(STEP + 5, SEED, (), 0.5),
+    noise.move(SEED, STEP + 6, 0, 0.125),
+)
+
+
+@pytest.mark.parametrize("beta", (None, 0.0, 0.9))
+@pytest.mark.parametrize("kind", (GAUSSIAN, RADEMACHER))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_restores_are_the_twins_bit_for_bit(dtype, kind, beta):
+    n = 500
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    before = weights(n, dtype)
+    momentum = None if beta is None else weights(n, wide, seed=1)
+    for upto in (7, len(RESTORES)):
+        theta, buffer = before.clone(), None if momentum is None else momentum.clone()
+        expected, twins = twin.advance(
+            before,
+            lambda u, k: drawn(n, k, u.step, kind).numpy(),
+            lambda u: twin.rounding_bits(np.arange(n), TID, twin.key(u.seed, u.step, 0)),
+            RESTORES[:upto],
+            momentum,
+            beta or 0.0,
+        )
+        noise.advance(theta, TID, RESTORES[:upto], kind, momentum=buffer, beta=beta or 0.0)
+        assert np.array_equal(twin.numbers(theta), expected), upto
+        if buffer is not None:
+            assert np.array_equal(twin.numbers(buffer), twin.numbers(torch.from_numpy(twins)))
+
+
+@pytest.mark.parametrize("kind", (GAUSSIAN, RADEMACHER))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_pass_with_restore_update_and_move_is_as_many_passes(dtype, kind):
+    whole, pieces = weights(3000, dtype), weights(3000, dtype)
+    noise.advance(whole, TID, RESTORES, kind)
+    for u in RESTORES:
+        if u.is_nothing and u.restore:
+            probe = [(len(u.multipliers) - 1, u.restore)]
+            noise.perturb(pieces, TID, pieces[None], probe, seed=u.seed, step=u.step, noise=kind)
+        else:
+            noise.advance(pieces, TID, [u], kind)
+    assert same_bits(whole, pieces)
+    fused, (update, end) = weights(3000, dtype), RESTORES[2:4]
+    where = {"seed": SEED, "step": end.step, "noise": kind}
+    noise.perturb(fused, TID, fused[None], [(2, end.restore)], updates=[update], **where)
+    apart = weights(3000, dtype)
+    noise.advance(apart, TID, [update], kind)
+    noise.perturb(apart, TID, apart[None], [(2, end.restore)], **where)
+    assert same_bits(fused, apart)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -481,6 +537,44 @@ def test_gather_is_rows_of_the_dense_probe(width, dtype, kind):
         noise.gather(theta, TID, torch.tensor([0, 11]), out[:2], 2, 0.1, **where)
 
 
+@pytest.mark.parametrize("mask", (None, Mask(threshold=0.125), Mask(seed=SEED, share=20000)))
+@pytest.mark.parametrize("kind", (GAUSSIAN, RADEMACHER))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_of_a_tensor_have_the_bits_of_the_whole(dtype, kind, mask):
+    where = {"seed": SEED, "step": STEP + 3, "noise": kind, "mask": mask}
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    shape, keep = (9, 640), torch.bfloat16
+    theta, momentum = weights(9 * 640, dtype).view(shape), weights(9 * 640, wide, 1).view(shape)
+    parts, buffers = theta.clone(), momentum.clone()
+    out = torch.empty(len(PROBES), *shape, dtype=keep)
+    updates = {"updates": UPDATES, "beta": 0.9}
+    noise.perturb(theta, TID, out, PROBES, momentum=momentum, **updates, **where)
+    for r0, r1 in ((0, 1), (1, 4), (4, 9)):
+        some, buffer, at = parts[r0:r1], buffers[r0:r1], {"start": r0 * 640}
+        if r0 == 1:
+            noise.advance(some, TID, UPDATES, kind, momentum=buffer, beta=0.9, mask=mask, **at)
+            made = torch.empty(len(PROBES), r1 - r0, 640, dtype=keep)
+            noise.perturb(some, TID, made, PROBES, **where, **at)
+        else:
+            made = torch.empty(len(PROBES), r1 - r0, 640, dtype=keep)
+            noise.perturb(some, TID, made, PROBES, momentum=buffer, **updates, **where, **at)
+        assert same_bits(made, out[:, r0:r1])
+        rows = torch.empty(2, 640, dtype=keep)
+        noise.gather(some, TID, torch.tensor([r1 - r0 - 1, 0]), rows, *PROBES[2], **where, **at)
+        assert same_bits(rows, out[2, [r1 - 1, r0]])
+    assert same_bits(parts, theta) and same_bits(buffers, momentum)
+    with pytest.raises(AssertionError, match="64"):
+        noise.advance(parts[1:], TID, UPDATES, kind, start=64)
+
+
+def test_parts_far_out():
+    start = 2**35 + 128 * 7
+    theta = torch.zeros(500)
+    noise.advance(theta, TID, [Update(STEP, SEED, (1.0,))], RADEMACHER, start=start)
+    exact = twin.z(np.arange(start, start + 500), TID, twin.key(SEED, STEP, 0), RADEMACHER)
+    assert np.array_equal(theta.numpy(), exact)
+
+
 def test_nothing_touches_the_global_generators():
     torch.manual_seed(1)
     np.random.seed(1)
@@ -506,6 +600,101 @@ def test_empty_tensors():
         noise=GAUSSIAN,
     )
     assert drawn(0).shape == (0,)
+
+
+# ---- masks ---------------------------------------------------------------------------------------------------------
+
+MASKS = {"small": Mask(threshold=float(np.float32(0.01))), "chosen": Mask(seed=SEED, share=20000)}
+
+
+def twin_moving(mask, n, start=0):
+    """The twin's answer: theta [n] as numbers -> bool [n]."""
+    if mask.threshold is not None:
+        return lambda theta: np.abs(theta) <= mask.threshold
+    chosen = twin.chosen(np.arange(start, start + n), TID, mask.seed, mask.share)
+    return lambda theta: chosen
+
+
+@pytest.mark.parametrize("beta", (None, 0.9))
+@pytest.mark.parametrize("kind", (GAUSSIAN, RADEMACHER))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("which", MASKS)
+def test_masked_updates_are_the_twins_bit_for_bit(which, dtype, kind, beta):
+    n, start, mask = 700, 256, MASKS[which]
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    updates = (
+        UPDATES if which == "small" else (*UPDATES, *RESTORES)
+    )  # a mask by magnitude goes with no restore
+    before, moving = weights(n, dtype), twin_moving(mask, n, start)
+    momentum = None if beta is None else weights(n, wide, seed=1)
+    index = np.arange(start, start + n)
+    expected, buffer = twin.advance(
+        before,
+        lambda u, k: drawn(start + n, k, u.step, kind).numpy()[start:],
+        lambda u: twin.rounding_bits(index, TID, twin.key(u.seed, u.step, 0)),
+        updates,
+        momentum,
+        beta or 0.0,
+        moving,
+    )
+    theta, fast = before.clone(), None if momentum is None else momentum.clone()
+    noise.advance(theta, TID, updates, kind, momentum=fast, beta=beta or 0.0, start=start, mask=mask)
+    assert np.array_equal(twin.numbers(theta), expected)
+    assert np.array_equal(
+        np.signbit(twin.numbers(theta)), np.signbit(expected)
+    )  # zeros that stay keep theirs
+    assert fast is None or np.array_equal(twin.numbers(fast), twin.numbers(torch.from_numpy(buffer)))
+    share = moving(twin.numbers(before)).mean()
+    changed = (twin.numbers(theta) != twin.numbers(before)).mean()
+    assert 0.1 < changed < 0.9 and (which == "small" or changed <= share < 1)
+    alone, buffers = before.clone(), None if momentum is None else momentum.clone()
+    for u in updates:
+        noise.advance(alone, TID, [u], kind, momentum=buffers, beta=beta or 0.0, start=start, mask=mask)
+    assert same_bits(alone, theta) and (buffers is None or same_bits(buffers, fast))
+
+
+@pytest.mark.parametrize("kind", (GAUSSIAN, RADEMACHER))
+@pytest.mark.parametrize("out_dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("which", MASKS)
+def test_masked_probes(which, dtype, out_dtype, kind):
+    """What stays is θ itself in every probe, what moves has the bits of a probe without a mask: of θ after the updates."""
+    n, width, mask = 4200, 300, MASKS[which]
+    before = weights(n, dtype).view(-1, width)
+    advanced, where = before.clone(), {"seed": SEED, "step": STEP + 3, "noise": kind}
+    noise.advance(advanced, TID, UPDATES[:3], kind, mask=mask)
+    theta = before.clone()
+    out, plain = torch.empty(2, len(PROBES), *before.shape, dtype=out_dtype)
+    noise.perturb(theta, TID, out, PROBES, updates=UPDATES[:3], mask=mask, **where)
+    assert same_bits(theta, advanced)
+    on = torch.from_numpy(twin_moving(mask, n)(twin.numbers(advanced))).view(-1, width)
+    assert torch.equal(on, noise.moving(advanced, TID, mask)) and 0.2 < on.double().mean() < 0.8
+    noise.perturb(advanced, TID, plain, PROBES, **where)
+    narrow = advanced.float() if out_dtype is torch.bfloat16 else advanced
+    for row, full in zip(out, plain):
+        assert same_bits(row, torch.where(on, full, narrow.to(out_dtype)))
+    rows, some = torch.tensor([3, 0, 13, 3, 7]), torch.empty(5, width, dtype=out_dtype)
+    noise.gather(advanced, TID, rows, some, *PROBES[2], mask=mask, **where)
+    assert same_bits(some, out[2][rows])
+
+
+def test_a_random_mask_is_random_and_lasts():
+    n = 1 << 18
+    for share in (0, 1, 16384, 65536):
+        on = noise.moving(torch.zeros(n), TID, Mask(seed=SEED, share=share)).double()
+        assert abs(on.mean().item() - share / 65536) <= 4 * math.sqrt(max(share, 1) / 65536 / n)
+    masks = [noise.moving(torch.zeros(n), t, Mask(seed=s, share=16384)) for t, s in ((1, 5), (2, 5), (1, 6))]
+    masks += [drawn(n, 0, 0, seed=5, tid=1) > 0.6745]
+    gram = torch.stack(masks).double().corrcoef() - torch.eye(len(masks))
+    assert gram.abs().max() * math.sqrt(n) < 4.5
+
+
+def test_a_mask_by_magnitude_goes_with_no_move_in_place():
+    theta, mask = weights(300, torch.float32), MASKS["small"]
+    with pytest.raises(AssertionError, match="in place"):
+        noise.advance(theta, TID, RESTORES[:1], GAUSSIAN, mask=mask)
+    with pytest.raises(AssertionError, match="in place"):
+        noise.perturb(theta, TID, theta[None], PROBES[:1], seed=0, step=0, noise=GAUSSIAN, mask=mask)
 
 
 # ---- threads -------------------------------------------------------------------------------------------------------

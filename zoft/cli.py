@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
@@ -37,18 +38,58 @@ class _Verb(TyperCommand):
         return [_light(param) for param in super().get_params(ctx)]
 
 
+_UsageError: Any = typer.BadParameter.__mro__[1]  # click's, which newer versions of typer bring along
+# What a file system says of a file: a mistake or a mishap, never a bug.
+_MACHINE = {getattr(errno, name) for name in (
+    "EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE", "ENOENT", "ENOTDIR", "EISDIR",
+    "EEXIST", "ELOOP", "ENAMETOOLONG", "EMFILE", "ENFILE", "ETXTBSY", "ENODEV", "ENXIO",
+) if hasattr(errno, name)}  # fmt: skip
+
+
+def _refused(error: Any) -> typer.Exit:
+    """Prints a mistake as one line, whatever is in it; returns exit code 2."""
+    text = error.format_message() if isinstance(error, _UsageError) else str(error)
+    line = " ".join(text.split("\n")).strip()
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
+    if len(line) > 1000:
+        line = f"{line[:500]} … {line[-500:]}"
+    typer.echo(f"error: {line}", err=True)
+    return typer.Exit(2)
+
+
 class _Verbs(TyperGroup):
     """Turns a user's mistake into one line and exit code 2; anything else is a bug and keeps its traceback."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         return [_light(param) for param in super().get_params(ctx)]
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except _UsageError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":
+                raise
+            raise _refused(error) from None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            from zoft.config import nearest
+
+            near = nearest(args[0], self.commands)
+            raise UserError(
+                f"{args[0]}: no such verb; {f'did you mean {near}?' if near else 'use ' + ', '.join(self.commands)}"
+            )
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except UserError as error:
-            typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
-            raise typer.Exit(2) from None
+        except (UserError, _UsageError) as error:
+            raise _refused(error) from None
+        except OSError as error:
+            if error.errno not in _MACHINE or error.filename is None:
+                raise
+            raise _refused(UserError(f"{error.filename}: {error.strerror}")) from None
         except KeyboardInterrupt as error:  # of a run that has started: stop.Stopped
             typer.echo(str(error) or "interrupted", err=True)
             raise typer.Exit(getattr(error, "code", 130)) from None
@@ -130,14 +171,66 @@ def evaluate(args: Args = None, config: Source = None, as_json: Json = False) ->
 @app.command(cls=_Verb)
 def replay(
     folder: Annotated[str, typer.Argument(metavar="RUN")],
-    out: Annotated[str, typer.Option(metavar="DIR", help="Where the model is written.")],
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Where the model is written; without it, what would be made."),
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option(min=0, help="The model after so many steps; default: the last.")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(metavar="fp32", help="Keep 16-bit weights in fp32: nothing is rounded.")
+    ] = None,
+    denoise: Annotated[
+        bool, typer.Option("--denoise", help="Sum in fp32, round to the run's storage once.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: where it ran.")] = None,
 ) -> None:
     """Rebuild a run's model from its base and its ledger, bit for bit."""
     from zoft import run
 
-    steps, planned = run.replay(folder, out)
-    unfinished = f" of {planned}: the run is not finished" if steps < planned else ""
-    typer.echo(f"{steps} steps replayed{unfinished}: {out}")
+    typer.echo(run.replay(folder, out, step=step, storage=storage, denoise=denoise, device=device))
+
+
+@app.command(cls=_Verb)
+def export(
+    folder: Annotated[str, typer.Argument(metavar="RUN")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where it is written.")],
+    merge: Annotated[bool, typer.Option("--merge", help="The whole model, for transformers.")] = False,
+    adapter: Annotated[bool, typer.Option("--adapter", help="What was trained beside it, for PEFT.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or bf16; default: the run's save_dtype.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: where it ran.")] = None,
+) -> None:
+    """Write a run's model as others load it, and check it: zoft export runs/mine --merge --out mine."""
+    from zoft import run
+
+    typer.echo(run.export(folder, out, merge=merge, adapter=adapter, dtype=dtype, device=device))
+
+
+@app.command(cls=_Verb)
+def ledger(
+    folder: Annotated[str, typer.Argument(metavar="RUN")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check the ledger, its config and snapshots.")
+    ] = False,
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE.png", help="Draw losses and coefficients of all steps.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a run's ledger holds, also while the run goes on: steps, losses, coefficients, events, base, plan."""
+    from zoft import inspect_run
+
+    found = inspect_run.summary(folder)
+    checks = inspect_run.verify(folder) if verify else []
+    if as_json:
+        typer.echo(inspect_run.as_json({**found, "verified": checks} if verify else found))
+    else:
+        typer.echo("\n".join([inspect_run.text(found), *checks]))
+    if plot:
+        typer.echo(inspect_run.plot(folder, plot), err=as_json)
 
 
 @app.command("ls", cls=_Verb)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +41,7 @@ def key(default: Any, doc: str, **limits: Any) -> Any:
     """A dataclass field with its documentation and limits.
 
     limits: one_of (allowed words), pattern (a regular expression and its description), least (≥), above (>),
-    below (<), template (True: a backslash and n typed in a shell is a line break).
+    below (<), most (≤), template (True: a backslash and n typed in a shell is a line break).
     """
     metadata = {"doc": doc, **limits}
     if isinstance(default, dict):
@@ -105,19 +107,42 @@ class Config:
     )
     schedule: str = key("constant", "learning rate over the steps", one_of=("constant", "linear", "cosine"))
     warmup: float = key(0, "warm-up steps; below 1, a fraction of all steps", least=0)
+    clip: float | None = key(
+        None, "largest projected gradient (l+ - l-)/2eps that a step may use; null: any", above=0
+    )
+    meazo: float = key(
+        0.0,
+        "divide steps by the root of the projected gradient's running second moment, of this decay (0.99); lr is then "
+        "the size of a step; 0 does not",
+        least=0,
+        below=1,
+    )
+    max_forwards: int | None = key(
+        None, "stop at so many forwards (examples × probes): fewer steps than `steps` if need be", least=1
+    )
     weight_decay: float = key(0.0, "decoupled decay, times lr, not for biases and norms", least=0)
     momentum: float = key(0.0, "0 keeps no buffer", least=0, below=1)
     eps: float = key(
         1e-3,
         "probe size: the loss is asked at θ ± eps·z; not set: lora 1e-2, prefix 1e-1, prompt 1e-2",
         above=0,
+        most=1000,
     )
     noise: str = key("gaussian", "distribution of z", one_of=("gaussian", "rademacher"))
-    q: int = key(1, "directions a step, each probed at + and −", least=1)
-    steps: int = key(1000, "updates in all", least=1)
-    batch_size: int = key(16, "examples a batch", least=1)
-    accumulate: int = key(1, "batches a step, under one set of directions", least=1)
-    seed: int = key(0, "of noise and data order", least=0)
+    mask: str = key(
+        "auto",
+        "recipe=sparse_mezo: which numbers of each matrix move: those that are small in the base (magnitude; auto), as "
+        "many at random, or all",
+        one_of=("auto", "magnitude", "random", "none"),
+    )
+    sparsity: float = key(
+        0.75, "recipe=sparse_mezo: share of each matrix that stays as it is", least=0, below=1
+    )
+    q: int = key(1, "directions a step, each probed at + and −", least=1, most=1 << 16)
+    steps: int = key(1000, "updates in all", least=1, below=1 << 32)
+    batch_size: int = key(16, "examples a batch", least=1, most=1 << 20)
+    accumulate: int = key(1, "batches a step, under one set of directions", least=1, most=1 << 20)
+    seed: int = key(0, "of noise and data order", least=0, below=1 << 64)
     eval_every: int = key(0, "steps between evaluations; 0 evaluates before and after only", least=0)
     eval_limit: int | None = key(
         None, "evaluate on a fixed subset of this many examples; null takes all", least=1
@@ -138,7 +163,34 @@ class Config:
     device: str = key(
         "auto", "auto, cpu, cuda or cuda:N", pattern=(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda, cuda:0")
     )
-    threads: int | str = key("auto", "CPU threads", least=1, one_of=("auto",))
+    threads: int | str = key("auto", "CPU threads", least=1, most=4096, one_of=("auto",))
+    max_skipped: int = key(
+        20, "steps in a row whose loss is not finite, each of them skipped, that stop the run", least=1
+    )
+    on_divergence: str = key(
+        "warn", "what a loss that stays above its start does to the run", one_of=("warn", "stop")
+    )
+    sync: int | str = key(
+        "end",
+        "when the ledger's steps are forced to the disk, where a power cut cannot take them: at the end (and before "
+        "anything that depends on them), after each step, or with the first step after so many seconds",
+        least=1,
+        one_of=("end", "step"),
+    )
+    denoise_every: int = key(
+        0,
+        "steps between rebuilds of 16-bit weights from base and ledger, summed in fp32 and rounded once; "
+        "the end of the run has one too, 0 has none",
+        least=0,
+    )
+    snapshot_every: int = key(0, "steps between snapshots, which shorten a resume; 0 takes none", least=0)
+    keep_last: int = key(2, "snapshots to keep, the newest ones", least=1)
+    keep_best: int = key(0, "snapshots to keep besides, the best ones by best_by", least=0)
+    best_by: str = key(
+        "loss",
+        "metric of the evaluations that keep_best goes by",
+        one_of=("loss", "perplexity", "accuracy", "macro_f1", "auc", "calibrated_accuracy"),
+    )
     output_dir: str | None = key(None, "folder of the run; null is runs/<config>-seed<seed>")
     save_model: bool = key(True, "write model/ at the end")
     track: str = key("none", "log elsewhere too; metrics.jsonl is always written", one_of=("none", "wandb"))
@@ -151,6 +203,31 @@ def filled(tree: dict[str, Any]) -> dict[str, Any]:
         unset = {k: v for k, v in defaults.get(str(tree.get(by)), {}).items() if tree.get(k) is None}
         tree = {**tree, **unset}
     return tree
+
+
+# Keys that do not decide the weights: where a run is, how it is watched and kept. A run may go on under others.
+FREE = ("model", "output_dir", "device", "threads", "probes_per_forward", "cache_frozen", "eval_every", "eval_limit",
+        "sync", "snapshot_every", "keep_last", "keep_best", "best_by", "save_model", "save_dtype", "track",
+        "trust_remote_code", "task.train", "task.eval")  # fmt: skip
+
+
+def digests(config: Config) -> dict[str, str]:
+    """A short hash of the value of each key but FREE ones."""
+    tree = dataclasses.asdict(config)
+    flat = tree | {f"task.{k}": v for k, v in tree.pop("task").items()}
+    found = {}
+    for name, value in flat.items():
+        if name not in FREE:
+            value = int(value) if isinstance(value, float) and value.is_integer() else value  # 0 is 0.0
+            text = json.dumps(value, sort_keys=True, default=str)
+            found[name] = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    return found
+
+
+def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The keys in which two configs differ, from their `digests`; one that a side does not know has its default."""
+    usual = digests(Config())
+    return [k for k in {**before, **now} if before.get(k, usual.get(k)) != now.get(k, usual.get(k))]
 
 
 def fields() -> dict[str, dataclasses.Field[Any]]:
@@ -187,7 +264,9 @@ def check(config: Config) -> Config:
     for name, f in fields().items():
         section, _, last = name.rpartition(".")
         _check_value(name, getattr(config.task if section else config, last), f)
-    if not config.model:
+    if config.output_dir is not None and not config.output_dir.strip():
+        raise UserError("output_dir is empty: give the run's folder a name, or leave the key out")
+    if not config.model.strip():
         raise UserError(
             "model is not set: model=NAME, a folder, a .gguf file or a Hub id (or --config; see `zoft ls`)"
         )
@@ -195,6 +274,8 @@ def check(config: Config) -> Config:
         raise UserError("task is not set: task=reviews, task=trec or task=local (or --config; see `zoft ls`)")
     if config.warmup >= 1 and config.warmup != int(config.warmup):
         raise UserError(f"warmup={config.warmup:g}: give whole steps, or a fraction below 1 of all steps")
+    _check_snapshots(config)
+    _check_mask(config)
     if config.warmup > config.steps:
         raise UserError(f"warmup={config.warmup:g}: must not exceed steps={config.steps}")
     if re.fullmatch(r"last-0+", config.train):
@@ -218,6 +299,10 @@ def check(config: Config) -> Config:
         raise UserError(
             f"train={config.train}: recipe=lora_zo trains lora, prefix or prompt; use recipe=mezo"
         )
+    if config.recipe == "sparse_mezo" and config.train in ADAPTERS:
+        raise UserError(
+            f"train={config.train}: how large an adapter's numbers start says nothing; use recipe=lora_zo"
+        )
     if not re.fullmatch(rf"all|last-\d+|norms|bias|head|{'|'.join(ADAPTERS)}", config.train):
         try:
             re.compile(config.train)
@@ -225,17 +310,68 @@ def check(config: Config) -> Config:
             raise UserError(
                 f"train={config.train}: use all, last-2, norms, bias, head or a regular expression ({error})"
             ) from None
+    if config.lr * config.weight_decay >= 1:
+        raise UserError(
+            f"weight_decay={config.weight_decay:g}: times lr={config.lr:g} it takes each weight away in one step; lower it"
+        )
+    if config.eps < 1e-30:
+        raise UserError(f"eps={config.eps:g}: it is 0 in fp32; use 1e-3 or so")
     # YAML reads `yes:` and `true:` as booleans, and `0:` as a number, where data files hold their names.
-    choices = config.task.choices
-    config.task.choices = {str(k).lower() if isinstance(k, bool) else str(k): v for k, v in choices.items()}
+    choices: dict[Any, str] = {}
+    for k, v in config.task.choices.items():
+        name = str(k).lower() if isinstance(k, bool) else str(k)
+        if name in choices:
+            raise UserError(f"task.choices: {name} is there twice; keep one")
+        choices[name] = v
+    config.task.choices = choices
     return config
+
+
+def _check_mask(config: Config) -> None:
+    """Refuse masks where they do not apply; resolves mask=auto."""
+    ours, default = config.recipe == "sparse_mezo", fields()["sparsity"].default
+    if not ours and config.mask not in ("auto", "none"):
+        raise UserError(f"mask={config.mask}: is of recipe=sparse_mezo, not {config.recipe}; leave it out")
+    if not ours and config.sparsity != default:
+        raise UserError(
+            f"sparsity={config.sparsity:g}: is of recipe=sparse_mezo, not {config.recipe}; leave it out"
+        )
+    if config.mask == "auto":
+        config.mask = "magnitude" if ours else "none"
+    if config.mask == "magnitude" and config.perturb == "inplace":
+        raise UserError(
+            "mask=magnitude: perturb=inplace moves the weights whose size says which of them move; "
+            "use perturb=probes, or mask=random"
+        )
+
+
+def _check_snapshots(config: Config) -> None:
+    every, found = config.snapshot_every, fields()
+    unused = ("keep_last", "keep_best", "best_by") if not every else () if config.keep_best else ("best_by",)
+    for name in unused:
+        if getattr(config, name) != found[name].default:
+            wanted = "keep_best" if every else "snapshot_every"
+            raise UserError(f"{name}={getattr(config, name)}: does nothing without {wanted}; set that too")
+    if every > config.steps:
+        raise UserError(f"snapshot_every={every}: must not exceed steps={config.steps}")
+    if config.keep_best and (not config.eval_every or every % config.eval_every):
+        raise UserError(
+            f"keep_best={config.keep_best}: each snapshot needs an evaluation at its step: "
+            f"set eval_every={every}, or to a divisor of it"
+        )
 
 
 def _check_value(name: str, value: Any, f: dataclasses.Field[Any]) -> None:
     m = f.metadata
+    if isinstance(value, dict):
+        for label, text in value.items():
+            if not isinstance(text, str):
+                raise UserError(f"{name}: {label} stands for {text!r}; give it some text")
+            _check_text(f"{name}.{label}", f"{label}{text}")
     if value is None or isinstance(value, (dict, Task)):
         return
     if isinstance(value, str):
+        _check_text(name, value)
         allowed = m.get("one_of", ())
         if allowed and value not in allowed:
             number = " or a whole number from 1" if "least" in m else ""
@@ -251,9 +387,19 @@ def _check_value(name: str, value: Any, f: dataclasses.Field[Any]) -> None:
             ("least", lambda v, b: v >= b, "≥"),
             ("above", lambda v, b: v > b, ">"),
             ("below", lambda v, b: v < b, "<"),
+            ("most", lambda v, b: v <= b, "≤"),
         ):
             if limit in m and not holds(value, m[limit]):
-                raise UserError(f"{name}={value:g}: must be {sign} {m[limit]}")
+                shown = value if isinstance(value, int) else f"{value:g}"
+                raise UserError(f"{name}={shown}: must be {sign} {m[limit]}")
+
+
+def _check_text(name: str, value: str) -> None:
+    """Refuse what no file name, tokenizer or YAML file can hold."""
+    bad = next((c for c in value if c == "\0" or "\ud800" <= c <= "\udfff"), None)
+    if bad is not None:
+        what = "a zero byte" if bad == "\0" else "bytes that are not UTF-8"
+        raise UserError(f"{name.encode('ascii', 'replace').decode()}: holds {what}; give it plain text")
 
 
 def describe_keys() -> str:

@@ -140,23 +140,32 @@ def model(file: File, dtype: Any) -> Any | None:
     dtype: torch.dtype the weights are cast to after dequantisation to fp32. The weights are transformers' own
     conversion, bit for bit.
     """
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    settings = _llama_settings(file)
-    names = {name: _llama_name(name) for name in file.tensors}
-    if settings is None or not all(names.values()):
+    settings, names = _llama_settings(file), llama_names(file)
+    if settings is None or names is None:
         return None
     config = LlamaConfig(**settings, dtype=dtype)
-    state = {}
-    for name, target in names.items():
-        values = tensor(file, name)
-        if target.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = config.num_attention_heads if "q_proj" in target else config.num_key_value_heads
-            # GGUF interleaves the two halves of each head's rotary dimensions.
-            values = values.reshape(heads, -1, 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
-        state[target] = torch.from_numpy(values).to(dtype)
+    state = {target: weight(file, name, target, config).to(dtype) for target, name in names.items()}
     return LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+
+
+def llama_names(file: File) -> dict[str, str] | None:
+    """transformers' name -> the file's, or None where a tensor is not known here."""
+    names = {_llama_name(name): name for name in file.tensors}
+    return None if "" in names else names
+
+
+def weight(file: File, name: str, target: str, config: Any) -> Any:
+    """One tensor as a Llama of transformers has it under the name `target`: fp32, memory of its own."""
+    import torch
+
+    values = tensor(file, name)
+    if target.endswith(("q_proj.weight", "k_proj.weight")):
+        heads = config.num_attention_heads if "q_proj" in target else config.num_key_value_heads
+        # GGUF interleaves the two halves of each head's rotary dimensions.
+        values = values.reshape(heads, -1, 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+    return torch.from_numpy(values)
 
 
 def _llama_settings(file: File) -> dict[str, Any] | None:

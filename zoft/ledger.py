@@ -1,22 +1,25 @@
-"""The append-only log that is the run: a header, then 32 bytes a direction a step (docs/ledger.md)."""
+"""The append-only log that is the run: a header, then 32 bytes a direction a step or an event (docs/ledger.md)."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import final
 
 from zoft.errors import UserError
-from zoft.ledger_format import Record, decode, encode, encode_header
+from zoft.ledger_format import EVENTS, Event, Log, Record, decode, encode, encode_event, encode_header
 from zoft.noise import Update
 
+__all__ = ["Event", "Ledger", "Log", "Record", "read", "updates"]
 
-def read(path: str | os.PathLike) -> tuple[dict, list[Record]]:
-    """Header and whole steps of a ledger, also one in use; the file stays as it is.
+
+def read(path: str | os.PathLike) -> Log:
+    """Header, whole steps and events of a ledger, also one in use; the file stays as it is.
 
     Raises UserError that names the byte offset of any damage.
     """
@@ -24,8 +27,7 @@ def read(path: str | os.PathLike) -> tuple[dict, list[Record]]:
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"ledger: cannot read {path}: {error.strerror}") from error
-    header, records, _, _ = decode(data, path)
-    return header, records
+    return decode(data, path)[0]
 
 
 def updates(header: dict, records: Sequence[Record]) -> list[Update]:
@@ -42,15 +44,18 @@ def updates(header: dict, records: Sequence[Record]) -> list[Update]:
 class Ledger:
     """A ledger that this process alone may append to; made by `Ledger.create` or `Ledger.open`."""
 
-    def __init__(self, fd: int, path: Path, header: dict, records: list[Record], size: int, crc: int):
-        self.path, self.header, self.records = path, header, records
+    def __init__(self, fd: int, path: Path, log: Log, size: int, crc: int, sync: int | str):
+        self.path, self._policy, self._synced = path, sync, time.monotonic()
+        self.header, self.records, self.events = log
         self._fd, self._size, self._crc = fd, size, crc
 
     @staticmethod
-    def create(path: str | os.PathLike, header: dict) -> Ledger:
+    def create(path: str | os.PathLike, header: dict, sync: int | str = "end") -> Ledger:
         """Start a ledger; the header is on disk, whole, when its name appears.
 
-        header: strict JSON ("format" is added; `updates` needs "seed"). Raises UserError if the file exists.
+        header: strict JSON ("format" is added; `updates` needs "seed"). sync: when what is appended is forced to
+        the disk: "end" (by `sync` and `close` alone), "step" (each time), or at most so many seconds late.
+        Raises UserError if the file exists.
         """
         path = Path(path)
         head, crc = encode_header(header)
@@ -67,16 +72,16 @@ class Ledger:
             size = _write(fd, head, 0)
             os.fsync(fd)
             os.rename(draft, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except BaseException as error:
             os.close(fd)
             if isinstance(error, OSError):
                 raise UserError(f"ledger: cannot write {path}: {error.strerror}") from error
             raise
-        return Ledger(fd, path, decode(head, path)[0], [], size, crc)
+        return Ledger(fd, path, decode(head, path)[0], size, crc, sync)
 
     @staticmethod
-    def open(path: str | os.PathLike) -> Ledger:
+    def open(path: str | os.PathLike, sync: int | str = "end") -> Ledger:
         """Open a ledger to append to it: all of it is checked, an incomplete last step is cut off the file.
 
         Raises UserError if it is missing, damaged (with the byte offset) or being written by a process.
@@ -87,7 +92,7 @@ class Ledger:
             _lock(fd, path)
             with open(fd, "rb", closefd=False) as file:
                 data = file.read()
-            header, records, size, crc = decode(data, path)
+            log, size, crc = decode(data, path)
             if size < len(data):
                 os.ftruncate(fd, size)
                 os.fsync(fd)
@@ -96,15 +101,19 @@ class Ledger:
             if isinstance(error, OSError):
                 raise UserError(f"ledger: cannot open {path}: {error.strerror}") from error
             raise
-        return Ledger(fd, path, header, records, size, crc)
+        return Ledger(fd, path, log, size, crc, sync)
 
     @property
     def last_step(self) -> int:
         """The last step written; -1 before the first."""
         return len(self.records) - 1
 
+    def fileno(self) -> int:
+        """The descriptor of the open file."""
+        return self._fd
+
     def append(self, record: Record) -> None:
-        """Write one step in one system call: once back, a kill -9 does not lose it (a power cut: `sync`).
+        """Write one step in one system call: once back, a kill -9 does not lose it (a power cut: see `create`).
 
         Multipliers and decay must be fp32 values, finite unless skipped; losses and lr are rounded to fp32.
         Raises UserError if it cannot be written; the file then ends with the last whole step.
@@ -112,15 +121,33 @@ class Ledger:
         assert self._fd >= 0, f"append to {self.path}, which is closed"
         assert record.step == self.last_step + 1, f"step {record.step} after step {self.last_step}"
         data, crc, kept = encode(record, self._crc)
+        self._extend(data, crc, f"step {record.step}")
+        self.records.append(kept)
+
+    def note(self, event: Event) -> None:
+        """Write an event, as `append` writes a step; events of one step go in the order of EVENTS, each once."""
+        assert self._fd >= 0, f"note in {self.path}, which is closed"
+        done = len(self.records)
+        assert event.step == done, f"{event.kind} at step {event.step}, after {done} steps"
+        here = [e.kind for e in self.events if e.step == done]
+        assert all(EVENTS[kind] < EVENTS[event.kind] for kind in here), (
+            f"step {done}: {event.kind} after {here}"
+        )
+        self._extend(*encode_event(event, self._crc), f"the {event.kind} at step {done}")
+        self.events.append(event)
+
+    def _extend(self, data: bytes, crc: int, what: str) -> None:
         try:
             size = _write(self._fd, data, self._size)
         except OSError as error:
             with contextlib.suppress(OSError):  # if this fails too, the next open drops the tail
                 os.ftruncate(self._fd, self._size)
-            what = f"step {record.step} to {self.path}: {error.strerror}"
-            raise UserError(f"ledger: cannot write {what}") from error
-        self.records.append(kept)
+            raise UserError(f"ledger: cannot write {what} to {self.path}: {error.strerror}") from error
         self._size, self._crc = size, crc
+        if self._policy == "step" or (
+            self._policy != "end" and time.monotonic() - self._synced >= float(self._policy)
+        ):
+            self.sync()
 
     def sync(self) -> None:
         """Wait until all steps are on the disk (before anything durable that depends on them is written)."""
@@ -128,6 +155,7 @@ class Ledger:
             os.fsync(self._fd)
         except OSError as error:
             raise UserError(f"ledger: cannot write {self.path}: {error.strerror}") from error
+        self._synced = time.monotonic()
 
     def close(self) -> None:
         """Sync, close and let go of the lock; a second call does nothing."""
@@ -176,7 +204,7 @@ def _write(fd: int, data: bytes, at: int) -> int:
     return at
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a new name in `folder` last through a power cut."""
     fd = os.open(folder, os.O_RDONLY)
     try:

@@ -8,16 +8,19 @@ import os
 import zlib
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from zoft.errors import UserError
 
 MAGIC = b"zoft\r\n\x1a\n"  # the line ends show a copy that went through a text mode
-FORMAT = 1
-UPDATE, SKIP = 1, 2  # kinds of record; 3 and up are reserved for events
+FORMAT = 2  # 1 had no events, and less in its header
+UPDATE, SKIP = 1, 2  # kinds of record that a step has
+EVENTS = {"denoise": 3, "snapshot": 4}  # kinds of record between steps, in the order they take at one step
 LAST = 1  # flag: the last direction of its step
 SIZE, BODY = 32, 28  # bytes of a record, with and without its crc
+DIGEST = 20  # bytes of an event's digest, where a step's record has its floats
 MAX_DIRECTIONS = 1 << 16
 
 _RECORD = np.dtype(
@@ -52,6 +55,26 @@ class Record:
     losses: tuple[float, ...]
     skipped: bool = False
     lr: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What happened to a run between two steps: kind "denoise" (weights were rebuilt) or "snapshot" (and saved).
+
+    step: number of steps done then. digest: of what came of it, zeros where nothing is kept (20 bytes).
+    """
+
+    kind: str
+    step: int
+    digest: bytes = bytes(DIGEST)
+
+
+class Log(NamedTuple):
+    """A ledger's content: its header, one Record a step, and the events between steps, in order."""
+
+    header: dict
+    records: list[Record]
+    events: list[Event]
 
 
 def encode_header(header: dict) -> tuple[bytes, int]:
@@ -94,6 +117,14 @@ def encode(record: Record, crc: int) -> tuple[bytes, int, Record]:
     return bytes(data), crc, kept
 
 
+def encode_event(event: Event, crc: int) -> tuple[bytes, int]:
+    """Bytes of an event, and the chained crc after it."""
+    assert event.kind in EVENTS and len(event.digest) == DIGEST, event
+    head = event.step.to_bytes(4, "little") + bytes([EVENTS[event.kind], LAST, 0, 0])
+    crc = zlib.crc32(head + event.digest, crc)
+    return head + event.digest + crc.to_bytes(4, "little"), crc
+
+
 def _record(rows: np.ndarray) -> Record:
     """The step held by its q rows [q]."""
     losses = np.stack([rows["plus"], rows["minus"]], axis=1).ravel()  # [2q]
@@ -108,8 +139,8 @@ def _record(rows: np.ndarray) -> Record:
     )
 
 
-def decode(data: bytes, path: str | os.PathLike) -> tuple[dict, list[Record], int, int]:
-    """Header, whole steps, the bytes they fill and the chained crc there; UserError on any damage."""
+def decode(data: bytes, path: str | os.PathLike) -> tuple[Log, int, int]:
+    """Whole steps and events, the bytes they fill and the chained crc there; UserError on any damage."""
     header, start, crc = _decode_header(data, path)
     rows = np.frombuffer(data, _RECORD, (len(data) - start) // SIZE, start)  # [records]
     view = memoryview(data)
@@ -124,37 +155,50 @@ def decode(data: bytes, path: str | os.PathLike) -> tuple[dict, list[Record], in
 
     # What a checksum cannot see: records that were written wrongly, or by a newer zoft.
     rows = rows[:bad]
+    kind = rows["kind"]
+    event = np.isin(kind, list(EVENTS.values()))
     closes = rows["flags"] & LAST != 0
     opens = np.ones_like(closes)
     opens[1:] = closes[:-1]
-    step = np.cumsum(opens) - 1
-    first = rows[np.flatnonzero(opens)[step]]  # [records] the first record of each one's step
-    direction = np.arange(len(rows)) - np.flatnonzero(opens)[step]
-    unlike = rows["kind"] != first["kind"]
+    head = np.maximum.accumulate(np.where(opens, np.arange(len(rows)), 0))  # [records] the first of its group
+    begins = opens & ~event  # [records] the first of a step
+    step = (np.cumsum(begins) - begins)[head]  # [records] steps before this one or this event
+    first = rows[head]
+    unlike = kind != first["kind"]
     for name in ("decay", "lr"):
         unlike |= (rows[name] != first[name]) & ~(np.isnan(rows[name]) & np.isnan(first[name]))
+    late = np.zeros_like(event)
+    late[1:] = event[1:] & event[:-1] & (kind[1:] <= kind[:-1])
     finite = np.isfinite(rows["multiplier"]) & np.isfinite(rows["decay"])
     checks = {
-        "its kind is unknown (a newer zoft's?)": (rows["kind"] != UPDATE) & (rows["kind"] != SKIP),
-        "its flags are unknown (a newer zoft's?)": rows["flags"] & ~np.uint8(LAST) != 0,
+        "its kind is unknown (a newer zoft's?)": ~event & (kind != UPDATE) & (kind != SKIP),
+        "its flags are unknown (a newer zoft's?)": (rows["flags"] & ~np.uint8(LAST) != 0) | (event & ~closes),
         "its step is out of order": rows["step"] != step,
-        "its direction is out of order": rows["direction"] != direction,
-        "it disagrees with the first record of its step": unlike,
-        "it is an update with a value that is not finite": (rows["kind"] == UPDATE) & ~finite,
+        "its direction is out of order": rows["direction"] != np.arange(len(rows)) - head,
+        "it disagrees with the first record of its step": unlike & ~event,
+        "it is an event inside a step, or out of order": (event & ~opens) | late,
+        "it is an update with a value that is not finite": (kind == UPDATE) & ~finite,
     }
     for text, wrong in checks.items():
         if wrong.any() and wrong.argmax() < bad:
             bad, what = int(wrong.argmax()), text
 
-    whole = [0, *(np.flatnonzero(closes[:bad]) + 1).tolist()]  # [steps + 1] records before each step
+    whole = [0, *(np.flatnonzero(closes[:bad]) + 1).tolist()]  # records before each step or event
+    steps = int(np.count_nonzero(closes[:bad] & ~event[:bad]))
     size = start + whole[-1] * SIZE
     if what:
         raise UserError(
             f"ledger: {path} is damaged at byte {start + bad * SIZE}: {what}; "
-            f"the {len(whole) - 1} steps before it are whole: restore a copy, or `truncate -s {size}` it"
+            f"the {steps} steps before it are whole: restore a copy, or `truncate -s {size}` it"
         )
-    records = [_record(rows[a:b]) for a, b in pairwise(whole)]
-    return header, records, size, chain[whole[-1]]
+    records, events, names = [], [], {v: k for k, v in EVENTS.items()}
+    for a, b in pairwise(whole):
+        if event[a]:
+            at = start + a * SIZE + BODY - DIGEST
+            events.append(Event(names[int(kind[a])], int(rows["step"][a]), data[at : at + DIGEST]))
+        else:
+            records.append(_record(rows[a:b]))
+    return Log(header, records, events), size, chain[whole[-1]]
 
 
 def _decode_header(data: bytes, path: str | os.PathLike) -> tuple[dict, int, int]:
@@ -167,7 +211,8 @@ def _decode_header(data: bytes, path: str | os.PathLike) -> tuple[dict, int, int
     end = 16 + length
     if len(data) >= 12 and version != FORMAT:
         raise UserError(
-            f"ledger: {path} has format {version} (byte 8), this zoft reads {FORMAT}: update zoft"
+            f"ledger: {path} has format {version} (byte 8), this zoft reads {FORMAT}: "
+            + ("use the zoft that wrote it" if version < FORMAT else "update zoft")
         )
     if len(data) < 16 or len(data) < end + 4:
         raise UserError(
@@ -180,4 +225,10 @@ def _decode_header(data: bytes, path: str | os.PathLike) -> tuple[dict, int, int
             f"ledger: {path} is damaged before byte {end + 4}: its header's checksum (at byte {end}) "
             "does not match; restore a copy, or start again"
         )
-    return json.loads(data[16:end]), end + 4, crc
+    try:
+        header = json.loads(data[16:end])
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise UserError(f"ledger: {path} is no ledger of a run: its header (byte 16) is no JSON object")
+    return header, end + 4, crc

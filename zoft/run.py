@@ -5,23 +5,25 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from zoft import compose, tracking
-from zoft.config import ADAPTERS, Config
-from zoft.errors import UserError
+from zoft import compose, guards, tracking
+from zoft.config import ADAPTERS, Config, changed
+from zoft.due import due, next_stop
+from zoft.errors import UserError, writing
+from zoft.folder import Presence, kept, refuse_unwritable, write
 from zoft.stop import Stop, listening
+from zoft.tracking import logged
 
 if TYPE_CHECKING:
-    from zoft.ledger import Ledger
+    from zoft.ledger import Ledger, Log
     from zoft.trainer import Trainer
 
 OURS = (
@@ -33,7 +35,16 @@ OURS = (
     "model",
     "adapter",
     "start.safetensors",
+    "snapshots",
 )
+
+# What it means where a resumed run's ledger says something else.
+DIFFERS = {
+    "base": "starts from other weights ({found}) than this model has ({value})",
+    "data": "was begun on other training data: put back what was changed there",
+    "noise_version": "has noise of version {found}, this zoft makes version {value}: use the zoft that wrote it",
+    "adapter": "starts from an adapter ({found}) that is not made here ({value}): put back start.safetensors",
+}
 
 
 def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = False) -> dict[str, Any]:
@@ -41,27 +52,108 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
 
     Returns result.json's content. Raises UserError before anything heavy where a mistake shows early.
     """
-    from zoft import models
+    from zoft import models, tasks
 
     tracking.require(config.track)
     if resume and (Path(resume) / "result.json").exists():
         print(f"{resume}: this run is finished; its result follows", file=sys.stderr)
-        return json.loads((Path(resume) / "result.json").read_text(encoding="utf-8"))
+        return outcome(Path(resume))
     if resume is None and not dry_run:
         claim(Path(str(config.output_dir)))
-    models.resolve(config.model)
-    return recipe(config.recipe).run(absolute(config), resume=resume, dry_run=dry_run)
+    models.check(models.resolve(config.model))
+    tasks.look(config.task)
+    # A signal that comes while things load says "resume me", too.
+    with listening(str(resume or config.output_dir)), guards.memory(config):
+        return recipe(config.recipe).run(within(absolute(config)), resume=resume, dry_run=dry_run)
 
 
-def replay(folder: str | Path, out: str | Path) -> tuple[int, int]:
-    """Rebuild the model of a run in `out`; returns the steps it has and those it was to have.
+def within(config: Config) -> Config:
+    """The config with as many steps as `max_forwards` allows. Raises UserError if it allows none."""
+    if config.max_forwards is None:
+        return config
+    each = 2 * config.q * config.batch_size * config.accumulate
+    steps = min(config.steps, config.max_forwards // each)
+    if not steps:
+        raise UserError(
+            f"max_forwards={config.max_forwards}: a step takes {each}; allow more, or lower q or batch_size"
+        )
+    if steps < config.steps:
+        print(f"max_forwards={config.max_forwards}: {steps} steps of {each} forwards", file=sys.stderr)
+    if config.warmup > steps:
+        raise UserError(f"warmup={config.warmup:g}: more than the {steps} steps that max_forwards allows")
+    return dataclasses.replace(config, steps=steps)
 
-    Raises UserError on another base.
+
+def replay(
+    folder: str | Path, out: str | Path | None = None, *, step: int | None = None, storage: str | None = None,
+    denoise: bool = False, device: str | None = None,
+) -> str:  # fmt: skip
+    """Rebuild the model of a run in `out`, or check and say what would be made; returns a line about it.
+
+    step: after so many steps. storage: "fp32" replays 16-bit weights without rounding them. denoise: rounds them once.
+    The run may be unfinished, or still going on: its folder is only read. Raises UserError on another base.
     """
+    if out is not None and Path(out).exists():
+        raise UserError(f"--out {out}: exists; choose another name")
+    if storage not in (None, "fp32"):
+        raise UserError(f"--storage {storage}: use fp32, or leave it out for the run's own")
+    if out is None and (storage or denoise):
+        raise UserError(
+            f"{'--denoise' if denoise else '--storage'}: makes another model; say where with --out DIR"
+        )
+    config = of_run(folder, device)
+    from zoft import replay as replays
+
+    ask = replays.Ask(step, exact=storage == "fp32", denoise=denoise)
+    if out is None:
+        return replays.look(config, Path(folder), ask)
+    done = recipe(config.recipe).replay(config, Path(folder), Path(out), ask)
+    unfinished = (
+        f" of {config.steps}: the run is not finished" if step is None and done < config.steps else ""
+    )
+    return f"{done} steps replayed{unfinished}: {out}"
+
+
+def export(
+    folder: str | Path, out: str | Path, *, merge: bool, adapter: bool, dtype: str | None = None, device: str | None = None
+) -> str:  # fmt: skip
+    """Write a run's model, or its adapter alone, as others load it, checked; returns a line about it.
+
+    dtype: of the model on disk; None is the run's save_dtype. The run may be unfinished; its folder is only read.
+    """
+    if merge == adapter:
+        raise UserError(
+            "export: say --merge for the whole model, or --adapter for what was trained beside it"
+        )
     if Path(out).exists():
         raise UserError(f"--out {out}: exists; choose another name")
-    config = compose.load_run(folder)
-    return recipe(config.recipe).replay(config, Path(folder), Path(out)), config.steps
+    if dtype is not None and dtype not in (known := ("fp32", "fp16", "bf16")):
+        raise UserError(f"--dtype {dtype}: use {', '.join(known)}")
+    config = of_run(folder, device)
+    if adapter and config.train not in ADAPTERS:
+        raise UserError(f"{folder}: it trained the model's own weights, so there is no adapter; use --merge")
+    if adapter and dtype is not None:
+        raise UserError(f"--dtype {dtype}: an adapter is written as it is kept; leave it out")
+    from zoft import export as exports
+
+    if adapter:
+        return exports.adapter(config, Path(folder), Path(out))
+
+    return exports.merge(config, Path(folder), Path(out), dtype or config.save_dtype)
+
+
+def of_run(folder: str | Path, device: str | None) -> Config:
+    """A run's config, to rebuild its weights on `device` (None: where it ran). Raises UserError without that device."""
+    config = compose.load_run(folder, [f"device={device}"] if device else [])
+    if config.device.startswith("cuda") and not device:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError(
+                f"{folder}: it ran on {config.device}, which is not here; --device cpu gives the same bits with rademacher, "
+                "and weights within 1e-5 with gaussian and storage=fp32"
+            )
+    return dataclasses.replace(config, threads="auto")  # they change no bit of a replay
 
 
 def evaluate(config: Config, folder: str | Path | None = None) -> dict[str, Any]:
@@ -79,16 +171,21 @@ def evaluate(config: Config, folder: str | Path | None = None) -> dict[str, Any]
             config = dataclasses.replace(config, model=str(saved))
         else:
             adapter = saved
-    from zoft import adapters, setup, tasks
+    from zoft import models, tasks
+
+    models.check(models.resolve(config.model))
+    tasks.look(config.task)
+    from zoft import adapters, setup
     from zoft import evaluate as evaluation
 
-    config = setup.device(config)
-    data = tasks.load(config.task)
-    model, tokenizer, _ = setup.model(plain(config))
-    if adapter is not None:
-        model = adapters.load(model, adapter)
-    train, held_out = setup.examples(config, tokenizer, data)
-    return evaluation.evaluate(model, held_out, train)
+    with guards.memory(config):
+        config = setup.device(config)
+        data = tasks.load(config.task)
+        model, tokenizer, _ = setup.model(plain(config))
+        if adapter is not None:
+            model = adapters.load(model, adapter)
+        train, held_out = setup.examples(config, tokenizer, data)
+        return evaluation.evaluate(model, held_out, train)
 
 
 def result_name(config: Config) -> str:
@@ -103,8 +200,12 @@ def plain(config: Config) -> Config:
 
 def show_data(config: Config, count: int, say: Callable[[str], Any]) -> None:
     """Print the first examples of training as the model reads them, scored tokens in ⟦ ⟧."""
-    from zoft import setup, tasks
+    from zoft import models, tasks
     from zoft.encode import encode, show
+
+    models.check(models.resolve(config.model))
+    tasks.look(config.task)
+    from zoft import setup
 
     data = tasks.load(config.task)
     for note in data.notes:
@@ -131,16 +232,15 @@ def recipe(name: str) -> ModuleType:
 
 def claim(folder: Path) -> None:
     """Refuse a folder that holds a run, or files that a run would overwrite."""
+    refuse_unwritable("output_dir", folder)
     if (folder / "ledger").exists():
         raise UserError(
             f"output_dir={folder}: it holds a run; continue it with `zoft train --resume {folder}`, "
             "or choose another name with output_dir=…"
         )
     taken = [name for name in OURS if (folder / name).exists()]
-    if taken or (folder.exists() and not folder.is_dir()):
-        raise UserError(
-            f"output_dir={folder}: {taken[0] if taken else 'a file'} is in the way; choose another name"
-        )
+    if taken:
+        raise UserError(f"output_dir={folder}: {taken[0]} is in the way; choose another name")
 
 
 def absolute(config: Config) -> Config:
@@ -179,84 +279,145 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
 
     folder = Path(resume or str(config.output_dir))
     if resume and (folder / "ledger").exists():
-        ledger = Ledger.open(folder / "ledger")
+        ledger = Ledger.open(folder / "ledger", sync=config.sync)
     else:
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         write(folder / "config.yaml", compose.to_yaml(config))
         write(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
-        ledger = Ledger.create(folder / "ledger", dict(header))
-    with ledger, listening(str(folder)) as stop:
+        ledger = Ledger.create(folder / "ledger", dict(header), sync=config.sync)
+    with kept(ledger), ledger, listening(str(folder)) as stop:
         agree(ledger.header, header, folder)
         with tracking.Tracker(
             folder, config.steps, track=config.track, config=dataclasses.asdict(config),
-            resume_step=ledger.last_step + 1, device=config.device,
+            resume_step=ledger.last_step + 1, known=steps_of(ledger, config), device=config.device,
         ) as tracker:  # fmt: skip
-            yield Session(folder, ledger, tracker, config, stop)
+            try:
+                yield Session(folder, ledger, tracker, config, stop)
+            finally:  # steps that were under way when something stopped the run; what does not fit, a resume fills in
+                with suppress(UserError):
+                    tracker.fill(steps_of(ledger, config))
+
+
+def steps_of(ledger: Ledger, config: Config) -> list[dict[str, Any]]:
+    """The metrics of the steps that a ledger has."""
+    from zoft.trainer import metrics_of
+
+    return [metrics_of(record, config.eps) for record in ledger.records]
 
 
 def agree(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
     """Refuse to continue or replay a ledger on anything but what it was written on."""
     for name, value in wanted.items():
-        if name in found and found[name] != value:
-            if name == "base":
-                raise UserError(
-                    f"{folder}: its ledger starts from other weights ({found[name]}) than this model has ({value})"
-                )
-            raise UserError(f"{folder}: its ledger was written with {name}={found[name]}, not {value}")
+        if name in ("zoft", "plan") or name not in found or found[name] == value:
+            continue
+        other = DIFFERS.get(name, f"was written with {name}={found[name]}, not {value}")
+        if name == "config":
+            keys = changed(found[name], value)
+            if not keys:  # a zoft that knows other keys
+                continue
+            other = f"was begun with another {', '.join(keys)} than config.yaml has now: put back what it was"
+        if name == "trained":
+            names = [n for n in {**found[name], **value} if found[name].get(n) != value.get(n)]
+            other = f"trains other tensors than this model has now, {names[0]} among them"
+        raise UserError(f"{folder}: its ledger {other.format(found=found[name], value=value)}")
 
 
 def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Catch up with the ledger, train to the end with evaluations on the way, and return the result.
+    """Catch up with the ledger, train to the end with whatever is due on the way, and return the result.
 
     evaluate() -> metrics of the weights as they are. `before` is the base's, kept by metrics.jsonl on resume.
     """
+    from zoft import replay, snapshot
+    from zoft.ledger import Event, Log
+
     config, t = s.config, s.tracker
     seen = logged(s.folder / "metrics.jsonl")
-    before = next((row["eval"] for row in seen if "eval" in row and row["step"] == 0), None)
-    if before is None:
-        before = evaluate()
-        t.evaluation(0, before)
+    evals = {row["step"]: row["eval"] for row in seen if "eval" in row}
+    if 0 not in evals:
+        evals[0] = evaluate()
+        t.evaluation(0, evals[0])
+    snapshot.check_metric(config, evals[0])
     past = next((row["seconds"] for row in reversed(seen) if "seconds" in row), 0.0)
-    if s.ledger.records:
-        t.note(f"replaying {len(s.ledger.records)} of {config.steps} steps from the ledger")
-        trainer.replay(s.ledger.records)
-    began, paused = time.monotonic(), 0.0
+    log = Log(s.ledger.header, s.ledger.records, s.ledger.events)  # the ledger's own lists: they grow
+    catch_up(trainer, s.folder, config, log, t.note)
+    watch = guards.Watch(config, trainer.axis.trained, steps_of(s.ledger, config))
+    folder = Presence(s.ledger, {"config.yaml": compose.to_yaml(config)})
 
     def on_step(metrics: dict[str, Any]) -> None:
-        nonlocal paused
         seconds = past + time.monotonic() - began - paused
+        lines = watch.see(metrics)
         t.step(metrics.pop("step"), **metrics, seconds=round(seconds, 3))
+        for line in lines:
+            t.note(line)
+        folder.look()
         if trainer.settings.probes_per_forward != s.config.probes_per_forward:  # a batch could not be stacked
             s.config = dataclasses.replace(s.config, probes_per_forward=trainer.settings.probes_per_forward)
             write(s.folder / "config.yaml", compose.to_yaml(s.config))  # on resume, too, for the same bits
         s.stop.check()
 
+    def at_stop(step: int) -> None:
+        s.ledger.sync()  # nothing durable is ever ahead of the ledger
+        noted = {e.kind for e in s.ledger.events if e.step == step}  # a run that stopped here has done these
+        for what in due(config, step):
+            if what == "denoise" and what not in noted:
+                s.ledger.note(Event("denoise", step))  # first, as with steps: from here on it is a fact
+                t.note(replay.denoise(s.folder, config, log, step, trainer.axis.trained))
+            elif what == "eval" and step not in evals:
+                evals[step] = evaluate()
+                t.evaluation(step, evals[step])
+            elif what == "snapshot" and what not in noted:
+                t.note(snapshot.take(s.folder, s.ledger, trainer.axis.trained))
+                snapshot.prune(s.folder, config, s.ledger.events, evals)
+
+    at_stop(trainer.next)
+    began, paused = time.monotonic(), 0.0
     while trainer.next < config.steps:
-        every = config.eval_every or config.steps
         with s.stop.finishing():
-            trainer.run(on_step, until=min(config.steps, (trainer.next // every + 1) * every))
-        if trainer.next < config.steps:
-            pause = time.monotonic()
-            s.ledger.sync()  # no evaluation is ever ahead of the ledger
-            t.evaluation(trainer.next, evaluate())
-            paused += time.monotonic() - pause
+            trainer.run(on_step, until=next_stop(config, trainer.next))
+        pause = time.monotonic()
+        at_stop(trainer.next)
+        paused += time.monotonic() - pause
     seconds = past + time.monotonic() - began - paused
-    s.ledger.sync()
-    after = evaluate()
-    t.evaluation(config.steps, after)
     return {
         "steps": config.steps,
         "skipped": sum(r.skipped for r in s.ledger.records),
         "forwards": config.steps * 2 * config.q * config.batch_size * config.accumulate,
         "train_seconds": round(seconds, 3),
         "peak_memory_gb": round(tracking.peak_memory_gb(config.device), 2),
-        "before": before,
-        "after": after,
+        "before": evals[0],
+        "after": evals[config.steps],
     }
+
+
+def catch_up(trainer: Trainer, folder: Path, config: Config, log: Log, say: Callable[[str], Any]) -> None:
+    """Bring the weights to the log's last step: the newest sound snapshot, then what came after it."""
+    from zoft import replay, snapshot
+
+    records = log.records
+    found = snapshot.newest(folder, log.header, log.events, say=say)
+    if found:
+        step, path = found
+        say(f"starting from the snapshot at step {step}")
+        snapshot.load(path, trainer.axis.trained, step)
+        trainer.skip_to(step, records)
+    if trainer.next < len(records):
+        say(f"replaying {len(records) - trainer.next} of {config.steps} steps from the ledger")
+    # The last denoising makes all earlier roundings void.
+    denoised = max((e.step for e in log.events if e.kind == "denoise"), default=0)
+    if trainer.next < denoised:
+        trained = trainer.axis.trained
+        if not config.momentum:  # with it, only these steps give the buffers
+            for t in trained:
+                t.step = denoised if t.stored.element_size() == 2 else t.step
+        trainer.replay(records[trainer.next : denoised])
+        say(replay.denoise(folder, config, log, denoised, trained))
+    trainer.replay(records[trainer.next :])
 
 
 def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> dict[str, Any]:
     """Save the model and, last of all, result.json: its presence says that the run is complete."""
+    Presence(s.ledger, {"config.yaml": compose.to_yaml(s.config)}).look(now=True)
     if s.config.save_model:
         save(s.config, model, tokenizer, s.folder / result_name(s.config), result)
     result = {**result, "output_dir": str(s.folder)}
@@ -264,36 +425,53 @@ def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> di
     return result
 
 
-def save(config: Config, model: Any, tokenizer: Any, out: Path, result: Mapping[str, Any]) -> None:
-    """Write a run's model as others load it, in the checkpoint's dtype or save_dtype."""
+def save(
+    config: Config, model: Any, tokenizer: Any, out: Path, result: Mapping[str, Any], **facts: Any
+) -> None:
+    """Write a run's model as others load it, in the checkpoint's dtype or save_dtype; facts: more for its card.
+
+    Of a model with an adapter, the adapter alone.
+    """
+    from safetensors import SafetensorError
+
     from zoft import adapters, models, space
 
-    keys = ("recipe", "train", "steps", "lr", "schedule", "eps", "q", "noise", "batch_size", "seed")
-    facts = {"task": config.task.name} | {k: getattr(config, k) for k in keys}
-    for when in ("before", "after"):
-        facts |= {f"{name} {when}": tracking.short(v) for name, v in result.get(when, {}).items()}
-    card = models.model_card(models.resolve(config.model), facts)
-    if config.train in ADAPTERS:
-        return adapters.save(model, out, tokenizer=tokenizer, card=card)
+    text = card(config, result, **facts)
     dtype = model.checkpoint_dtype if config.save_dtype == "auto" else space.DTYPES[config.save_dtype]
-    models.save(model, tokenizer, out, dtype=dtype, card=card)
+    try:
+        with writing(out):
+            if config.train in ADAPTERS:
+                adapters.save(model, out, tokenizer=tokenizer, card=text)
+            else:
+                models.save(model, tokenizer, out, dtype=dtype, card=text)
+    except SafetensorError as error:
+        raise UserError(f"cannot write {out}: {error}") from OSError(str(error))
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file so that its name never holds half of it."""
-    draft = path.with_name(f".{path.name}.new")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+def card(config: Config, result: Mapping[str, Any], **facts: Any) -> str:
+    """The text of a model's README.md: what it was made of, how, and its figures; facts: what else there is to say."""
+    from zoft import models
+
+    keys = ("recipe", "train", "steps", "lr", "schedule", "eps", "q", "noise", "batch_size", "seed")
+    rows = {"task": config.task.name} | {k: getattr(config, k) for k in keys} | facts
+    for when in ("before", "after"):
+        rows |= {f"{name} {when}": tracking.short(v) for name, v in result.get(when, {}).items()}
+    return models.model_card(models.resolve(config.model), rows)
 
 
-def logged(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl."""
-    return (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    )
+def outcome(folder: Path) -> dict[str, Any]:
+    """result.json's content, empty for a run that is not finished."""
+    path = folder / "result.json"
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+        summary(found)
+        return found
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise UserError(
+            f"{path}: damaged; delete it, and `zoft train --resume {folder}` writes it again"
+        ) from None
 
 
 def summary(result: Mapping[str, Any]) -> str:

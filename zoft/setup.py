@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -11,12 +13,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import __version__, adapters, models, objective, precision, routes, selfcheck, space, tasks, update
-from zoft.config import ADAPTERS, Config
+from zoft import (
+    __version__,
+    adapters,
+    guards,
+    models,
+    noise,
+    objective,
+    precision,
+    routes,
+    selfcheck,
+    space,
+    sparse,
+    tasks,
+    update,
+)
+from zoft.config import ADAPTERS, Config, digests
 from zoft.data_order import batch_indices
 from zoft.encode import Example, encode
 from zoft.errors import UserError
 from zoft.evaluate import CALIBRATION, spread
+from zoft.footprint import Live
 from zoft.frozen import Row, prefix_of, rows_of
 from zoft.ledger import Ledger
 from zoft.objective import Batch, collate, losses
@@ -27,7 +44,10 @@ from zoft.trainer import Settings, Trainer
 
 FROZEN_BYTES = 1 << 30  # kept outputs of frozen blocks; rows beyond it are computed again each time
 # What a ledger's header says of the run, beside the base and the trained tensors.
-PLAN = ("seed", "noise", "momentum", "eps", "q", "storage", "compute", "perturb")
+PLAN = ("seed", "noise", "momentum", "eps", "q", "storage", "compute", "perturb", "mask", "sparsity")
+# What it says for people, of how the run began; another machine may go on with it otherwise.
+MADE = ("recipe", "train", "steps", "lr", "schedule", "warmup", "weight_decay", "batch_size", "accumulate",
+        "device", "threads", "probes_per_forward", "cache_frozen")  # fmt: skip
 
 
 def device(config: Config) -> Config:
@@ -64,15 +84,7 @@ def model(config: Config, folder: str | Path | None = None) -> tuple[nn.Module, 
 
 def tokenizer(config: Config) -> Any:
     """The tokenizer alone, without loading weights."""
-    source = models.resolve(config.model)
-    if source.kind == "gguf":
-        from zoft import gguf
-
-        made = gguf.tokenizer(gguf.read(Path(source.place)))
-        return made if made is not None else models.load(config.model)[1]
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(source.place, trust_remote_code=config.trust_remote_code)
+    return models.tokenizer(config.model, config.trust_remote_code)
 
 
 def examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[list[Example], list[Example]]:
@@ -142,6 +154,7 @@ def axis(
         say(found.note)
     wanted = 2 if config.probes_per_forward == "auto" else int(config.probes_per_forward)
     group = min(wanted, 2 * config.q) if found.stacked else 1
+    auto = config.probes_per_forward == "auto"
     config = replace(config, perturb="probes", probes_per_forward=group)
     config, trained, made = placed(config, loaded, selfcheck.live(trained, found), found.sites)
     if small.tokens is not None and isinstance(made, ProbeAxis):
@@ -152,11 +165,48 @@ def axis(
     for line in precision.weak(trained, config.eps, seed=config.seed, kind=config.noise):
         say(line)
 
+    if auto and group > 1 and isinstance(made, ProbeAxis):
+        room = memory_left(config.device) // 2
+        config = replace(config, probes_per_forward=grouped(config, loaded, made, train, room))
+
     def clean() -> torch.Tensor:
         with made.clean(small.rows):
             return run(small)
 
     return cached(config, loaded, trained, train, clean), trained, made
+
+
+@torch.no_grad()
+def grouped(config: Config, loaded: nn.Module, made: ProbeAxis, train: Sequence[Example], room: int) -> int:
+    """How many of a step's probes share a forward: as many as have their activations in `room` bytes.
+
+    All 2q, or an equal share of the directions, or 1 where not even the two of one direction fit. What a probe takes is
+    measured, on the longest examples. More probes at once gain where much is frozen, and where batches are small.
+    """
+    longest = sorted(train, key=lambda e: -e.length)[: config.batch_size]
+    batch = collate(longest).to(config.device)
+    kept = [*loaded.parameters(), *loaded.buffers(), *batch.inputs.values()]
+    with made.clean(batch.rows), Live(kept, count=False) as live:
+        losses(loaded, batch)
+    each = max(1, live.most - made.scratch_held())  # the scratch was allocated meanwhile
+    pairs = min(config.q, room // (2 * each))
+    if not pairs:
+        return 1
+    while config.q % pairs:  # groups of one size: no small one at the end
+        pairs -= 1
+    return 2 * pairs
+
+
+def memory_left(device: str) -> int:
+    """Bytes that a tensor on this device could take."""
+    if device.startswith("cuda"):
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        return int(text.partition("MemAvailable:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        return 4 << 30
 
 
 def cached(
@@ -201,14 +251,41 @@ def placed(
     space.place(loaded, trained, config.storage, config.compute, uniform=inplace)
     if config.train in ADAPTERS:
         adapters.place(trained, space.DTYPES[config.compute])
+    for line in sparse.mask(trained, config.mask, config.sparsity, config.seed):  # θ is the base, as stored
+        say(line)
+    refuse_denoise(config, trained)
     common: dict[str, Any] = {"seed": config.seed, "kind": config.noise, "beta": config.momentum}
+    fed: dict[str, Any] = common | {"q": config.q, "eps": config.eps}
+    captured = config.device.startswith("cuda") and config.storage != "fp64"
     if inplace:
-        return replace(config, probes_per_forward=1), trained, InPlace(trained, **common)
-    if config.device.startswith("cuda") and config.storage != "fp64":
+        config = replace(config, probes_per_forward=1)
+        if captured:
+            from zoft.device_inplace import DeviceInPlace
+
+            return config, trained, DeviceInPlace(trained, **fed)
+        return config, trained, InPlace(trained, **common)
+    if captured:
         from zoft.device import DeviceAxis
 
-        return config, trained, DeviceAxis(trained, sites, q=config.q, eps=config.eps, **common)
+        return config, trained, DeviceAxis(trained, sites, **fed)
     return config, trained, ProbeAxis(trained, sites, **common)
+
+
+def refuse_denoise(config: Config, trained: Sequence[Trained]) -> None:
+    """Raise UserError where denoise_every asks for what cannot be, or is not needed."""
+    if not config.denoise_every:
+        return
+    key = f"denoise_every={config.denoise_every}"
+    if any(t.floor is not None or getattr(t, "threshold", None) is not None for t in trained):
+        raise UserError(
+            f"{key}: the directions of recipe={config.recipe} depend on the weights, so that base and ledger give "
+            "no sum; leave it out"
+        )
+    if all(t.stored.element_size() > 2 for t in trained):
+        raise UserError(
+            f"{key}: storage={config.storage} keeps no trained tensor in 16 bits, so there is no rounding to "
+            "remove; leave it out"
+        )
 
 
 def calibration(train: Sequence[Example]) -> tuple[Batch, Batch]:
@@ -230,13 +307,16 @@ def trainer(
     config: Config, loaded: nn.Module, made: ProbeAxis | InPlace, train: Sequence[Example], ledger: Ledger
 ) -> Trainer:
     """The trainer of a run: on a GPU, one whose steps are captured."""
+    for line in guards.at_start(config, made.trained) if ledger.last_step < 0 else ():
+        say(line)
     at = batches(config, train)
-    if not config.device.startswith("cuda") or config.perturb == "inplace" or config.storage == "fp64":
+    if not config.device.startswith("cuda") or config.storage == "fp64":
         return Trainer(loaded, made, at, ledger, settings(config))
     from zoft.captured import CapturedTrainer
     from zoft.device import DeviceAxis
+    from zoft.device_inplace import DeviceInPlace
 
-    assert isinstance(made, DeviceAxis), type(made)
+    assert isinstance(made, (DeviceAxis, DeviceInPlace)), type(made)
     why = "cache_frozen looks rows up on the CPU" if config.cache_frozen else ""
     if not why and mask_is_idle(config, loaded, made, train):
         plain, at = at, lambda step: [b.unmasked() for b in plain(step)]
@@ -244,7 +324,9 @@ def trainer(
 
 
 @torch.no_grad()
-def mask_is_idle(config: Config, loaded: nn.Module, made: ProbeAxis, train: Sequence[Example]) -> bool:
+def mask_is_idle(
+    config: Config, loaded: nn.Module, made: ProbeAxis | InPlace, train: Sequence[Example]
+) -> bool:
     """Whether padding on the right changes nothing, as in a causal model: then attention needs no mask."""
     by_length = sorted(train, key=lambda e: e.length)
     batch = collate([by_length[0], by_length[-1]]).to(config.device)
@@ -288,6 +370,8 @@ def plan(
     held_out: Sequence[Example],
 ) -> dict[str, Any]:
     """What a run would do: the resolved config and the counts that follow from it."""
+    for line in guards.at_start(config, trained):
+        say(line)
     numbers = sum(t.stored.numel() for t in trained)
     realised = precision.realised(trained, config.eps, seed=config.seed, kind=config.noise)
     weakest = min(realised, key=lambda name: realised[name])
@@ -306,12 +390,36 @@ def plan(
     }
 
 
-def header(config: Config, base: str, trained: Sequence[Trained]) -> dict[str, Any]:
-    """The ledger's header: all that replay needs beside the base."""
+def header(
+    config: Config, base: str, trained: Sequence[Trained], train: Sequence[Example] = ()
+) -> dict[str, Any]:
+    """The ledger's header: what the run is, all that replay needs beside the base, and how the run was made."""
+    tensors = {t.name: [t.id, list(t.stored.shape), short(t.stored.dtype)] for t in trained}
     known = {k: getattr(config, k) for k in PLAN}
     if config.train in ADAPTERS:
         known["adapter"] = adapters.fingerprint(trained)
-    return {"zoft": __version__, "base": base, "trained": [t.name for t in trained], **known}
+    found: dict[str, Any] = {
+        "zoft": __version__,
+        "noise_version": noise.VERSION,
+        "base": base,
+        "config": digests(config),
+    }
+    if train:
+        found["data"] = data_digest(train)
+    return {**found, **known, "trained": tensors, "plan": {k: getattr(config, k) for k in MADE}}
+
+
+def short(dtype: torch.dtype) -> str:
+    """The name that config and ledger have for a dtype."""
+    return next(name for name, d in space.DTYPES.items() if d == dtype)
+
+
+def data_digest(train: Sequence[Example]) -> str:
+    """A hash of the training examples' tokens, in their order."""
+    h = hashlib.blake2b(digest_size=16)
+    for e in train:
+        h.update(json.dumps([e.contexts, e.completions, e.gold]).encode())
+    return f"blake2b:{h.hexdigest()}"
 
 
 def from_header(config: Config, found: Mapping[str, Any]) -> Config:

@@ -12,7 +12,7 @@ from torch import nn
 
 from zoft.config import ADAPTERS
 from zoft.errors import UserError
-from zoft.noise import tensor_id
+from zoft.noise import Mask, tensor_id
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP16_MAX = 65504.0
@@ -33,6 +33,13 @@ class Trained:
     decays: bool  # weight decay applies (not to biases and norms)
     step: int = 0  # updates of steps < step are in `stored`
     momentum: torch.Tensor | None = None  # fp32 (fp64 for fp64 storage), like stored
+    floor: float | None = None  # no update brings an element below it
+    mask: Mask | None = None  # which elements move; None: all
+
+    @property
+    def threshold(self) -> float | None:
+        """|θ| beyond which an element stays: what moves depends on the weights. None: it does not."""
+        return self.mask.threshold if self.mask else None
 
 
 def train_names(model: nn.Module, train: str) -> list[str]:
@@ -132,6 +139,13 @@ def resolve_dtypes(
     return storage, compute
 
 
+def one(name: str, param: nn.Parameter) -> Trained:
+    """A tensor as Trained, in the precision it has; its memory becomes contiguous."""
+    param.data = param.data.contiguous()
+    decays = param.ndim > 1 and not _no_decay(name)
+    return Trained(name, param, param.data, param.dtype, tensor_id(name), decays)
+
+
 def adopt(model: nn.Module, names: list[str]) -> list[Trained]:
     """The named tensors as Trained, out of autograd's hands, still in the precision they were loaded in.
 
@@ -148,10 +162,7 @@ def adopt(model: nn.Module, names: list[str]) -> list[Trained]:
                 f"train: tensors {ids[tid]} and {name} share one noise id; train one of them only"
             )
         ids[tid] = name
-        param.data = param.data.contiguous()
-        trained.append(
-            Trained(name, param, param.data, param.dtype, tid, param.ndim > 1 and not _no_decay(name))
-        )
+        trained.append(one(name, param))
     assert len(trained) == len(wanted), (
         len(trained),
         len(wanted),
@@ -170,31 +181,78 @@ def place(
     uniform: 1-D tensors follow the matrices, for a model that runs on its stored weights (perturb=inplace).
     Raises UserError for values outside fp16's range.
     """
-    store, comp = DTYPES[storage], DTYPES[compute]
-    one_dim = store if uniform or store == torch.float64 else torch.float32
+    comp = DTYPES[compute]
     ours = {id(t.param) for t in trained}
     for t in trained:
-        dtype = one_dim if t.param.ndim <= 1 else store
-        if dtype == torch.float16 and t.param.numel() and float(t.param.abs().max()) > FP16_MAX:
-            raise UserError(
-                f"storage=fp16: {t.name} holds values beyond {FP16_MAX:g}; use storage=bf16 or storage=fp32"
-            )
-        t.param.data = t.stored = t.param.data.to(dtype)
+        store(t, storage, uniform=uniform)
         t.compute = comp
     for param in model.parameters():
-        if id(param) not in ours and param.dtype in DTYPES.values() and param.dtype != comp:
-            param.data = param.data.to(comp)
-    for owner, key, buffer in _float_buffers(model):
-        # Rotary tables and the like are kept in fp32 by their models on purpose; only 16-bit ones follow.
-        if buffer.element_size() == 2 and buffer.dtype != comp:
-            owner._buffers[key] = buffer.to(comp)
+        if id(param) not in ours and frozen_dtype(param, compute, True) != param.dtype:
+            _cast(param, comp)
+    for owner, key, buffer in float_buffers(model):
+        owner._buffers[key] = buffer.to(frozen_dtype(buffer, compute, False))
+
+
+def frozen_dtype(tensor: torch.Tensor, compute: str, parameter: bool) -> torch.dtype:
+    """The dtype that a tensor which is not trained has while the model runs in `compute`.
+
+    Rotary tables and the like are buffers that their models keep in fp32 on purpose; only 16-bit ones follow.
+    """
+    follows = DTYPES.values() if parameter else (torch.bfloat16, torch.float16)
+    return DTYPES[compute] if tensor.dtype in follows else tensor.dtype
+
+
+def store(t: Trained, storage: str, *, uniform: bool = False) -> None:
+    """Keep one tensor in the dtype that `storage` has for it; see `place`."""
+    dtype = DTYPES[storage]
+    if t.param.ndim <= 1 and not uniform and dtype != torch.float64:
+        dtype = torch.float32
+    if dtype == torch.float16 and t.param.numel() and _largest(t.param.data) > FP16_MAX:
+        raise UserError(
+            f"storage=fp16: {t.name} holds values beyond {FP16_MAX:g}; use storage=bf16 or storage=fp32"
+        )
+    _cast(t.param, dtype)
+    t.stored = t.param.data
+
+
+_PIECE = 1 << 24  # numbers that are in two dtypes at one time
+
+
+def _largest(x: torch.Tensor) -> float:
+    """max |x|, without a copy of x."""
+    low, high = x.aminmax()
+    return max(-float(low), float(high))
+
+
+def _cast(param: nn.Parameter, dtype: torch.dtype) -> None:
+    """Give a parameter another dtype; in its own memory where that fits and nobody else looks at it, so that of a large
+    one no second copy exists."""
+    x = param.data
+    if x.dtype.itemsize != dtype.itemsize or x.numel() <= _PIECE or not x.is_contiguous() or _shared(x):
+        param.data = x.to(dtype)
+        return
+    old, new = x.flatten(), x.view(dtype).flatten()
+    for i in range(0, x.numel() if x.dtype != dtype else 0, _PIECE):
+        new[i : i + _PIECE] = old[i : i + _PIECE].to(dtype)
+    param.data = x.view(dtype)
+
+
+def _shared(x: torch.Tensor) -> bool:
+    """Whether others use the memory of x, a parameter's data: more hold it than hold that of a new one."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    if count is None:
+        return True
+    new = nn.Parameter(torch.empty(1), requires_grad=False)
+    y = new.data
+    return count(x.untyped_storage()._cdata) > count(y.untyped_storage()._cdata)
 
 
 def _no_decay(name: str) -> bool:
     return bool(re.search(r"bias$|norm|(^|[._])ln[._\d]", name.lower()))
 
 
-def _float_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+def float_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+    """(module, key, buffer) of every buffer that holds fractions."""
     for module in model.modules():
         for key, buffer in list(module._buffers.items()):
             if buffer is not None and buffer.is_floating_point():

@@ -23,10 +23,22 @@ Specification
         no update): NaN and infinity have no rule here. fp32 and fp64: no rounding bits.
 
     Update, in fp32 (fp64 for fp64 tensors, z widened), every operation rounded on its own, in this order:
-        s = m₀·z₀; s = s + m₁·z₁; …; with momentum: buffer = beta·buffer + s, s = buffer; a = decay·θ unless decay is 1;
-        a = a + s; θ = round(a). A multiplier of -0 counts as +0. A no-op (all multipliers 0, decay 1) writes nothing
-        at all, unless there is a momentum buffer (and beta is not 0): then it coasts like any other update.
+        s = m₀·z₀; s = s + m₁·z₁; …; with momentum: buffer = beta·buffer + s, s = buffer; a = θ + restore·z_last unless
+        restore is 0; a = decay·a unless decay is 1; a = a + s; with a floor a = max(a, floor); θ = round(a).
+        A multiplier of -0 counts as +0. A no-op (all multipliers 0, decay 1) writes nothing at all, unless there is a
+        momentum buffer (and beta is not 0): then it coasts like any other update.
+        decay NOTHING: no update, momentum included, whatever the multipliers.
+        Of a no-op and of NOTHING the restore remains, if it is not 0: θ = nearest(θ + restore·z_last), nearest even in
+        θ's dtype. z_last is the z of the last multiplier. In-place probing takes θ back with it, in the update's own
+        pass and rounding; a move alone is the same bits as a probe of that scale, written onto θ.
     Probe: fl(θ + fl(scale·z)), then to out's dtype, nearest even; scale 0: θ itself.
+    Mask: an element that is left out keeps its bits: restores, decay, sums and rounding pass it over (in its s is -0, so
+        that a momentum buffer only fades), its probes are θ itself, to out's dtype.
+        by magnitude: |θ| <= threshold moves, θ as it is stored before the update, compared in fp32. Several updates
+        in one pass each look anew, probes look at θ after them all: the order of steps, whatever is fused. So the
+        probes of a step and its update, which comes later and finds the same θ, have one mask.
+        at random (purpose 2, key(seed, 0, 0)): c = i // 8, half-word i mod 8, low halves first: 16 bits r; r < share
+        moves. The same at all steps; each tensor its own.
 
 [1] Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011. doi:10.1145/2063384.2063405
 """
@@ -34,21 +46,34 @@ Specification
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+VERSION = 1  # of the specification above; a ledger can only be replayed under its own
 GAUSSIAN, RADEMACHER = "gaussian", "rademacher"
+NOTHING = -1.0  # a decay that says: no update at all, though a restore may come with it
+PART = 128  # elements that one counter serves at most: a part of a tensor starts at a multiple
 # |z - exact z| stays below, absolute:
 GAUSSIAN_BOUND = 1e-6  # on a CPU; 9.3e-7 over all words, rms 1.3e-7 (scripts/bench_noise.py --exhaustive)
 GAUSSIAN_BOUND_GPU = 5e-5  # on a GPU, with its own logarithm, sine and cosine; rms 3e-7
 
 Probes = Sequence[tuple[int, float]]
+
+
+class Mask(NamedTuple):
+    """Which elements of a tensor move: those with |θ| <= threshold (an fp32 value), or a fixed random share of 2¹⁶."""
+
+    threshold: float | None = None
+    seed: int = 0
+    share: int = 0
+
+
 _MASK = 0xFFFFFFFF
 
 
@@ -56,18 +81,33 @@ _MASK = 0xFFFFFFFF
 class Update:
     """One committed step, exactly what the ledger records: θ <- round(decay·θ + Σ_k multipliers[k]·z_k).
 
-    multipliers: fp32 values, one a direction; decay: fp32 value; seed, step: which directions.
+    multipliers: fp32 values, one a direction; decay: fp32 value; seed, step: which directions. restore: the scale, fp32,
+    by which the last direction's z is added to θ first (in-place probing); with decay NOTHING that is all there is.
     """
 
     step: int
     seed: int
     multipliers: tuple[float, ...]
     decay: float = 1.0
+    restore: float = 0.0
+
+    def __post_init__(self) -> None:
+        assert self.multipliers or not self.restore, "restore: along no direction"
 
     @property
     def is_noop(self) -> bool:
         """True if by itself it changes nothing: without momentum it writes nothing (-0.0 and NaN payloads survive)."""
-        return self.decay == 1 and not any(self.multipliers)
+        return self.restore == 0 and (self.is_nothing or (self.decay == 1 and not any(self.multipliers)))
+
+    @property
+    def is_nothing(self) -> bool:
+        """True if it is no update: a move of θ by its restore, or not even that."""
+        return self.decay == NOTHING
+
+
+def move(seed: int, step: int, direction: int, scale: float) -> Update:
+    """θ <- nearest(θ + scale·z_direction), as an entry among updates."""
+    return Update(step, seed, (0.0,) * (direction + 1), NOTHING, scale)
 
 
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -102,6 +142,9 @@ def advance(
     *,
     momentum: Tensor | None = None,
     beta: float = 0.0,
+    start: int = 0,
+    floor: float | None = None,
+    mask: Mask | None = None,
 ) -> None:
     """Apply updates to θ in place, in order, in one pass over memory.
 
@@ -109,8 +152,12 @@ def advance(
 
     theta: contiguous, fp32, bf16, fp16 or fp64; momentum: fp32 (fp64 for fp64) of theta's shape. What is
     no update at all (a skipped step) must not be in updates: with momentum even a no-op coasts.
+    start: theta and momentum are a contiguous part of the tensor, from this element on, a multiple of PART: the
+    bits are those of the whole. floor: what an update brings θ below is set to it, before it is rounded.
+    mask: of the tensor; by magnitude it goes with no restore, for what θ is elsewhere says nothing of θ.
     """
-    perturb(theta, tid, None, (), seed=0, step=0, noise=noise, updates=updates, momentum=momentum, beta=beta)
+    more: dict[str, Any] = {"momentum": momentum, "beta": beta, "start": start, "floor": floor, "mask": mask}
+    perturb(theta, tid, None, (), seed=0, step=0, noise=noise, updates=updates, **more)
 
 
 def perturb(
@@ -125,6 +172,9 @@ def perturb(
     updates: Sequence[Update] = (),
     momentum: Tensor | None = None,
     beta: float = 0.0,
+    start: int = 0,
+    floor: float | None = None,
+    mask: Mask | None = None,
 ) -> None:
     """Apply updates to θ as `advance` does, then write every probe of it, in one pass over memory.
 
@@ -134,8 +184,9 @@ def perturb(
     probes of one direction share one draw of it. out may be theta itself (`theta[None]`, one probe), nothing between.
     """
     assert noise in (GAUSSIAN, RADEMACHER), noise
-    live = tuple(u for u in updates if not u.is_noop or (momentum is not None and beta != 0))
+    live = tuple(_live(updates, momentum is not None and beta != 0))
     assert theta.is_contiguous(), (theta.shape, theta.stride())
+    assert start >= 0 and start % PART == 0, start
     if out is not None:
         assert out.is_contiguous() and out.shape == (len(probes), *theta.shape), (
             out.shape,
@@ -151,9 +202,25 @@ def perturb(
             momentum.shape,
             momentum.dtype,
         )
+    if mask is not None and mask.threshold is not None:
+        moved = out is not None and out.data_ptr() == theta.data_ptr()
+        assert not moved and not any(u.restore for u in live), (
+            "a mask by magnitude of θ that is moved in place"
+        )
     if theta.numel() and (live or probes):
         backend = _backend(theta.device.type)
-        backend.perturb(theta, tid, out, tuple(probes), seed, step, noise, live, momentum, beta)
+        backend.perturb(
+            theta, tid, out, tuple(probes), seed, step, noise, live, momentum, beta, start, floor, mask
+        )
+
+
+def _live(updates: Sequence[Update], coasts: bool) -> Iterator[Update]:
+    """Updates that change something; where only the restore is left of one, it is marked as NOTHING else."""
+    for u in updates:
+        if not u.is_nothing and (coasts or u.decay != 1 or any(u.multipliers)):
+            yield u
+        elif u.restore:
+            yield replace(u, decay=NOTHING)
 
 
 def gather(
@@ -167,13 +234,15 @@ def gather(
     seed: int,
     step: int,
     noise: str,
+    start: int = 0,
+    mask: Mask | None = None,
 ) -> None:
     """Rows of one probe, with noise made for these rows only.
 
     out[n] = cast(θ[rows[n]] + scale·z[rows[n]])
 
     theta: contiguous [R, ...]; rows: int64 [N], each in [0, R); out: contiguous [N, ...]. IndexError for other rows on
-    a CPU; a GPU does not look.
+    a CPU; a GPU does not look. start, mask: as in `advance`.
     """
     assert noise in (GAUSSIAN, RADEMACHER), noise
     assert theta.is_contiguous() and out.is_contiguous() and rows.ndim == 1, (
@@ -183,9 +252,10 @@ def gather(
     )
     assert out.shape == (len(rows), *theta.shape[1:]), (out.shape, rows.shape, theta.shape)
     assert theta.device == rows.device == out.device, (theta.device, rows.device, out.device)
+    assert start >= 0 and start % PART == 0, start
     if out.numel():
         _backend(theta.device.type).gather(
-            theta, tid, rows.contiguous(), out, direction, scale, seed, step, noise
+            theta, tid, rows.contiguous(), out, direction, scale, seed, step, noise, start, mask
         )
 
 
@@ -208,6 +278,20 @@ def direction(
     if out.numel():
         _backend(out.device.type).direction(out, tid, seed, step, direction, noise)
     return out
+
+
+def moving(theta: Tensor, tid: int, mask: Mask | None, start: int = 0) -> Tensor:
+    """Which elements the mask lets move: bool, of theta's shape. start: as in `advance`."""
+    import torch
+
+    if mask is None:
+        return torch.ones_like(theta, dtype=torch.bool)
+    if mask.threshold is not None:
+        size = theta.abs()  # a 16-bit tensor would be compared with the threshold rounded to 16 bits
+        return (size.float() if size.itemsize < 4 else size) <= mask.threshold
+    found = torch.zeros(theta.shape, dtype=torch.float32, device=theta.device)
+    advance(found, tid, [Update(0, 0, (1.0,))], RADEMACHER, start=start, mask=mask)
+    return found != 0
 
 
 def _backend(device: str):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoft.noise import GAUSSIAN, Update, kernels, key
+from zoft.noise import GAUSSIAN, Mask, Update, kernels, key
 
 _CODES = {
     torch.float32: kernels.FP32,
@@ -38,19 +38,23 @@ def perturb(
     updates: tuple[Update, ...],
     momentum: Tensor | None,
     beta: float,
+    first: int = 0,
+    floor: float | None = None,
+    mask: Mask | None = None,
 ) -> None:
-    """`zoft.noise.perturb` of a CPU tensor. updates: without no-ops."""
+    """`zoft.noise.perturb` of a CPU tensor whose first element is number `first`. updates: without no-ops."""
     code, n = _CODES[theta.dtype], theta.numel()
     work = np.float64 if code == kernels.FP64 else np.float32
     plan = _plan(updates, probes, seed, step, work)
-    address, gaussian = np.uint64(theta.data_ptr()), noise == GAUSSIAN
-    buffer = _NONE if momentum is None else np.uint64(momentum.data_ptr())
+    address, gaussian = _address(theta, first), noise == GAUSSIAN
+    buffer = _NONE if momentum is None else _address(momentum, first)
     target, out_code = (_NONE, 0) if out is None else (np.uint64(out.data_ptr()), _CODES[out.dtype])
-    beta = work(beta)
+    rules = _rules(beta, floor, mask)
 
     def piece(start: int, end: int) -> None:
+        shape = (out_code, n, start)
         kernels.run(
-            address, code, start, end, tid, gaussian, buffer, beta, plan, target, (out_code, n, start)
+            address, code, first + start, first + end, tid, gaussian, buffer, rules, plan, target, shape
         )
 
     _spread(piece, n, _PIECE)
@@ -66,17 +70,22 @@ def gather(
     seed: int,
     step: int,
     noise: str,
+    start: int = 0,
+    mask: Mask | None = None,
 ) -> None:
-    """`zoft.noise.gather` of a CPU tensor."""
+    """`zoft.noise.gather` of a CPU tensor whose first element is number `start`."""
     code, out_code, width = _CODES[theta.dtype], _CODES[out.dtype], out.numel() // len(rows)
     index = rows.numpy()
     if index.min() < 0 or index.max() >= len(theta):
         raise IndexError(f"rows [{index.min()}, {index.max()}] of a tensor that has {len(theta)}")
-    plan = _plan((), ((direction, scale),), seed, step, np.float64 if code == kernels.FP64 else np.float32)
-    source, target, gaussian = np.uint64(theta.data_ptr()), np.uint64(out.data_ptr()), noise == GAUSSIAN
+    work = np.float64 if code == kernels.FP64 else np.float32
+    plan, rules = _plan((), ((direction, scale),), seed, step, work), _rules(0.0, None, mask)
+    source, target, gaussian = _address(theta, start), np.uint64(out.data_ptr()), noise == GAUSSIAN
 
     def piece(first: int, last: int) -> None:
-        kernels.run_rows(source, code, index, first, last, width, tid, gaussian, plan, target, out_code)
+        kernels.run_rows(
+            source, code, index, first, last, width, start, tid, gaussian, rules, plan, target, out_code
+        )
 
     _spread(piece, len(rows), -(-_PIECE // width))
 
@@ -87,11 +96,29 @@ def direction(out: Tensor, tid: int, seed: int, step: int, direction: int, noise
     plan = _plan((), ((direction, 1.0),), seed, step, np.float32)
     target = np.uint64(out.data_ptr())
 
+    rules = _rules(0.0, None, None)
+
     def piece(start: int, end: int) -> None:
         shape = (code, n, start)
-        kernels.run(_NONE, kernels.ZERO, start, end, tid, gaussian, _NONE, np.float32(0), plan, target, shape)
+        kernels.run(_NONE, kernels.ZERO, start, end, tid, gaussian, _NONE, rules, plan, target, shape)
 
     _spread(piece, n, _PIECE)
+
+
+def _address(tensor: Tensor, first: int) -> np.uint64:
+    """Where element 0 would be if the tensor's first is number `first`."""
+    return np.uint64((tensor.data_ptr() - first * tensor.element_size()) % 2**64)
+
+
+@lru_cache(maxsize=4096)  # one for each tensor with a threshold of its own
+def _rules(beta: float, floor: float | None, mask: Mask | None):
+    """What `kernels.run` takes as its rules: fp64 [7], which holds them exactly."""
+    kind, threshold, share, words = kernels.ALL, 0.0, 0, (0, 0)
+    if mask is not None and mask.threshold is not None:
+        kind, threshold = kernels.SMALL, mask.threshold
+    elif mask is not None:
+        kind, share, words = kernels.CHOSEN, mask.share, key(mask.seed, 0, 0)
+    return np.array([beta, -np.inf if floor is None else floor, kind, threshold, share, *words])
 
 
 @lru_cache(
@@ -102,19 +129,21 @@ def _plan(
 ):
     """What `kernels.run` takes as its plan. Zeros lose their sign: equal plans must be the same plan."""
     keys, values, groups = [], [], []
-    for u in updates:
-        keys += [key(u.seed, u.step, k) for k in range(len(u.multipliers))]
-        values += [m + 0.0 for m in u.multipliers]
+    counts = [1 if u.is_nothing else len(u.multipliers) for u in updates]
+    for u, count in zip(updates, counts):  # of NOTHING the last direction alone
+        keys += [key(u.seed, u.step, k) for k in range(len(u.multipliers))][-count:] if count else []
+        values += [m + 0.0 for m in u.multipliers][-count:] if count else []
     for (which, silent), group in groupby(probes, lambda probe: (probe[0], probe[1] == 0)):
         scales = [scale + 0.0 for _, scale in group]
         keys.append(key(seed, step, which))
         values += scales
         groups.append(-len(scales) if silent else len(scales))
     return (
-        np.array([len(u.multipliers) for u in updates], np.int64),
+        np.array(counts, np.int64),
         np.array(keys, np.uint32).reshape(-1, 2),
         np.array(values, work),
         np.array([u.decay + 0.0 for u in updates], work),
+        np.array([u.restore + 0.0 for u in updates], work),
         np.array([key(u.seed, u.step, 0) for u in updates], np.uint32).reshape(-1, 2),
         np.array(groups, np.int64),
     )

@@ -12,7 +12,7 @@ import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +20,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoft.noise import GAUSSIAN, Probes, Update, key
+from zoft.noise import GAUSSIAN, PART, Mask, Probes, Update, key
+from zoft.noise import NOTHING as _NOTHING
 
+_PLAIN = ["tid", "threshold", "share", "mask0", "mask1"]  # arguments whose values no kernel is compiled for
 PROBES_MAX = 16  # probes that one launch unrolls
 _LANES = 128  # of 8 elements each: what one program of 2 warps works on
 _SMALL = 64  # lanes of a program of one warp, where tensors are small
 _OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
 _OPTIONS_SMALL = {"num_warps": 1, "enable_fp_fusion": False}
-NOTHING = tl.constexpr(-1.0)  # a decay that says: no update here
+NOTHING = tl.constexpr(_NOTHING)
+ALL, SMALL, CHOSEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # kinds of mask, as in kernels.py
 # Triton's interpreter knows no assembly: there the same functions, exact, stand in for the hardware's.
 _HARDWARE = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") != "1")
 
@@ -85,14 +88,14 @@ def _noise(base, tid, keys, k, GAUSSIAN: tl.constexpr, LANES: tl.constexpr):
     """z of the 8·LANES elements from base (a multiple of 128) on, fp32; key k of keys int32 [., 2]."""
     k0, k1 = _key(keys, k)
     if GAUSSIAN:
-        w0, w1, w2, w3 = _words(base // 8 + tl.arange(0, LANES), tid, 0, k0, k1)
+        w0, w1, w2, w3 = _words((base >> 3) + tl.arange(0, LANES), tid, 0, k0, k1)
         a0, a1 = _pair(w0)
         b0, b1 = _pair(w1)
         c0, c1 = _pair(w2)
         d0, d1 = _pair(w3)
         return tl.interleave(_in_order(a0, b0, c0, d0), _in_order(a1, b1, c1, d1))
     word = tl.arange(0, LANES // 4)  # of 32 elements each
-    w0, w1, w2, w3 = _words(base // 128 + word // 4, tid, 0, k0, k1)
+    w0, w1, w2, w3 = _words((base >> 7) + word // 4, tid, 0, k0, k1)
     which = word % 4
     bits = tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
     spread = (bits[:, None] >> tl.arange(0, 32).to(tl.uint32)[None, :]) & 1
@@ -100,11 +103,27 @@ def _noise(base, tid, keys, k, GAUSSIAN: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
+def _pairs(base, tid, purpose: tl.constexpr, k0, k1, LANES: tl.constexpr):
+    """Words [4·LANES], each of two elements' 16 bits from base (a multiple of 128) on, the even one's low."""
+    w0, w1, w2, w3 = _words((base >> 3) + tl.arange(0, LANES), tid, purpose, k0, k1)
+    return _in_order(w0, w1, w2, w3)
+
+
+@triton.jit
+def _moving(a, base, tid, MASK: tl.constexpr, threshold, share, mask0, mask1, LANES: tl.constexpr):
+    """Which of the 8·LANES elements a mask lets move."""
+    if MASK == SMALL:
+        return tl.abs(a) <= threshold
+    k0, k1 = mask0.to(tl.uint32, bitcast=True), mask1.to(tl.uint32, bitcast=True)
+    pairs = _pairs(base, tid, 2, k0, k1, LANES)
+    return tl.interleave(pairs & 0xFFFF, pairs >> 16).to(tl.int32, bitcast=True) < share
+
+
+@triton.jit
 def _round_stochastic(a, base, tid, keys, k, BF16: tl.constexpr, LANES: tl.constexpr):
     """The finite fp32 values a [8·LANES] on the grid of bf16 or fp16, still fp32."""
     k0, k1 = _key(keys, k)
-    w0, w1, w2, w3 = _words(base // 8 + tl.arange(0, LANES), tid, 1, k0, k1)
-    pairs = _in_order(w0, w1, w2, w3)
+    pairs = _pairs(base, tid, 1, k0, k1, LANES)
     bits = a.to(tl.int32, bitcast=True)
     if BF16:
         r = tl.interleave(pairs & 0xFFFF, pairs >> 16).to(tl.int32, bitcast=True)
@@ -119,48 +138,103 @@ def _round_stochastic(a, base, tid, keys, k, BF16: tl.constexpr, LANES: tl.const
     return s.to(tl.float16, fp_downcast_rounding="rtz").to(tl.float32)
 
 
+@triton.jit
+def _round_nearest(a, BF16: tl.constexpr):
+    """The finite fp32 values a on the grid of bf16 or fp16, nearest even, still fp32."""
+    if BF16:
+        bits = a.to(tl.int32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return a.to(tl.float16).to(tl.float32)
+
+
 # ---- the pass ------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _step(
-    a, m, s, u, base, tid, keys, values, UQ, decay, beta,
-    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, BF16: tl.constexpr, LANES: tl.constexpr,
+def _restored(a, z, scale):
+    """a + scale·z; a itself where scale is 0, signs of zeros included."""
+    return tl.where(scale == 0, a, a + scale * z)
+
+
+@triton.jit
+def _moved(
+    a, base, tid, keys, k, scale, keep, MASK: tl.constexpr,
+    STOCHASTIC: tl.constexpr, BF16: tl.constexpr, GAUSSIAN: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """θ (and momentum) after update u, whose directions sum to s; UQ: multipliers in all."""
+    """θ after a move by scale along key k; a mask by magnitude goes with no move."""
+    z = _noise(base, tid, keys, k, GAUSSIAN, LANES).to(a.dtype)
+    b = a + scale * z
+    if STOCHASTIC:
+        b = _round_nearest(b, BF16)
+    if MASK:
+        b = tl.where(keep, b, a)
+    return b
+
+
+@triton.jit
+def _step(
+    a, m, s, z, u, base, tid, keys, UQ, decay, beta, restores, keep, threshold, RESTORE: tl.constexpr, MASK: tl.constexpr,
+    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, BF16: tl.constexpr, LANES: tl.constexpr, FLOOR: tl.constexpr,
+):  # fmt: skip
+    """θ (and momentum) after update u, whose directions sum to s, z the last of them; UQ: multipliers in all."""
+    old = a
+    if MASK == SMALL:
+        keep = tl.abs(a) <= threshold
+    if MASK and MOMENTUM:
+        s = tl.where(keep, s, -0.0)
+    if RESTORE:
+        a = _restored(a, z, tl.load(restores + u))
     a = decay * a
     if MOMENTUM:
         m = beta * m + s
         a = tl.where(m == 0, a, a + m)  # a buffer that is still empty leaves the signs of zeros alone
     else:
         a = a + s
+    if FLOOR is not None:
+        a = tl.maximum(a, tl.full([], FLOOR, a.dtype))
     if STOCHASTIC:
         a = _round_stochastic(a, base, tid, keys, UQ + u, BF16, LANES)
+    if MASK:
+        a = tl.where(keep, a, old)
     return a, m
 
 
 @triton.jit
 def _updated(
-    a, m, base, tid, keys, values, U, Q, beta, ONE: tl.constexpr,
-    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, BF16: tl.constexpr, GAUSSIAN: tl.constexpr, LANES: tl.constexpr,
+    a, m, base, tid, keys, values, U, Q, keep, threshold,
+    PROBES: tl.constexpr, ONE: tl.constexpr, RESTORE: tl.constexpr, MASK: tl.constexpr, MOMENTUM: tl.constexpr,
+    STOCHASTIC: tl.constexpr, BF16: tl.constexpr, GAUSSIAN: tl.constexpr, LANES: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
     """θ (and momentum) after U updates of Q directions each; one whose multipliers are all 0 changes nothing, unless
-    there is momentum; one whose decay is NOTHING changes nothing at all.
+    there is momentum; one whose decay is NOTHING changes nothing at all: but their restores are done.
 
-    ONE: there is one update of ONE directions, as in training: nothing is left to a loop.
+    keep: what moves, under a random mask. ONE: there is one update of ONE directions, as in training: nothing is left
+    to a loop. RESTORE: some restore is not 0.
     """
+    restores = values + U * Q + U + PROBES + 1
+    beta = tl.load(restores - 1)
     if ONE:
         decay = tl.load(values + ONE)
         live = MOMENTUM | (decay != 1)
         for k in tl.static_range(ONE):
             live = live | (tl.load(values + k) != 0)
         if live & (decay != NOTHING):
-            s = tl.load(values) * _noise(base, tid, keys, 0, GAUSSIAN, LANES).to(a.dtype)
+            z = _noise(base, tid, keys, 0, GAUSSIAN, LANES).to(a.dtype)
+            s = tl.load(values) * z
             for k in tl.static_range(1, ONE):
-                s = s + tl.load(values + k) * _noise(base, tid, keys, k, GAUSSIAN, LANES).to(a.dtype)
+                z = _noise(base, tid, keys, k, GAUSSIAN, LANES).to(a.dtype)
+                s = s + tl.load(values + k) * z
             a, m = _step(
-                a, m, s, 0, base, tid, keys, values, ONE, decay, beta, MOMENTUM, STOCHASTIC, BF16, LANES
-            )
+                a, m, s, z, 0, base, tid, keys, ONE, decay, beta, restores, keep, threshold,
+                RESTORE, MASK, MOMENTUM, STOCHASTIC, BF16, LANES, FLOOR,
+            )  # fmt: skip
+        else:
+            if RESTORE:
+                if tl.load(restores) != 0:
+                    back = tl.load(restores)
+                    a = _moved(
+                        a, base, tid, keys, ONE - 1, back, keep, MASK, STOCHASTIC, BF16, GAUSSIAN, LANES
+                    )
     else:
         for u in range(U):
             decay = tl.load(values + U * Q + u)
@@ -169,31 +243,48 @@ def _updated(
                 live = live | (tl.load(values + u * Q + k) != 0)
             if live & (decay != NOTHING):
                 s = tl.full(a.shape, -0.0, a.dtype)  # what adds nothing, not even to the sign of a zero
+                z = s
                 for k in range(Q):
                     z = _noise(base, tid, keys, u * Q + k, GAUSSIAN, LANES).to(a.dtype)
                     product = tl.load(values + u * Q + k) * z
                     s = tl.where(k == 0, product, s + product)
                 a, m = _step(
-                    a, m, s, u, base, tid, keys, values, U * Q, decay, beta, MOMENTUM, STOCHASTIC, BF16, LANES
-                )
+                    a, m, s, z, u, base, tid, keys, U * Q, decay, beta, restores, keep, threshold,
+                    RESTORE, MASK, MOMENTUM, STOCHASTIC, BF16, LANES, FLOOR,
+                )  # fmt: skip
+            else:
+                if RESTORE:
+                    if tl.load(restores + u) != 0:
+                        last, back = u * Q + Q - 1, tl.load(restores + u)
+                        a = _moved(
+                            a, base, tid, keys, last, back, keep, MASK, STOCHASTIC, BF16, GAUSSIAN, LANES
+                        )
     return a, m
 
 
-@triton.jit(do_not_specialize=["tid"])
+@triton.jit(do_not_specialize=_PLAIN)
 def _pass(
     theta,  # or none
     momentum,  # or none
     out,  # [PROBES, n], or none
     keys,  # int32 [U·Q + U + PROBES, 2]: of directions, rounding, probes
-    values,  # of the work dtype [U·Q + U + PROBES + 1]: multipliers, decays, scales, beta
+    values,  # of the work dtype [U·Q + U + PROBES + 1 (+ U)]: multipliers, decays, scales, beta, restores
     n,
+    start,  # index of theta's first element in its tensor, a multiple of 128
     tid,  # int32, the bits of the tensor's id
     U,
     Q,
+    threshold,  # of a mask by magnitude
+    share,  # of a random mask, and its key, int32 bits
+    mask0,
+    mask1,
+    PARTIAL: tl.constexpr,  # start is not 0
     WORK: tl.constexpr,
     HAS_THETA: tl.constexpr,
     HAS_UPDATES: tl.constexpr,
     ONE: tl.constexpr,
+    RESTORE: tl.constexpr,
+    MASK: tl.constexpr,
     HAS_MOMENTUM: tl.constexpr,
     WRITE_THETA: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -204,27 +295,35 @@ def _pass(
     NARROW: tl.constexpr,  # out has 16 bits
     GAUSSIAN: tl.constexpr,
     LANES: tl.constexpr,
+    FLOOR: tl.constexpr = None,  # no update brings θ below it
 ):
     base = tl.program_id(0).to(tl.int64) * (8 * LANES)
     at = base + tl.arange(0, 8 * LANES)
     inside = at < n
+    if PARTIAL:
+        base += start  # of the noise from here on
     tid = tid.to(tl.uint32, bitcast=True)
     if HAS_THETA:
         a = tl.load(theta + at, mask=inside, other=0.0).to(WORK)
     else:
         a = tl.full([8 * LANES], -0.0, WORK)
+    keep = inside
+    if MASK == CHOSEN:
+        keep = _moving(a, base, tid, MASK, threshold, share, mask0, mask1, LANES)
     if HAS_UPDATES:
         m = a
         if HAS_MOMENTUM:
             m = tl.load(momentum + at, mask=inside, other=0.0)
-        beta = tl.load(values + U * Q + U + PROBES)
         a, m = _updated(
-            a, m, base, tid, keys, values, U, Q, beta, ONE, HAS_MOMENTUM, STOCHASTIC, BF16, GAUSSIAN, LANES
-        )
+            a, m, base, tid, keys, values, U, Q, keep, threshold,
+            PROBES, ONE, RESTORE, MASK, HAS_MOMENTUM, STOCHASTIC, BF16, GAUSSIAN, LANES, FLOOR,
+        )  # fmt: skip
         if HAS_MOMENTUM:
             tl.store(momentum + at, m, mask=inside)
         if WRITE_THETA:
             tl.store(theta + at, a.to(theta.dtype.element_ty), mask=inside)
+    if MASK == SMALL:
+        keep = _moving(a, base, tid, MASK, threshold, share, mask0, mask1, LANES)
     z = tl.zeros([8 * LANES], tl.float32)
     for p in tl.static_range(PROBES):
         if (FRESH >> p) & 1:
@@ -233,6 +332,8 @@ def _pass(
             probe = a
         else:
             probe = a + tl.load(values + U * Q + U + p) * z.to(WORK)
+            if MASK:
+                probe = tl.where(keep, probe, a)
         if NARROW:  # also what fp64 becomes goes through fp32
             probe = probe.to(tl.float32)
         tl.store(out + tl.full([], p, tl.int64) * n + at, probe.to(out.dtype.element_ty), mask=inside)
@@ -252,6 +353,7 @@ def _pass_small(
     Q,
     HAS_UPDATES: tl.constexpr,
     ONE: tl.constexpr,
+    RESTORE: tl.constexpr,
     HAS_MOMENTUM: tl.constexpr,
     PROBES: tl.constexpr,
     FRESH: tl.constexpr,
@@ -260,7 +362,7 @@ def _pass_small(
     GAUSSIAN: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """`_pass` for many small fp32 tensors in one launch."""
+    """`_pass` for many small fp32 tensors in one launch; none of them has a mask or a floor."""
     row = table + 4 * tl.program_id(0)
     start, base, count = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     tid = tl.load(row + 3).to(tl.int32).to(tl.uint32, bitcast=True)
@@ -272,10 +374,10 @@ def _pass_small(
         m = a
         if HAS_MOMENTUM:
             m = tl.load(momentum + at, mask=inside, other=0.0)
-        beta = tl.load(values + U * Q + U + PROBES)
         a, m = _updated(
-            a, m, base, tid, keys, values, U, Q, beta, ONE, HAS_MOMENTUM, False, False, GAUSSIAN, LANES
-        )
+            a, m, base, tid, keys, values, U, Q, inside, 0.0,
+            PROBES, ONE, RESTORE, ALL, HAS_MOMENTUM, False, False, GAUSSIAN, LANES, None,
+        )  # fmt: skip
         if HAS_MOMENTUM:
             tl.store(momentum + at, m, mask=inside)
         tl.store(theta + at, a, mask=inside)
@@ -292,7 +394,7 @@ def _pass_small(
             tl.store(narrow + total * p + at, probe.to(narrow.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tid"])
+@triton.jit(do_not_specialize=_PLAIN)
 def _rows(
     theta,
     rows,  # int64 [PROBES·per_probe]
@@ -300,9 +402,15 @@ def _rows(
     keys,  # int32 [PROBES, 2]
     values,  # [PROBES]: scales
     width,
+    origin,  # index of theta's first element in its tensor
     per_probe,
     tid,
+    threshold,
+    share,
+    mask0,
+    mask1,
     WORK: tl.constexpr,
+    MASK: tl.constexpr,
     SILENT: tl.constexpr,
     NARROW: tl.constexpr,
     GAUSSIAN: tl.constexpr,
@@ -310,15 +418,20 @@ def _rows(
 ):
     """Program (n, j): out[n] = θ[rows[n]] + scale·z[rows[n]], the j-th stretch that starts at a multiple of 128."""
     row = tl.program_id(0).to(tl.int64)
-    start = tl.load(rows + row) * width
+    theta -= origin  # where element 0 would be
+    start = origin + tl.load(rows + row) * width
     base = start // 128 * 128 + tl.program_id(1).to(tl.int64) * (8 * LANES)
     at = base + tl.arange(0, 8 * LANES)
     inside = (at >= start) & (at < start + width)
     probe = tl.load(theta + at, mask=inside, other=0.0).to(WORK)
     if not SILENT:
         p = row // per_probe
-        z = _noise(base, tid.to(tl.uint32, bitcast=True), keys, p, GAUSSIAN, LANES)
-        probe = probe + tl.load(values + p) * z.to(WORK)
+        tid = tid.to(tl.uint32, bitcast=True)
+        z = _noise(base, tid, keys, p, GAUSSIAN, LANES)
+        a = probe
+        probe = a + tl.load(values + p) * z.to(WORK)
+        if MASK:
+            probe = tl.where(_moving(a, base, tid, MASK, threshold, share, mask0, mask1, LANES), probe, a)
     if NARROW:
         probe = probe.to(tl.float32)
     tl.store(out + row * width + (at - start), probe.to(out.dtype.element_ty), mask=inside)
@@ -332,7 +445,7 @@ class Plan:
     """What a launch reads from the device, and what of it is fixed in the compiled kernel.
 
     keys: int32 [U·Q + U + P, 2], of the updates' directions, their rounding, the probes.
-    values: work dtype [U·Q + U + P + 1], multipliers, decays, scales, beta.
+    values: work dtype [U·Q + U + P + 1], multipliers, decays, scales, beta; [U] more where there are restores.
     fresh, silent: bit p says that probe p draws anew, or has scale 0.
     """
 
@@ -343,6 +456,7 @@ class Plan:
     probes: int  # P
     fresh: int
     silent: int
+    restores: bool = False  # of the updates, along their last directions
 
 
 def shape_of(probes: Probes) -> tuple[int, int]:
@@ -362,17 +476,23 @@ def plan_of(
     updates: tuple[Update, ...], probes: tuple[tuple[int, float], ...], seed: int, step: int, beta: float, wide: bool,
     device: torch.device,
 ) -> Plan:  # fmt: skip
-    """The plan of these updates (all of one number of directions) and probes, uploaded."""
-    keys = [key(u.seed, u.step, k) for u in updates for k in range(len(u.multipliers))]
+    """The plan of these updates (all of one number of directions, moves aside) and probes, uploaded."""
+    directions = max((1 if u.is_nothing else len(u.multipliers) for u in updates), default=0)
+    keys: list[tuple[int, int]] = []
+    values: list[float] = []
+    restores = any(u.restore for u in updates)
+    for u in updates:
+        last = len(u.multipliers) - 1
+        keys += [key(u.seed, u.step, last if u.is_nothing else k) for k in range(directions)]
+        values += [0.0] * directions if u.is_nothing else u.multipliers
     keys += [key(u.seed, u.step, 0) for u in updates]
     keys += [key(seed, step, direction) for direction, _ in probes]
-    values = [m for u in updates for m in u.multipliers] + [u.decay for u in updates]
-    values += [scale for _, scale in probes] + [beta]
+    values += [u.decay for u in updates] + [scale for _, scale in probes] + [beta]
+    values += [u.restore for u in updates] if restores else []
     keys_host = torch.from_numpy(np.array(keys or [(0, 0)], np.uint32).view(np.int32))
     values_host = (
         torch.tensor(values, dtype=torch.float64 if wide else torch.float32) + 0.0
     )  # -0 is 0: equal plans
-    directions = len(updates[0].multipliers) if updates else 0
     return Plan(
         _upload(keys_host, device),
         _upload(values_host, device),
@@ -380,6 +500,7 @@ def plan_of(
         directions,
         len(probes),
         *shape_of(probes),
+        restores,
     )
 
 
@@ -392,9 +513,15 @@ def _upload(host: Tensor, device: torch.device) -> Tensor:
 
 
 def launch(
-    theta: Tensor | None, tid: int, out: Tensor | None, plan: Plan, noise: str, momentum: Tensor | None = None
-) -> None:
-    """θ (None: zeros) through a plan: updates in place, then its probes into out [P, *theta.shape]."""
+    theta: Tensor | None, tid: int, out: Tensor | None, plan: Plan, noise: str, momentum: Tensor | None = None,
+    start: int = 0, floor: float | None = None, mask: Mask | None = None,
+) -> None:  # fmt: skip
+    """θ (None: zeros) through a plan: updates in place, then its probes into out [P, *theta.shape].
+
+    start: θ (and momentum) is a contiguous part of the tensor, from this element on, a multiple of PART. floor, mask:
+    the tensor's.
+    """
+    assert start % PART == 0, start
     some = theta if theta is not None else out
     assert some is not None
     n = some.numel() if theta is not None else some.numel() // plan.probes
@@ -402,12 +529,12 @@ def launch(
     with _on(some):
         _pass[(triton.cdiv(n, 8 * _LANES),)](
             some, momentum if momentum is not None else some, out if out is not None else some,
-            plan.keys, plan.values, n, _signed(tid), plan.updates, plan.directions,
-            WORK=tl.float64 if some.dtype == torch.float64 and theta is not None else tl.float32,
-            HAS_THETA=theta is not None, HAS_UPDATES=plan.updates > 0, ONE=_one(plan), HAS_MOMENTUM=momentum is not None,
+            plan.keys, plan.values, n, start, _signed(tid), plan.updates, plan.directions,
+            **_mask(mask), PARTIAL=start != 0, WORK=tl.float64 if some.dtype == torch.float64 and theta is not None else tl.float32,
+            HAS_THETA=theta is not None, HAS_UPDATES=plan.updates > 0, ONE=_one(plan), RESTORE=plan.restores, HAS_MOMENTUM=momentum is not None,
             WRITE_THETA=not in_place, STOCHASTIC=some.dtype in (torch.float16, torch.bfloat16),
             BF16=some.dtype == torch.bfloat16, PROBES=plan.probes, FRESH=plan.fresh, SILENT=plan.silent,
-            NARROW=out is not None and out.itemsize == 2, GAUSSIAN=noise == GAUSSIAN, LANES=_LANES, **_OPTIONS,
+            NARROW=out is not None and out.itemsize == 2, GAUSSIAN=noise == GAUSSIAN, LANES=_LANES, FLOOR=floor, **_OPTIONS,
         )  # fmt: skip
 
 
@@ -439,19 +566,22 @@ def launch_small(
             theta, momentum if momentum is not None else theta, out if out is not None else theta,
             narrow if narrow is not None else theta, table,
             plan.keys, plan.values, theta.numel(), plan.updates, plan.directions,
-            NARROW=narrow is not None, HAS_UPDATES=plan.updates > 0, ONE=_one(plan), HAS_MOMENTUM=momentum is not None, PROBES=plan.probes,
+            NARROW=narrow is not None, HAS_UPDATES=plan.updates > 0, ONE=_one(plan), RESTORE=plan.restores, HAS_MOMENTUM=momentum is not None, PROBES=plan.probes,
             FRESH=plan.fresh, SILENT=plan.silent, GAUSSIAN=noise == GAUSSIAN, LANES=_SMALL, **_OPTIONS_SMALL,
         )  # fmt: skip
 
 
-def launch_rows(theta: Tensor, tid: int, rows: Tensor, out: Tensor, plan: Plan, noise: str) -> None:
+def launch_rows(
+    theta: Tensor, tid: int, rows: Tensor, out: Tensor, plan: Plan, noise: str, start: int = 0,
+    mask: Mask | None = None,
+) -> None:  # fmt: skip
     """out[n] = cast(θ[rows[n]] + scale·z[rows[n]]), rows [P·N] probe-major; rows are not checked. plan: no updates."""
     width = out.numel() // len(rows)
     lanes = min(_LANES, max(16, triton.next_power_of_2(triton.cdiv(width + 127, 8))))
     assert plan.updates == 0 and len(rows) % plan.probes == 0, (plan.updates, len(rows), plan.probes)
     with _on(theta):
         _rows[(len(rows), triton.cdiv(width + 127, 8 * lanes))](
-            theta, rows, out, plan.keys, plan.values, width, len(rows) // plan.probes, _signed(tid),
+            theta, rows, out, plan.keys, plan.values, width, start, len(rows) // plan.probes, _signed(tid), **_mask(mask),
             WORK=tl.float64 if theta.dtype == torch.float64 else tl.float32,
             SILENT=plan.silent == (1 << plan.probes) - 1, NARROW=out.itemsize == 2, GAUSSIAN=noise == GAUSSIAN, LANES=lanes,
             **(_OPTIONS if lanes == _LANES else _OPTIONS_SMALL),
@@ -460,20 +590,37 @@ def launch_rows(theta: Tensor, tid: int, rows: Tensor, out: Tensor, plan: Plan, 
 
 def perturb(
     theta: Tensor, tid: int, out: Tensor | None, probes: tuple[tuple[int, float], ...], seed: int, step: int, noise: str,
-    updates: tuple[Update, ...], momentum: Tensor | None, beta: float,
+    updates: tuple[Update, ...], momentum: Tensor | None, beta: float, start: int = 0, floor: float | None = None,
+    mask: Mask | None = None,
 ) -> None:  # fmt: skip
     """`zoft.noise.perturb` of a CUDA tensor. More than PROBES_MAX probes take more launches."""
     wide = theta.dtype == torch.float64
-    # a launch takes updates of one number of directions: all of a run's, but a caller may mix
-    runs = [tuple(group) for _, group in groupby(updates, lambda u: len(u.multipliers))]
+    runs, where = _alike(updates), (start, floor, mask)
     for early in runs[:-1]:
-        launch(theta, tid, None, plan_of(early, (), seed, step, beta, wide, theta.device), noise, momentum)
+        plan = plan_of(early, (), seed, step, beta, wide, theta.device)
+        launch(theta, tid, None, plan, noise, momentum, *where)
     last = runs[-1] if runs else ()
     rows = None if out is None else out.view(len(probes), theta.numel())
     for first in range(0, max(1, len(probes)), PROBES_MAX):
         some = probes[first : first + PROBES_MAX]
         plan = plan_of(() if first else last, some, seed, step, beta, wide, theta.device)
-        launch(theta, tid, None if rows is None else rows[first : first + len(some)], plan, noise, momentum)
+        part = None if rows is None else rows[first : first + len(some)]
+        launch(theta, tid, part, plan, noise, momentum, *where)
+
+
+def _alike(updates: tuple[Update, ...]) -> list[tuple[Update, ...]]:
+    """Cut where the number of directions changes, which a launch has one of; moves go with any but none."""
+    runs: list[tuple[Update, ...]] = []
+    size = None  # of the last run; None: moves so far
+    for u in updates:
+        own = None if u.is_nothing else len(u.multipliers)
+        if runs and (own == size or (own is None and size) or (size is None and own)):
+            runs[-1] += (u,)
+            size = size or own
+        else:
+            runs.append((u,))
+            size = own
+    return runs
 
 
 def direction(out: Tensor, tid: int, seed: int, step: int, direction: int, noise: str) -> None:
@@ -497,12 +644,12 @@ def gather(
     seed: int,
     step: int,
     noise: str,
+    start: int = 0,
+    mask: Mask | None = None,
 ) -> None:
     """`zoft.noise.gather` of a CUDA tensor; rows are not checked."""
-    wide = theta.dtype == torch.float64
-    launch_rows(
-        theta, tid, rows, out, plan_of((), ((direction, scale),), seed, step, 0.0, wide, theta.device), noise
-    )
+    plan = plan_of((), ((direction, scale),), seed, step, 0.0, theta.dtype == torch.float64, theta.device)
+    launch_rows(theta, tid, rows, out, plan, noise, start, mask)
 
 
 def _one(plan: Plan) -> int:
@@ -510,8 +657,18 @@ def _one(plan: Plan) -> int:
     return plan.directions if plan.updates == 1 and plan.directions <= 4 else 0
 
 
-def _signed(tid: int) -> int:
-    return tid - 2**32 if tid >= 2**31 else tid
+def _signed(word: int) -> int:
+    return word - 2**32 if word >= 2**31 else word
+
+
+def _mask(mask: Mask | None) -> dict[str, Any]:
+    """What a launch is told of a mask."""
+    share, k0, k1 = 0, 0, 0
+    if mask is not None and mask.threshold is None:
+        share, (k0, k1) = mask.share, key(mask.seed, 0, 0)
+    kind = ALL if mask is None else CHOSEN if mask.threshold is None else SMALL
+    threshold = mask.threshold if mask is not None and mask.threshold is not None else 0.0
+    return {"threshold": threshold, "share": share, "mask0": _signed(k0), "mask1": _signed(k1), "MASK": kind}
 
 
 def _on(tensor: Tensor):
