@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoft import base as bases
 from zoft import adapters, models, replay, setup, space
+from zoft import base as bases
 from zoft import run as runs
 from zoft.base import Base
 from zoft.config import ADAPTERS, Config
