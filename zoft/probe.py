@@ -7,6 +7,7 @@ the seed in a scratch buffer. θ itself is only read, or brought up to date by u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -132,10 +133,7 @@ class ProbeAxis:
 
         first: index of the group's first probe among axis.probes.
         """
-        need = self.used + sum(routes.nbytes(t) for t in tensors) * len(group)
-        if not self._arenas or self._arenas[-1].numel() < need:
-            device = self.trained[0].stored.device
-            self._arenas.append(torch.empty(max(need, self.scratch_bytes), dtype=torch.uint8, device=device))
+        self._reserve(self.used + sum(routes.nbytes(t) for t in tensors) * len(group))
         offset, made = self.used, []
         for t in tensors:
             size = t.stored.numel() * t.compute.itemsize * len(group)
@@ -144,6 +142,19 @@ class ProbeAxis:
             self._fill(t, out, group, first)
             made.append(out)
         return made
+
+    def room(self, shape: Sequence[int], dtype: torch.dtype, taken: int) -> torch.Tensor:
+        """Scratch of that shape, after the `taken` bytes that the last `perturbed` gave; the next call reuses both."""
+        start, size = self.used + taken, math.prod(shape) * dtype.itemsize
+        if not self._arenas or self._arenas[-1].numel() < start + size:
+            self.scratch_bytes = max(self.scratch_bytes, routes.dense_bytes(self.sites, dtype))
+        self._reserve(start + size)
+        return self._arenas[-1][start : start + size].view(dtype).view(*shape)
+
+    def _reserve(self, need: int) -> None:
+        if not self._arenas or self._arenas[-1].numel() < need:
+            device = self.trained[0].stored.device
+            self._arenas.append(torch.empty(max(need, self.scratch_bytes), dtype=torch.uint8, device=device))
 
     def _fill(self, t: Trained, out: torch.Tensor, group: list[Probe], first: int) -> None:
         """One pass over θ: the updates it lacks, then the probes of the group into out [G, *shape]."""

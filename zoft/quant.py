@@ -151,6 +151,7 @@ def product(
     if fused(layer, x, scales):
         from zoft import quant_triton
 
+        bias = None if bias is None else bias.contiguous()
         quant_triton.product(layer, x.contiguous(), scales.contiguous(), bias, y, cast(Scales, layer.scales).log)
         return
     made = dequantise(layer, scales, x.dtype, w)

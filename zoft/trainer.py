@@ -35,6 +35,7 @@ class Settings:
     warmup: float = 0.0
     weight_decay: float = 0.0
     probes_per_forward: int = 2
+    clip: float | None = None
 
 
 class Trainer:
@@ -71,7 +72,7 @@ class Trainer:
         s, t = self.settings, self.next
         probes = [Probe(k, sign * s.eps) for k in range(s.q) for sign in (1.0, -1.0)]  # [2q]
         values = self.losses_at(t, probes, self.batches(t))  # [2q]
-        coefficients = two_sided(values, s.eps)  # [q]
+        coefficients = two_sided(values, s.eps, s.clip)  # [q]
         lr = update.lr_at(t, lr=s.lr, steps=s.steps, schedule=s.schedule, warmup=s.warmup)
         change = update.make_update(t, s.seed, coefficients, lr=lr, weight_decay=s.weight_decay)
         # A multiplier may overflow fp32 where its losses do not.
