@@ -151,15 +151,26 @@ def _load_gguf(source: Source, dtype: Any, trust_remote_code: bool) -> tuple[Any
 
 def _load_pretrained(source: Source, dtype: Any, trust_remote_code: bool) -> tuple[Any, Any]:
     import torch
+    from huggingface_hub import snapshot_download
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from zoft import quant_files
 
     extra = {"trust_remote_code": trust_remote_code}
     with _user_errors(source):
         config = AutoConfig.from_pretrained(source.place, **extra)
         own = config.dtype
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source.place, dtype="auto" if own is None else dtype, **extra
-        )
+        folder = Path(source.place) if source.kind == "folder" else None
+        found = quant_files.settings(source.name, config, folder)
+        if found:
+            place = folder or Path(snapshot_download(source.place, allow_patterns=["*.safetensors", "*.json"]))
+            wanted = None if dtype == "auto" else dtype
+            loaded = quant_files.load(source.name, place, config, found, wanted, trust_remote_code)
+            own = own or loaded.dtype
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                source.place, dtype="auto" if own is None else dtype, **extra
+            )
         if own is None:  # the config does not say; "auto" has looked at the weights
             own = loaded.dtype
             if dtype not in ("auto", own):
@@ -255,19 +266,26 @@ def _bytes(flat: torch.Tensor) -> Any:
     return flat.cpu().contiguous().view(torch.uint8).numpy()
 
 
-def save(model: Any, tokenizer: Any, out_dir: str | Path, *, dtype: Any = "auto", card: str = "") -> None:
+def save(
+    model: Any, tokenizer: Any, out_dir: str | Path, *, dtype: Any = "auto", card: str = "", dequantise: bool = False
+) -> None:
     """Write model, tokenizer and model card as others read them; all or nothing.
 
     The files go to a folder beside out_dir that takes its name when it is whole (an older out_dir is
     replaced then). The model in memory is not changed.
 
     model: a transformers model. tokenizer: its tokenizer, chat template included. dtype: torch.dtype of the
-    floating tensors on disk, or "auto": each as it is. card: text of README.md, see model_card().
+    floating tensors on disk, or "auto": each as it is (scales of quantised layers stay in fp32). card: text of
+    README.md, see model_card(). dequantise: write quantised layers as plain weights, which every library reads.
     Errors: UserError where a value does not fit in dtype.
     """
+    from zoft import quant, quant_files
+
     with fresh(out_dir) as folder:
         with _quiet():
-            model.save_pretrained(folder, state_dict=_cast(model, dtype))
+            model.save_pretrained(folder, state_dict=_cast(model, dtype, dequantise))
+        if quant.layers(model) and not dequantise:
+            quant_files.mark(folder, model)
         finish_folder(folder, tokenizer, dtype, card)
 
 
@@ -308,13 +326,16 @@ def fresh(out_dir: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _cast(model: nn.Module, dtype: Any) -> dict[str, torch.Tensor]:
+def _cast(model: nn.Module, dtype: Any, dequantise: bool = False) -> dict[str, torch.Tensor]:
     import torch
 
+    from zoft import quant_files
+
+    tensors, kept = quant_files.state(model, dequantise)
     done: dict[tuple, torch.Tensor] = {}  # ties stay ties
     out = {}
-    for name, t in model.state_dict().items():
-        if dtype != "auto" and t.is_floating_point() and t.dtype != dtype:
+    for name, t in tensors.items():
+        if name not in kept and dtype != "auto" and t.is_floating_point() and t.dtype != dtype:
             if _place(t) not in done:
                 cast = done[_place(t)] = t.to("cpu", dtype)
                 if cast.numel() and not torch.stack(torch.aminmax(cast)).isfinite().all():
