@@ -73,7 +73,7 @@ def evaluate(config: Config, folder: str | Path | None = None) -> dict[str, Any]
                 f"{folder}: no model/ in it: finish the run with `zoft train --resume {folder}`, or rebuild what it has "
                 f"with `zoft replay {folder} --out DIR` and evaluate that with model=DIR"
             )
-        config = dataclasses.replace(config, model=str(saved))
+        config = dataclasses.replace(config, model=str(saved), bits=None)  # as it was saved
     from zoft import evaluate as evaluation
     from zoft import setup, tasks
 
@@ -280,7 +280,8 @@ def save(config: Config, model: Any, tokenizer: Any, out: Path, result: Mapping[
     for when in ("before", "after"):
         facts |= {f"{name} {when}": tracking.short(v) for name, v in result.get(when, {}).items()}
     models.save(
-        model, tokenizer, out, dtype=dtype, card=models.model_card(models.resolve(config.model), facts)
+        model, tokenizer, out, dtype=dtype, card=models.model_card(models.resolve(config.model), facts),
+        dequantise=config.save_dequantised,
     )
 
 

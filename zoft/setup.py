@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import __version__, models, noise, objective, precision, routes, selfcheck, space, tasks, update
+from zoft import __version__, models, noise, objective, precision, quant, routes, selfcheck, space, tasks, update
 from zoft.config import Config, digest
 from zoft.data_order import batch_indices
 from zoft.encode import Example, encode
@@ -29,7 +29,7 @@ from zoft.trainer import Settings, Trainer
 
 FROZEN_BYTES = 1 << 30  # kept outputs of frozen blocks; rows beyond it are computed again each time
 # What a ledger's header says of the run, beside the base and the trained tensors.
-PLAN = ("seed", "noise", "momentum", "eps", "q", "storage", "compute", "perturb")
+PLAN = ("seed", "noise", "momentum", "eps", "q", "storage", "compute", "perturb", "eps_mode")
 # What it says for people, of how the run began; another machine may go on with it otherwise.
 MADE = ("recipe", "train", "steps", "lr", "schedule", "warmup", "weight_decay", "batch_size", "accumulate",
         "device", "threads", "probes_per_forward", "cache_frozen")  # fmt: skip
@@ -55,6 +55,9 @@ def model(config: Config) -> tuple[nn.Module, Any, str]:
     """(model on its device in the checkpoint's dtype, tokenizer, fingerprint of the base)."""
     say(f"loading {config.model}")
     loaded, tokenizer = models.load(config.model, dtype="auto", trust_remote_code=config.trust_remote_code)
+    if config.bits is not None:
+        keys = {"bits": config.bits, "group": config.group, "zero_points": config.zero_points}
+        say(quant.quantise_model(loaded, **keys, head=config.quantise_head, device=config.device))
     base = models.fingerprint(loaded)
     return loaded.to(config.device), tokenizer, base
 
@@ -285,7 +288,7 @@ def plan(
     numbers = sum(t.stored.numel() for t in trained)
     realised = precision.realised(trained, config.eps, seed=config.seed, kind=config.noise)
     weakest = min(realised, key=lambda name: realised[name])
-    total = sum(p.numel() for p in loaded.parameters())
+    total = quant.numbers(loaded)
     return {
         "config": asdict(config),
         "train_examples": len(train),

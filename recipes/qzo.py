@@ -1,0 +1,60 @@
+"""QZO: a quantised model fine-tuned through the scales of its codes, with forward passes only.
+
+W = Δ·(c − zero), codes c and zeros fixed;  z ~ N(0, I) of Δ's shape
+d = (L(Δ + eps·z) - L(Δ - eps·z)) / (2 eps),  at most ±clip;  Δ ← max(Δ - lr·d·z, floor)
+
+`train: scales` trains these alone, `train: all` what is not quantised besides (paper: "unquantized"); the model is
+quantised as it is loaded (`bits`), or comes quantised (GPTQ, zoft's own folders, bitsandbytes, HQQ). Differences from
+the paper: scales are kept and probed in fp32, not fp16, and are never moved to be probed; the floor is 1e-7, as in its
+code (0 in the paper). `eps_mode: relative` trains ln Δ with the same rule: a probe scales Δ by exp(±eps·z), no scale
+reaches 0, and there is no floor; eps and lr are then shares of a scale, not its units.
+Source: Shang et al. 2025, Fine-tuning Quantized Neural Networks with Zeroth-order Optimization, arXiv 2505.13430.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from zoft import evaluate, ledger, quant, setup, space, tasks
+from zoft import run as runs
+from zoft.config import Config
+from zoft.trainer import Trainer
+
+CLIP = 100.0
+
+
+def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = False) -> dict[str, Any]:
+    """Train, from the start or from where `resume` stopped; returns result.json's content, or the plan of a dry run."""
+    config = replace(setup.device(config), clip=CLIP if config.clip is None else config.clip)
+    data = tasks.load(config.task)
+    model, tokenizer, base = setup.model(config)
+    quant.set_log(model, config.eps_mode == "relative")
+    train, held_out = setup.examples(config, tokenizer, data)
+    names = space.train_names(model, config.train)
+    config = setup.dtypes(config, model, names)
+    config, trained, axis = setup.axis(config, model, space.adopt(model, names), train)
+    if dry_run:
+        return setup.plan(config, model, trained, train, held_out)
+
+    def score() -> dict[str, Any]:
+        return evaluate.evaluate(model, held_out, train, context=axis.clean)
+
+    with runs.session(config, setup.header(config, base, trained, train), resume) as s:
+        trainer = setup.trainer(config, model, axis, train, s.ledger)
+        result = runs.fit(trainer, s, score)
+        return runs.finish(s, model, tokenizer, result)
+
+
+def replay(config: Config, folder: str | Path, out: str | Path) -> int:
+    """Base + ledger -> the run's final model in `out`; returns the number of steps."""
+    header, records, _ = ledger.read(Path(folder) / "ledger")
+    config = setup.from_header(setup.device(config), header)
+    model, tokenizer, base = setup.model(config)
+    runs.agree(header, {"base": base}, Path(folder))
+    quant.set_log(model, config.eps_mode == "relative")
+    config, _, axis = setup.placed(config, model, space.adopt(model, header["trained"]))
+    Trainer(model, axis, lambda step: [], None, setup.settings(config)).replay(records)
+    runs.save(config, model, tokenizer, Path(out), {})
+    return len(records)
