@@ -79,10 +79,15 @@ class QuantLinear(nn.Module):
         return w.mT.contiguous() if self.transposed else w
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.new_empty(*x.shape[:-1], self.out_features)
-        rows = self.ordered(x).reshape(1, -1, self.in_features)
-        product(self, rows, self.scales.detach()[None], self.bias, y.view(1, -1, self.out_features))
-        return y
+        x, scales = self.ordered(x), self.scales.detach()[None]
+        if fused(self, x.reshape(1, -1, self.in_features), scales):
+            y = x.new_empty(*x.shape[:-1], self.out_features)
+            product(self, x.reshape(1, -1, self.in_features), scales, self.bias, y.view(1, -1, self.out_features))
+            return y
+        w = dequantise(self, scales, x.dtype)[0]
+        if self.bias is None or self.bias.dtype == x.dtype:
+            return F.linear(x, w, self.bias)
+        return (F.linear(x, w) + self.bias).to(x.dtype)
 
     def ordered(self, x: Tensor) -> Tensor:
         """x [..., in] with its columns as the codes have them."""
