@@ -125,6 +125,8 @@ def dequantise(layer: QuantLinear, scales: Tensor, dtype: torch.dtype, out: Tens
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=scales.device)
     assert out.shape == shape and out.dtype == dtype and out.is_contiguous(), (out.shape, out.dtype, shape)
+    if scales.is_meta:
+        return out
     log = cast(Scales, layer.scales).log
     if scales.is_cuda and scales.dtype == torch.float32:
         from zoft import quant_triton
