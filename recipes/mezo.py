@@ -13,10 +13,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from zoft import evaluate, ledger, setup, space, tasks
+from zoft import evaluate, setup, space, tasks
+from zoft import replay as replays
 from zoft import run as runs
 from zoft.config import Config
-from zoft.trainer import Trainer
 
 
 def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = False) -> dict[str, Any]:
@@ -40,13 +40,6 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
         return runs.finish(s, model, tokenizer, result)
 
 
-def replay(config: Config, folder: str | Path, out: str | Path) -> int:
-    """Base + ledger -> the run's final model in `out`; returns the number of steps."""
-    header, records, _ = ledger.read(Path(folder) / "ledger")
-    config = setup.from_header(setup.device(config), header)
-    model, tokenizer, base = setup.model(config)
-    runs.agree(header, {"base": base}, Path(folder))
-    config, _, axis = setup.placed(config, model, space.adopt(model, header["trained"]))
-    Trainer(model, axis, lambda step: [], None, setup.settings(config)).replay(records)
-    runs.save(config, model, tokenizer, Path(out), {})
-    return len(records)
+def replay(config: Config, folder: Path, out: Path, ask: replays.Ask) -> int:
+    """Base + ledger -> a model of the run in `out`; returns its number of steps."""
+    return replays.replay(config, folder, out, ask)

@@ -17,10 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from zoft import evaluate, ledger, quant, setup, space, tasks
+from zoft import evaluate, setup, space, tasks
+from zoft import replay as replays
 from zoft import run as runs
 from zoft.config import Config
-from zoft.trainer import Trainer
+
 
 CLIP = 100.0
 
@@ -28,9 +29,8 @@ CLIP = 100.0
 def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = False) -> dict[str, Any]:
     """Train, from the start or from where `resume` stopped; returns result.json's content, or the plan of a dry run."""
     config = replace(setup.device(config), clip=CLIP if config.clip is None else config.clip)
-    data = tasks.load(config.task)
+    data = tasks.load(config.task)  # a mistake in the data shows before weights load
     model, tokenizer, base = setup.model(config)
-    quant.set_log(model, config.eps_mode == "relative")
     train, held_out = setup.examples(config, tokenizer, data)
     names = space.train_names(model, config.train)
     config = setup.dtypes(config, model, names)
@@ -47,14 +47,6 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
         return runs.finish(s, model, tokenizer, result)
 
 
-def replay(config: Config, folder: str | Path, out: str | Path) -> int:
-    """Base + ledger -> the run's final model in `out`; returns the number of steps."""
-    header, records, _ = ledger.read(Path(folder) / "ledger")
-    config = setup.from_header(setup.device(config), header)
-    model, tokenizer, base = setup.model(config)
-    runs.agree(header, {"base": base}, Path(folder))
-    quant.set_log(model, config.eps_mode == "relative")
-    config, _, axis = setup.placed(config, model, space.adopt(model, header["trained"]))
-    Trainer(model, axis, lambda step: [], None, setup.settings(config)).replay(records)
-    runs.save(config, model, tokenizer, Path(out), {})
-    return len(records)
+def replay(config: Config, folder: Path, out: Path, ask: replays.Ask) -> int:
+    """Base + ledger -> a model of the run in `out`; returns its number of steps."""
+    return replays.replay(config, folder, out, ask)

@@ -177,7 +177,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for b, t in args.shape:
         cell = cells[f"{b}x{t}"]
         say(f"{b}x{t}: quantised forward")
-        cell["forward"] = parts.attempt(lambda b=b, t=t: parts.one_forward(model, b, t, device, args.seconds), device)
+        cell["forward"] = parts.attempt(
+            lambda b=b, t=t: parts.one_forward(model, b, t, device, args.seconds), device
+        )
         cell["two"] = parts.attempt(lambda b=b, t=t: two_forwards(model, b, t, device, args.seconds), device)
         if "step" in args.skip:
             continue
@@ -188,7 +190,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
         examples = parts.random_rows(model, 8 * b, t, False)
         cell["step"] = parts.attempt(
-            lambda config=config, examples=examples: parts.trainer_step(model, config, examples, args.seconds, args.steps),
+            lambda config=config, examples=examples: parts.trainer_step(
+                model, config, examples, args.seconds, args.steps
+            ),
             device,
         )
     return found | {"cells": cells}
@@ -210,7 +214,14 @@ def tables(found: dict[str, Any]) -> str:
         why = [c.get(k, {}).get("error", "") for k in ms]
         cells = [w[:60] or _figure(v) for w, v in zip(why, ms.values())]
         lines.append(
-            _line([title.replace("x", "×"), *cells, *map(_figure, ratios), *[_figure(p and p / 1e9) for p in peaks]])
+            _line(
+                [
+                    title.replace("x", "×"),
+                    *cells,
+                    *map(_figure, ratios),
+                    *[_figure(p and p / 1e9) for p in peaks],
+                ]
+            )
         )
     lines += ["", f"{found['numbers'] / 1e9:.2f} G weights, {found['bytes'] / 1e9:.2f} GB quantised"]
     if found.get("layers"):
@@ -231,9 +242,13 @@ def _figure(value: float | None) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="opt-13b", choices=sorted(MODELS))
-    parser.add_argument("--shape", action="append", type=shape, metavar="BxT", help="repeatable; 16x32 and 16x256")
+    parser.add_argument(
+        "--shape", action="append", type=shape, metavar="BxT", help="repeatable; 16x32 and 16x256"
+    )
     parser.add_argument("--bits", type=int, default=4, choices=(4, 8))
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--symmetric", action="store_true", help="no zero points")

@@ -96,6 +96,17 @@ def round_stochastic(x, r, dtype):
     return np.copysign(size, x)
 
 
+def round_nearest(x, dtype):
+    """Finite x fp32 [n] to the nearest of dtype, ties to even: fp64 [n]. In units of the grid."""
+    significand, smallest = {torch.bfloat16: (8, -126), torch.float16: (11, -14)}[dtype]
+    size = np.abs(np.asarray(x, np.float64))
+    exponent = np.where(size == 0, smallest, np.frexp(size)[1] - 1)
+    unit = np.ldexp(1.0, np.maximum(exponent, smallest) - significand + 1)
+    size = np.rint(size / unit) * unit
+    size[size > {torch.bfloat16: 3.3895313892515355e38, torch.float16: 65504.0}[dtype]] = np.inf
+    return np.copysign(size, x)
+
+
 def numbers(tensor):
     """A tensor's values as fp64 [n], exactly."""
     return tensor.detach().cpu().double().flatten().numpy()
@@ -108,7 +119,13 @@ def advance(theta, z_of, rounding_of, updates, momentum=None, beta=0.0):
     m = None if momentum is None else numbers(momentum).astype(work)
     for u in updates:
         assert isinstance(u, Update)
-        if all(x == 0 for x in u.multipliers) and u.decay == 1 and (m is None or beta == 0):
+        noop = all(x == 0 for x in u.multipliers) and u.decay == 1 and (m is None or beta == 0)
+        if u.restore:
+            z_last = z_of(u, len(u.multipliers) - 1).astype(work)
+            a = (a + (work(u.restore) * z_last).astype(work)).astype(work)
+        if noop or u.decay == -1:
+            if u.restore and theta.dtype in (torch.bfloat16, torch.float16):
+                a = round_nearest(a, theta.dtype).astype(work)
             continue
         s = np.full_like(a, -0.0)  # an empty sum changes nothing
         for k, multiplier in enumerate(u.multipliers):

@@ -6,11 +6,11 @@ import tiny
 import torch
 from test_trainer import calibration, examples, same_bits, weights
 
-from zoft import selfcheck, space
+from zoft import layout, selfcheck, space
 from zoft.data_order import batch_indices
 from zoft.ledger import Ledger, read
 from zoft.objective import Example, collate, losses
-from zoft.probe import ProbeAxis
+from zoft.probe import InPlace, ProbeAxis
 from zoft.trainer import Settings, Trainer
 
 pytestmark = pytest.mark.gpu
@@ -41,21 +41,35 @@ def build(
     beta=0.0,
     kind="gaussian",
     accumulate=1,
+    inplace=False,
     **settings,
 ):
     from zoft.captured import CapturedTrainer, bucket
     from zoft.device import DeviceAxis
+    from zoft.device_inplace import DeviceInPlace
 
     model = make().cuda()
-    settings = Settings(**{"seed": 7, "steps": 12, "lr": 1e-3, "eps": 1e-3, **settings})
+    group = {"probes_per_forward": 1} if inplace else {}
+    settings = Settings(**{"seed": 7, "steps": 12, "lr": 1e-3, "eps": 1e-3, **group, **settings})
     trained = space.adopt(model, space.train_names(model, "all"))
     small, double = (b.to("cuda") for b in calibration(data))
-    found = selfcheck.find_sites(model, trained, lambda b: losses(model, b)[0], small, double, settings.eps)
-    assert found.stacked, found.note
-    trained = selfcheck.live(trained, found)
-    space.place(model, trained, storage, compute)
     common = {"seed": settings.seed, "kind": kind, "beta": beta}
-    if how == "plain":
+    if inplace:
+        space.place(model, trained, storage, storage, uniform=True)
+    else:
+        found = selfcheck.find_sites(
+            model, trained, lambda b: losses(model, b)[0], small, double, settings.eps
+        )
+        assert found.stacked, found.note
+        trained = selfcheck.live(trained, found)
+        space.place(model, trained, storage, compute)
+    if inplace:
+        axis = (
+            InPlace(trained, **common)
+            if how == "host"
+            else DeviceInPlace(trained, q=settings.q, eps=settings.eps, **common)
+        )
+    elif how == "plain":
         axis = ProbeAxis(trained, found.sites, **common)
     else:
         axis = DeviceAxis(trained, found.sites, q=settings.q, eps=settings.eps, **common)
@@ -73,6 +87,8 @@ def build(
     )
 
 
+make_trainer = build
+
 CASES = [
     (tiny.llama, examples, {}),
     (tiny.opt, examples, {"q": 2, "weight_decay": 0.1}),
@@ -81,6 +97,14 @@ CASES = [
     (tiny.opt, texts, {"accumulate": 2, "storage": "fp32", "compute": "fp32", "kind": "rademacher"}),
     (tiny.gemma2, examples, {"storage": "fp32", "compute": "bf16"}),
     (tiny.llama, examples, {"lr": 0.0, "weight_decay": 0.1}),
+    (tiny.llama, examples, {"q": 3, "clip": 0.3, "meazo": 0.9}),
+    (tiny.llama, examples, {"inplace": True, "storage": "bf16"}),
+    (tiny.opt, texts, {"inplace": True, "storage": "fp16", "q": 3, "weight_decay": 0.1, "beta": 0.9}),
+    (
+        lambda: tiny.llama(tie=True),
+        texts,
+        {"inplace": True, "storage": "fp32", "q": 2, "accumulate": 2, "meazo": 0.9},
+    ),
 ]
 
 
@@ -103,6 +127,8 @@ def test_captured_eager_and_host_fed_steps_are_one_run(tmp_path, case):
         for a, b in zip(runs["captured"][:3], runs[how][:3]):
             assert same_bits(a, b), how
     assert same_bits(runs["host"][0], runs["host"][2]) == (settings.get("lr") == 0.0)
+    if settings.get("inplace"):
+        assert same_bits(runs["host"][2], replayed(tmp_path / "host", make, **settings))
 
 
 @pytest.mark.parametrize("storage,compute", [("fp32", "fp32"), ("fp16", "bf16")])
@@ -121,7 +147,11 @@ def test_against_the_plain_probe_axis(tmp_path, storage, compute):
         np.testing.assert_allclose(values[0], values[1], rtol=tolerance)
 
 
-def test_resume_and_replay_end_with_the_same_bits(tmp_path):
+@pytest.mark.parametrize("inplace", [False, True])
+def test_resume_and_replay_end_with_the_same_bits(tmp_path, inplace):
+    def build(*args, **more):
+        return make_trainer(*args, inplace=inplace, storage="fp16", **more)
+
     whole = build(tmp_path / "whole", tiny.opt, "captured", data=examples(), beta=0.9)
     whole.run()
     end = weights(whole.model)
@@ -139,8 +169,9 @@ def test_resume_and_replay_end_with_the_same_bits(tmp_path):
     assert same_bits(end, weights(replayed.model))
 
 
-def test_a_loss_that_is_not_finite_is_skipped_on_the_device(tmp_path):
-    trainer = build(tmp_path / "l", tiny.llama, "eager", data=examples(), lr=1e-2)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_loss_that_is_not_finite_is_skipped_on_the_device(tmp_path, inplace):
+    trainer = build(tmp_path / "l", tiny.llama, "eager", data=examples(), lr=1e-2, inplace=inplace)
     plain = trainer.forward
 
     def forward(model, batch):
@@ -151,9 +182,60 @@ def test_a_loss_that_is_not_finite_is_skipped_on_the_device(tmp_path):
     trainer.run(until=3)
     before = weights(trainer.model)
     trainer.run(until=5)
-    assert same_bits(before, weights(trainer.model))
+    assert inplace or same_bits(before, weights(trainer.model))
     trainer.run()
+    assert same_bits(weights(trainer.model), replayed(tmp_path / "l", tiny.llama, inplace=inplace))
     assert [r.skipped for r in trainer.ledger.records] == [i in (3, 4) for i in range(12)]
+
+
+def replayed(path, make, **settings):
+    trainer = build(path.with_name("replayed"), make, "captured", data=examples(), **settings)
+    trainer.replay(read(path)[1])
+    return weights(trainer.model)
+
+
+@pytest.mark.parametrize("probe", [0, 1, 2, 3])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_an_exception_leaves_the_weights_that_the_ledger_tells(tmp_path, inplace, probe):
+    """In any forward of a step. In place, what the broken step has moved is moved back, which rounds."""
+    storage = {"inplace": inplace, "storage": "fp32" if inplace else "fp16", "q": 2}
+    trainer = build(tmp_path / "l", tiny.llama, "eager", data=examples(), probes_per_forward=1, **storage)
+    calls = [0]
+    plain = trainer.forward
+
+    def forward(model, batch):
+        calls[0] += trainer.next == 6
+        if calls[0] == probe + 1:
+            raise ValueError("in mid-run")
+        return plain(model, batch)
+
+    trainer.forward = forward
+    with pytest.raises(ValueError):
+        trainer.run()
+    assert len(trainer.ledger.records) == 6
+    again = replayed(tmp_path / "l", tiny.llama, **storage)
+    if not inplace:
+        assert same_bits(weights(trainer.model), again)
+    for name, w in weights(trainer.model).items():
+        torch.testing.assert_close(w, again[name], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("how", ["captured", "eager"])
+def test_a_batch_that_cannot_be_stacked_gets_one_probe_a_forward(tmp_path, how):
+    trainer = build(tmp_path / "l", tiny.llama, how, data=examples())
+    plain = trainer.forward
+
+    def forward(model, batch):
+        if trainer.next >= 6 and trainer.settings.probes_per_forward > 1:
+            raise layout.Unfit("rows of an odd kind")
+        return plain(model, batch)
+
+    trainer.run(until=6)
+    trainer.forward = forward
+    trainer.shapes.clear()
+    trainer.run()
+    assert trainer.settings.probes_per_forward == 1 and len(trainer.ledger.records) == 12
+    assert same_bits(weights(trainer.model), replayed(tmp_path / "l", tiny.llama))
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms", "rms1"])

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from zoft.estimator import finite, two_sided
+from zoft.estimator import Moment, finite, two_sided
 
 
 def test_one_direction_is_the_projected_gradient():
@@ -43,3 +43,25 @@ def test_values_that_are_not_finite_come_through_and_are_seen():
 def test_an_odd_number_of_losses_is_refused():
     with pytest.raises(AssertionError, match="3 losses"):
         two_sided([1.0, 2.0, 3.0], 1e-3)
+
+
+def test_clipping_limits_each_projected_gradient():
+    losses = [3.0, 1.0, 1.0, 1.5, 1.0, 3.0]  # projected gradients 1000, -250, -1000 at eps 1e-3
+    assert two_sided(losses, 1e-3, clip=300.0) == pytest.approx([100.0, -250 / 3, -100.0])
+    assert two_sided(losses, 1e-3, clip=1e9) == two_sided(losses, 1e-3)
+    assert math.isnan(two_sided([math.nan, 1.0], 1e-3, clip=1.0)[0])
+
+
+def test_the_second_moment_is_adams_of_the_projected_gradient():
+    rng = np.random.default_rng(2)
+    moment, beta = Moment(0.9), 0.9
+    slopes = []
+    for t in range(1, 20):
+        losses = rng.normal(1.0, 0.1, size=4).astype(np.float32).astype(float)
+        moment.see(losses.tolist(), 1e-2)
+        slopes.append(((losses[0] - losses[1]) + (losses[2] - losses[3])) / 4e-2)
+        weights = (1 - beta) * beta ** np.arange(t)[::-1]
+        root = np.sqrt((weights @ np.square(slopes)) / weights.sum())
+        got = moment.scaled(two_sided(losses.tolist(), 1e-2))
+        np.testing.assert_allclose(np.sum(got), slopes[-1] / root, rtol=1e-6)
+    assert Moment().scaled([1.5]) == [1.5]

@@ -416,6 +416,26 @@ def test_twenty_thousand_steps_fit_in_700_kB(tmp_path):
     assert len(read(tmp_path / "ledger").records) == 20_000
 
 
+def test_so_do_they_with_the_header_of_a_large_model(tmp_path):
+    """All tensors of a 13 B model named: the header, 32 bytes a step, and nothing else."""
+    import torch
+    import transformers as hf
+
+    from zoft import setup, space
+    from zoft.config import Config, Task
+
+    shape = {"hidden_size": 5120, "word_embed_proj_dim": 5120, "ffn_dim": 20480, "num_hidden_layers": 40}
+    with torch.device("meta"):
+        model = hf.OPTForCausalLM(hf.OPTConfig(num_attention_heads=40, **shape))
+    trained = space.adopt(model, space.train_names(model, "all"))
+    config = Config(model="m", task=Task(name="local"), storage="fp16", compute="bf16")
+    header = setup.header(config, "blake2b-sampled:" + "0" * 32, trained)
+    with Ledger.create(tmp_path / "ledger", header) as ledger:
+        ledger.append(step(0, q=1))
+    assert len(trained) > 600
+    assert (tmp_path / "ledger").stat().st_size + 19_999 * 32 <= 700_000
+
+
 def test_updates_are_the_steps_that_were_not_skipped(tmp_path):
     with Ledger.create(tmp_path / "ledger", HEADER) as ledger:
         for i in range(3):

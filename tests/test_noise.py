@@ -154,7 +154,17 @@ def test_elements_far_out(kind, start):
     shape = (kernels.FP32, n, 0)
     zero, target = np.uint64(0), np.uint64(out.data_ptr())
     kernels.run(
-        zero, kernels.ZERO, start, start + n, TID, kind == GAUSSIAN, zero, *[np.float32(0)] * 2, plan, target, shape
+        zero,
+        kernels.ZERO,
+        start,
+        start + n,
+        TID,
+        kind == GAUSSIAN,
+        zero,
+        *[np.float32(0)] * 2,
+        plan,
+        target,
+        shape,
     )
     exact = twin.z(np.arange(start, start + n), TID, twin.key(SEED, STEP, 2), kind)
     assert np.abs(out.numpy() - exact).max() <= (noise.GAUSSIAN_BOUND if kind == GAUSSIAN else 0)
@@ -293,6 +303,67 @@ def test_advance_is_the_twin_bit_for_bit(n, dtype, kind, with_momentum):
     assert not np.array_equal(twin.numbers(theta), twin.numbers(before))
     if momentum is not None:
         assert np.array_equal(twin.numbers(momentum), twin.numbers(torch.from_numpy(buffer)))
+
+
+RESTORES = (  # in-place probing: there and back, with an update on the way, with a no-op, with nothing
+    noise.move(SEED, STEP, 0, 0.01),
+    noise.move(SEED, STEP, 0, -0.02),
+    Update(STEP, SEED, (3e-3,), restore=0.01),
+    noise.move(SEED, STEP + 1, 2, -0.5),
+    Update(STEP + 1, SEED, (1e-3, 0.0, -2e-3), 0.75, 0.5),
+    noise.move(SEED, STEP + 2, 1, 3e-8),
+    Update(STEP + 2, SEED, (0.0, -0.0), restore=-3e-8),
+    noise.move(SEED, STEP + 3, 0, 0.25),
+    Update(STEP + 3, SEED, (7.0,), noise.NOTHING, -0.25),
+    Update(STEP + 4, SEED, (7.0,), noise.NOTHING),
+    Update(STEP + 5, SEED, (), 0.5),
+    noise.move(SEED, STEP + 6, 0, 0.125),
+)
+
+
+@pytest.mark.parametrize("beta", (None, 0.0, 0.9))
+@pytest.mark.parametrize("kind", (GAUSSIAN, RADEMACHER))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_restores_are_the_twins_bit_for_bit(dtype, kind, beta):
+    n = 500
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    before = weights(n, dtype)
+    momentum = None if beta is None else weights(n, wide, seed=1)
+    for upto in (7, len(RESTORES)):
+        theta, buffer = before.clone(), None if momentum is None else momentum.clone()
+        expected, twins = twin.advance(
+            before,
+            lambda u, k: drawn(n, k, u.step, kind).numpy(),
+            lambda u: twin.rounding_bits(np.arange(n), TID, twin.key(u.seed, u.step, 0)),
+            RESTORES[:upto],
+            momentum,
+            beta or 0.0,
+        )
+        noise.advance(theta, TID, RESTORES[:upto], kind, momentum=buffer, beta=beta or 0.0)
+        assert np.array_equal(twin.numbers(theta), expected), upto
+        if buffer is not None:
+            assert np.array_equal(twin.numbers(buffer), twin.numbers(torch.from_numpy(twins)))
+
+
+@pytest.mark.parametrize("kind", (GAUSSIAN, RADEMACHER))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_pass_with_restore_update_and_move_is_as_many_passes(dtype, kind):
+    whole, pieces = weights(3000, dtype), weights(3000, dtype)
+    noise.advance(whole, TID, RESTORES, kind)
+    for u in RESTORES:
+        if u.is_nothing and u.restore:
+            probe = [(len(u.multipliers) - 1, u.restore)]
+            noise.perturb(pieces, TID, pieces[None], probe, seed=u.seed, step=u.step, noise=kind)
+        else:
+            noise.advance(pieces, TID, [u], kind)
+    assert same_bits(whole, pieces)
+    fused, (update, end) = weights(3000, dtype), RESTORES[2:4]
+    where = {"seed": SEED, "step": end.step, "noise": kind}
+    noise.perturb(fused, TID, fused[None], [(2, end.restore)], updates=[update], **where)
+    apart = weights(3000, dtype)
+    noise.advance(apart, TID, [update], kind)
+    noise.perturb(apart, TID, apart[None], [(2, end.restore)], **where)
+    assert same_bits(fused, apart)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -27,6 +27,16 @@ UPDATES = (
     Update(STEP + 2, SEED, (-3e-4, 2e-4, 0.0), decay=float(np.float32(0.999))),
     Update(2**33, SEED, (), decay=0.5),
 )
+RESTORES = (  # in-place probing: there and back, with an update on the way, with a no-op, with nothing
+    noise.move(SEED, STEP, 0, 0.01),
+    Update(STEP, SEED, (3e-3,), restore=0.01),
+    noise.move(SEED, STEP + 1, 2, -0.5),
+    Update(STEP + 1, SEED, (1e-3, 0.0, -2e-3), 0.75, 0.5),
+    Update(STEP + 2, SEED, (0.0, -0.0), restore=-0.125),
+    Update(STEP + 3, SEED, (7.0,), noise.NOTHING, -0.25),
+    Update(STEP + 5, SEED, (), 0.5),
+    noise.move(SEED, STEP + 6, 0, 0.125),
+)
 PROBES = ((0, 1e-3), (0, -1e-3), (1, 0.5), (1, 0.0), (1, -2.0), (0, 3.0))
 
 
@@ -76,6 +86,8 @@ def agree(device, sizes, dtypes, out_dtypes, kinds=KINDS):
                     _agree_on_rows(triton, device, n, kind, dtype, out_dtype)
                 if dtype in out_dtypes:
                     _agree_in_place(triton, device, n, kind, dtype)
+            for dtype in dtypes:
+                _agree_on_restores(triton, device, n, kind, dtype)
             _agree_on_a_part(triton, device, n, kind, dtypes[0], out_dtypes[0])
 
 
@@ -102,6 +114,26 @@ def _agree_in_place(triton, device, n, kind, dtype):
     for backend, theta in ((triton, there), (cpu, here)):
         backend.perturb(theta, TID, theta[None], PROBES[2:3], SEED, 9, kind, UPDATES[:1], None, 0.0)
     assert agrees(there, here, kind), (n, kind, dtype)
+
+
+def _agree_on_restores(triton, device, n, kind, dtype):
+    """Runs of moves and updates; alone, one update with its restore and a probe in place, as in training."""
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    cases = [(RESTORES, None), (RESTORES, 0.9), *(([u], b) for u in RESTORES[1:6:2] for b in (None, 0.9))]
+    for updates, beta in cases:
+        results = []
+        for place in ("cpu", device):
+            theta = weights(n, dtype).to(place)
+            buffer = None if beta is None else weights(n, wide, 1).to(place)
+            live = tuple(noise._live(updates, beta is not None))
+            backend = cpu if place == "cpu" and not results else triton
+            place_rounds = (
+                dtype is not torch.bfloat16 or device == "cuda"
+            )  # the interpreter truncates to bf16
+            end = (theta[None], PROBES[2:3]) if len(updates) == 1 and place_rounds else (None, ())
+            backend.perturb(theta, TID, *end, SEED, 9, kind, live, buffer, beta or 0.0)
+            results.append((theta,) if buffer is None else (theta, buffer))
+        assert all(agrees(a, b, kind) for a, b in zip(*results[::-1])), (n, kind, dtype, len(updates), beta)
 
 
 def _agree_on_a_part(triton, device, n, kind, dtype, out_dtype):
@@ -192,10 +224,10 @@ for capability in (80, 90):
         for gaussian in (True, False):
             types = dict(theta="*" + dtype, out="*" + out, momentum="*fp32", keys="*i32", values="*fp32", n="i32", start="i32", tid="i32", U="i32", Q="i32")
             fixed = dict(WORK=tl.float32, HAS_THETA=True, HAS_UPDATES=True, ONE=0, HAS_MOMENTUM=True, WRITE_THETA=True,
-                         STOCHASTIC=dtype != "fp32", BF16=dtype == "bf16", PROBES=2, FRESH=1, SILENT=0, NARROW=out != "fp32", GAUSSIAN=gaussian, LANES=256)
+                         RESTORE=True, STOCHASTIC=dtype != "fp32", BF16=dtype == "bf16", PROBES=2, FRESH=1, SILENT=0, NARROW=out != "fp32", GAUSSIAN=gaussian, LANES=256)
             print(ptx(backend._pass, types, fixed, capability))
     types = dict(theta="*fp32", momentum="*fp32", out="*fp32", narrow="*bf16", table="*i64", keys="*i32", values="*fp32", total="i32", U="i32", Q="i32")
-    fixed = dict(HAS_UPDATES=True, ONE=0, HAS_MOMENTUM=True, PROBES=2, FRESH=1, SILENT=0, NARROW=True, GAUSSIAN=True, LANES=64)
+    fixed = dict(HAS_UPDATES=True, ONE=0, RESTORE=False, HAS_MOMENTUM=True, PROBES=2, FRESH=1, SILENT=0, NARROW=True, GAUSSIAN=True, LANES=64)
     print(ptx(backend._pass_small, types, fixed, capability))
     types = dict(theta="*fp16", rows="*i64", out="*bf16", keys="*i32", values="*fp32", width="i32", origin="i32", per_probe="i32", tid="i32")
     print(ptx(backend._rows, types, dict(WORK=tl.float32, SILENT=False, NARROW=True, GAUSSIAN=True, LANES=256), capability))

@@ -1,7 +1,10 @@
 """The probe axis against weights that really are θ + s·z, on tiny models of many architectures."""
 
+import contextlib
 import copy
 
+import noise_twin as slow
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -209,11 +212,98 @@ def test_inplace_is_its_own_arithmetic(dtype):
                 p.data = expected[n]
             assert torch.equal(got, losses(other, b))
     axis.settle()
+    assert all(torch.equal(t.stored, expected[t.name]) for t in trained)  # the step's update takes it back
+    axis.flush()
     moved(EPS)
     assert all(torch.equal(t.stored, expected[t.name]) for t in trained)
     with pytest.raises(RuntimeError, match="boom"), axis.at(STEP, [Probe(1, EPS)], b.rows):
         raise RuntimeError("boom")
     assert axis.here.scale == 0
+
+
+@pytest.mark.parametrize("beta, decay", [(0.0, 1.0), (0.9, 0.75)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("q", [1, 3])
+def test_inplace_is_two_passes_a_direction_that_round_as_told(q, dtype, beta, decay, monkeypatch):
+    """Steps with updates, one without (skipped) and one of lr 0, against the rules written out move by move."""
+    model, b = zoo("llama").to(dtype), batch()
+    trained = space.adopt(model, "model.layers.0.mlp.up_proj.weight model.norm.weight".split())
+    axis = InPlace(trained, seed=SEED, kind="gaussian", beta=beta)
+    theta = {t.id: slow.numbers(t.stored).astype(np.float32) for t in trained}
+    buffer = {i: np.zeros_like(v) for i, v in theta.items()}
+    passes, plain = [], noise.perturb
+    monkeypatch.setattr(noise, "perturb", lambda *a, **k: passes.append(a[1]) or plain(*a, **k))
+
+    def z(t, step, k):
+        where = {"seed": SEED, "step": step, "direction": k, "noise": "gaussian"}
+        return noise.direction(t.stored.shape, t.id, **where).numpy().ravel()
+
+    def nearest(x):
+        return torch.from_numpy(x).to(dtype).float().numpy()
+
+    eps = np.float32(EPS)
+    for step in range(5):
+        multipliers = (
+            () if step == 2 else tuple([0.0, 0.02, -0.01][(k + step) % 3] * (step != 3) for k in range(q))
+        )
+        before = len(passes)
+        for k in range(q):
+            for scale in (EPS, -EPS):
+                with torch.no_grad(), axis.at(step, [Probe(k, scale)], b.rows):
+                    losses(model, b)
+                    for t in trained:
+                        move = (eps if scale > 0 else np.float32(-2) * eps) * z(t, step, k)
+                        theta[t.id] = nearest(theta[t.id] + move)
+                        assert np.array_equal(slow.numbers(t.stored), theta[t.id]), (step, k, scale)
+            if k < q - 1:  # the way back, in the pass of the next direction
+                for t in trained:
+                    theta[t.id] = nearest(theta[t.id] + eps * z(t, step, k))
+        assert len(passes) - before == 2 * q * len(trained)
+        for t in trained:
+            theta[t.id] = theta[t.id] + eps * z(t, step, q - 1)
+            stays = not any(multipliers) and not beta and (decay == 1 or not t.decays)
+            if step == 2 or stays:
+                theta[t.id] = nearest(theta[t.id])
+                continue
+            s = np.float32(0)
+            for k, m in enumerate(multipliers):
+                s = s + np.float32(m) * z(t, step, k)
+            if beta:
+                s = buffer[t.id] = np.float32(beta) * buffer[t.id] + s
+            a = (np.float32(decay) * theta[t.id] if t.decays else theta[t.id]) + s
+            if dtype != torch.float32:
+                bits = slow.rounding_bits(np.arange(len(a)), t.id, slow.key(SEED, step, 0))
+                a = slow.round_stochastic(a, bits, dtype).astype(np.float32)
+            theta[t.id] = a
+        if step != 2:
+            axis.commit(noise.Update(step, SEED, tuple(float(np.float32(m)) for m in multipliers), decay))
+    axis.flush()
+    for t in trained:
+        assert np.array_equal(slow.numbers(t.stored), theta[t.id])
+        assert not beta or np.array_equal(slow.numbers(t.momentum), buffer[t.id])
+
+
+def test_inplace_interrupted_between_two_tensors(monkeypatch):
+    """Whatever was moved is moved back, and what was not moved yet too: the bits of a run that was not interrupted."""
+    b, ends = batch(), []
+    for stop in (None, 0, 3, 10):
+        model = zoo("llama").bfloat16()
+        trained = space.adopt(model, space.train_names(model, "all"))
+        axis = InPlace(trained, seed=SEED, kind="gaussian")
+        plain, count = noise.perturb, iter(range(1000))
+
+        def perturb(*args, plain=plain, count=count, stop=stop, **keywords):
+            if next(count) == stop:
+                raise KeyboardInterrupt
+            plain(*args, **keywords)
+
+        monkeypatch.setattr(noise, "perturb", perturb)
+        with contextlib.suppress(KeyboardInterrupt), axis.at(STEP, [Probe(0, EPS)], b.rows):
+            raise KeyboardInterrupt
+        monkeypatch.setattr(noise, "perturb", plain)
+        ends.append(bits(model))
+        assert axis.here.scale == 0 and not axis.todo
+    assert all(same_bits(model, end) for end in ends)
 
 
 def test_sites_need_not_be_stackable_for_one_probe():

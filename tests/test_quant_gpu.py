@@ -23,7 +23,12 @@ def agree(device, dtypes, shapes=SHAPES):
     from zoft import quant_triton
 
     for shape, group in shapes:
-        for bits, zero_points, log in ((4, True, False), (4, False, True), (8, True, True), (8, False, False)):
+        for bits, zero_points, log in (
+            (4, True, False),
+            (4, False, True),
+            (8, True, True),
+            (8, False, False),
+        ):
             made, _ = layer(shape, bits, group, zero_points)
             for probes in (1, 2):
                 scales = torch.stack([made.scales.data * (1.0 + 0.1 * p) for p in range(probes)])
@@ -34,7 +39,9 @@ def agree(device, dtypes, shapes=SHAPES):
                 for dtype in dtypes:
                     out = torch.full((probes, *shape), 7.0, dtype=dtype, device=device)
                     quant_triton.dequantise(on, held, out, log)
-                    step = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}.get(dtype, 0.0) + (3e-6 if log else 0)
+                    step = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}.get(dtype, 0.0) + (
+                        3e-6 if log else 0
+                    )
                     case = (shape, group, bits, zero_points, log, probes, dtype)
                     assert ((out.cpu().float() - want).abs() <= step * want.abs() + 1e-7).all(), case
                     if group in (32, 64, 128) and made.group == group:
@@ -117,7 +124,10 @@ def test_on_a_gpu():
 def test_a_gpu_finds_the_codes_of_the_cpu(zero_points):
     w = torch.randn(300, 1000) * 0.02
     for bits in (4, 8):
-        here, there = quant.quantise(w, bits, 64, zero_points), quant.quantise(w.cuda(), bits, 64, zero_points)
+        here, there = (
+            quant.quantise(w, bits, 64, zero_points),
+            quant.quantise(w.cuda(), bits, 64, zero_points),
+        )
         assert all(torch.equal(a, b.cpu()) for a, b in zip(here, there) if a is not None)
 
 
@@ -133,7 +143,9 @@ def quantised(make, log=False, bits=4):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fused_rows", [0, 64])
-@pytest.mark.parametrize("make, log, bits", [(tiny.llama, False, 4), (tiny.opt, True, 8), (tiny.gpt2, False, 4)])
+@pytest.mark.parametrize(
+    "make, log, bits", [(tiny.llama, False, 4), (tiny.opt, True, 8), (tiny.gpt2, False, 4)]
+)
 def test_captured_eager_and_host_fed_steps_are_one_run(tmp_path, monkeypatch, fused_rows, make, log, bits):
     import test_device_gpu
 

@@ -35,20 +35,28 @@ class Twin:
     def __init__(self, model, dtype):
         self.dtype, self.plain, self.parts = dtype, copy.deepcopy(model), {}
         for name, m in quant.layers(model).items():
-            codes = quant.unpack(m.codes, m.bits, m.padded)[..., : m.group].numpy().astype(dtype)  # [out, G, n]
+            codes = (
+                quant.unpack(m.codes, m.bits, m.padded)[..., : m.group].numpy().astype(dtype)
+            )  # [out, G, n]
             zero = 2 ** (m.bits - 1) if m.zeros is None else m.zeros.numpy().astype(dtype)[..., None]
             cls = Conv1D(m.out_features, m.in_features) if m.transposed else nn.Linear(m.in_features, m.out_features, bias=m.bias is not None)  # fmt: skip
             cls.bias = m.bias
             parent, _, own = name.rpartition(".")
             setattr(self.plain.get_submodule(parent), own, cls)
             scales = m.scales.detach().numpy().astype(dtype)
-            self.parts[f"{name}.scales"] = [cls, codes - zero, np.exp(scales) if m.scales.log else scales.copy()]
+            self.parts[f"{name}.scales"] = [
+                cls,
+                codes - zero,
+                np.exp(scales) if m.scales.log else scales.copy(),
+            ]
 
     def write(self, scales):
         for name, (layer, codes, _) in self.parts.items():
             w = (scales[name][..., None] * codes).reshape(len(codes), -1)
             w = torch.from_numpy(np.ascontiguousarray(w.T if type(layer) is Conv1D else w))
-            layer.weight.data = w[: layer.weight.shape[0]] if type(layer) is Conv1D else w[:, : layer.weight.shape[1]]
+            layer.weight.data = (
+                w[: layer.weight.shape[0]] if type(layer) is Conv1D else w[:, : layer.weight.shape[1]]
+            )
 
     @torch.no_grad()
     def step(self, t, trained, batch, *, eps, lr, clip, floor, log=False, kind="gaussian"):
@@ -151,7 +159,9 @@ def test_the_floor_comes_last_before_rounding(kind, dtype):
 
 
 def test_scales_have_no_decay_and_stay_in_fp32(tmp_path):
-    trainer = build(tmp_path, quantised().bfloat16(), train="all", storage="bf16", compute="bf16", weight_decay=0.1)
+    trainer = build(
+        tmp_path, quantised().bfloat16(), train="all", storage="bf16", compute="bf16", weight_decay=0.1
+    )
     scales = [t for t in trainer.axis.trained if t.name.endswith("scales")]
     assert scales and all(t.stored.dtype == t.compute == torch.float32 and not t.decays for t in scales)
     assert any(t.decays for t in trainer.axis.trained)
@@ -239,7 +249,9 @@ def place(tmp_path_factory):
 @pytest.mark.parametrize("mode", ["absolute", "relative"])
 def test_a_run_its_folder_its_replay_and_its_resume(place, mode, tmp_path):
     run = place / mode
-    done = zoft("train", "--config", "mine.yaml", f"eps_mode={mode}", "eval_every=3", f"output_dir={run}", cwd=place)
+    done = zoft(
+        "train", "--config", "mine.yaml", f"eps_mode={mode}", "eval_every=3", f"output_dir={run}", cwd=place
+    )
     assert done.returncode == 0, done.stderr
     assert "14 of 15 linear layers quantised to 4 bits" in done.stderr
     assert load_run(run).clip == 100.0

@@ -57,6 +57,7 @@ def test_the_readme_has_the_commands_it_is_for():
         "zoft train",
         "zoft eval",
         "zoft replay",
+        "zoft export",
         "zoft data",
         "zoft estimate",
     }

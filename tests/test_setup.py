@@ -3,8 +3,10 @@
 import pytest
 import tiny
 import torch
+from test_estimate import allocated
 
-from zoft import setup
+from zoft import setup, space
+from zoft.config import Config, Task
 from zoft.objective import Example, losses
 
 
@@ -29,3 +31,19 @@ def test_calibration_sees_padding_and_two_lengths_where_there_are_any(lengths, s
     want = torch.cat([losses(model, setup.collate([e]))[0] for e in (examples[0], examples[-1])])
     if len(set(lengths)) == 1:  # a column more changes no loss
         torch.testing.assert_close(losses(model, small)[0], want)
+
+
+def test_probes_a_forward_go_by_the_memory_there_is():
+    """At the limits that the allocator's own record of a forward gives."""
+    train = example(6, 9, 4, 8)
+    config = Config(
+        model="tiny", task=Task(name="local"), q=6, batch_size=4, device="cpu", storage="fp32", compute="fp32"
+    )
+    model = tiny.opt()
+    config, _, axis = setup.axis(config, model, space.adopt(model, space.train_names(model, "all")), train)
+    assert config.probes_per_forward == 12  # a tiny model's activations fit anywhere
+    batch = setup.collate(sorted(train, key=lambda e: -e.length))
+    with axis.clean(batch.rows):
+        each = allocated(lambda: losses(model, batch))
+    for room, want in ((0.5, 1), (3, 2), (5, 4), (7.5, 6), (11, 6), (13, 12)):
+        assert setup.grouped(config, model, axis, train, int(room * each)) == want, room

@@ -199,9 +199,12 @@ def test_exception_in_a_forward_leaves_every_bit(tmp_path):
 
 @pytest.mark.parametrize("policy", ["probes", "inplace"])
 @pytest.mark.parametrize("storage", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("beta,q", [(0.0, 1), (0.9, 2)])
-def test_interrupted_resumed_and_replayed_runs_end_with_the_same_bits(tmp_path, policy, storage, beta, q):
+@pytest.mark.parametrize("beta,q,more", [(0.0, 1, {}), (0.9, 2, {}), (0.0, 2, {"clip": 2.0, "meazo": 0.9})])
+def test_interrupted_resumed_and_replayed_runs_end_with_the_same_bits(
+    tmp_path, policy, storage, beta, q, more
+):
     same = {
+        **more,
         "storage": storage,
         "compute": storage,
         "policy": policy,

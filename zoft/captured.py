@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from zoft import noise, update
 from zoft.device import DeviceAxis
+from zoft.device_inplace import DeviceInPlace
+from zoft.layout import Unfit
 from zoft.ledger import Ledger, Record
 from zoft.objective import Batch, losses
 from zoft.trainer import Settings, Trainer
@@ -38,11 +40,11 @@ class CapturedTrainer(Trainer):
     """
 
     def __init__(
-        self, model: nn.Module, axis: DeviceAxis, batches: Callable[[int], Sequence[Batch]], ledger: Ledger | None,
+        self, model: nn.Module, axis: DeviceAxis | DeviceInPlace, batches: Callable[[int], Sequence[Batch]], ledger: Ledger | None,
         settings: Settings, forward: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]] = losses, capture: str = "",
     ) -> None:  # fmt: skip
         super().__init__(model, axis, batches, ledger, settings, forward)
-        self.axis: DeviceAxis = axis
+        self.axis: DeviceAxis | DeviceInPlace = axis
         self.capture = capture
         self.shapes: dict[tuple, Shape] = {}
         self.pool = torch.cuda.graph_pool_handle() if not capture else None
@@ -52,6 +54,7 @@ class CapturedTrainer(Trainer):
             torch.zeros_like(axis.control.record, device="cpu").pin_memory() for _ in range(BEHIND + 1)
         ]
         self.pending: noise.Update | None = None  # the last landed update, which the weights still lack
+        self.under_way = False  # the device has begun a step since the weights were last brought up to date
         self.scratch: list[Any] = []  # graphs point into it, however much the axis may need later
 
     def step(self) -> dict[str, Any] | None:
@@ -59,19 +62,37 @@ class CapturedTrainer(Trainer):
         s, t = self.settings, self.next
         lr = update.lr_at(t, lr=s.lr, steps=s.steps, schedule=s.schedule, warmup=s.warmup)
         decay = update.make_update(t, s.seed, (), lr=lr, weight_decay=s.weight_decay).decay
-        shape = self._shape([bucket(b) for b in self.batches(t)])
-        self.axis.control.upload(t, lr, decay)
-        if shape.graph is not None:
-            shape.graph.replay()
-        else:
-            self._forward(shape.batches)
+        batches = [bucket(b) for b in self.batches(t)]
+        try:
+            self._send(batches, t, lr, decay)
+        except Unfit as error:
+            if s.probes_per_forward == 1:
+                raise
+            self._land_all()
+            self.alone(t, error)
+            self.shapes.clear()  # graphs of several probes a forward
+            self._send(batches, t, lr, decay)
         record, done = self.pinned[t % len(self.pinned)], torch.cuda.Event()
         record.copy_(self.axis.control.record, non_blocking=True)
         done.record()
         self.flight.append((t, lr, record, done))
         self.next = t + 1
-        self.forwards += 2 * s.q * sum(b.examples for b in shape.batches)
+        self.forwards += 2 * s.q * sum(b.examples for b in batches)
         return self._land() if len(self.flight) > BEHIND else None
+
+    def _send(self, batches: list[Batch], step: int, lr: float, decay: float) -> None:
+        """Start a step over these batches on the device."""
+        shape = self._shape(batches)
+        self.axis.control.upload(step, lr, decay)
+        try:
+            if shape.graph is not None:
+                shape.graph.replay()
+            else:
+                self._forward(shape.batches)
+        except BaseException:
+            self.under_way = self.under_way or self.axis.ahead
+            raise
+        self.under_way = True
 
     @torch.no_grad()
     def _forward(self, batches: Sequence[Batch]) -> None:
@@ -117,12 +138,11 @@ class CapturedTrainer(Trainer):
 
     def _captured(self, batches: list[Batch]) -> torch.cuda.CUDAGraph | None:
         """The step over these batches as a graph; None, with one line why, where the model cannot be captured."""
-        while self.flight:  # warming up moves θ to where it is going anyway, but its losses are nobody's
-            self.landed.append(self._land())
-        self.flush_pending()
+        self._land_all()  # warming up moves θ to where it is going anyway, but its losses are nobody's
         graph = torch.cuda.CUDAGraph()
+        control = self.axis.control
+        moment, master = control.moment.clone(), control.still()
         try:
-            control = self.axis.control
             control.upload(self.next, 0.0, 1.0)
             self.side.wait_stream(torch.cuda.current_stream())
             # Compiles kernels and finds workspaces; nothing is pending, so θ stands still.
@@ -135,21 +155,30 @@ class CapturedTrainer(Trainer):
                 self._forward(batches)
             self.scratch.append(self.axis.scratch())
             return graph
+        except Unfit:
+            raise
         except (RuntimeError, AssertionError) as error:
             torch.cuda.synchronize()
             self.capture = (str(error).strip().splitlines() or ["?"])[0][:120]
             print(f"steps are not captured as CUDA graphs: {self.capture}", file=sys.stderr, flush=True)
             return None
         finally:
-            self.axis.control.forget()
+            torch.cuda.current_stream().wait_stream(self.side)
+            control.moment.copy_(moment)
+            control.master.copy_(master)
+            control.forget()
+
+    def _land_all(self) -> None:
+        """Write down every step under way, and bring the weights to the last one."""
+        while self.flight:
+            self.landed.append(self._land())
+        self.flush_pending()
 
     def flush_pending(self) -> None:
         """Bring the weights to the last landed step."""
-        if self.pending is not None:
-            for t in self.axis.trained:
-                t.step = self.pending.step
-            self.axis.commit(self.pending)
-            self.pending = None
+        if self.under_way:
+            self.axis.land(self.next - 1, self.pending)
+        self.under_way, self.pending = False, None
         self.axis.flush()
         self.axis.control.forget()
 
@@ -158,6 +187,7 @@ class CapturedTrainer(Trainer):
     ) -> None:
         """Steps until `until`; on return and on exceptions every step is written down and the weights are up to date."""
         self.landed: list[dict[str, Any]] = []
+        self.axis.control.configure(self.settings.clip, self.moment)
         try:
             while self.next < (self.settings.steps if until is None else until):
                 metrics = self.step()

@@ -130,14 +130,66 @@ def evaluate(args: Args = None, config: Source = None, as_json: Json = False) ->
 @app.command(cls=_Verb)
 def replay(
     folder: Annotated[str, typer.Argument(metavar="RUN")],
-    out: Annotated[str, typer.Option(metavar="DIR", help="Where the model is written.")],
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Where the model is written; without it, what would be made."),
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option(min=0, help="The model after so many steps; default: the last.")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(metavar="fp32", help="Keep 16-bit weights in fp32: nothing is rounded.")
+    ] = None,
+    denoise: Annotated[
+        bool, typer.Option("--denoise", help="Sum in fp32, round to the run's storage once.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: where it ran.")] = None,
 ) -> None:
     """Rebuild a run's model from its base and its ledger, bit for bit."""
     from zoft import run
 
-    steps, planned = run.replay(folder, out)
-    unfinished = f" of {planned}: the run is not finished" if steps < planned else ""
-    typer.echo(f"{steps} steps replayed{unfinished}: {out}")
+    typer.echo(run.replay(folder, out, step=step, storage=storage, denoise=denoise, device=device))
+
+
+@app.command(cls=_Verb)
+def export(
+    folder: Annotated[str, typer.Argument(metavar="RUN")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where it is written.")],
+    merge: Annotated[bool, typer.Option("--merge", help="The whole model, for transformers.")] = False,
+    adapter: Annotated[bool, typer.Option("--adapter", help="What was trained beside it, for PEFT.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or bf16; default: the run's save_dtype.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: where it ran.")] = None,
+) -> None:
+    """Write a run's model as others load it, and check it: zoft export runs/mine --merge --out mine."""
+    from zoft import run
+
+    typer.echo(run.export(folder, out, merge=merge, adapter=adapter, dtype=dtype, device=device))
+
+
+@app.command(cls=_Verb)
+def ledger(
+    folder: Annotated[str, typer.Argument(metavar="RUN")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check the ledger, its config and snapshots.")
+    ] = False,
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE.png", help="Draw losses and coefficients of all steps.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a run's ledger holds, also while the run goes on: steps, losses, coefficients, events, base, plan."""
+    from zoft import inspect_run
+
+    found = inspect_run.summary(folder)
+    checks = inspect_run.verify(folder) if verify else []
+    if as_json:
+        typer.echo(inspect_run.as_json({**found, "verified": checks} if verify else found))
+    else:
+        typer.echo("\n".join([inspect_run.text(found), *checks]))
+    if plot:
+        typer.echo(inspect_run.plot(folder, plot), err=as_json)
 
 
 @app.command("ls", cls=_Verb)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,21 @@ class Config:
     lr: float = key(1e-6, "learning rate; full-parameter MeZO wants 1e-7 to 1e-5", least=0)
     schedule: str = key("constant", "learning rate over the steps", one_of=("constant", "linear", "cosine"))
     warmup: float = key(0, "warm-up steps; below 1, a fraction of all steps", least=0)
+    clip: float | None = key(
+        None,
+        "largest projected gradient (l+ - l-)/2eps that a step may use; null: any (recipe=qzo: 100)",
+        above=0,
+    )
+    meazo: float = key(
+        0.0,
+        "divide steps by the root of the projected gradient's running second moment, of this decay (0.99); lr is then "
+        "the size of a step; 0 does not",
+        least=0,
+        below=1,
+    )
+    max_forwards: int | None = key(
+        None, "stop at so many forwards (examples × probes): fewer steps than `steps` if need be", least=1
+    )
     weight_decay: float = key(0.0, "decoupled decay, times lr, not for biases and norms", least=0)
     momentum: float = key(0.0, "0 keeps no buffer", least=0, below=1)
     eps: float = key(1e-3, "probe size: the loss is asked at θ ± eps·z", above=0)
@@ -96,9 +111,6 @@ class Config:
         "recipe=qzo: scales are probed and moved as they are, or relative: their logarithms, and none can reach 0",
         one_of=("absolute", "relative"),
     )
-    clip: float | None = key(
-        None, "largest size of a projected gradient that counts; null: 100 with recipe=qzo, else none", above=0
-    )
     storage: str = key("auto", "dtype trained tensors are kept in", one_of=DTYPE_NAMES)
     compute: str = key("auto", "dtype of the forward pass", one_of=DTYPE_NAMES)
     save_dtype: str = key(
@@ -122,6 +134,12 @@ class Config:
         least=1,
         one_of=("end", "step"),
     )
+    denoise_every: int = key(
+        0,
+        "steps between rebuilds of 16-bit weights from base and ledger, summed in fp32 and rounded once; "
+        "the end of the run has one too, 0 has none",
+        least=0,
+    )
     snapshot_every: int = key(0, "steps between snapshots, which shorten a resume; 0 takes none", least=0)
     keep_last: int = key(2, "snapshots to keep, the newest ones", least=1)
     keep_best: int = key(0, "snapshots to keep besides, the best ones by best_by", least=0)
@@ -133,7 +151,8 @@ class Config:
     output_dir: str | None = key(None, "folder of the run; null is runs/<config>-seed<seed>")
     save_model: bool = key(True, "write model/ at the end")
     save_dequantised: bool = key(
-        False, "save a quantised model as plain weights, which any library opens; false keeps codes and scales"
+        False,
+        "save a quantised model as plain weights, which any library opens; false keeps codes and scales",
     )
     track: str = key("none", "log elsewhere too; metrics.jsonl is always written", one_of=("none", "wandb"))
     trust_remote_code: bool = key(False, "run code that comes with a model; only on the command line")
@@ -145,13 +164,23 @@ FREE = ("model", "output_dir", "device", "threads", "probes_per_forward", "cache
         "trust_remote_code", "task.train", "task.eval")  # fmt: skip
 
 
-def digest(config: Config) -> str:
-    """A hash of the values of all keys but FREE ones."""
+def digests(config: Config) -> dict[str, str]:
+    """A short hash of the value of each key but FREE ones."""
     tree = dataclasses.asdict(config)
     flat = tree | {f"task.{k}": v for k, v in tree.pop("task").items()}
-    kept = {k: v for k, v in flat.items() if k not in ("task", *FREE)}
-    text = json.dumps(kept, sort_keys=True, default=str)
-    return f"blake2b:{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"
+    found = {}
+    for name, value in flat.items():
+        if name not in FREE:
+            value = int(value) if isinstance(value, float) and value.is_integer() else value  # 0 is 0.0
+            text = json.dumps(value, sort_keys=True, default=str)
+            found[name] = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    return found
+
+
+def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The keys in which two configs differ, from their `digests`; one that a side does not know has its default."""
+    usual = digests(Config())
+    return [k for k in {**before, **now} if before.get(k, usual.get(k)) != now.get(k, usual.get(k))]
 
 
 def fields() -> dict[str, dataclasses.Field[Any]]:

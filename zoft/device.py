@@ -14,137 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from zoft import noise, norms, precision
+from zoft.control import Control
 from zoft.noise import triton as kernels
-from zoft.noise.triton import NOTHING, Plan
 from zoft.probe import Probe, ProbeAxis
-from zoft.routes import conv1d, fast, linear
+from zoft.routes import conv1d, fast, linear, part, start
 from zoft.sites import Site
 from zoft.space import Trained
 
-_SLOTS = 8  # uploads that may be on their way
-_ROOM = 4096  # entries of all plans together
 NARROW_COSINE = 0.99  # between z and the realised direction of a bias that is probed in 16 bits
-
-
-@triton.jit
-def _close(totals, rates, master, record, Q, BLOCK: tl.constexpr):
-    """Losses → coefficients → multipliers of the next passes: estimator.two_sided and update.make_update on the device.
-
-    totals fp64 [2Q, 2] (sums, counts); rates fp64 [3] (lr, decay, 2·eps·Q); master: its first Q + 2 become the multipliers, the
-    decay and 1, or 0 and NOTHING if anything is not finite; record fp64 [3Q + 1]: losses, multipliers, whether all is finite.
-    """
-    k = tl.arange(0, BLOCK)
-    ours = k < Q
-    plus = tl.load(totals + 4 * k, mask=ours, other=0.0) / tl.load(totals + 4 * k + 1, mask=ours, other=1.0)
-    minus = tl.load(totals + 4 * k + 2, mask=ours, other=0.0) / tl.load(
-        totals + 4 * k + 3, mask=ours, other=1.0
-    )
-    multiplier = (tl.load(rates) * -1.0 * ((plus - minus) / tl.load(rates + 2))).to(
-        tl.float32
-    )  # lr 0: -0, as there
-    wide = multiplier.to(tl.float64)
-    # x − x is 0 for finite x and NaN for any other.
-    bad = (plus - plus != 0) | (minus - minus != 0) | (wide - wide != 0)
-    good = tl.sum(bad.to(tl.int32)) == 0
-    tl.store(master + k, tl.where(good, multiplier, 0.0), mask=ours)
-    tl.store(master + Q, tl.where(good, tl.load(rates + 1), NOTHING).to(tl.float32))
-    tl.store(master + Q + 1, tl.where(good, 1.0, NOTHING))
-    tl.store(record + 2 * k, plus, mask=ours)
-    tl.store(record + 2 * k + 1, minus, mask=ours)
-    tl.store(record + 2 * Q + k, wide, mask=ours)
-    tl.store(record + 3 * Q, good.to(tl.float64))
-
-
-class Control:
-    """The device buffers that a step's launches read, and the plans that are slices of them.
-
-    master fp32 [3q + 3]: multipliers of the pending update, its decay, 1 (for tensors that do not decay; both NOTHING
-    where no update is pending), the 2q scales, beta. Each plan has its own contiguous copy of the entries it needs, made at the start of a step.
-    """
-
-    def __init__(self, q: int, eps: float, beta: float, seed: int, device: torch.device) -> None:
-        self.q, self.seed = q, seed
-        self.probes = [Probe(k, s * eps) for k in range(q) for s in (1.0, -1.0)]
-        scales = [p.scale for p in self.probes]
-        self.master = torch.tensor(
-            [0.0] * q + [NOTHING.value] * 2 + [*scales, beta], dtype=torch.float32, device=device
-        )
-        self.rates = torch.zeros(3, dtype=torch.float64, device=device)
-        self.totals = torch.zeros(2 * q, 2, dtype=torch.float64, device=device)
-        self.record = torch.zeros(3 * q + 1, dtype=torch.float64, device=device)
-        self.keys = torch.zeros(_ROOM, 2, dtype=torch.int32, device=device)
-        self.values = torch.zeros(_ROOM, dtype=torch.float32, device=device)
-        self.pick = torch.zeros(_ROOM, dtype=torch.int64, device=device)  # of master, for values
-        self.which = np.zeros(_ROOM, np.int64)  # of this step's keys, for keys
-        self.used = 0
-        self.plans: dict[tuple, Plan] = {}
-        self.staged = [
-            (
-                torch.zeros(_ROOM, 2, dtype=torch.int32).pin_memory(),
-                torch.tensor([0.0, 0.0, 2.0 * eps * q], dtype=torch.float64).pin_memory(),
-            )
-            for _ in range(_SLOTS)
-        ]
-
-    def plan(self, first: int, count: int, updates: bool, decays: bool) -> Plan:
-        """Probes first to first + count (of all 2q), after the pending update if `updates`."""
-        what = (first, count, updates, decays)
-        if what not in self.plans:
-            q, start = self.q, self.used
-            before = list(range(q + 1)) if updates else []  # previous directions, their rounding
-            keys = before + [q + 1 + first + p for p in range(count)]
-            values = [*range(q), q if decays else q + 1] if updates else []
-            values += [q + 2 + first + p for p in range(count)] + [3 * q + 2]
-            assert start + len(values) <= _ROOM, (start, len(values))
-            assert not torch.cuda.is_current_stream_capturing(), f"plan {what} was not met while warming up"
-            self.which[start : start + len(keys)] = keys
-            self.pick[start : start + len(values)] = torch.tensor(values)
-            self.used += len(values)
-            group = self.probes[first : first + count]
-            u = int(updates)
-            self.plans[what] = Plan(
-                self.keys[start : start + len(keys)], self.values[start : start + len(values)], u, q * u, count,
-                *kernels.shape_of(group),
-            )  # fmt: skip
-            if self.step is not None:
-                self.upload(*self.step)
-                self.refresh()
-        return self.plans[what]
-
-    step: tuple[int, float, float] | None = None  # what was uploaded last
-
-    def upload(self, step: int, lr: float, decay: float) -> None:
-        """Keys of a step and of the one before it, and its rates; the device takes them when it gets there."""
-        self.step = (step, lr, decay)
-        before = [noise.key(self.seed, max(step - 1, 0), k) for k in range(self.q)]
-        now = [noise.key(self.seed, step, p.direction) for p in self.probes]
-        words = np.array([*before, before[0], *now], np.uint32).view(np.int32)  # [3q + 1, 2]
-        keys, rates = self.staged[step % _SLOTS]
-        keys.numpy()[: self.used] = words[self.which[: self.used]]
-        rates[0], rates[1] = lr, decay
-        self.keys[: self.used].copy_(keys[: self.used], non_blocking=True)
-        self.rates.copy_(rates, non_blocking=True)
-
-    def refresh(self) -> None:
-        """Give every plan the multipliers that the last step left."""
-        torch.index_select(self.master, 0, self.pick[: self.used], out=self.values[: self.used])
-
-    def close(self) -> None:
-        """This step's totals become the pending update and its record."""
-        _close[(1,)](
-            self.totals, self.rates, self.master, self.record, self.q,
-            BLOCK=triton.next_power_of_2(self.q), num_warps=1, enable_fp_fusion=False,
-        )  # fmt: skip
-
-    def forget(self) -> None:
-        """No update is pending."""
-        self.master[: self.q] = 0.0
-        self.master[self.q : self.q + 2] = NOTHING.value
 
 
 class DeviceAxis(ProbeAxis):
@@ -161,6 +41,7 @@ class DeviceAxis(ProbeAxis):
         self.flat_device = device = self.trained[0].stored.device
         self.control = Control(q, eps, beta, seed, device)
         self.live = False
+        self.ahead = False  # a step broke off after the update before it had reached every tensor
         self._done: set[int] = set()  # tensors that have the pending update, in the step under way
         small = [
             t for t in self.trained if t.stored.ndim <= 1 and t.stored.dtype == t.compute == torch.float32
@@ -190,10 +71,19 @@ class DeviceAxis(ProbeAxis):
         """The scratch in use, for whoever must keep it."""
         return list(self._arenas)
 
+    def land(self, step: int, pending: noise.Update | None) -> None:
+        """θ as the ledger has it, after `step`, the last one that was sent; pending: its update, None if it was skipped."""
+        if pending is not None:
+            for t in self.trained:
+                t.step = pending.step + self.ahead
+            self.commit(pending)
+        self.ahead = False
+        self.flush()
+
     @contextmanager
     def stepping(self) -> Iterator[None]:
         """A step's forwards; at its end every tensor has the update that was pending at its start."""
-        self.live, self._done = True, set()
+        self.live, self._done, self.ahead = True, set(), False
         self.control.refresh()
         try:
             yield
@@ -204,6 +94,7 @@ class DeviceAxis(ProbeAxis):
                 for t in self.trained:
                     self._catch_up(t)
                 self.control.forget()
+                self.ahead = True
             raise
         finally:
             self.live = False
@@ -253,13 +144,22 @@ class DeviceAxis(ProbeAxis):
         assert out is not None
         return out[at : at + count, self.small[t.id]].unflatten(1, t.stored.shape or (1,))
 
-    def _fill(self, t: Trained, out: Tensor, group: list[Probe], first: int) -> None:
+    def _fill(
+        self, t: Trained, out: Tensor | None, group: list[Probe], first: int, rows: slice = slice(None)
+    ) -> None:
         if not self.live:
-            return super()._fill(t, out, group, first)
+            return super()._fill(t, out, group, first, rows)
         plan = self.control.plan(
             self.offset + self.first + first, len(group), t.id not in self._done, t.decays
         )
-        kernels.launch(t.stored, t.id, out, plan, self.kind, t.momentum, floor=t.floor)
+        kernels.launch(
+            part(t.stored, rows), t.id, out, plan, self.kind, None if t.momentum is None else part(t.momentum, rows),
+            start=start(t.stored, rows), floor=t.floor,
+        )  # fmt: skip
+
+    def _mark(self, t: Trained) -> None:
+        if not self.live:
+            return super()._mark(t)
         self._done.add(t.id)
 
     def gathered(self, t: Trained, rows: Tensor, group: list[Probe], first: int) -> Tensor:

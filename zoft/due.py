@@ -5,12 +5,12 @@ from __future__ import annotations
 from zoft.config import Config
 
 # What happens at a stop, in this order, and the key that says every how many steps.
-EVERY = {"eval": "eval_every", "snapshot": "snapshot_every"}
+EVERY = {"denoise": "denoise_every", "eval": "eval_every", "snapshot": "snapshot_every"}
 
 
 def due(config: Config, step: int) -> list[str]:
-    """What happens once `step` steps are done; the last step of a run has an evaluation in any case."""
-    last = ["eval"] * (step == config.steps)
+    """What happens once `step` steps are done; a run ends with an evaluation, after denoising if it denoises at all."""
+    last = ["eval", *["denoise"] * (config.denoise_every > 0)] if step == config.steps else []
     return [what for what, every in EVERY.items() if what in last or _falls(step, getattr(config, every))]
 
 

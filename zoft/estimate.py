@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import footprint, models, quant, quant_files, setup, space
+from zoft import footprint, models, quant, quant_files, routes, setup, space
 from zoft.config import Config
 from zoft.data_order import batch_indices
 from zoft.encode import Example, encode
@@ -22,12 +22,14 @@ from zoft.objective import Batch, collate, losses
 from zoft.rates import rates
 
 LORA_RANK = 8  # of the LoRA run beside: pairs on query and value projections
+# What cuBLAS keeps for itself on a GPU: 32 MiB (on Hopper; less on older ones) on each of two streams.
+WORKSPACES = 2 * (32 << 20)
 
 
 def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str, Any]:
     """Bytes and seconds of a run with this config.
 
-    peak = weights + momentum + scratch + kept frozen outputs + max(activations of a training, an evaluation forward)
+    peak = weights + momentum + scratch + workspaces + kept frozen outputs + max(activations of a training, an evaluation forward)
     seconds a step = flops of its forwards ÷ rate of a matrix product + trained numbers ÷ rate of noise
 
     rows: training examples (None: the config's data; where that cannot be read, rows of max_length); the longest
@@ -40,8 +42,9 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     models.resolve(config.model)  # a mistake shows before data loads
     config = setup.device(config)
     notes: list[str] = []
+    tested = 1 << 30
     if rows is None:
-        rows, note = _examples(config)
+        rows, tested, note = _examples(config)
         notes += [note] if note else []
     longest = max(rows, key=lambda e: e.length)
     model = skeleton(config)
@@ -67,13 +70,15 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     batch = collate([longest] * config.batch_size)
     train = _forward(model, batch.repeat(probes), notes)
     rows_each = batch.rows // config.batch_size
-    held_out = collate([longest] * max(1, TOKENS // (longest.length * rows_each)))
+    held_out = collate([longest] * max(1, min(TOKENS // (longest.length * rows_each), tested)))
     evaluation = _forward(model, held_out, notes).activations
     trained = sum(p.numel() for n, p in model.named_parameters() if n in set(names))
-    scratch = 0 if inplace else _scratch(model, names, compute, min(probes, 2))
+    few = batch.tokens is not None  # of the output matrix only the candidates' rows are made
+    scratch = 0 if inplace else _scratch(model, names, compute, min(probes, 2), few)
     momentum = (8 if compute == torch.float64 else 4) * trained if config.momentum else 0
     frozen, share = _frozen(config, model, names, rows)
-    peak = max(load, total + momentum + scratch + frozen + max(train.activations, evaluation))
+    spaces = WORKSPACES if config.device.startswith("cuda") else 0
+    peak = max(load, total + momentum + scratch + spaces + frozen + max(train.activations, evaluation))
 
     speed = rates(
         config.device, compute, batch.inputs["input_ids"].numel() * probes, _width(model), config.noise
@@ -124,7 +129,11 @@ def quantised(config: Config, model: Any) -> None:
     """Quantise a skeleton as loading would: by the config's keys, or as the checkpoint says that it is."""
     if config.bits is not None:
         quant.quantise_model(
-            model, bits=config.bits, group=config.group, zero_points=config.zero_points, head=config.quantise_head
+            model,
+            bits=config.bits,
+            group=config.group,
+            zero_points=config.zero_points,
+            head=config.quantise_head,
         )
         return
     source = models.resolve(config.model)
@@ -156,18 +165,19 @@ def weights(
     return dict(sizes)
 
 
-def _examples(config: Config) -> tuple[list[Example], str]:
+def _examples(config: Config) -> tuple[list[Example], int, str]:
+    """(training examples, how many there are to evaluate on, "" or why they are made up)."""
     from zoft import tasks
 
     try:
         data = tasks.load(config.task)
-        return encode(data.train, setup.tokenizer(config), data, config.max_length), ""
+        tested = len(tasks.subset(data.eval, config.eval_limit))
+        return encode(data.train, setup.tokenizer(config), data, config.max_length), tested, ""
     except UserError as error:
         context = (0,) * config.max_length
         made = Example((context, context), ((1,), (2,)), 0, "choice", True)
-        return [
-            made
-        ], f"the data cannot be read here ({error}): rows of max_length={config.max_length} are assumed"
+        note = f"the data cannot be read here ({error}): rows of max_length={config.max_length} are assumed"
+        return [made], 1 << 30, note
 
 
 def _usual_width(config: Config, rows: Sequence[Example]) -> float:
@@ -227,17 +237,27 @@ def _forward(model: Any, batch: Batch, notes: list[str]) -> footprint.Cost:
     )
 
 
-def _scratch(model: Any, names: Sequence[str], compute: torch.dtype, probes: int) -> int:
-    """θ + s·z of the largest trained tensor, for each probe; an input embedding alone makes only its rows."""
+def _scratch(model: Any, names: Sequence[str], compute: torch.dtype, probes: int, few: bool) -> int:
+    """θ + s·z of the largest trained tensor, for each probe; of embeddings, and of the output matrix where `few` of its
+    rows are scored, no more than the rows in use are made."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     alone = getattr(embedding, "weight", None)
-    if head is not None and getattr(head, "weight", None) is alone:
+    last = getattr(head, "weight", None)
+    if last is alone and not few:
         alone = None
     chosen = set(names)
-    plain = [p for n, p in model.named_parameters() if n in chosen and p is not alone]
-    sizes = [p.numel() * (4 if isinstance(p, quant.Scales) else compute.itemsize) for p in plain]
-    if any(isinstance(p, quant.Scales) for p in plain):  # one probe's matrix counts among the activations
-        matrices = [m.in_features * m.out_features * compute.itemsize for m in quant.layers(model).values()]
+    passed = (alone, last if few else None)
+    linear = {id(m.weight) for m in model.modules() if type(m) is nn.Linear}
+    sizes = [
+        min(size, routes.SLAB) if id(p) in linear else size
+        for n, p in model.named_parameters()
+        if n in chosen and all(p is not x for x in passed)
+        for size in [p.numel() * (4 if isinstance(p, quant.Scales) else compute.itemsize)]
+    ]
+    scales = {id(m.scales): m for m in quant.layers(model).values()}
+    if any(n in chosen and id(p) in scales for n, p in model.named_parameters()):
+        # One probe's matrix counts among the activations.
+        matrices = [m.in_features * m.out_features * compute.itemsize for m in scales.values()]
         return probes * max(sizes) + (probes - 1) * max(matrices)
     return probes * max(sizes, default=0)
 

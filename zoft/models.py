@@ -163,7 +163,9 @@ def _load_pretrained(source: Source, dtype: Any, trust_remote_code: bool) -> tup
         folder = Path(source.place) if source.kind == "folder" else None
         found = quant_files.settings(source.name, config, folder)
         if found:
-            place = folder or Path(snapshot_download(source.place, allow_patterns=["*.safetensors", "*.json"]))
+            place = folder or Path(
+                snapshot_download(source.place, allow_patterns=["*.safetensors", "*.json"])
+            )
             wanted = None if dtype == "auto" else dtype
             loaded = quant_files.load(source.name, place, config, found, wanted, trust_remote_code)
             own = own or loaded.dtype
@@ -267,7 +269,13 @@ def _bytes(flat: torch.Tensor) -> Any:
 
 
 def save(
-    model: Any, tokenizer: Any, out_dir: str | Path, *, dtype: Any = "auto", card: str = "", dequantise: bool = False
+    model: Any,
+    tokenizer: Any,
+    out_dir: str | Path,
+    *,
+    dtype: Any = "auto",
+    card: str = "",
+    dequantise: bool = False,
 ) -> None:
     """Write model, tokenizer and model card as others read them; all or nothing.
 
@@ -281,7 +289,7 @@ def save(
     """
     from zoft import quant, quant_files
 
-    with fresh(out_dir) as folder:
+    with whole(out_dir) as folder:
         with _quiet():
             model.save_pretrained(folder, state_dict=_cast(model, dtype, dequantise))
         if quant.layers(model) and not dequantise:
@@ -302,8 +310,8 @@ def finish_folder(folder: Path, tokenizer: Any, dtype: Any, card: str) -> None:
 
 
 @contextmanager
-def fresh(out_dir: str | Path) -> Iterator[Path]:
-    """An empty folder beside out_dir, which takes its name, and its place if it exists, when all has gone well."""
+def whole(out_dir: str | Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name out_dir when the context ends well, in place of an older one."""
     out = Path(out_dir)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -326,9 +334,17 @@ def fresh(out_dir: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _cast(model: nn.Module, dtype: Any, dequantise: bool = False) -> dict[str, torch.Tensor]:
+def cast(name: str, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor to save, on the CPU in dtype. Raises UserError for values that it cannot hold."""
     import torch
 
+    made = t.to("cpu", dtype)
+    if made.dtype != t.dtype and made.numel() and not torch.stack(torch.aminmax(made)).isfinite().all():
+        raise UserError(f"save_dtype: {name} has values that {dtype} cannot hold; use bf16 or fp32")
+    return made
+
+
+def _cast(model: nn.Module, dtype: Any, dequantise: bool = False) -> dict[str, torch.Tensor]:
     from zoft import quant_files
 
     tensors, kept = quant_files.state(model, dequantise)
@@ -337,11 +353,7 @@ def _cast(model: nn.Module, dtype: Any, dequantise: bool = False) -> dict[str, t
     for name, t in tensors.items():
         if name not in kept and dtype != "auto" and t.is_floating_point() and t.dtype != dtype:
             if _place(t) not in done:
-                cast = done[_place(t)] = t.to("cpu", dtype)
-                if cast.numel() and not torch.stack(torch.aminmax(cast)).isfinite().all():
-                    raise UserError(
-                        f"save_dtype: {name} has values that {dtype} cannot hold; use bf16 or fp32"
-                    )
+                done[_place(t)] = cast(name, t, dtype)
             t = done[_place(t)]
         out[name] = t
     return out

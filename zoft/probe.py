@@ -8,8 +8,9 @@ the seed in a scratch buffer. θ itself is only read, or brought up to date by u
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -133,35 +134,67 @@ class ProbeAxis:
 
         first: index of the group's first probe among axis.probes.
         """
-        self._reserve(self.used + sum(routes.nbytes(t) for t in tensors) * len(group))
-        offset, made = self.used, []
+        arena = self._room(sum(routes.nbytes(t) for t in tensors) * len(group))
+        offset, made = 0, []
         for t in tensors:
             size = t.stored.numel() * t.compute.itemsize * len(group)
-            out = self._arenas[-1][offset : offset + size].view(t.compute).view(len(group), *t.stored.shape)
+            out = arena[offset : offset + size].view(t.compute).view(len(group), *t.stored.shape)
             offset += routes.nbytes(t) * len(group)
             self._fill(t, out, group, first)
+            self._mark(t)
             made.append(out)
         return made
 
     def room(self, shape: Sequence[int], dtype: torch.dtype, taken: int) -> torch.Tensor:
         """Scratch of that shape, after the `taken` bytes that the last `perturbed` gave; the next call reuses both."""
-        start, size = self.used + taken, math.prod(shape) * dtype.itemsize
-        if not self._arenas or self._arenas[-1].numel() < start + size:
+        size = math.prod(shape) * dtype.itemsize
+        if not self._arenas or self._arenas[-1].numel() < self.used + taken + size:
             self.scratch_bytes = max(self.scratch_bytes, routes.dense_bytes(self.sites, dtype))
-        self._reserve(start + size)
-        return self._arenas[-1][start : start + size].view(dtype).view(*shape)
+        return self._room(taken + size)[taken : taken + size].view(dtype).view(*shape)
 
-    def _reserve(self, need: int) -> None:
+    def slabs(
+        self, t: Trained, group: list[Probe], first: int
+    ) -> Generator[tuple[slice, torch.Tensor], None, None]:
+        """(rows, [G, r, D]): a matrix at the probes of the group, some rows at a time, in scratch that the next ones reuse.
+
+        To be closed: what is pending reaches all rows, whatever happens to the one who asks.
+        """
+        step, end = routes.slab_rows(t), 0
+        size = t.stored.shape[1] * t.compute.itemsize * len(group)
+        try:
+            while end < len(t.stored):
+                rows = slice(end, min(end + step, len(t.stored)))
+                r = rows.stop - rows.start
+                out = self._room(r * size)[: r * size].view(t.compute).view(len(group), r, -1)
+                self._fill(t, out, group, first, rows)
+                end = rows.stop
+                yield rows, out
+        finally:
+            if end < len(t.stored):
+                self._fill(t, None, [], first, slice(end, len(t.stored)))
+            self._mark(t)
+
+    def _room(self, size: int) -> torch.Tensor:
+        """Scratch of that many bytes at least, after what running sites hold."""
+        need = self.used + size
         if not self._arenas or self._arenas[-1].numel() < need:
             device = self.trained[0].stored.device
             self._arenas.append(torch.empty(max(need, self.scratch_bytes), dtype=torch.uint8, device=device))
+        return self._arenas[-1][self.used :]
 
-    def _fill(self, t: Trained, out: torch.Tensor, group: list[Probe], first: int) -> None:
-        """One pass over θ: the updates it lacks, then the probes of the group into out [G, *shape]."""
+    def _fill(
+        self, t: Trained, out: torch.Tensor | None, group: list[Probe], first: int, rows: slice = slice(None)
+    ) -> None:
+        """One pass over rows of θ: the updates they lack, then the probes of the group into out [G, *shape of the rows]."""
+        updates = update.due(t, self.updates, self.beta)
         noise.perturb(
-            t.stored, t.id, out, group, seed=self.seed, step=self.step, noise=self.kind,
-            updates=update.due(t, self.updates, self.beta), momentum=t.momentum, beta=self.beta, floor=t.floor,
+            routes.part(t.stored, rows), t.id, out, group, seed=self.seed, step=self.step, noise=self.kind, updates=updates,
+            momentum=None if t.momentum is None else routes.part(t.momentum, rows), beta=self.beta,
+            start=routes.start(t.stored, rows), floor=t.floor,
         )  # fmt: skip
+
+    def _mark(self, t: Trained) -> None:
+        """Note that all of a tensor has what was pending."""
         update.mark(t, self.updates)
 
     def gathered(self, t: Trained, rows: torch.Tensor, group: list[Probe], first: int) -> torch.Tensor:
@@ -177,6 +210,10 @@ class ProbeAxis:
         """A direct route for this site, or None: its own forward, once per probe."""
         return routes.fast(site)
 
+    def scratch_held(self) -> int:
+        """Bytes of scratch that are allocated now."""
+        return sum(a.numel() for a in self._arenas)
+
     def release(self) -> None:
         """Give the scratch back; the routes refer to the axis, so that it would wait for a garbage collection."""
         self._arenas.clear()
@@ -187,60 +224,102 @@ class ProbeAxis:
 
 
 class InPlace:
-    """MeZO's Algorithm 1 to the letter: θ is moved to each probe and back, one probe a forward.
+    """MeZO's Algorithm 1 on the weights themselves: θ is moved to each probe and back, one probe a forward.
 
     Any module works, whatever it does with its tensors; the moves round in θ's dtype, so they do not quite
     restore it. The cycle is part of the run, and replay repeats it. Same interface as ProbeAxis.
+
+    One pass over θ a probe, two a step of one direction, each of its numbers read, worked on in registers and written:
+        1. the way back from the last probe of the step before, that step's update, and on to +eps;
+        2. on to -eps, by -2 eps.
+    The way back is part of the update and its one rounding (`noise.Update.restore`); where there is no update (between
+    directions, after a skipped step, in flush) it is a move of its own, in the same pass as what follows. Every move
+    rounds to nearest in θ's dtype, in registers or in memory: so what is done does not depend on how it is cut in passes.
     """
 
     def __init__(self, trained: Sequence[Trained], *, seed: int, kind: str, beta: float = 0.0) -> None:
         self.trained, self.seed, self.kind, self.beta = list(trained), seed, kind, beta
-        self.step = 0
-        self.here = CLEAN[0]  # where θ stands now
+        self.todo: list[noise.Update] = []  # moves and updates that some tensor still lacks, in order
+        self.done = {t.id: 0 for t in self.trained}  # how many of them a tensor has
+        self.step, self.here = 0, CLEAN[0]  # where θ is once it has them all: at this probe of this step
+        for t in self.trained if beta else ():
+            wide = torch.float64 if t.stored.dtype == torch.float64 else torch.float32
+            t.momentum = torch.zeros_like(t.stored, dtype=wide)
 
     @contextmanager
     def at(self, step: int, probes: Sequence[Probe], rows: int) -> Iterator[None]:
-        """Forwards in this context run at the one given probe; θ stays there until it is moved or settled."""
+        """Forwards in this context run at the one given probe; θ stays there until it is moved or flushed."""
         (probe,) = probes
-        self.step = step
-        self._move(probe)
         try:
+            self._go(step, probe)
+            self._apply()
             yield
         except BaseException:
-            self.settle()
+            self.flush()
             raise
 
     @contextmanager
     def clean(self, rows: int = 0) -> Iterator[None]:
-        self.settle()
+        self.flush()
         yield
 
-    def _move(self, probe: Probe) -> None:
-        """θ ← θ + (s' − s)·z along one direction; a change of direction goes through θ itself."""
-        if self.here.scale and self.here.direction != probe.direction:
-            self._move(Probe(self.here.direction, 0.0))
-        shift = Probe(probe.direction, probe.scale - self.here.scale)
-        if shift.scale:
-            for t in self.trained:
-                noise.perturb(
-                    t.stored, t.id, t.stored[None], [shift], seed=self.seed, step=self.step, noise=self.kind
-                )
-        self.here = probe
+    def commit(self, change: noise.Update) -> None:
+        """Take a step's update, to be applied with the next move; the way back from its last probe is part of it."""
+        last = (change.step, len(change.multipliers) - 1)
+        if self.here.scale and (self.step, self.here.direction) == last:
+            change, self.here = replace(change, restore=-self.here.scale), CLEAN[0]
+        self._go(change.step, CLEAN[0])
+        self.todo.append(change)
+        self._not_too_many()
 
     def settle(self) -> None:
-        self._move(Probe(self.here.direction, 0.0))
-
-    def commit(self, change: noise.Update) -> None:
-        for t in self.trained:
-            update.advance(t, [change], self.kind, self.beta)
+        """End of a step's forwards: θ stays where it is, the update takes it back."""
 
     def flush(self) -> None:
-        self.settle()
+        """Back to θ, with every update in."""
+        self._go(self.step, CLEAN[0])
+        self._apply()
 
     def repeat_step(self, step: int, q: int, eps: float) -> None:
-        """The moves of a step's forwards, for replay: +eps, −2 eps, +eps for each direction."""
-        self.step = step
+        """The moves of a step's forwards, for replay: +eps and -2 eps for each direction."""
         for k in range(q):
-            self._move(Probe(k, eps))
-            self._move(Probe(k, -eps))
-        self.settle()
+            self._go(step, Probe(k, eps))
+            self._go(step, Probe(k, -eps))
+            self._not_too_many()
+
+    def _go(self, step: int, probe: Probe) -> None:
+        """Note the move from where θ is to a probe of a step; along another direction the way leads through θ."""
+        here = self.here
+        if here.scale and (self.step, here.direction) != (step, probe.direction):
+            self.todo.append(noise.move(self.seed, self.step, here.direction, -here.scale))
+            here = CLEAN[0]
+        if probe.scale != here.scale:
+            self.todo.append(noise.move(self.seed, step, probe.direction, probe.scale - here.scale))
+        self.step, self.here = step, probe
+
+    def _not_too_many(self) -> None:
+        if len(self.todo) >= PENDING_MAX:
+            self._apply()
+
+    def _apply(self) -> None:
+        """Every tensor gets what it lacks, in one pass over it. After an exception on the way the next call goes on."""
+        for t in self.trained:
+            todo = self.todo[self.done[t.id] :]
+            if not t.decays:
+                todo = [u if u.is_nothing else replace(u, decay=1.0) for u in todo]
+            where: dict[str, Any] = {
+                "noise": self.kind,
+                "momentum": t.momentum,
+                "beta": self.beta,
+                "floor": t.floor,
+            }
+            if todo and todo[-1].is_nothing:  # a move that ends a pass is written like a probe
+                *todo, end = todo
+                probe = (len(end.multipliers) - 1, end.restore)
+                where |= {"seed": self.seed, "step": end.step, "updates": todo}
+                noise.perturb(t.stored, t.id, t.stored[None], [probe], **where)
+            elif todo:
+                noise.advance(t.stored, t.id, todo, **where)
+            update.mark(t, [u for u in todo if not u.is_nothing])
+            self.done[t.id] = len(self.todo)
+        self.todo, self.done = [], dict.fromkeys(self.done, 0)

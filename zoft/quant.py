@@ -56,9 +56,7 @@ class QuantLinear(nn.Module):
         self.transposed = transposed  # stood for a Conv1D
         width = -(-self.in_features // group)  # groups in a row
         made: dict[str, Any] = {"dtype": torch.uint8, "device": device}
-        self.register_buffer(
-            "codes", torch.zeros(self.out_features, width * self.padded * bits // 8, **made)
-        )
+        self.register_buffer("codes", torch.zeros(self.out_features, width * self.padded * bits // 8, **made))
         self.scales = Scales(torch.ones(self.out_features, width, device=device), requires_grad=False)
         self.register_buffer("zeros", torch.zeros(self.out_features, width, **made) if zeros else None)
         order = torch.arange(self.in_features, dtype=torch.int32, device=device) if ordered else None
@@ -82,7 +80,9 @@ class QuantLinear(nn.Module):
         x, scales = self.ordered(x), self.scales.detach()[None]
         if fused(self, x.reshape(1, -1, self.in_features), scales):
             y = x.new_empty(*x.shape[:-1], self.out_features)
-            product(self, x.reshape(1, -1, self.in_features), scales, self.bias, y.view(1, -1, self.out_features))
+            product(
+                self, x.reshape(1, -1, self.in_features), scales, self.bias, y.view(1, -1, self.out_features)
+            )
             return y
         w = dequantise(self, scales, x.dtype)[0]
         if self.bias is None or self.bias.dtype == x.dtype:
@@ -159,7 +159,8 @@ def product(
         from zoft import quant_triton
 
         bias = None if bias is None else bias.contiguous()
-        quant_triton.product(layer, x.contiguous(), scales.contiguous(), bias, y, cast(Scales, layer.scales).log)
+        log = cast(Scales, layer.scales).log
+        quant_triton.product(layer, x.contiguous(), scales.contiguous(), bias, y, log)
         return
     made = dequantise(layer, scales, x.dtype, w)
     for p in range(len(x)):
@@ -229,7 +230,9 @@ def _quantise(
 # ---- models --------------------------------------------------------------------------------------------------------
 
 
-def from_linear(linear: nn.Module, bits: int, group: int, zero_points: bool, device: Any = None) -> QuantLinear:
+def from_linear(
+    linear: nn.Module, bits: int, group: int, zero_points: bool, device: Any = None
+) -> QuantLinear:
     """The layer's matrix quantised, on the device, its bias as it is; a group larger than a row becomes the row."""
     source: Any = linear
     transposed = type(source) is Conv1D
@@ -249,7 +252,13 @@ def from_linear(linear: nn.Module, bits: int, group: int, zero_points: bool, dev
 
 
 def quantise_model(
-    model: Any, *, bits: int, group: int = 128, zero_points: bool = False, head: bool = False, device: Any = None
+    model: Any,
+    *,
+    bits: int,
+    group: int = 128,
+    zero_points: bool = False,
+    head: bool = False,
+    device: Any = None,
 ) -> str:
     """Quantise the linear layers of a model in place, one by one, on the device (default: where each is).
 
@@ -299,10 +308,30 @@ def numbers(model: nn.Module) -> int:
     return ours + sum(p.numel() for p in model.parameters() if not isinstance(p, Scales))
 
 
+def make_plain(model: nn.Module) -> None:
+    """Put nn.Linear and Conv1D with the dequantised weights, in fp32, where the quantised layers are."""
+    for name, layer in layers(model).items():
+        shape = (layer.in_features, layer.out_features)
+        with torch.device("meta"):
+            linear: Any = (
+                Conv1D(*reversed(shape))
+                if layer.transposed
+                else nn.Linear(*shape, bias=layer.bias is not None)
+            )
+        linear.weight = nn.Parameter(layer.weight, requires_grad=False)
+        linear.bias = layer.bias
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, linear.eval())
+
+
 def set_log(model: nn.Module, log: bool) -> None:
     """Hold the scales of zoft's own layers as logarithms, or as they are, from now on; W stays what it is."""
     for layer in layers(model).values():
         scales = cast(Scales, layer.scales)
         if scales.log != log:
+            if log and not bool((scales.data > 0).all()):
+                raise UserError(
+                    "eps_mode=relative: this model has scales that are not positive; use absolute"
+                )
             scales.data = scales.data.log() if log else scales.data.exp()
             scales.log = log

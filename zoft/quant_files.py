@@ -56,7 +56,9 @@ def settings(name: str, config: Any, folder: Path | None) -> Settings | None:
     return Settings(method, bits, group, int(method == GPTQ and form == "gptq"))
 
 
-def load(name: str, folder: Path, config: Any, found: Settings, dtype: torch.dtype | None, trust: bool) -> Any:
+def load(
+    name: str, folder: Path, config: Any, found: Settings, dtype: torch.dtype | None, trust: bool
+) -> Any:
     """The model of a quantised folder: its quantised layers as QuantLinear, everything else as transformers reads it.
 
     dtype: of the rest; None: the config's, else that of the first tensor that has one.
@@ -74,7 +76,9 @@ def load(name: str, folder: Path, config: Any, found: Settings, dtype: torch.dty
     names = {n.removesuffix(mark) for n in where if n.endswith(mark)}
     if not names or not names <= set(linears):
         odd = sorted(names - set(linears))[:1] or [f"no {mark[1:]}"]
-        raise UserError(f"model={name}: quantised by {found.method}, but {odd[0]} is no linear layer of its model")
+        raise UserError(
+            f"model={name}: quantised by {found.method}, but {odd[0]} is no linear layer of its model"
+        )
     rest: dict[str, Tensor] = {}
     made: dict[str, dict[str, Tensor]] = {n: {} for n in names}
     layers: dict[str, QuantLinear] = {}
@@ -89,7 +93,9 @@ def load(name: str, folder: Path, config: Any, found: Settings, dtype: torch.dty
                 layers[owner] = _layer(linears[owner], made.pop(owner), found)
             except (KeyError, RuntimeError, ValueError) as error:
                 said = " ".join(str(error).split())
-                raise UserError(f"model={name}: the tensors of {owner} do not fit its shape ({said[:160]})") from None
+                raise UserError(
+                    f"model={name}: the tensors of {owner} do not fit its shape ({said[:160]})"
+                ) from None
     floating = next((t.dtype for t in rest.values() if t.is_floating_point()), torch.float32)
     dtype = dtype or getattr(config, "dtype", None) or floating
     kind: Any = type(skeleton)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +15,15 @@ from transformers.pytorch_utils import Conv1D
 
 from zoft import quant
 from zoft.layout import COUNT, LIFT, NO_ROWS, ONE, PLAIN, Call, Unfit
+from zoft.noise import PART
 from zoft.sites import Site
 from zoft.space import Trained
 
 if TYPE_CHECKING:
     from zoft.probe import ProbeAxis
+
+
+SLAB = 1 << 27  # bytes of one probe of a linear layer's matrix that are made at one time
 
 
 def fast(site: Site) -> Callable | None:
@@ -212,6 +218,8 @@ def _product(
     bias = next((t for t in site.trained if t.param is module.bias), None)
     xs = x.reshape(len(axis.probes), -1, x.shape[-1])  # [P, n, in]
     y = None
+    if weight is not None and tokens is None and transposed and in_slabs(weight):
+        return _in_slabs(axis, weight, bias, module, xs).view(*x.shape[:-1], -1)
     for first, group in axis.groups():
         dense = [t for t in (weight if tokens is None else None, bias) if t is not None]
         made = dict(zip((t.id for t in dense), axis.perturbed(dense, group, first), strict=True))
@@ -260,11 +268,55 @@ def quantised(axis: ProbeAxis, site: Site, x: torch.Tensor) -> torch.Tensor:
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
+def _in_slabs(
+    axis: ProbeAxis, weight: Trained, bias: Trained | None, module: Any, xs: torch.Tensor
+) -> torch.Tensor:
+    """`_product` of a matrix too large for the scratch, some of its rows (columns of y) at a time; [P, n, out]."""
+    y = xs.new_empty(*xs.shape[:2], weight.stored.shape[0])
+    for first, group in axis.groups():
+        b = None
+        if module.bias is not None:
+            b = (
+                module.bias.expand(len(group), -1)
+                if bias is None
+                else axis.perturbed([bias], group, first)[0]
+            )
+            b = b.clone() if axis.in_scratch(b) else b  # [G, out]
+        alike = b is not None and b.dtype == weight.compute
+        with closing(axis.slabs(weight, group, first)) as slabs:
+            for rows, w in slabs:  # [G, r, in]
+                for i in range(len(group)):
+                    out = y[first + i][:, rows]
+                    if b is not None and alike:
+                        torch.addmm(b[i, rows], xs[first + i], w[i].T, out=out)
+                    else:
+                        torch.mm(xs[first + i], w[i].T, out=out)
+        if b is not None and not alike:
+            y[first : first + len(group)] += b[:, None]
+    return y
+
+
 def embedding(axis: ProbeAxis, site: Site, input: torch.Tensor) -> torch.Tensor:
     """Rows of W + s_p Z for each probe's own ids: noise is made for the gathered rows only."""
     (t,) = site.trained
     rows = axis.gathered(t, input.reshape(len(axis.probes), -1), list(axis.probes), 0)  # [P, n, D]
     return rows.view(*input.shape, -1)
+
+
+def slab_rows(t: Trained) -> int:
+    """Rows of a matrix whose probes are made at one time: SLAB bytes of one probe, from a multiple of PART on."""
+    width = t.stored.shape[1]
+    unit = PART // math.gcd(width, PART)
+    return max(unit, SLAB // (width * t.compute.itemsize) // unit * unit)
+
+
+def part(x: torch.Tensor, rows: slice) -> torch.Tensor:
+    return x if rows == slice(None) else x[rows]
+
+
+def start(x: torch.Tensor, rows: slice) -> int:
+    """The index, in all of x, of the first element of these rows."""
+    return (rows.start or 0) * math.prod(x.shape[1:])
 
 
 def nbytes(t: Trained) -> int:
@@ -274,7 +326,7 @@ def nbytes(t: Trained) -> int:
 
 def scratch_bytes(sites: Sequence[Site]) -> int:
     """Bytes for two probes of any site's tensors and, next to them, one of every site that runs within it."""
-    own = {s.module: 0 if fast(s) is embedding else sum(nbytes(t) for t in s.trained) for s in sites}
+    own = {s.module: 0 if fast(s) is embedding else sum(_scratch(s, t) for t in s.trained) for s in sites}
     deep: dict[nn.Module, int] = {}
 
     def within(module: nn.Module) -> int:
@@ -290,12 +342,27 @@ def dense_bytes(sites: Sequence[Site], dtype: torch.dtype) -> int:
     """Bytes that two probes of any quantised site take: its trained tensors, and its matrix written out in dtype."""
     return max(
         (
-            2 * (sum(nbytes(t) for t in s.trained) + s.module.in_features * s.module.out_features * dtype.itemsize)
+            2
+            * (
+                sum(nbytes(t) for t in s.trained)
+                + s.module.in_features * s.module.out_features * dtype.itemsize
+            )
             for s in sites
             if isinstance(s.module, quant.QuantLinear)
         ),
         default=0,
     )
+
+
+def _scratch(site: Site, t: Trained) -> int:
+    """Scratch that one probe of a site's tensor takes at one time."""
+    slab = in_slabs(t) and fast(site) is linear
+    return slab_rows(t) * t.stored.shape[1] * t.compute.itemsize if slab else nbytes(t)
+
+
+def in_slabs(t: Trained) -> bool:
+    """Whether a linear layer makes this tensor's probes some rows at a time."""
+    return t.stored.ndim == 2 and nbytes(t) > SLAB
 
 
 def choose_compute(trained: Sequence[Trained], sites: Sequence[Site]) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from zoft import compose, tracking
-from zoft.config import Config
+from zoft.config import Config, changed
 from zoft.due import due, next_stop
 from zoft.errors import UserError
 from zoft.stop import Stop, listening
 
 if TYPE_CHECKING:
     from zoft.ledger import Ledger
+    from zoft.space import Trained
     from zoft.trainer import Trainer
 
 OURS = ("config.yaml", "ledger", "metrics.jsonl", "result.json", "env.json", "model", "snapshots")
@@ -30,7 +31,6 @@ OURS = ("config.yaml", "ledger", "metrics.jsonl", "result.json", "env.json", "mo
 # What it means where a resumed run's ledger says something else.
 DIFFERS = {
     "base": "starts from other weights ({found}) than this model has ({value})",
-    "config": "was begun under other keys than config.yaml has now: put back what was changed there",
     "data": "was begun on other training data: put back what was changed there",
     "noise_version": "has noise of version {found}, this zoft makes version {value}: use the zoft that wrote it",
 }
@@ -50,18 +50,91 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
     if resume is None and not dry_run:
         claim(Path(str(config.output_dir)))
     models.resolve(config.model)
-    return recipe(config.recipe).run(absolute(config), resume=resume, dry_run=dry_run)
+    return recipe(config.recipe).run(within(absolute(config)), resume=resume, dry_run=dry_run)
 
 
-def replay(folder: str | Path, out: str | Path) -> tuple[int, int]:
-    """Rebuild the model of a run in `out`; returns the steps it has and those it was to have.
+def within(config: Config) -> Config:
+    """The config with as many steps as `max_forwards` allows. Raises UserError if it allows none."""
+    if config.max_forwards is None:
+        return config
+    each = 2 * config.q * config.batch_size * config.accumulate
+    steps = min(config.steps, config.max_forwards // each)
+    if not steps:
+        raise UserError(
+            f"max_forwards={config.max_forwards}: a step takes {each}; allow more, or lower q or batch_size"
+        )
+    if steps < config.steps:
+        print(f"max_forwards={config.max_forwards}: {steps} steps of {each} forwards", file=sys.stderr)
+    if config.warmup > steps:
+        raise UserError(f"warmup={config.warmup:g}: more than the {steps} steps that max_forwards allows")
+    return dataclasses.replace(config, steps=steps)
 
-    Raises UserError on another base.
+
+def replay(
+    folder: str | Path, out: str | Path | None = None, *, step: int | None = None, storage: str | None = None,
+    denoise: bool = False, device: str | None = None,
+) -> str:  # fmt: skip
+    """Rebuild the model of a run in `out`, or check and say what would be made; returns a line about it.
+
+    step: after so many steps. storage: "fp32" replays 16-bit weights without rounding them. denoise: rounds them once.
+    The run may be unfinished, or still going on: its folder is only read. Raises UserError on another base.
     """
+    if out is not None and Path(out).exists():
+        raise UserError(f"--out {out}: exists; choose another name")
+    if storage not in (None, "fp32"):
+        raise UserError(f"--storage {storage}: use fp32, or leave it out for the run's own")
+    if out is None and (storage or denoise):
+        raise UserError(
+            f"{'--denoise' if denoise else '--storage'}: makes another model; say where with --out DIR"
+        )
+    config = of_run(folder, device)
+    from zoft import replay as replays
+
+    ask = replays.Ask(step, exact=storage == "fp32", denoise=denoise)
+    if out is None:
+        return replays.look(config, Path(folder), ask)
+    done = recipe(config.recipe).replay(config, Path(folder), Path(out), ask)
+    unfinished = (
+        f" of {config.steps}: the run is not finished" if step is None and done < config.steps else ""
+    )
+    return f"{done} steps replayed{unfinished}: {out}"
+
+
+def export(
+    folder: str | Path, out: str | Path, *, merge: bool, adapter: bool, dtype: str | None = None, device: str | None = None
+) -> str:  # fmt: skip
+    """Write a run's model, or its adapter alone, as others load it, checked; returns a line about it.
+
+    dtype: of the model on disk; None is the run's save_dtype. The run may be unfinished; its folder is only read.
+    """
+    if merge == adapter:
+        raise UserError(
+            "export: say --merge for the whole model, or --adapter for what was trained beside it"
+        )
     if Path(out).exists():
         raise UserError(f"--out {out}: exists; choose another name")
-    config = compose.load_run(folder)
-    return recipe(config.recipe).replay(config, Path(folder), Path(out)), config.steps
+    if dtype is not None and dtype not in (known := ("fp32", "fp16", "bf16")):
+        raise UserError(f"--dtype {dtype}: use {', '.join(known)}")
+    config = of_run(folder, device)
+    if adapter:
+        raise UserError(f"{folder}: it trained the model's own weights, so there is no adapter; use --merge")
+    from zoft import export as exports
+
+    return exports.merge(config, Path(folder), Path(out), dtype or config.save_dtype)
+
+
+def of_run(folder: str | Path, device: str | None) -> Config:
+    """A run's config, to rebuild its weights on `device` (None: where it ran). Raises UserError without that device."""
+    config = compose.load_run(folder, [f"device={device}"] if device else [])
+    if config.device.startswith("cuda") and not device:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError(
+                f"{folder}: it ran on {config.device}, which is not here; --device cpu gives the same bits with rademacher, "
+                "and weights within 1e-5 with gaussian and storage=fp32"
+            )
+    return dataclasses.replace(config, threads="auto")  # they change no bit of a replay
 
 
 def evaluate(config: Config, folder: str | Path | None = None) -> dict[str, Any]:
@@ -73,7 +146,7 @@ def evaluate(config: Config, folder: str | Path | None = None) -> dict[str, Any]
                 f"{folder}: no model/ in it: finish the run with `zoft train --resume {folder}`, or rebuild what it has "
                 f"with `zoft replay {folder} --out DIR` and evaluate that with model=DIR"
             )
-        config = dataclasses.replace(config, model=str(saved), bits=None)  # as it was saved
+        config = dataclasses.replace(config, model=str(saved), bits=None, eps_mode="absolute")
     from zoft import evaluate as evaluation
     from zoft import setup, tasks
 
@@ -183,6 +256,11 @@ def agree(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> 
         if name in ("zoft", "plan") or name not in found or found[name] == value:
             continue
         other = DIFFERS.get(name, f"was written with {name}={found[name]}, not {value}")
+        if name == "config":
+            keys = changed(found[name], value)
+            if not keys:  # a zoft that knows other keys
+                continue
+            other = f"was begun with another {', '.join(keys)} than config.yaml has now: put back what it was"
         if name == "trained":
             names = [n for n in {**found[name], **value} if found[name].get(n) != value.get(n)]
             other = f"trains other tensors than this model has now, {names[0]} among them"
@@ -195,6 +273,7 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
     evaluate() -> metrics of the weights as they are. `before` is the base's, kept by metrics.jsonl on resume.
     """
     from zoft import snapshot
+    from zoft.ledger import Event
 
     config, t = s.config, s.tracker
     seen = logged(s.folder / "metrics.jsonl")
@@ -218,7 +297,10 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
         s.ledger.sync()  # nothing durable is ever ahead of the ledger
         noted = {e.kind for e in s.ledger.events if e.step == step}  # a run that stopped here has done these
         for what in due(config, step):
-            if what == "eval" and step not in evals:
+            if what == "denoise" and what not in noted:
+                s.ledger.note(Event("denoise", step))  # first, as with steps: from here on it is a fact
+                t.note(denoise(s, step, trainer.axis.trained))
+            elif what == "eval" and step not in evals:
                 evals[step] = evaluate()
                 t.evaluation(step, evals[step])
             elif what == "snapshot" and what not in noted:
@@ -258,7 +340,24 @@ def catch_up(trainer: Trainer, s: Session) -> None:
         trainer.skip_to(step, records)
     if trainer.next < len(records):
         s.tracker.note(f"replaying {len(records) - trainer.next} of {s.config.steps} steps from the ledger")
-        trainer.replay(records[trainer.next :])
+    # The last denoising makes all earlier roundings void.
+    denoised = max((e.step for e in s.ledger.events if e.kind == "denoise"), default=0)
+    if trainer.next < denoised:
+        trained = trainer.axis.trained
+        if not s.config.momentum:  # with it, only these steps give the buffers
+            for t in trained:
+                t.step = denoised if t.stored.element_size() == 2 else t.step
+        trainer.replay(records[trainer.next : denoised])
+        s.tracker.note(denoise(s, denoised, trained))
+    trainer.replay(records[trainer.next :])
+
+
+def denoise(s: Session, step: int, trained: Sequence[Trained]) -> str:
+    """Rebuild a run's 16-bit weights as they are after `step` steps; returns a line about it."""
+    from zoft import replay as replays
+    from zoft.ledger import Log
+
+    return replays.denoise(s.folder, s.config, Log(s.ledger.header, s.ledger.records[:step], []), trained)
 
 
 def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> dict[str, Any]:
@@ -275,14 +374,26 @@ def save(config: Config, model: Any, tokenizer: Any, out: Path, result: Mapping[
     from zoft import models, space
 
     dtype = model.checkpoint_dtype if config.save_dtype == "auto" else space.DTYPES[config.save_dtype]
-    keys = ("recipe", "train", "steps", "lr", "schedule", "eps", "q", "noise", "batch_size", "seed")
-    facts = {"task": config.task.name} | {k: getattr(config, k) for k in keys}
-    for when in ("before", "after"):
-        facts |= {f"{name} {when}": tracking.short(v) for name, v in result.get(when, {}).items()}
     models.save(
-        model, tokenizer, out, dtype=dtype, card=models.model_card(models.resolve(config.model), facts),
-        dequantise=config.save_dequantised,
+        model, tokenizer, out, dtype=dtype, card=card(config, result), dequantise=config.save_dequantised
     )
+
+
+def card(config: Config, result: Mapping[str, Any], **facts: Any) -> str:
+    """The text of a model's README.md: what it was made of, how, and its figures; facts: what else there is to say."""
+    from zoft import models
+
+    keys = ("recipe", "train", "steps", "lr", "schedule", "eps", "q", "noise", "batch_size", "seed")
+    rows = {"task": config.task.name} | {k: getattr(config, k) for k in keys} | facts
+    for when in ("before", "after"):
+        rows |= {f"{name} {when}": tracking.short(v) for name, v in result.get(when, {}).items()}
+    return models.model_card(models.resolve(config.model), rows)
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """result.json's content, empty for a run that is not finished."""
+    path = folder / "result.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def write(path: Path, text: str) -> None:

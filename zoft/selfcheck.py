@@ -106,6 +106,9 @@ def prove(
     probes rounds differently, a difference that is small against those between the probes.
     """
     axis = _Guarded(live(trained, found), found.sites, seed=0, kind="rademacher")
+    axis.scratch_bytes = (
+        0  # as much as this batch's forward takes: of an output matrix, perhaps, a few rows only
+    )
     try:
         return _prove(axis, model, trained, found, run, batch, eps)
     finally:

@@ -13,12 +13,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import __version__, models, noise, objective, precision, quant, routes, selfcheck, space, tasks, update
-from zoft.config import Config, digest
+from zoft import (
+    __version__,
+    models,
+    noise,
+    objective,
+    precision,
+    quant,
+    routes,
+    selfcheck,
+    space,
+    tasks,
+    update,
+)
+from zoft.config import Config, digests
 from zoft.data_order import batch_indices
 from zoft.encode import Example, encode
 from zoft.errors import UserError
 from zoft.evaluate import CALIBRATION, spread
+from zoft.footprint import Live
 from zoft.frozen import Row, prefix_of, rows_of
 from zoft.ledger import Ledger
 from zoft.objective import Batch, collate, losses
@@ -54,12 +67,23 @@ def device(config: Config) -> Config:
 def model(config: Config) -> tuple[nn.Module, Any, str]:
     """(model on its device in the checkpoint's dtype, tokenizer, fingerprint of the base)."""
     say(f"loading {config.model}")
-    loaded, tokenizer = models.load(config.model, dtype="auto", trust_remote_code=config.trust_remote_code)
-    if config.bits is not None:
-        keys = {"bits": config.bits, "group": config.group, "zero_points": config.zero_points}
-        say(quant.quantise_model(loaded, **keys, head=config.quantise_head, device=config.device))
+    loaded, tokenizer = load(config)
     base = models.fingerprint(loaded)
     return loaded.to(config.device), tokenizer, base
+
+
+def load(config: Config) -> tuple[Any, Any]:
+    """(model, tokenizer): the checkpoint, quantised layer by layer on config.device where `bits` asks for that."""
+    loaded, tokenizer = models.load(config.model, dtype="auto", trust_remote_code=config.trust_remote_code)
+    if config.bits is not None:
+        keys: dict[str, Any] = {k: getattr(config, k) for k in ("bits", "group", "zero_points")}
+        say(quant.quantise_model(loaded, **keys, head=config.quantise_head, device=config.device))
+    if config.eps_mode == "relative" and not quant.layers(loaded):
+        raise UserError(
+            "eps_mode=relative: no layer of this model is quantised by zoft; set bits=4 or bits=8"
+        )
+    quant.set_log(loaded, config.eps_mode == "relative")
+    return loaded, tokenizer
 
 
 def tokenizer(config: Config) -> Any:
@@ -141,6 +165,7 @@ def axis(
         say(found.note)
     wanted = 2 if config.probes_per_forward == "auto" else int(config.probes_per_forward)
     group = min(wanted, 2 * config.q) if found.stacked else 1
+    auto = config.probes_per_forward == "auto"
     config = replace(config, perturb="probes", probes_per_forward=group)
     config, trained, made = placed(config, loaded, selfcheck.live(trained, found), found.sites)
     if small.tokens is not None and isinstance(made, ProbeAxis):
@@ -151,11 +176,48 @@ def axis(
     for line in precision.weak(trained, config.eps, seed=config.seed, kind=config.noise):
         say(line)
 
+    if auto and group > 1 and isinstance(made, ProbeAxis):
+        room = memory_left(config.device) // 2
+        config = replace(config, probes_per_forward=grouped(config, loaded, made, train, room))
+
     def clean() -> torch.Tensor:
         with made.clean(small.rows):
             return run(small)
 
     return cached(config, loaded, trained, train, clean), trained, made
+
+
+@torch.no_grad()
+def grouped(config: Config, loaded: nn.Module, made: ProbeAxis, train: Sequence[Example], room: int) -> int:
+    """How many of a step's probes share a forward: as many as have their activations in `room` bytes.
+
+    All 2q, or an equal share of the directions, or 1 where not even the two of one direction fit. What a probe takes is
+    measured, on the longest examples. More probes at once gain where much is frozen, and where batches are small.
+    """
+    longest = sorted(train, key=lambda e: -e.length)[: config.batch_size]
+    batch = collate(longest).to(config.device)
+    kept = [*loaded.parameters(), *loaded.buffers(), *batch.inputs.values()]
+    with made.clean(batch.rows), Live(kept) as live:
+        losses(loaded, batch)
+    each = max(1, live.most - made.scratch_held())  # the scratch was allocated meanwhile
+    pairs = min(config.q, room // (2 * each))
+    if not pairs:
+        return 1
+    while config.q % pairs:  # groups of one size: no small one at the end
+        pairs -= 1
+    return 2 * pairs
+
+
+def memory_left(device: str) -> int:
+    """Bytes that a tensor on this device could take."""
+    if device.startswith("cuda"):
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        return int(text.partition("MemAvailable:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        return 4 << 30
 
 
 def cached(
@@ -198,14 +260,39 @@ def placed(
     """The axis itself, tensors in their precision; without sites it can only apply updates (replay)."""
     inplace = config.perturb == "inplace"
     space.place(loaded, trained, config.storage, config.compute, uniform=inplace)
+    refuse_denoise(config, trained)
     common: dict[str, Any] = {"seed": config.seed, "kind": config.noise, "beta": config.momentum}
+    fed: dict[str, Any] = common | {"q": config.q, "eps": config.eps}
+    captured = config.device.startswith("cuda") and config.storage != "fp64"
     if inplace:
-        return replace(config, probes_per_forward=1), trained, InPlace(trained, **common)
-    if config.device.startswith("cuda") and config.storage != "fp64":
+        config = replace(config, probes_per_forward=1)
+        if captured:
+            from zoft.device_inplace import DeviceInPlace
+
+            return config, trained, DeviceInPlace(trained, **fed)
+        return config, trained, InPlace(trained, **common)
+    if captured:
         from zoft.device import DeviceAxis
 
-        return config, trained, DeviceAxis(trained, sites, q=config.q, eps=config.eps, **common)
+        return config, trained, DeviceAxis(trained, sites, **fed)
     return config, trained, ProbeAxis(trained, sites, **common)
+
+
+def refuse_denoise(config: Config, trained: Sequence[Trained]) -> None:
+    """Raise UserError where denoise_every asks for what cannot be, or is not needed."""
+    if not config.denoise_every:
+        return
+    key = f"denoise_every={config.denoise_every}"
+    if any(t.floor is not None or getattr(t, "threshold", None) is not None for t in trained):
+        raise UserError(
+            f"{key}: the directions of recipe={config.recipe} depend on the weights, so that base and ledger give "
+            "no sum; leave it out"
+        )
+    if all(t.stored.element_size() > 2 for t in trained):
+        raise UserError(
+            f"{key}: storage={config.storage} keeps no trained tensor in 16 bits, so there is no rounding to "
+            "remove; leave it out"
+        )
 
 
 def calibration(train: Sequence[Example]) -> tuple[Batch, Batch]:
@@ -228,12 +315,13 @@ def trainer(
 ) -> Trainer:
     """The trainer of a run: on a GPU, one whose steps are captured."""
     at = batches(config, train)
-    if not config.device.startswith("cuda") or config.perturb == "inplace" or config.storage == "fp64":
+    if not config.device.startswith("cuda") or config.storage == "fp64":
         return Trainer(loaded, made, at, ledger, settings(config))
     from zoft.captured import CapturedTrainer
     from zoft.device import DeviceAxis
+    from zoft.device_inplace import DeviceInPlace
 
-    assert isinstance(made, DeviceAxis), type(made)
+    assert isinstance(made, (DeviceAxis, DeviceInPlace)), type(made)
     why = "cache_frozen looks rows up on the CPU" if config.cache_frozen else ""
     if not why and mask_is_idle(config, loaded, made, train):
         plain, at = at, lambda step: [b.unmasked() for b in plain(step)]
@@ -241,7 +329,9 @@ def trainer(
 
 
 @torch.no_grad()
-def mask_is_idle(config: Config, loaded: nn.Module, made: ProbeAxis, train: Sequence[Example]) -> bool:
+def mask_is_idle(
+    config: Config, loaded: nn.Module, made: ProbeAxis | InPlace, train: Sequence[Example]
+) -> bool:
     """Whether padding on the right changes nothing, as in a causal model: then attention needs no mask."""
     by_length = sorted(train, key=lambda e: e.length)
     batch = collate([by_length[0], by_length[-1]]).to(config.device)
@@ -307,14 +397,18 @@ def header(
     config: Config, base: str, trained: Sequence[Trained], train: Sequence[Example] = ()
 ) -> dict[str, Any]:
     """The ledger's header: what the run is, all that replay needs beside the base, and how the run was made."""
-    tensors = {
-        t.name: {"id": t.id, "shape": list(t.stored.shape), "stored": short(t.stored.dtype), "compute": short(t.compute)}
-        for t in trained
-    }  # fmt: skip
+    tensors = {t.name: [t.id, list(t.stored.shape), short(t.stored.dtype)] for t in trained}
     known = {k: getattr(config, k) for k in PLAN}
-    found = {"zoft": __version__, "noise_version": noise.VERSION, "base": base, "config": digest(config)}
+    found: dict[str, Any] = {
+        "zoft": __version__,
+        "noise_version": noise.VERSION,
+        "base": base,
+        "config": digests(config),
+    }
     if train:
         found["data"] = data_digest(train)
+    floors = {t.name: t.floor for t in trained if t.floor is not None}
+    found |= {"floors": floors} if floors else {}
     return {**found, **known, "trained": tensors, "plan": {k: getattr(config, k) for k in MADE}}
 
 

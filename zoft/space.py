@@ -66,7 +66,9 @@ def train_names(model: nn.Module, train: str) -> list[str]:
     elif train == "scales":
         chosen = [n for n in floating if isinstance(params[n], Scales)]
         if not chosen:
-            raise UserError("train=scales: no layer of this model is quantised; set bits=4, or take such a model")
+            raise UserError(
+                "train=scales: no layer of this model is quantised; set bits=4, or take such a model"
+            )
     else:
         try:
             pattern = re.compile(train)
@@ -76,7 +78,9 @@ def train_names(model: nn.Module, train: str) -> list[str]:
             ) from None
         chosen = [n for n in floating if pattern.search(n)]
     if not chosen:
-        near = difflib.get_close_matches(train, ["all", "norms", "bias", "head", "scales", *floating], n=1, cutoff=0.3)
+        near = difflib.get_close_matches(
+            train, ["all", "norms", "bias", "head", "scales", *floating], n=1, cutoff=0.3
+        )
         hint = f"; nearest: {near[0]}" if near else ""
         raise UserError(
             f"train={train!r} selects no tensor of this model; use all, last-2, norms, bias, head or a pattern{hint}"
@@ -125,7 +129,9 @@ def resolve_dtypes(
     """
     params = {n: p for n, p in model.named_parameters() if not isinstance(p, Scales)}
     names = [n for n in names if n in params]
-    widest = max((params[n].element_size() for n in names or params if params[n].is_floating_point()), default=4)
+    widest = max(
+        (params[n].element_size() for n in names or params if params[n].is_floating_point()), default=4
+    )
     full = widest >= 4 or device == "cpu"
     if compute == "auto":
         compute = "fp64" if widest == 8 else "fp32" if full else "bf16"
@@ -138,8 +144,7 @@ def resolve_dtypes(
 def one(name: str, param: nn.Parameter) -> Trained:
     """A tensor as Trained, in the precision it has; its memory becomes contiguous."""
     param.data = param.data.contiguous()
-    scales = isinstance(param, Scales)
-    decays = param.ndim > 1 and not _no_decay(name) and not scales
+    decays = param.ndim > 1 and not _no_decay(name)
     floor = FLOOR if isinstance(param, Scales) and not param.log else None
     return Trained(name, param, param.data, param.dtype, tensor_id(name), decays, floor=floor)
 
@@ -175,7 +180,8 @@ def place(
     """Give every tensor its precision: trained matrices stored in `storage`, everything else ready for `compute`.
 
     1-D trained tensors are stored in fp32 at least: a step of 1e-6 on a norm weight of size 1 is far below
-    what 16 bits can hold. So are scales, trained or not, and these are probed in it, too. Frozen tensors of another floating-point dtype are cast to `compute`.
+    what 16 bits can hold; so are scales of quantised layers, trained or not, and they are probed in it, too. Other
+    frozen tensors of another floating-point dtype are cast to `compute`.
     uniform: 1-D tensors follow the matrices, for a model that runs on its stored weights (perturb=inplace).
     Raises UserError for values outside fp16's range.
     """
@@ -185,14 +191,22 @@ def place(
         store(t, storage, uniform=uniform)
         t.compute = t.stored.dtype if isinstance(t.param, Scales) else comp
     for param in model.parameters():
-        if id(param) in ours or isinstance(param, Scales):
-            continue
-        if param.dtype in DTYPES.values() and param.dtype != comp:
-            param.data = param.data.to(comp)
-    for owner, key, buffer in _float_buffers(model):
-        # Rotary tables and the like are kept in fp32 by their models on purpose; only 16-bit ones follow.
-        if buffer.element_size() == 2 and buffer.dtype != comp:
-            owner._buffers[key] = buffer.to(comp)
+        if id(param) not in ours and frozen_dtype(param, compute, True) != param.dtype:
+            _cast(param, comp)
+    for owner, key, buffer in float_buffers(model):
+        owner._buffers[key] = buffer.to(frozen_dtype(buffer, compute, False))
+
+
+def frozen_dtype(tensor: torch.Tensor, compute: str, parameter: bool) -> torch.dtype:
+    """The dtype that a tensor which is not trained has while the model runs in `compute`.
+
+    Rotary tables and the like are buffers that their models keep in fp32 on purpose; only 16-bit ones follow. Scales
+    of quantised layers are what their codes are worth: they keep their own.
+    """
+    if isinstance(tensor, Scales):
+        return tensor.dtype
+    follows = DTYPES.values() if parameter else (torch.bfloat16, torch.float16)
+    return DTYPES[compute] if tensor.dtype in follows else tensor.dtype
 
 
 def store(t: Trained, storage: str, *, uniform: bool = False) -> None:
@@ -201,18 +215,52 @@ def store(t: Trained, storage: str, *, uniform: bool = False) -> None:
     wide = isinstance(t.param, Scales) or (t.param.ndim <= 1 and not uniform)
     if wide and dtype != torch.float64:
         dtype = torch.float32
-    if dtype == torch.float16 and t.param.numel() and float(t.param.abs().max()) > FP16_MAX:
+    if dtype == torch.float16 and t.param.numel() and _largest(t.param.data) > FP16_MAX:
         raise UserError(
             f"storage=fp16: {t.name} holds values beyond {FP16_MAX:g}; use storage=bf16 or storage=fp32"
         )
-    t.param.data = t.stored = t.param.data.to(dtype)
+    _cast(t.param, dtype)
+    t.stored = t.param.data
+
+
+_PIECE = 1 << 24  # numbers that are in two dtypes at one time
+
+
+def _largest(x: torch.Tensor) -> float:
+    """max |x|, without a copy of x."""
+    low, high = x.aminmax()
+    return max(-float(low), float(high))
+
+
+def _cast(param: nn.Parameter, dtype: torch.dtype) -> None:
+    """Give a parameter another dtype; in its own memory where that fits and nobody else looks at it, so that of a large
+    one no second copy exists."""
+    x = param.data
+    if x.dtype.itemsize != dtype.itemsize or x.numel() <= _PIECE or not x.is_contiguous() or _shared(x):
+        param.data = x.to(dtype)
+        return
+    old, new = x.flatten(), x.view(dtype).flatten()
+    for i in range(0, x.numel() if x.dtype != dtype else 0, _PIECE):
+        new[i : i + _PIECE] = old[i : i + _PIECE].to(dtype)
+    param.data = x.view(dtype)
+
+
+def _shared(x: torch.Tensor) -> bool:
+    """Whether others use the memory of x, a parameter's data: more hold it than hold that of a new one."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    if count is None:
+        return True
+    new = nn.Parameter(torch.empty(1), requires_grad=False)
+    y = new.data
+    return count(x.untyped_storage()._cdata) > count(y.untyped_storage()._cdata)
 
 
 def _no_decay(name: str) -> bool:
-    return bool(re.search(r"bias$|norm|(^|[._])ln[._\d]", name.lower()))
+    return bool(re.search(r"bias$|\.scales$|norm|(^|[._])ln[._\d]", name.lower()))
 
 
-def _float_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+def float_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+    """(module, key, buffer) of every buffer that holds fractions."""
     for module in model.modules():
         for key, buffer in list(module._buffers.items()):
             if buffer is not None and buffer.is_floating_point():

@@ -7,7 +7,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -196,3 +197,36 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+@contextmanager
+def bar(text: str, total: int, stream: TextIO | None = None) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal, elsewhere a line every QUIET_SECONDS; yields did(amount of total)."""
+    stream = stream or sys.stderr
+    if stream.isatty():
+        from rich import progress
+        from rich.console import Console
+
+        columns = [
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.TaskProgressColumn(),
+        ]
+        with progress.Progress(
+            *columns, progress.TimeRemainingColumn(), console=Console(file=stream)
+        ) as shown:
+            task = shown.add_task(text, total=total)
+            yield lambda amount: shown.advance(task, amount)
+        return
+    done, began = 0, time.monotonic()
+    said = began
+
+    def did(amount: int) -> None:
+        nonlocal done, said
+        done, now = done + amount, time.monotonic()
+        if now - said >= QUIET_SECONDS:
+            said = now
+            left = _clock((now - began) * max(0, total - done) / done)
+            print(f"{text}: {min(1.0, done / total):.0%}, ETA {left}", file=stream, flush=True)
+
+    yield did

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 
 from zoft import noise, update
 from zoft.errors import UserError
-from zoft.estimator import finite, two_sided
+from zoft.estimator import Moment, finite, two_sided
 from zoft.layout import Unfit
 from zoft.ledger import Ledger, Record
 from zoft.objective import Batch, losses
@@ -36,6 +35,7 @@ class Settings:
     weight_decay: float = 0.0
     probes_per_forward: int = 2
     clip: float | None = None
+    meazo: float = 0.0
 
 
 class Trainer:
@@ -66,13 +66,14 @@ class Trainer:
         self.next = 0  # the step to be taken
         self.forwards = 0  # examples × probes so far
         self.skipped_in_a_row = 0
+        self.moment = Moment(settings.meazo)
 
     def step(self) -> dict[str, Any] | None:
         """One update of θ from 2q losses; returns what a log line wants."""
         s, t = self.settings, self.next
         probes = [Probe(k, sign * s.eps) for k in range(s.q) for sign in (1.0, -1.0)]  # [2q]
         values = self.losses_at(t, probes, self.batches(t))  # [2q]
-        coefficients = two_sided(values, s.eps, s.clip)  # [q]
+        coefficients = self.scaled(values)  # [q]
         lr = update.lr_at(t, lr=s.lr, steps=s.steps, schedule=s.schedule, warmup=s.warmup)
         change = update.make_update(t, s.seed, coefficients, lr=lr, weight_decay=s.weight_decay)
         # A multiplier may overflow fp32 where its losses do not.
@@ -85,12 +86,21 @@ class Trainer:
         self.next = t + 1
         return metrics
 
+    def scaled(self, values: Sequence[float]) -> list[float]:
+        """A step's coefficients [q] from its losses [2q]: clipped, and over the root of their second moment."""
+        seen = replace(self.moment)  # kept once the step turns out to be an update
+        if finite(values):
+            seen.see(torch.tensor(values, dtype=torch.float32).tolist(), self.settings.eps)
+        return seen.scaled(two_sided(values, self.settings.eps, self.settings.clip))
+
     def write_down(self, record: Record) -> dict[str, Any]:
         """Append a step to the ledger; returns its metrics. Raises UserError after too many skipped ones in a row."""
         assert self.ledger is not None, "a step is written down"
         self.ledger.append(record)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if record.skipped else 0
         s = self.settings
+        if not record.skipped:
+            self.moment.see(self.ledger.records[-1].losses, s.eps)
         if self.skipped_in_a_row >= SKIPS_MAX:
             raise UserError(
                 f"lr={s.lr:g}, eps={s.eps:g}: the loss was not finite for {SKIPS_MAX} steps in a row; "
@@ -125,11 +135,15 @@ class Trainer:
         except Unfit as error:
             if len(probes) == 1:
                 raise
-            print(f"step {step}: one probe a forward from here on: {error}", file=sys.stderr, flush=True)
-            self.settings = replace(self.settings, probes_per_forward=1)
+            self.alone(step, error)
             return self.sums_at(step, probes, batch)
         self.forwards += batch.examples * len(probes)
         return torch.stack([sums, counts], -1).view(len(probes), -1, 2).double().sum(1).cpu()
+
+    def alone(self, step: int, why: Unfit) -> None:
+        """One probe a forward from here on."""
+        print(f"step {step}: one probe a forward from here on: {why}", file=sys.stderr, flush=True)
+        self.settings = replace(self.settings, probes_per_forward=1)
 
     def run(
         self, on_step: Callable[[dict[str, Any]], None] = lambda metrics: None, until: int | None = None
@@ -145,19 +159,26 @@ class Trainer:
 
     def skip_to(self, step: int, records: Sequence[Record]) -> None:
         """Go on from weights that have the first `step` of these records in them already (a snapshot's)."""
-        self.next = step
-        self.skipped_in_a_row = len(list(takewhile(lambda r: r.skipped, reversed(records[:step]))))
+        assert self.next == 0, f"skip to {step} after {self.next} steps"
+        for record in records[:step]:
+            self.pass_by(record)
+
+    def pass_by(self, record: Record) -> None:
+        """All that a step leaves behind outside the weights."""
+        assert record.step == self.next, (record.step, self.next)
+        if not record.skipped:
+            self.moment.see(record.losses, self.settings.eps)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if record.skipped else 0
+        self.next += 1
 
     def replay(self, records: Sequence[Record], on_step: Callable[[int], None] = lambda step: None) -> None:
         """Repeat the updates of a ledger's records in order: θ, momentum and counters as the run had them."""
         for record in records:
-            assert record.step == self.next, (record.step, self.next)
             self.axis.repeat_step(record.step, self.settings.q, self.settings.eps)
             if not record.skipped:
                 self.axis.commit(
                     noise.Update(record.step, self.settings.seed, record.multipliers, record.decay)
                 )
-            self.next += 1
-            self.skipped_in_a_row = self.skipped_in_a_row + 1 if record.skipped else 0
+            self.pass_by(record)
             on_step(record.step)
         self.axis.flush()

@@ -118,5 +118,7 @@ def advance(trained: Trained, updates: Sequence[Update], noise: str, beta: float
     """
     todo = due(trained, updates, beta)
     if todo:
-        advance_tensor(trained.stored, trained.id, todo, noise, momentum=trained.momentum, beta=beta, floor=trained.floor)
+        advance_tensor(
+            trained.stored, trained.id, todo, noise, momentum=trained.momentum, beta=beta, floor=trained.floor
+        )
     mark(trained, updates)

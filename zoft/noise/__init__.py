@@ -23,10 +23,14 @@ Specification
         no update): NaN and infinity have no rule here. fp32 and fp64: no rounding bits.
 
     Update, in fp32 (fp64 for fp64 tensors, z widened), every operation rounded on its own, in this order:
-        s = m₀·z₀; s = s + m₁·z₁; …; with momentum: buffer = beta·buffer + s, s = buffer; a = decay·θ unless decay is 1;
-        a = a + s; with a floor a = max(a, floor);
-        θ = round(a). A multiplier of -0 counts as +0. A no-op (all multipliers 0, decay 1) writes nothing
-        at all, unless there is a momentum buffer (and beta is not 0): then it coasts like any other update.
+        s = m₀·z₀; s = s + m₁·z₁; …; with momentum: buffer = beta·buffer + s, s = buffer; a = θ + restore·z_last unless
+        restore is 0; a = decay·a unless decay is 1; a = a + s; with a floor a = max(a, floor); θ = round(a).
+        A multiplier of -0 counts as +0. A no-op (all multipliers 0, decay 1) writes nothing at all, unless there is a
+        momentum buffer (and beta is not 0): then it coasts like any other update.
+        decay NOTHING: no update, momentum included, whatever the multipliers.
+        Of a no-op and of NOTHING the restore remains, if it is not 0: θ = nearest(θ + restore·z_last), nearest even in
+        θ's dtype. z_last is the z of the last multiplier. In-place probing takes θ back with it, in the update's own
+        pass and rounding; a move alone is the same bits as a probe of that scale, written onto θ.
     Probe: fl(θ + fl(scale·z)), then to out's dtype, nearest even; scale 0: θ itself.
 
 [1] Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011. doi:10.1145/2063384.2063405
@@ -35,8 +39,8 @@ Specification
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
 
 VERSION = 1  # of the specification above; a ledger can only be replayed under its own
 GAUSSIAN, RADEMACHER = "gaussian", "rademacher"
+NOTHING = -1.0  # a decay that says: no update at all, though a restore may come with it
 PART = 128  # elements that one counter serves at most: a part of a tensor starts at a multiple
 # |z - exact z| stays below, absolute:
 GAUSSIAN_BOUND = 1e-6  # on a CPU; 9.3e-7 over all words, rms 1.3e-7 (scripts/bench_noise.py --exhaustive)
@@ -59,18 +64,33 @@ _MASK = 0xFFFFFFFF
 class Update:
     """One committed step, exactly what the ledger records: θ <- round(decay·θ + Σ_k multipliers[k]·z_k).
 
-    multipliers: fp32 values, one a direction; decay: fp32 value; seed, step: which directions.
+    multipliers: fp32 values, one a direction; decay: fp32 value; seed, step: which directions. restore: the scale, fp32,
+    by which the last direction's z is added to θ first (in-place probing); with decay NOTHING that is all there is.
     """
 
     step: int
     seed: int
     multipliers: tuple[float, ...]
     decay: float = 1.0
+    restore: float = 0.0
+
+    def __post_init__(self) -> None:
+        assert self.multipliers or not self.restore, "restore: along no direction"
 
     @property
     def is_noop(self) -> bool:
         """True if by itself it changes nothing: without momentum it writes nothing (-0.0 and NaN payloads survive)."""
-        return self.decay == 1 and not any(self.multipliers)
+        return self.restore == 0 and (self.is_nothing or (self.decay == 1 and not any(self.multipliers)))
+
+    @property
+    def is_nothing(self) -> bool:
+        """True if it is no update: a move of θ by its restore, or not even that."""
+        return self.decay == NOTHING
+
+
+def move(seed: int, step: int, direction: int, scale: float) -> Update:
+    """θ <- nearest(θ + scale·z_direction), as an entry among updates."""
+    return Update(step, seed, (0.0,) * (direction + 1), NOTHING, scale)
 
 
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -144,7 +164,7 @@ def perturb(
     probes of one direction share one draw of it. out may be theta itself (`theta[None]`, one probe), nothing between.
     """
     assert noise in (GAUSSIAN, RADEMACHER), noise
-    live = tuple(u for u in updates if not u.is_noop or (momentum is not None and beta != 0))
+    live = tuple(_live(updates, momentum is not None and beta != 0))
     assert theta.is_contiguous(), (theta.shape, theta.stride())
     assert start >= 0 and start % PART == 0, start
     if out is not None:
@@ -165,6 +185,15 @@ def perturb(
     if theta.numel() and (live or probes):
         backend = _backend(theta.device.type)
         backend.perturb(theta, tid, out, tuple(probes), seed, step, noise, live, momentum, beta, start, floor)
+
+
+def _live(updates: Sequence[Update], coasts: bool) -> Iterator[Update]:
+    """Updates that change something; where only the restore is left of one, it is marked as NOTHING else."""
+    for u in updates:
+        if not u.is_nothing and (coasts or u.decay != 1 or any(u.multipliers)):
+            yield u
+        elif u.restore:
+            yield replace(u, decay=NOTHING)
 
 
 def gather(

@@ -115,19 +115,21 @@ def _plan(
 ):
     """What `kernels.run` takes as its plan. Zeros lose their sign: equal plans must be the same plan."""
     keys, values, groups = [], [], []
-    for u in updates:
-        keys += [key(u.seed, u.step, k) for k in range(len(u.multipliers))]
-        values += [m + 0.0 for m in u.multipliers]
+    counts = [1 if u.is_nothing else len(u.multipliers) for u in updates]
+    for u, count in zip(updates, counts):  # of NOTHING the last direction alone
+        keys += [key(u.seed, u.step, k) for k in range(len(u.multipliers))][-count:] if count else []
+        values += [m + 0.0 for m in u.multipliers][-count:] if count else []
     for (which, silent), group in groupby(probes, lambda probe: (probe[0], probe[1] == 0)):
         scales = [scale + 0.0 for _, scale in group]
         keys.append(key(seed, step, which))
         values += scales
         groups.append(-len(scales) if silent else len(scales))
     return (
-        np.array([len(u.multipliers) for u in updates], np.int64),
+        np.array(counts, np.int64),
         np.array(keys, np.uint32).reshape(-1, 2),
         np.array(values, work),
         np.array([u.decay + 0.0 for u in updates], work),
+        np.array([u.restore + 0.0 for u in updates], work),
         np.array([key(u.seed, u.step, 0) for u in updates], np.uint32).reshape(-1, 2),
         np.array(groups, np.int64),
     )

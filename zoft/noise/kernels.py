@@ -16,6 +16,7 @@ import numpy as np
 from llvmlite import ir
 from numba import carray, types
 
+NOTHING = -1.0  # noise.NOTHING
 FP32, BF16, FP16, FP64, ZERO = 0, 1, 2, 3, 4  # storage codes; ZERO: no memory at all, every element is -0.0
 
 CHUNK = (
@@ -203,6 +204,14 @@ def _noise(z, words, base, n, tid, k0, k1, gaussian):
 
 
 @_jit
+def _draw(z, words, base, n, tid, keys, k, last, gaussian):
+    """Noise of keys[k], unless z holds it already as that of keys[last] (-1: it holds none); returns k."""
+    if last < 0 or keys[k, 0] != keys[last, 0] or keys[k, 1] != keys[last, 1]:
+        _noise(z, words, base, n, tid, keys[k, 0], keys[k, 1], gaussian)
+    return k
+
+
+@_jit
 def _rounding(words, base, n, tid, k0, k1):
     """The 16 random bits of element i at position i - base of words seen as (little-endian) uint16."""
     philox(words, base // 8, 16 * ((n + 127) // 128), tid, 1, k0, k1)
@@ -364,14 +373,14 @@ def run(theta, code, start, end, tid, gaussian, momentum, beta, floor, plan, out
 
     theta, momentum, out: uint64 addresses (momentum 0: none). beta, floor (-inf: none), and the plan's float arrays: the
     work dtype.
-    plan (counts, keys, values, decays, rounding, probes):
+    plan (counts, keys, values, decays, restores, rounding, probes):
         counts int64 [U] the directions of each update; keys uint32 [Σ counts + G, 2] of those directions, then of the
-        probe groups; values [Σ counts + P] the multipliers, then the scales of the probes; decays [U];
-        rounding uint32 [U, 2] keys; probes int64 [G] the consecutive probes that share a direction (negative: the
+        probe groups; values [Σ counts + P] the multipliers, then the scales of the probes; decays [U]
+        (NOTHING: a restore alone); restores [U], along the last direction; rounding uint32 [U, 2] keys; probes int64 [G] the consecutive probes that share a direction (negative: the
         same without noise).
     shape: out's storage code, elements between two probes' rows, place of element `start` in a row.
     """
-    counts, keys, values, decays, rounding, probes = plan
+    counts, keys, values, decays, restores, rounding, probes = plan
     words = np.empty(CHUNK // 4, np.uint64)
     bits = words.view(np.uint16)
     z = np.empty(CHUNK, np.float32)
@@ -384,17 +393,24 @@ def run(theta, code, start, end, tid, gaussian, momentum, beta, floor, plan, out
         hi = min(end, base + CHUNK)
         n, skip = hi - lo, lo - base
         _load(a, theta, code, lo, n)
-        k = 0
+        k, last = 0, -1
         for u in range(len(counts)):
             if counts[u] == 0:
                 s[:n] = -0.0  # an empty sum leaves the signs of zeros alone
             for d in range(counts[u]):
-                _noise(z, words, base, n + skip, tid, keys[k, 0], keys[k, 1], gaussian)
+                last = _draw(z, words, base, n + skip, tid, keys, k, last, gaussian)
                 if d == 0:
                     _scaled(s, values[k], z[skip:], n)
                 else:
                     _accumulate(s, values[k], z[skip:], n)
                 k += 1
+            if restores[u] != 0:
+                _accumulate(a, restores[u], z[skip:], n)
+            if decays[u] == NOTHING:
+                if code == BF16 or code == FP16:  # to nearest
+                    _store(a, theta, code, lo, n)
+                    _load(a, theta, code, lo, n)
+                continue
             if momentum != 0:
                 _load(m, momentum, storage, lo, n)
                 _accumulate(s, beta, m, n)
@@ -412,7 +428,7 @@ def run(theta, code, start, end, tid, gaussian, momentum, beta, floor, plan, out
         p, v = 0, k
         for g in range(len(probes)):
             if probes[g] > 0:
-                _noise(z, words, base, n + skip, tid, keys[k, 0], keys[k, 1], gaussian)
+                last = _draw(z, words, base, n + skip, tid, keys, k, last, gaussian)
             for _ in range(abs(probes[g])):
                 at = p * stride + origin + lo - start
                 if probes[g] > 0:

@@ -12,7 +12,6 @@ import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -21,13 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 from zoft.noise import GAUSSIAN, PART, Probes, Update, key
+from zoft.noise import NOTHING as _NOTHING
 
 PROBES_MAX = 16  # probes that one launch unrolls
 _LANES = 128  # of 8 elements each: what one program of 2 warps works on
 _SMALL = 64  # lanes of a program of one warp, where tensors are small
 _OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
 _OPTIONS_SMALL = {"num_warps": 1, "enable_fp_fusion": False}
-NOTHING = tl.constexpr(-1.0)  # a decay that says: no update here
+NOTHING = tl.constexpr(_NOTHING)
 # Triton's interpreter knows no assembly: there the same functions, exact, stand in for the hardware's.
 _HARDWARE = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") != "1")
 
@@ -119,7 +119,22 @@ def _round_stochastic(a, base, tid, keys, k, BF16: tl.constexpr, LANES: tl.const
     return s.to(tl.float16, fp_downcast_rounding="rtz").to(tl.float32)
 
 
+@triton.jit
+def _round_nearest(a, BF16: tl.constexpr):
+    """The finite fp32 values a on the grid of bf16 or fp16, nearest even, still fp32."""
+    if BF16:
+        bits = a.to(tl.int32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return a.to(tl.float16).to(tl.float32)
+
+
 # ---- the pass ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _restore(a, z, scale):
+    """a + scale·z; a itself where scale is 0, signs of zeros included."""
+    return tl.where(scale == 0, a, a + scale * z)
 
 
 @triton.jit
@@ -143,27 +158,55 @@ def _step(
 
 @triton.jit
 def _updated(
-    a, m, base, tid, keys, values, U, Q, beta, ONE: tl.constexpr,
+    a, m, base, tid, keys, values, U, Q, PROBES: tl.constexpr, ONE: tl.constexpr, RESTORE: tl.constexpr,
     MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, BF16: tl.constexpr, GAUSSIAN: tl.constexpr, LANES: tl.constexpr,
     FLOOR: tl.constexpr = None,
 ):  # fmt: skip
     """θ (and momentum) after U updates of Q directions each; one whose multipliers are all 0 changes nothing, unless
-    there is momentum; one whose decay is NOTHING changes nothing at all.
+    there is momentum; one whose decay is NOTHING changes nothing at all: but their restores are done.
 
-    ONE: there is one update of ONE directions, as in training: nothing is left to a loop.
+    ONE: there is one update of ONE directions, as in training: nothing is left to a loop. RESTORE: some restore is not 0.
     """
+    restores = values + U * Q + U + PROBES + 1
+    beta = tl.load(restores - 1)
     if ONE:
         decay = tl.load(values + ONE)
         live = MOMENTUM | (decay != 1)
         for k in tl.static_range(ONE):
             live = live | (tl.load(values + k) != 0)
         if live & (decay != NOTHING):
-            s = tl.load(values) * _noise(base, tid, keys, 0, GAUSSIAN, LANES).to(a.dtype)
+            z = _noise(base, tid, keys, 0, GAUSSIAN, LANES).to(a.dtype)
+            s = tl.load(values) * z
             for k in tl.static_range(1, ONE):
-                s = s + tl.load(values + k) * _noise(base, tid, keys, k, GAUSSIAN, LANES).to(a.dtype)
+                z = _noise(base, tid, keys, k, GAUSSIAN, LANES).to(a.dtype)
+                s = s + tl.load(values + k) * z
+            if RESTORE:
+                a = _restore(a, z, tl.load(restores))
             a, m = _step(
-                a, m, s, 0, base, tid, keys, values, ONE, decay, beta, MOMENTUM, STOCHASTIC, BF16, LANES, FLOOR
+                a,
+                m,
+                s,
+                0,
+                base,
+                tid,
+                keys,
+                values,
+                ONE,
+                decay,
+                beta,
+                MOMENTUM,
+                STOCHASTIC,
+                BF16,
+                LANES,
+                FLOOR,
             )
+        else:
+            if RESTORE:
+                if tl.load(restores) != 0:
+                    z = _noise(base, tid, keys, ONE - 1, GAUSSIAN, LANES).to(a.dtype)
+                    a = _restore(a, z, tl.load(restores))
+                    if STOCHASTIC:
+                        a = _round_nearest(a, BF16)
     else:
         for u in range(U):
             decay = tl.load(values + U * Q + u)
@@ -172,13 +215,38 @@ def _updated(
                 live = live | (tl.load(values + u * Q + k) != 0)
             if live & (decay != NOTHING):
                 s = tl.full(a.shape, -0.0, a.dtype)  # what adds nothing, not even to the sign of a zero
+                z = s
                 for k in range(Q):
                     z = _noise(base, tid, keys, u * Q + k, GAUSSIAN, LANES).to(a.dtype)
                     product = tl.load(values + u * Q + k) * z
                     s = tl.where(k == 0, product, s + product)
+                if RESTORE:
+                    a = _restore(a, z, tl.load(restores + u))
                 a, m = _step(
-                    a, m, s, u, base, tid, keys, values, U * Q, decay, beta, MOMENTUM, STOCHASTIC, BF16, LANES, FLOOR
+                    a,
+                    m,
+                    s,
+                    u,
+                    base,
+                    tid,
+                    keys,
+                    values,
+                    U * Q,
+                    decay,
+                    beta,
+                    MOMENTUM,
+                    STOCHASTIC,
+                    BF16,
+                    LANES,
+                    FLOOR,
                 )
+            else:
+                if RESTORE:
+                    if tl.load(restores + u) != 0:
+                        z = _noise(base, tid, keys, u * Q + Q - 1, GAUSSIAN, LANES).to(a.dtype)
+                        a = _restore(a, z, tl.load(restores + u))
+                        if STOCHASTIC:
+                            a = _round_nearest(a, BF16)
     return a, m
 
 
@@ -188,7 +256,7 @@ def _pass(
     momentum,  # or none
     out,  # [PROBES, n], or none
     keys,  # int32 [U·Q + U + PROBES, 2]: of directions, rounding, probes
-    values,  # of the work dtype [U·Q + U + PROBES + 1]: multipliers, decays, scales, beta
+    values,  # of the work dtype [U·Q + U + PROBES + 1 (+ U)]: multipliers, decays, scales, beta, restores
     n,
     start,  # index of theta's first element in its tensor, a multiple of 128
     tid,  # int32, the bits of the tensor's id
@@ -198,6 +266,7 @@ def _pass(
     HAS_THETA: tl.constexpr,
     HAS_UPDATES: tl.constexpr,
     ONE: tl.constexpr,
+    RESTORE: tl.constexpr,
     HAS_MOMENTUM: tl.constexpr,
     WRITE_THETA: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -223,10 +292,9 @@ def _pass(
         m = a
         if HAS_MOMENTUM:
             m = tl.load(momentum + at, mask=inside, other=0.0)
-        beta = tl.load(values + U * Q + U + PROBES)
         a, m = _updated(
-            a, m, base, tid, keys, values, U, Q, beta, ONE, HAS_MOMENTUM, STOCHASTIC, BF16, GAUSSIAN, LANES, FLOOR
-        )
+            a, m, base, tid, keys, values, U, Q, PROBES, ONE, RESTORE, HAS_MOMENTUM, STOCHASTIC, BF16, GAUSSIAN, LANES, FLOOR
+        )  # fmt: skip
         if HAS_MOMENTUM:
             tl.store(momentum + at, m, mask=inside)
         if WRITE_THETA:
@@ -258,6 +326,7 @@ def _pass_small(
     Q,
     HAS_UPDATES: tl.constexpr,
     ONE: tl.constexpr,
+    RESTORE: tl.constexpr,
     HAS_MOMENTUM: tl.constexpr,
     PROBES: tl.constexpr,
     FRESH: tl.constexpr,
@@ -278,9 +347,23 @@ def _pass_small(
         m = a
         if HAS_MOMENTUM:
             m = tl.load(momentum + at, mask=inside, other=0.0)
-        beta = tl.load(values + U * Q + U + PROBES)
         a, m = _updated(
-            a, m, base, tid, keys, values, U, Q, beta, ONE, HAS_MOMENTUM, False, False, GAUSSIAN, LANES
+            a,
+            m,
+            base,
+            tid,
+            keys,
+            values,
+            U,
+            Q,
+            PROBES,
+            ONE,
+            RESTORE,
+            HAS_MOMENTUM,
+            False,
+            False,
+            GAUSSIAN,
+            LANES,
         )
         if HAS_MOMENTUM:
             tl.store(momentum + at, m, mask=inside)
@@ -340,7 +423,7 @@ class Plan:
     """What a launch reads from the device, and what of it is fixed in the compiled kernel.
 
     keys: int32 [U·Q + U + P, 2], of the updates' directions, their rounding, the probes.
-    values: work dtype [U·Q + U + P + 1], multipliers, decays, scales, beta.
+    values: work dtype [U·Q + U + P + 1], multipliers, decays, scales, beta; [U] more where there are restores.
     fresh, silent: bit p says that probe p draws anew, or has scale 0.
     """
 
@@ -351,6 +434,7 @@ class Plan:
     probes: int  # P
     fresh: int
     silent: int
+    restores: bool = False  # of the updates, along their last directions
 
 
 def shape_of(probes: Probes) -> tuple[int, int]:
@@ -370,17 +454,23 @@ def plan_of(
     updates: tuple[Update, ...], probes: tuple[tuple[int, float], ...], seed: int, step: int, beta: float, wide: bool,
     device: torch.device,
 ) -> Plan:  # fmt: skip
-    """The plan of these updates (all of one number of directions) and probes, uploaded."""
-    keys = [key(u.seed, u.step, k) for u in updates for k in range(len(u.multipliers))]
+    """The plan of these updates (all of one number of directions, moves aside) and probes, uploaded."""
+    directions = max((1 if u.is_nothing else len(u.multipliers) for u in updates), default=0)
+    keys: list[tuple[int, int]] = []
+    values: list[float] = []
+    restores = any(u.restore for u in updates)
+    for u in updates:
+        last = len(u.multipliers) - 1
+        keys += [key(u.seed, u.step, last if u.is_nothing else k) for k in range(directions)]
+        values += [0.0] * directions if u.is_nothing else u.multipliers
     keys += [key(u.seed, u.step, 0) for u in updates]
     keys += [key(seed, step, direction) for direction, _ in probes]
-    values = [m for u in updates for m in u.multipliers] + [u.decay for u in updates]
-    values += [scale for _, scale in probes] + [beta]
+    values += [u.decay for u in updates] + [scale for _, scale in probes] + [beta]
+    values += [u.restore for u in updates] if restores else []
     keys_host = torch.from_numpy(np.array(keys or [(0, 0)], np.uint32).view(np.int32))
     values_host = (
         torch.tensor(values, dtype=torch.float64 if wide else torch.float32) + 0.0
     )  # -0 is 0: equal plans
-    directions = len(updates[0].multipliers) if updates else 0
     return Plan(
         _upload(keys_host, device),
         _upload(values_host, device),
@@ -388,6 +478,7 @@ def plan_of(
         directions,
         len(probes),
         *shape_of(probes),
+        restores,
     )
 
 
@@ -417,7 +508,7 @@ def launch(
             some, momentum if momentum is not None else some, out if out is not None else some,
             plan.keys, plan.values, n, start, _signed(tid), plan.updates, plan.directions,
             WORK=tl.float64 if some.dtype == torch.float64 and theta is not None else tl.float32,
-            HAS_THETA=theta is not None, HAS_UPDATES=plan.updates > 0, ONE=_one(plan), HAS_MOMENTUM=momentum is not None,
+            HAS_THETA=theta is not None, HAS_UPDATES=plan.updates > 0, ONE=_one(plan), RESTORE=plan.restores, HAS_MOMENTUM=momentum is not None,
             WRITE_THETA=not in_place, STOCHASTIC=some.dtype in (torch.float16, torch.bfloat16),
             BF16=some.dtype == torch.bfloat16, PROBES=plan.probes, FRESH=plan.fresh, SILENT=plan.silent,
             NARROW=out is not None and out.itemsize == 2, GAUSSIAN=noise == GAUSSIAN, LANES=_LANES, FLOOR=floor, **_OPTIONS,
@@ -452,7 +543,7 @@ def launch_small(
             theta, momentum if momentum is not None else theta, out if out is not None else theta,
             narrow if narrow is not None else theta, table,
             plan.keys, plan.values, theta.numel(), plan.updates, plan.directions,
-            NARROW=narrow is not None, HAS_UPDATES=plan.updates > 0, ONE=_one(plan), HAS_MOMENTUM=momentum is not None, PROBES=plan.probes,
+            NARROW=narrow is not None, HAS_UPDATES=plan.updates > 0, ONE=_one(plan), RESTORE=plan.restores, HAS_MOMENTUM=momentum is not None, PROBES=plan.probes,
             FRESH=plan.fresh, SILENT=plan.silent, GAUSSIAN=noise == GAUSSIAN, LANES=_SMALL, **_OPTIONS_SMALL,
         )  # fmt: skip
 
@@ -479,11 +570,17 @@ def perturb(
 ) -> None:  # fmt: skip
     """`zoft.noise.perturb` of a CUDA tensor. More than PROBES_MAX probes take more launches."""
     wide = theta.dtype == torch.float64
-    # a launch takes updates of one number of directions: all of a run's, but a caller may mix
-    runs = [tuple(group) for _, group in groupby(updates, lambda u: len(u.multipliers))]
+    runs = _alike(updates)
     for early in runs[:-1]:
         launch(
-            theta, tid, None, plan_of(early, (), seed, step, beta, wide, theta.device), noise, momentum, start, floor
+            theta,
+            tid,
+            None,
+            plan_of(early, (), seed, step, beta, wide, theta.device),
+            noise,
+            momentum,
+            start,
+            floor,
         )
     last = runs[-1] if runs else ()
     rows = None if out is None else out.view(len(probes), theta.numel())
@@ -492,6 +589,21 @@ def perturb(
         plan = plan_of(() if first else last, some, seed, step, beta, wide, theta.device)
         part = None if rows is None else rows[first : first + len(some)]
         launch(theta, tid, part, plan, noise, momentum, start, floor)
+
+
+def _alike(updates: tuple[Update, ...]) -> list[tuple[Update, ...]]:
+    """Cut where the number of directions changes, which a launch has one of; moves go with any but none."""
+    runs: list[tuple[Update, ...]] = []
+    size = None  # of the last run; None: moves so far
+    for u in updates:
+        own = None if u.is_nothing else len(u.multipliers)
+        if runs and (own == size or (own is None and size) or (size is None and own)):
+            runs[-1] += (u,)
+            size = size or own
+        else:
+            runs.append((u,))
+            size = own
+    return runs
 
 
 def direction(out: Tensor, tid: int, seed: int, step: int, direction: int, noise: str) -> None:

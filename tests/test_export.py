@@ -1,0 +1,110 @@
+"""What is exported loads elsewhere, is the run's model, and is not the base."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from test_replay import bits, configured, place, train, write_run  # noqa: F401 (place is a fixture)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from zoft import run as runs
+from zoft.errors import UserError
+
+
+def export(run, out, **how):
+    return runs.export(run, out, merge=True, adapter=False, **how)
+
+
+@pytest.mark.parametrize("dtype", [None, "fp32", "fp16"])
+def test_a_merged_model_is_the_runs(place, tmp_path, dtype):  # noqa: F811
+    run = place / "exported"
+    if not run.exists():
+        train(
+            place, "exported", "storage=fp16", "compute=bf16", "train=last-1", "eps=1e-2", "save_dtype=bf16"
+        )
+    line = export(run, tmp_path / "out", dtype=dtype)
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    kept = {None: torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[dtype]
+    assert {t.dtype for t in state.values()} == {kept}
+    base = load_file(place / "half" / "model.safetensors")
+    changed = sum(int((state[n].float() != base[n].to(kept).float()).sum()) for n in state)
+    total = sum(t.numel() for t in base.values())
+    assert f"{changed:,} of {total:,} numbers differ" in line and 0 < changed < total
+    if dtype is None:
+        assert bits(tmp_path / "out") == bits(run / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == kept and model.config.tie_word_embeddings
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("no").input_ids == tiny.tokenizer()("no").input_ids
+    assert GenerationConfig.from_pretrained(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    result = json.loads((run / "result.json").read_text())
+    assert f"| base | {place / 'half'} |" in card and "| accuracy after |" in card and "after" in result
+
+
+def test_a_chat_template_goes_with_it(place, tmp_path):  # noqa: F811
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    model = tiny.opt()
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    run = train(place, "chatty", "steps=1", model=tmp_path / "chat")
+    export(run, tmp_path / "out")
+    runs.replay(run, tmp_path / "again")
+    for out in ("out", "again"):
+        assert AutoTokenizer.from_pretrained(tmp_path / out).chat_template == tokenizer.chat_template
+        assert GenerationConfig.from_pretrained(tmp_path / out).max_new_tokens == 7
+
+
+def test_an_unfinished_run_exports_what_it_has(place, tmp_path):  # noqa: F811
+    whole = train(place, "part", "storage=bf16")
+    part = tmp_path / "part"
+    part.mkdir()
+    (part / "config.yaml").write_text((whole / "config.yaml").read_text())
+    (part / "ledger").write_bytes((whole / "ledger").read_bytes()[: -2 * 32])
+    export(part, tmp_path / "out")
+    runs.replay(whole, tmp_path / "four", step=4)
+    assert bits(tmp_path / "out") == bits(tmp_path / "four")
+    assert "| steps | 4 of 6 |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_would_be_the_base_is_not_written(place, tmp_path):  # noqa: F811
+    """A change below the grid of the dtype, or no change at all."""
+    run = tmp_path / "faint"
+    run.mkdir()
+    config = configured(
+        place, "faint", "storage=fp32", "compute=fp32", "perturb=inplace", "train=mlp", model="full"
+    )
+    write_run(run, config, tiny.llama(tie=True), steps=1, multiplier=float(np.float32(1e-9)))
+    with pytest.raises(UserError, match="in bf16 its model is the base: 1 steps .* use --dtype fp32"):
+        export(run, tmp_path / "out", dtype="bf16")
+    assert not (tmp_path / "out").exists() and [p.name for p in tmp_path.iterdir()] == ["faint"]
+    with pytest.raises(UserError, match="exists"):
+        export(run, run)
+
+
+def test_there_is_no_adapter_in_a_full_parameter_run(place, tmp_path):  # noqa: F811
+    run = train(place, "no-adapter", "steps=1")
+    with pytest.raises(UserError, match="its own weights|model's own weights"):
+        runs.export(run, tmp_path / "out", merge=False, adapter=True)
+
+
+def test_an_export_that_is_not_the_run_is_a_bug_that_shows(place, tmp_path, monkeypatch):  # noqa: F811
+    """The check is a check: one weight of what is loaded again, changed, stops it."""
+    from zoft import export as exports
+
+    run = train(place, "checked", "storage=bf16")
+    reloaded = exports.reloaded
+
+    def other(folder, config):
+        model = reloaded(folder, config)
+        model.model.layers[0].mlp.up_proj.weight[0] += 1
+        return model
+
+    monkeypatch.setattr(exports, "reloaded", other)
+    with torch.no_grad(), pytest.raises(AssertionError, match="from the run's"):
+        export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,180 @@
+"""A run's base weights, one tensor at a time, from the files that the model was loaded from."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import GenerationConfig
+
+from zoft import gguf, models, setup, shards
+from zoft.config import Config
+from zoft.errors import UserError
+from zoft.estimate import skeleton
+
+
+@dataclass(frozen=True)
+class Base:
+    """model: on the meta device, or with its weights where they cannot be read one by one (`whole`).
+
+    tensors: the model's state by name, ties under their first name; without `whole` only shapes and dtypes.
+    read(name) -> that tensor on the CPU, in memory of its own, bit for bit as the run loaded it.
+    """
+
+    model: Any
+    tensors: dict[str, Tensor]
+    read: Callable[[str], Tensor]
+    tokenizer: Callable[[], Any]
+    whole: bool = False
+
+    def fingerprint(self) -> str:
+        """models.fingerprint of the model, from its files."""
+        size = sum(t.nbytes for t in self.tensors.values())
+        return models.hashed(((name, self.read(name)) for name in self.tensors), size)
+
+
+def find(config: Config, wanted: str, where: str) -> Base:
+    """The base of the run in `where`, which has the fingerprint `wanted`.
+
+    Read from its files tensor by tensor (safetensors, GGUF, PyTorch's zipped .bin) if they give the very
+    tensors that the run loaded, which the fingerprint tells; else, as for checkpoints that transformers converts
+    while it loads, from the loaded model. Raises UserError for other weights.
+    """
+    base = streamed(config)
+    if base is None or base.fingerprint() != wanted:
+        base = loaded(config)
+        if (found := base.fingerprint()) != wanted:
+            raise UserError(
+                f"{where}: its ledger starts from other weights ({wanted}) than model={config.model} has ({found})"
+            )
+    return base
+
+
+def loaded(config: Config) -> Base:
+    """The base from the model as it is loaded for training: all of it in memory."""
+    model, tokenizer = setup.load(config)
+    return of(model.cpu(), lambda: tokenizer)
+
+
+def of(model: Any, tokenizer: Callable[[], Any]) -> Base:
+    """The base that a model in memory is."""
+    tensors = models._tensors(model)
+    return Base(model, tensors, lambda name: tensors[name].clone(), tokenizer, whole=True)
+
+
+def streamed(config: Config) -> Base | None:
+    """The base from the model's files, or None where they do not hold every tensor under a name known here."""
+    if (
+        config.trust_remote_code or config.bits is not None
+    ):  # loaded as its own code likes; quantised as it is loaded
+        return None
+    source = models.resolve(config.model)
+    with models._user_errors(source):
+        held = _gguf(Path(source.place)) if source.kind == "gguf" else _files(_folder(source))
+    if not held:
+        return None
+    try:
+        model = skeleton(config)
+    except Exception:  # an architecture that cannot be built without memory, in transformers' many words
+        return None
+    model.checkpoint_dtype = torch.float32 if source.kind == "gguf" else model.dtype
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    first: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)  # the very parameters: ties are one object
+    tensors = {n: t for n, t in state.items() if first.setdefault(id(t), n) == n}
+    # A checkpoint of the model without its head leaves the prefix out.
+    reads = {n: held.get(n) or held.get(n.removeprefix(prefix)) for n in tensors}
+    if not all(reads.values()) or any(t.dtype not in shards.DTYPES for t in tensors.values()):
+        return None
+
+    def read(name: str) -> Tensor:
+        get = reads[name]
+        assert get is not None, name
+        with models._user_errors(source):
+            return get().to(tensors[name].dtype)
+
+    if source.kind != "gguf":
+        with suppress(OSError):  # without the file it follows from the model's config, as it does now
+            model.generation_config = GenerationConfig.from_pretrained(source.place)
+    return Base(model, tensors, read, partial(setup.tokenizer, config))
+
+
+Held = dict[str, Callable[[], Tensor]]  # name in the files -> that tensor, read now, in memory of its own
+
+
+def _gguf(path: Path) -> Held:
+    from transformers import LlamaConfig
+
+    file = gguf.read(path)
+    names, settings = gguf.llama_names(file), gguf._llama_settings(file)
+    if names is None or settings is None:
+        return {}
+    shape = LlamaConfig(**settings)
+
+    def read(target: str, name: str) -> Tensor:
+        tensor = gguf.weight(file, name, target, shape)
+        file.data.madvise(mmap.MADV_DONTNEED)  # pages read so far would count as this process's memory
+        return tensor
+
+    return {target: partial(read, target, name) for target, name in names.items()}
+
+
+def _folder(source: models.Source) -> Path | None:
+    if source.kind == "folder":
+        return Path(source.place)
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(source.place, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _files(folder: Path | None) -> Held:
+    """The tensors of the checkpoint that transformers would take in this folder."""
+    for one, read, names in (
+        ("model.safetensors", _safetensors, _safetensors_names),
+        ("pytorch_model.bin", _bin, _bin_names),
+    ):
+        if folder is None:
+            break
+        index = folder / f"{one}.index.json"
+        if (folder / one).is_file():
+            where = dict.fromkeys(names(folder / one), folder / one)
+        elif index.is_file():
+            found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            where = {name: folder / Path(file).name for name, file in found.items()}
+        else:
+            continue
+        if read is _bin and not all(map(is_zipfile, set(where.values()))):
+            break  # of before PyTorch 1.6: it cannot be mapped
+        return {name: partial(read, path, name) for name, path in where.items()}
+    return {}
+
+
+def _safetensors_names(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
+
+
+def _safetensors(path: Path, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:  # mapped: closed, its pages no longer count
+        return file.get_tensor(name).clone()
+
+
+def _bin_names(path: Path) -> list[str]:
+    return (
+        list(torch.load(path, map_location="cpu", mmap=True, weights_only=True)) if is_zipfile(path) else []
+    )
+
+
+def _bin(path: Path, name: str) -> Tensor:
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)[name].clone().contiguous()

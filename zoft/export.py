@@ -1,0 +1,103 @@
+"""A run as a model that others load: written, loaded again, and compared with the base and with the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoft import base as bases
+from zoft import models, quant, replay, setup, space
+from zoft import run as runs
+from zoft.base import Base
+from zoft.config import Config
+from zoft.errors import UserError
+from zoft.ledger import Log
+
+TOLERANCE = 1e-3  # between the same logits of two loads in fp32, of the largest
+
+
+def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
+    """Write the model of the run in `folder` to `out`, as transformers loads it; returns a line about the checks.
+
+    dtype: of the weights on disk; "auto" is the run's save_dtype. The folder gets its name when what it holds has been
+    loaded again, differs from the base, and gives the logits of the run's own model, rounded to dtype.
+    Raises UserError where dtype holds none of the run's changes, or not its values.
+    """
+    config, log = replay.asked(setup.device(config), folder, replay.Ask())
+    model, tokenizer, config = replay.live(config, folder, log)
+    quant.make_plain(model)
+    word = config.save_dtype if dtype == "auto" else dtype
+    kept = model.checkpoint_dtype if word == "auto" else space.DTYPES[word]
+    with models.whole(out) as draft:
+        models.save(model, tokenizer, draft, dtype=kept, card=card(config, folder, log))
+        plain = logits(widened(model, None))
+        rounded = logits(widened(model, kept))
+        del model
+        again = reloaded(draft, config)
+        off = float((logits(again) - rounded).abs().max() / rounded.abs().max())
+        assert off < TOLERANCE, f"logits of {out} are {off:.2g} from the run's"
+        base = bases.find(config, log.header["base"], str(folder))
+        if quant.layers(base.model):
+            quant.make_plain(base.model)
+            base = bases.of(base.model, base.tokenizer)
+        changed, total = differing(again, base, kept)
+        if not changed:
+            raise UserError(
+                f"{folder}: in {setup.short(kept)} its model is the base: {len(log.records)} steps are too few, or "
+                "too small for that dtype; use --dtype fp32"
+            )
+    apart = float((rounded - plain).norm() / plain.norm())
+    return (
+        f"{out}: {changed:,} of {total:,} numbers differ from the base; loaded again, it gives the run's logits "
+        f"(rounding to {setup.short(kept)} moves them by {apart:.2g} of their size)"
+    )
+
+
+def card(config: Config, folder: Path, log: Log) -> str:
+    """README.md, with the figures of a run that is finished."""
+    if len(log.records) < config.steps:
+        return runs.card(config, {}, steps=f"{len(log.records)} of {config.steps}")
+    return runs.card(config, runs.outcome(folder))
+
+
+def widened(model: Any, dtype: torch.dtype | None) -> Any:
+    """The model with its weights in fp32, through dtype if one is given; it computes without mixing dtypes."""
+    for t in model.state_dict(keep_vars=True).values():
+        if t.is_floating_point():
+            t.data = (t.data if dtype is None else t.data.to(dtype)).float()
+    for _, _, buffer in space.float_buffers(model):
+        buffer.data = buffer.data.float()
+    return model
+
+
+def reloaded(folder: Path, config: Config) -> Any:
+    """What was written, through transformers alone, in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    with models._quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code
+        )
+    return model.eval().to(config.device)
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    """[2, 8, V] of two short rows of tokens."""
+    device = next(model.parameters()).device
+    ids = torch.arange(16, device=device).view(2, 8) * 7 % model.get_input_embeddings().weight.shape[0]
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float().cpu()
+
+
+def differing(model: Any, base: Base, dtype: torch.dtype) -> tuple[int, int]:
+    """How many numbers of a model in fp32 are others than the base's, rounded alike; and how many it has."""
+    state, changed = model.state_dict(), 0
+    for name in base.tensors:
+        theirs = base.read(name).to(state[name].device)
+        if theirs.is_floating_point():
+            theirs = theirs.to(dtype).float()
+        changed += int((state[name] != theirs).sum())
+    return changed, sum(t.numel() for t in base.tensors.values())
