@@ -22,7 +22,6 @@ from zoft import replay as replays
 from zoft import run as runs
 from zoft.config import Config
 
-
 CLIP = 100.0
 
 

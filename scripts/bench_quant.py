@@ -64,8 +64,7 @@ def quantised(name: str, device: str, bits: int, group: int, zero_points: bool, 
 
 def _real_buffers(model: Any, config: Any, device: str) -> None:
     """Rotary tables and the like, from a model of the same kind with one small layer."""
-    small = {k: 1 for k in ("num_hidden_layers",)} | {"vocab_size": 64}
-    config.update(small)
+    config.update({"num_hidden_layers": 1, "vocab_size": 64})
     like = hf.AutoModelForCausalLM.from_config(config)
     for name, buffer in like.named_buffers():
         owner, _, own = name.rpartition(".")

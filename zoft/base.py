@@ -63,7 +63,9 @@ def find(config: Config, wanted: str, where: str) -> Base:
 def loaded(config: Config) -> Base:
     """The base from the model as it is loaded for training: all of it in memory."""
     model, tokenizer = setup.load(config)
-    return of(model.cpu(), lambda: tokenizer)
+    if any(p.device.type != "cpu" for p in model.parameters()):
+        model = model.cpu()
+    return of(model, lambda: tokenizer)
 
 
 def of(model: Any, tokenizer: Callable[[], Any]) -> Base:

@@ -44,7 +44,9 @@ class DeviceAxis(ProbeAxis):
         self.ahead = False  # a step broke off after the update before it had reached every tensor
         self._done: set[int] = set()  # tensors that have the pending update, in the step under way
         small = [
-            t for t in self.trained if t.stored.ndim <= 1 and t.stored.dtype == t.compute == torch.float32
+            t
+            for t in self.trained
+            if t.stored.ndim <= 1 and t.stored.dtype == t.compute == torch.float32 and t.floor is None
         ]
         self.narrow = _narrowed(self.sites, small, eps, seed, kind)
         self.small: dict[int, slice] = {}

@@ -287,11 +287,13 @@ def save(
     README.md, see model_card(). dequantise: write quantised layers as plain weights, which every library reads.
     Errors: UserError where a value does not fit in dtype.
     """
-    from zoft import quant, quant_files
+    from zoft import quant, quant_files, quant_other
 
     with whole(out_dir) as folder:
-        with _quiet():
-            model.save_pretrained(folder, state_dict=_cast(model, dtype, dequantise))
+        # transformers cannot undo what it did to such a model while it loaded it; it loads this form as well.
+        form = {"save_original_format": False} if quant_other.alive(model) else {}
+        with _quiet(), quant_other.own_form(model):
+            model.save_pretrained(folder, state_dict=_cast(model, dtype, dequantise), **form)
         if quant.layers(model) and not dequantise:
             quant_files.mark(folder, model)
         finish_folder(folder, tokenizer, dtype, card)

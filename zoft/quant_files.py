@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from zoft import quant
+from zoft import quant, quant_other
 from zoft.errors import UserError
 from zoft.quant import QuantLinear
 
@@ -200,6 +200,8 @@ def state(model: nn.Module, dequantise: bool) -> tuple[dict[str, Tensor], set[st
     """(a model's tensors as they are saved, names of those that keep their dtype): scales as they are, never as
     logarithms; with dequantise plain weights on the CPU in place of codes and scales."""
     tensors, kept = dict(model.state_dict()), set()
+    for name in quant_other.alive(model):
+        kept |= {key for key in tensors if key.startswith(f"{name}.")}
     for name, layer in quant.layers(model).items():
         if dequantise:
             for own in ("codes", "scales", "zeros", "order"):

@@ -20,6 +20,7 @@ from zoft import (
     objective,
     precision,
     quant,
+    quant_other,
     routes,
     selfcheck,
     space,
@@ -69,7 +70,9 @@ def model(config: Config) -> tuple[nn.Module, Any, str]:
     say(f"loading {config.model}")
     loaded, tokenizer = load(config)
     base = models.fingerprint(loaded)
-    return loaded.to(config.device), tokenizer, base
+    if next(loaded.parameters()).device != torch.device(config.device):  # some quantised models cannot be moved
+        loaded = loaded.to(config.device)
+    return loaded, tokenizer, base
 
 
 def load(config: Config) -> tuple[Any, Any]:
@@ -78,6 +81,8 @@ def load(config: Config) -> tuple[Any, Any]:
     if config.bits is not None:
         keys: dict[str, Any] = {k: getattr(config, k) for k in ("bits", "group", "zero_points")}
         say(quant.quantise_model(loaded, **keys, head=config.quantise_head, device=config.device))
+    if config.recipe == "qzo" and not quant.layers(loaded) and (found := dict(quant_other.attach(loaded))):
+        say(f"{len(found)} quantised layers follow their scales")
     if config.eps_mode == "relative" and not quant.layers(loaded):
         raise UserError(
             "eps_mode=relative: no layer of this model is quantised by zoft; set bits=4 or bits=8"
