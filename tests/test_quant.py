@@ -35,11 +35,12 @@ def by_hand(w, bits, group, zero_points, clip=1.0):
             low, high = np.float32(min(part.min(), 0)), np.float32(max(part.max(), 0))
             if zero_points:
                 s = np.float32(max((high - low) * np.float32(clip / top), 1e-7))
-                z = float(np.clip(np.round(-low * np.float32(clip) / s), 0, top))
+                z = np.clip(-low * np.float32(clip) / s, np.float32(0), np.float32(top))
+                z = np.round(z * np.float32(128)) / np.float32(128)
             else:
                 s = np.float32(max(max(high, -low) * np.float32(clip / (half - 1)), 1e-7))
-                z = float(half)
-            c = np.clip(np.round(part / s) + z, 0, top)
+                z = np.float32(half)
+            c = np.clip(np.round(part / s + z), 0, top)
             codes[o, start : start + group] = c
             back[o, start : start + group] = s * (c - z).astype(np.float32)
             scales.append(s)
@@ -62,7 +63,7 @@ def test_codes_and_back_as_by_hand(shape, group, bits, zero_points):
     want, want_scales, want_zeros, back = by_hand(w, bits, own, zero_points)
     np.testing.assert_array_equal(scales.numpy(), want_scales)
     if zero_points:
-        np.testing.assert_array_equal(zeros.numpy(), want_zeros)
+        np.testing.assert_array_equal(zeros.numpy() / 128, want_zeros)
     flat = codes[..., :own].flatten(1)[:, : shape[1]]
     np.testing.assert_array_equal(flat.numpy(), want)
     packed = quant.pack(codes, bits)
@@ -88,7 +89,7 @@ def test_the_clip_with_the_least_error_is_found(zero_points):
     tried = [by_hand(w, 4, 64, zero_points, clip)[3] for clip in quant.CLIPS]
     error = np.stack([((b - w).astype(np.float64) ** 2).reshape(16, 2, 64).sum(-1) for b in tried])
     codes, scales, zeros = quant.quantise(torch.from_numpy(w), 4, 64, zero_points)
-    zero = 8 if zeros is None else zeros.numpy()[..., None].astype(np.float32)
+    zero = 8 if zeros is None else zeros.numpy()[..., None].astype(np.float32) / 128
     got = scales.numpy()[..., None] * (codes.numpy().astype(np.float32) - zero)
     mine = ((got.reshape(16, 128) - w).astype(np.float64) ** 2).reshape(16, 2, 64).sum(-1)
     np.testing.assert_allclose(mine, error.min(0), rtol=1e-6)
@@ -101,7 +102,7 @@ def test_zeros_and_great_numbers():
     for zero_points in (False, True):
         codes, scales, zeros = quant.quantise(w, 4, 32, zero_points)
         assert torch.isfinite(scales).all() and (scales >= quant.FLOOR).all()
-        zero = 8.0 if zeros is None else zeros[..., None].float()
+        zero = 8.0 if zeros is None else zeros[..., None].float() / 128
         back = (scales[..., None] * (codes.float() - zero)).flatten(1)
         assert not back[0].any() and back[1, 3] == pytest.approx(1e30, rel=1e-6)
 

@@ -93,10 +93,10 @@ def ptx(kernel, types, constants, **options):
 
 for bits, group in ((4, 128), (8, 64)):
     held = group * bits // 8
-    types = dict(codes="*u8", scales="*fp32", zeros="*u8", out="*bf16", count="i32", groups="i32", width="i32", size="i32")
+    types = dict(codes="*u8", scales="*fp32", zeros="*i16", out="*bf16", count="i32", groups="i32", width="i32", size="i32")
     fixed = dict(BITS=bits, GROUP=group, HELD=held, WHOLE=True, HAS_ZEROS=True, LOG=False, PROBES=2, GROUPS=4096 // group, BLOCK=held)
     print(ptx(q._dequantise, types, fixed, num_warps=4, enable_fp_fusion=False))
-    types = dict(x="*bf16", codes="*u8", scales="*fp32", zeros="*u8", bias="*bf16", y="*bf16", rows="i32", width="i32", outs="i32", groups="i32")
+    types = dict(x="*bf16", codes="*u8", scales="*fp32", zeros="*i16", bias="*bf16", y="*bf16", rows="i32", width="i32", outs="i32", groups="i32")
     fixed = dict(BITS=bits, GROUP=group, HELD=held, HAS_ZEROS=True, HAS_BIAS=True, BIASES=False, LOG=False, PROBES=2, ROWS=64, OUTS=64)
     print(ptx(q._product, types, fixed, num_warps=4, num_stages=3))
 """

@@ -38,7 +38,7 @@ class Twin:
             codes = (
                 quant.unpack(m.codes, m.bits, m.padded)[..., : m.group].numpy().astype(dtype)
             )  # [out, G, n]
-            zero = 2 ** (m.bits - 1) if m.zeros is None else m.zeros.numpy().astype(dtype)[..., None]
+            zero = 2 ** (m.bits - 1) if m.zeros is None else m.zeros.numpy().astype(dtype)[..., None] / 128
             cls = Conv1D(m.out_features, m.in_features) if m.transposed else nn.Linear(m.in_features, m.out_features, bias=m.bias is not None)  # fmt: skip
             cls.bias = m.bias
             parent, _, own = name.rpartition(".")

@@ -171,7 +171,7 @@ def _from_gptq(tensors: dict[str, Tensor], shape: tuple, group: int, found: Sett
     codes = (tensors["qweight"][:, None] >> shifts[:, None]) & top  # [in·bits/32, 32/bits, out]
     codes = codes.flatten(0, 1).to(torch.uint8).mT  # [out, in]
     zeros = ((tensors["qzeros"][..., None] >> shifts) & top).flatten(1)  # [G, out]
-    zeros = ((zeros + found.first_zero) & top).to(torch.uint8).mT.contiguous()  # [out, G]
+    zeros = ((zeros + found.first_zero) & top).to(torch.int16).mT.contiguous()  # [out, G]
     if tuple(codes.shape) != tuple(shape):
         raise ValueError(f"qweight holds {tuple(codes.shape)}, the layer has {tuple(shape)}")
     order = None
@@ -190,7 +190,7 @@ def _from_gptq(tensors: dict[str, Tensor], shape: tuple, group: int, found: Sett
     return {
         "codes": quant.pack(codes, bits),
         "scales": tensors["scales"].mT.contiguous(),
-        "zeros": None if bool((zeros == half).all()) else zeros,
+        "zeros": None if bool((zeros == half).all()) else zeros * quant.UNIT,
         "order": order,
         "bias": tensors.get("bias"),
     }

@@ -47,7 +47,9 @@ def _enliven(module: Any, scales: Scales, put: Callable[[Any, Tensor], None], dt
 
     module.__dict__.pop("scales", None)
     module.register_parameter("scales", scales)
-    module.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "put": put})
+    module.__class__ = type(
+        kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "put": put}
+    )
 
 
 @torch.no_grad()

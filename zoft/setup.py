@@ -70,7 +70,9 @@ def model(config: Config) -> tuple[nn.Module, Any, str]:
     say(f"loading {config.model}")
     loaded, tokenizer = load(config)
     base = models.fingerprint(loaded)
-    if next(loaded.parameters()).device != torch.device(config.device):  # some quantised models cannot be moved
+    if next(loaded.parameters()).device != torch.device(
+        config.device
+    ):  # some quantised models cannot be moved
         loaded = loaded.to(config.device)
     return loaded, tokenizer, base
 
