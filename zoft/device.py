@@ -62,7 +62,9 @@ class DeviceAxis(ProbeAxis):
         small = [
             t
             for t in self.trained
-            if (t.stored.ndim <= 1 or t.id in pairs) and t.stored.dtype == t.compute == torch.float32
+            if (t.stored.ndim <= 1 or t.id in pairs)
+            and t.stored.dtype == t.compute == torch.float32
+            and t.floor is None
         ]
         self.narrow = _narrowed(self.sites, small, eps, seed, kind)
         self.small: dict[int, tuple[Pack, slice]] = {}

@@ -115,7 +115,9 @@ def replay(config: Config, folder: Path, out: Path, ask: Ask) -> int:
             for name, tensor in made:
                 if name in log.header["trained"]:
                     state[name].data = tensor.cpu()
-            models.save(base.model, tokenizer, out, dtype=dtype, card=text)
+            models.save(
+                base.model, tokenizer, out, dtype=dtype, card=text, dequantise=config.save_dequantised
+            )
         else:
             with models.whole(out) as draft:
                 stream(base, made, draft, dtype)
@@ -257,6 +259,7 @@ class Tensors:
     def _of(self, name: str, theta: Tensor, dtype: torch.dtype) -> Trained:
         t = space.one(name, nn.Parameter(theta.to(dtype), requires_grad=False))
         sparse.one(t, self.config.mask, self.config.sparsity, self.config.seed)
+        t.floor = self.log.header.get("floors", {}).get(name)
         return t
 
     def _repeat(self, t: Trained, did: Callable[[int], None]) -> None:

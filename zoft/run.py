@@ -172,7 +172,7 @@ def evaluate(config: Config, folder: str | Path | None = None) -> dict[str, Any]
                 + (" and evaluate that with model=DIR" if saved.name == "model" else "")
             )
         if saved.name == "model":
-            config = dataclasses.replace(config, model=str(saved))
+            config = dataclasses.replace(config, model=str(saved), bits=None, eps_mode="absolute")
         else:
             adapter = saved
     from zoft import models, tasks
@@ -447,7 +447,7 @@ def save(
             if config.train in ADAPTERS:
                 adapters.save(model, out, tokenizer=tokenizer, card=text)
             else:
-                models.save(model, tokenizer, out, dtype=dtype, card=text)
+                models.save(model, tokenizer, out, dtype=dtype, card=text, dequantise=config.save_dequantised)
     except SafetensorError as error:
         raise UserError(f"cannot write {out}: {error}") from OSError(str(error))
 
