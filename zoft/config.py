@@ -243,9 +243,8 @@ def digests(config: Config) -> dict[str, str]:
 
 
 def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The keys in which two configs differ, from their `digests`; one that a side does not know has its default."""
-    usual = digests(Config())
-    return [k for k in {**before, **now} if before.get(k, usual.get(k)) != now.get(k, usual.get(k))]
+    """The keys in which two configs differ, from their `digests`; a key of another zoft, which one lacks, is none."""
+    return [k for k, value in before.items() if now.get(k, value) != value]
 
 
 def fields() -> dict[str, dataclasses.Field[Any]]:
