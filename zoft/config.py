@@ -356,6 +356,15 @@ def _check_mask(config: Config) -> None:
         )
     if config.mask == "auto":
         config.mask = "magnitude" if ours else "none"
+    if ours and config.train in ADAPTERS:
+        raise UserError(
+            f"train={config.train}: recipe=sparse_mezo masks a model's own matrices; use recipe=lora_zo"
+        )
+    if config.mask == "magnitude" and config.denoise_every:
+        raise UserError(
+            f"denoise_every={config.denoise_every}: with mask=magnitude the rounded weights decide what moves, so that "
+            "there is no sum without rounding; leave it out"
+        )
     if config.mask == "magnitude" and config.perturb == "inplace":
         raise UserError(
             "mask=magnitude: perturb=inplace moves the weights whose size says which of them move; "

@@ -81,6 +81,7 @@ class DeviceAxis(ProbeAxis):
 
     def _packed(self, some: list[Trained], momentum: bool) -> Pack:
         """The tensors moved to one place, end to end."""
+        assert all(t.mask is None and t.floor is None for t in some), [t.name for t in some]
         sizes = [t.stored.numel() for t in some]
         theta = torch.cat([t.stored.flatten() for t in some])
         out = torch.empty(2 * self.control.q, theta.numel(), dtype=torch.float32, device=theta.device)
