@@ -186,7 +186,8 @@ def value_faults(header: Mapping[str, Any]) -> list[str]:
         kind = str(known[name].type)
         right = str if kind.startswith("str") else int if kind.startswith("int") else (int, float)
         try:
-            if isinstance(value, bool) or not isinstance(value, right) or value == "auto":
+            open_still = value == "auto" and name in ("storage", "compute", "perturb")
+            if isinstance(value, bool) or not isinstance(value, right) or open_still:
                 raise UserError(f"{name}={value!r}")
             check_value(name, value, known[name])
         except UserError as error:
