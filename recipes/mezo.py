@@ -17,6 +17,7 @@ from zoft import evaluate, setup, space, tasks
 from zoft import replay as replays
 from zoft import run as runs
 from zoft.config import Config
+from zoft.ledger import Log
 
 
 def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = False) -> dict[str, Any]:
@@ -43,3 +44,8 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
 def replay(config: Config, folder: Path, out: Path, ask: replays.Ask) -> int:
     """Base + ledger -> a model of the run in `out`; returns its number of steps."""
     return replays.replay(config, folder, out, ask)
+
+
+def rebuild(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
+    """(the run's model in memory after the log's steps, its tokenizer, the config)."""
+    return replays.live(config, folder, log)

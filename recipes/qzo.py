@@ -21,6 +21,7 @@ from zoft import evaluate, setup, space, tasks
 from zoft import replay as replays
 from zoft import run as runs
 from zoft.config import Config
+from zoft.ledger import Log
 
 CLIP = 100.0
 
@@ -48,4 +49,9 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
 
 def replay(config: Config, folder: Path, out: Path, ask: replays.Ask) -> int:
     """Base + ledger -> a model of the run in `out`; returns its number of steps."""
-    return replays.replay(config, folder, out, ask)
+    return replays.in_memory(config, folder, out, ask, rebuild)
+
+
+def rebuild(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
+    """(the run's model in memory after the log's steps, its tokenizer, the config)."""
+    return replays.live(config, folder, log)

@@ -36,6 +36,7 @@ def sync(device: str) -> None:
 def release(device: str) -> None:
     gc.collect()
     if device.startswith("cuda"):
+        getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()  # of streams that are gone
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
@@ -153,7 +154,8 @@ def trainer_step(
 
     config: see `config_for`. rows: training examples. Time runs from ledger append to ledger append.
     {ms: (last append − first) / steps, by the wall; events_ms: the same by device events; median_ms: of single
-    steps; steps, trained, storage, compute, group, weights_bytes, peak_bytes (of the steps), setup_peak_bytes, losses}
+    steps; steps, trained, storage, compute, group, weights_bytes, peak_bytes (set-up and capture included), steps_peak_bytes
+    (the steps', whose activations are in a graph's pool, and not counted), losses}
     """
     device = config.device
     precisions = {n: p.dtype for n, p in model.named_parameters()}
@@ -227,9 +229,9 @@ def _timed(trainer: Trainer, ledger: Any, device: str, seconds: float, steps: in
         "events_ms": events[0].elapsed_time(events[-1]) / steps if cuda else None,
         "median_ms": median(1e3 * (b - a) for a, b in zip(walls, walls[1:])),
         "steps": steps,
-        "peak_bytes": allocated,
+        "peak_bytes": None if allocated is None or setup_peak is None else max(allocated, setup_peak),
         "peak_reserved_bytes": reserved,
-        "setup_peak_bytes": setup_peak,
+        "steps_peak_bytes": allocated,
     }
 
 

@@ -155,9 +155,8 @@ def tables(rows: list[dict[str, Any]], q: int) -> str:
         "GB",
         "weights",
         "one forward",
-        "probe axis, peak",
+        "probe axis, peak, set-up included",
         "reserved",
-        "set-up, peak",
         "in-place, peak",
         "reference, peak",
         "probe peak ÷ (weights + one forward)",
@@ -166,7 +165,7 @@ def tables(rows: list[dict[str, Any]], q: int) -> str:
     for r in (r for r in rows if "error" not in r):
         p = r["probe"]
         sizes = [r["weights_bytes"], r["forwards"].get("activation_bytes"), p.get("peak_bytes"), p.get("peak_reserved_bytes"),
-                 p.get("setup_peak_bytes"), r["inplace"].get("peak_bytes"), r["reference"].get("peak_bytes")]  # fmt: skip
+                 r["inplace"].get("peak_bytes"), r["reference"].get("peak_bytes")]  # fmt: skip
         shown = ["" if s is None else f"{s / 1e9:.3f}" for s in sizes]
         lines.append(
             _line([f"{r['model']} {r['batch']}×{r['tokens']}", *shown, _figure(r["peak_over_inference"], "")])

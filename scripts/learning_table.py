@@ -1,69 +1,141 @@
-"""What storage does to learning: one model, one task, MeZO with several stores and seeds, and the usual loop.
+"""What a choice does to learning: one model, one task, equal forwards, several seeds, side by side.
 
-    python scripts/learning_table.py --device cuda --steps 5000 --json learning.json
+    python scripts/learning_table.py storage --device cuda --json storage.json
+    python scripts/learning_table.py recipes --device cuda:0 --device cuda:1 --jobs 4 --json recipes.json
+    python scripts/learning_table.py storage --add storage.json --add more.json    (prints, runs nothing)
 
-Each run is `zoft train` in a process of its own (--jobs at a time); the usual in-place bf16 loop is
-scripts/reference_loop.py. Prints a markdown table of mean ± sd over the seeds.
+Each run is `zoft train` in a process of its own; the usual in-place bf16 loop is scripts/reference_loop.py, training with
+gradients is scripts/first_order.py. Prints a markdown table of mean ± sd over the seeds; results are written as they come.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
+import queue
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 SCRIPTS = Path(__file__).resolve().parent
-# name -> (overrides of zoft train, seeds)
-RUNS: dict[str, tuple[list[str], int]] = {
-    "fp16 / bf16": (["storage=fp16", "compute=bf16", "noise=gaussian"], 3),
-    "fp32 / bf16": (["storage=fp32", "compute=bf16", "noise=gaussian"], 3),
-    "bf16 / bf16": (["storage=bf16", "compute=bf16", "noise=gaussian"], 1),
-    "fp16 / bf16, rademacher": (["storage=fp16", "compute=bf16", "noise=rademacher"], 1),
-}
-USUAL = "usual loop, bf16"
+TUNE = 1000  # seed of the runs that choose
 METRICS = ("accuracy", "auc", "calibrated_accuracy", "macro_f1", "loss")
+MEZO = ["--config", "mezo/reviews", "task=reviews", "train=all", "cache_frozen=false", "schedule=constant", "batch_size=16",
+        "eps=1e-3", "eval_every=0", "lr=1e-5"]  # fmt: skip
+COMMON = ["task=reviews", "cache_frozen=false", "batch_size=16", "eval_every=0"]
 
 
-def one(name: str, extra: list[str], seed: int, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Train once; {name, seed, before, after, seconds} or {name, seed, error}."""
-    out = folder / f"{name.replace(' ', '').replace('/', '-').replace(',', '-')}-{seed}"
-    steps = args.reference_steps if name == USUAL else args.steps
-    common = [*args.overrides, f"steps={steps}", f"seed={seed}", f"device={args.device}"]
-    if name == USUAL:
-        script = str(SCRIPTS / "reference_loop.py")
-        command = [sys.executable, script, "--config", args.config, "--json", f"{out}.json", *common]
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: a command, its seeds, and the values among which a short run with another seed chooses."""
+
+    arguments: list[str]
+    seeds: int = 1
+    script: str = ""  # "" is `zoft train`
+    grid: tuple[str, ...] = ()
+
+
+def recipe(arguments: str, *lrs: str, seeds: int = 3) -> Row:
+    """A recipe on all of the table's terms, its lr chosen among these."""
+    fixed = [*arguments.split(), *COMMON, "schedule=linear", "noise=gaussian"]
+    return Row(fixed, seeds, grid=tuple(f"lr={lr}" for lr in lrs))
+
+
+def gradients(arguments: str) -> Row:
+    return Row([*arguments.split(), *COMMON], 1, "first_order.py")
+
+
+TABLES: dict[str, dict[str, Row]] = {
+    "storage": {
+        "fp16 / bf16": Row([*MEZO, "noise=gaussian", "storage=fp16", "compute=bf16"], 3),
+        "usual loop, bf16": Row([*MEZO, "noise=gaussian"], 1, "reference_loop.py"),
+        "fp32 / bf16": Row([*MEZO, "noise=gaussian", "storage=fp32", "compute=bf16"], 3),
+        "bf16 / bf16": Row([*MEZO, "noise=gaussian", "storage=bf16", "compute=bf16"], 1),
+        "fp16 / bf16, rademacher": Row([*MEZO, "noise=rademacher", "storage=fp16", "compute=bf16"], 1),
+    },
+    "recipes": {
+        "MeZO": recipe("--config mezo/reviews train=all eps=1e-3", "1e-5", "2e-5", "4e-5"),
+        "Sparse-MeZO 0.75": recipe(
+            "--config sparse_mezo/reviews train=all eps=1e-3 sparsity=0.75", "2e-5", "4e-5", "8e-5"
+        ),
+        "random mask 0.75": recipe(
+            "--config sparse_mezo/reviews train=all eps=1e-3 sparsity=0.75 mask=random",
+            "1e-5",
+            "2e-5",
+            "4e-5",
+        ),
+        "LoRA-ZO, rank 8": recipe("--config lora_zo/reviews train=lora eps=1e-2", "1e-4", "3e-4", "1e-3"),
+        "QZO, 4 bits": recipe("--config qzo/reviews train=scales bits=4 eps=1e-3", "1e-7", "1e-6", "1e-5"),
+        "QZO, 8 bits": recipe(
+            "--config qzo/reviews train=scales bits=8 eps=1e-3", "1e-8", "1e-7", "1e-6", seeds=1
+        ),
+        "prefix of 5": recipe("--config lora_zo/reviews train=prefix eps=1e-1", "1e-3", "1e-2", seeds=1),
+        "prompt of 10": recipe("--config lora_zo/reviews train=prompt eps=1e-2", "1e-3", "1e-2", seeds=1),
+        "Sparse-MeZO 0.5": recipe(
+            "--config sparse_mezo/reviews train=all eps=1e-3 sparsity=0.5", "1e-5", "2e-5", "4e-5", seeds=1
+        ),
+        "Sparse-MeZO 0.8": recipe(
+            "--config sparse_mezo/reviews train=all eps=1e-3 sparsity=0.8", "2e-5", "4e-5", "8e-5", seeds=1
+        ),
+        "AdamW, all weights": gradients("--config mezo/reviews train=all lr=2e-5 steps=500"),
+        "AdamW, LoRA of rank 8": gradients("--lora 8 --config mezo/reviews train=all lr=5e-4 steps=500"),
+    },
+}
+
+
+def one(name: str, row: Row, seed: int, steps: int, device: str, folder: Path) -> dict[str, Any]:
+    """Train once; {name, seed, before, after, seconds, steps, forwards, late} or {name, seed, error}.
+
+    late: mean training loss of the last fifth of the steps."""
+    out = folder / f"{''.join(c if c.isalnum() else '-' for c in name)}-{seed}"
+    own = [
+        f"seed={seed}",
+        f"device={device}",
+        *([] if row.script == "first_order.py" else [f"steps={steps}"]),
+    ]
+    if row.script:
+        command = [sys.executable, str(SCRIPTS / row.script), "--json", f"{out}.json", *row.arguments, *own]
     else:
-        command = [sys.executable, "-m", "zoft", "train", "--config", args.config, *common, *extra]
-        command += [f"output_dir={out}", "save_model=false"]
+        command = [
+            sys.executable,
+            "-m",
+            "zoft",
+            "train",
+            *row.arguments,
+            *own,
+            f"output_dir={out}",
+            "save_model=false",
+        ]
     done = subprocess.run(command, capture_output=True, text=True)
     print(f"{name} seed {seed}: {'done' if done.returncode == 0 else 'failed'}", file=sys.stderr, flush=True)
     if done.returncode:
         return {"name": name, "seed": seed, "error": " ".join(done.stderr.strip().splitlines()[-3:])[-400:]}
-    found = json.loads(
-        (out / "result.json" if name != USUAL else Path(f"{out}.json")).read_text(encoding="utf-8")
-    )
+    found = json.loads(Path(f"{out}.json" if row.script else out / "result.json").read_text(encoding="utf-8"))
+    kept = {k: found[k] for k in ("before", "after", "steps")}
+    if not row.script:
+        lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        losses = [m["loss"] for m in map(json.loads, lines) if "loss" in m]
+        kept["late"] = statistics.fmean(losses[-len(losses) // 5 :])
     seconds = found.get("train_seconds", found.get("seconds"))
+    command = [c for c in row.arguments if c not in COMMON]
     return {
-        "name": name,
-        "seed": seed,
-        "before": found["before"],
-        "after": found["after"],
-        "seconds": seconds,
-        "steps": found["steps"],
-    }
+        "name": name, "seed": seed, "seconds": seconds, "forwards": found.get("forwards"), "command": command, **kept
+    }  # fmt: skip
 
 
 def table(rows: list[dict[str, Any]]) -> str:
+    short = [r for r in rows if r["seed"] == TUNE]
+    rows = [r for r in rows if r["seed"] != TUNE]
     good = [r for r in rows if "error" not in r]
-    lines = ["| weights stored / computed | seeds | steps | " + " | ".join(METRICS) + " | seconds |"]
+    lines = ["| | seeds | steps | " + " | ".join(METRICS) + " | seconds |"]
     lines.append("| --- " * (len(METRICS) + 4) + "|")
     if good:
         cells = [f"{good[0]['before'][m]:.3f}" for m in METRICS]
@@ -80,53 +152,88 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells.append(f"{statistics.mean(values):.3f}{spread}")
         seconds = statistics.mean(r["seconds"] for r in mine)
         lines.append(f"| {name} | {len(mine)} | {mine[0]['steps']} | {' | '.join(cells)} | {seconds:.0f} |")
+    if short:
+        lines += ["", "Chosen by the mean training loss at the end of a short run with another seed:", ""]
+        lines += [f"- {r['name']}: {r.get('late', r.get('error', '?'))}" for r in short]
     return "\n".join(lines)
+
+
+def run(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Every run of the table that `rows` lacks, --jobs at a time, spread over the devices; appended to `rows`.
+
+    A row with a grid first runs --tune-steps of each value with seed TUNE, and goes on with the one of least `late`.
+    """
+    chosen = {n: r for n, r in TABLES[args.table].items() if not args.only or n in args.only}
+    have = {(r["name"], r["seed"]) for r in rows if "error" not in r}
+    free: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for i in range(args.jobs):
+        free.put(args.device[i % len(args.device)])
+    lock = threading.Lock()
+
+    def work(name: str, row: Row, seed: int, steps: int) -> None:
+        device = free.get()
+        try:
+            found = one(name, row, seed, steps, device, Path(folder))
+        finally:
+            free.put(device)
+        with lock:
+            rows.append(found)
+            if args.json:
+                Path(args.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+        trials = [
+            (f"{n}: {g}", replace(r, arguments=[*r.arguments, g])) for n, r in chosen.items() for g in r.grid
+        ]
+        trials = [(n, r) for n, r in trials if (n, TUNE) not in have]
+        list(pool.map(lambda t: work(*t, TUNE, args.tune_steps), trials))
+        jobs = []
+        for seed in range(args.seeds):
+            for name, row in chosen.items():
+                if seed < row.seeds and (name, seed) not in have:
+                    best = [*row.arguments, *([tuned(name, row, rows)] if row.grid else [])]
+                    jobs.append((name, replace(row, arguments=best), seed, args.steps))
+        list(pool.map(lambda job: work(*job), jobs))
+
+
+def tuned(name: str, row: Row, rows: list[dict[str, Any]]) -> str:
+    """The value of a row's grid whose short run ended with the least training loss."""
+    late = {r["name"]: r.get("late", math.inf) for r in rows if r["seed"] == TUNE}
+    return min(row.grid, key=lambda g: late.get(f"{name}: {g}", math.inf))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", default="mezo/reviews", help="a packaged config")
+    parser.add_argument("table", choices=sorted(TABLES))
     parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--reference-steps", type=int, default=5000, help="of the usual loop")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--jobs", type=int, default=4, help="runs at a time on the one device")
+    parser.add_argument("--tune-steps", type=int, default=750, help="of the short runs that choose")
+    parser.add_argument("--seeds", type=int, default=3, help="at most")
+    parser.add_argument("--device", action="append", help="repeatable")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, over all devices")
+    parser.add_argument("--only", action="append", default=[], help="a row to run (repeatable)")
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--skip", action="append", default=[], help="a row to leave out (repeatable)")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every run")
-    args = parser.parse_intermixed_args()
-    if not args.overrides:
-        args.overrides = [
-            "task=reviews", "train=all", "cache_frozen=false", "lr=1e-5", "schedule=constant", "batch_size=16",
-            "eps=1e-3", "eval_every=0",
-        ]  # fmt: skip
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [
-            (n, e, s)
-            for seed in range(3)
-            for n, (e, k) in RUNS.items()
-            if n not in args.skip
-            for s in [seed]
-            if s < k
-        ]
-        jobs.insert(2, (USUAL, [], 0))
-        jobs = [j for j in jobs if j[0] not in args.skip]
-        rows = list(pool.map(lambda job: one(*job, args, Path(folder)), jobs))
-    import torch
-    import transformers
+    parser.add_argument(
+        "--add", action="append", default=[], metavar="FILE", help="results of an earlier call"
+    )
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for path in args.add:
+        rows += json.loads(Path(path).read_text(encoding="utf-8"))
+    if args.device:
+        run(args, rows)
+        import torch
+        import transformers
 
-    where = torch.cuda.get_device_name(0) if args.device.startswith("cuda") else platform.machine()
-    print(
-        f"{where}; torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}; {time.monotonic() - began:.0f} s"
-    )
-    print(
-        f"`python scripts/learning_table.py {' '.join(sys.argv[1:])}`\n\noverrides: {' '.join(args.overrides)}\n"
-    )
-    print(table(rows))
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        cuda = args.device[0].startswith("cuda")
+        where = torch.cuda.get_device_name(0) if cuda else platform.machine()
+        print(f"{where}; torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}")
+    order = list(TABLES[args.table])  # a failed run that was repeated is left out
+    done = {(r["name"], r["seed"]) for r in rows if "error" not in r}
+    rows = [r for r in rows if "error" not in r or (r["name"], r["seed"]) not in done]
+    rows.sort(key=lambda r: (order.index(r["name"]) if r["name"] in order else len(order), r["seed"]))
+    print(f"`python scripts/learning_table.py {' '.join(sys.argv[1:])}`\n\n{table(rows)}")
 
 
 if __name__ == "__main__":

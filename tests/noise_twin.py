@@ -112,13 +112,21 @@ def numbers(tensor):
     return tensor.detach().cpu().double().flatten().numpy()
 
 
-def advance(theta, z_of, rounding_of, updates, momentum=None, beta=0.0):
-    """θ and momentum after updates, fp64 [n] each. z_of(update, k) -> fp32 z [n]; rounding_of(update) -> bits [n]."""
+def chosen(index, tid, seed, share):
+    """Which elements a random mask lets move: bool [n]. The half-words are taken as those of the rounding."""
+    words = _words(index, 8, tid, 2, key(seed, 0, 0))
+    return np.array([int(w[i % 8 // 2]) >> (16 * (i % 2)) & 0xFFFF for i, w in zip(index, words)]) < share
+
+
+def advance(theta, z_of, rounding_of, updates, momentum=None, beta=0.0, moving=None):
+    """θ and momentum after updates, fp64 [n] each. z_of(update, k) -> fp32 z [n]; rounding_of(update) -> bits [n];
+    moving(θ) -> bool [n], what a mask lets move."""
     work = np.float64 if theta.dtype is torch.float64 else np.float32
     a = numbers(theta).astype(work)
     m = None if momentum is None else numbers(momentum).astype(work)
     for u in updates:
         assert isinstance(u, Update)
+        before, on = a, np.full(len(a), True) if moving is None else moving(a)
         noop = all(x == 0 for x in u.multipliers) and u.decay == 1 and (m is None or beta == 0)
         if u.restore:
             z_last = z_of(u, len(u.multipliers) - 1).astype(work)
@@ -126,11 +134,13 @@ def advance(theta, z_of, rounding_of, updates, momentum=None, beta=0.0):
         if noop or u.decay == -1:
             if u.restore and theta.dtype in (torch.bfloat16, torch.float16):
                 a = round_nearest(a, theta.dtype).astype(work)
+            a = np.where(on, a, before)
             continue
         s = np.full_like(a, -0.0)  # an empty sum changes nothing
         for k, multiplier in enumerate(u.multipliers):
             product = (work(multiplier + 0.0) * z_of(u, k).astype(work)).astype(work)
             s = product if k == 0 else (s + product).astype(work)
+        s = np.where(on, s, work(-0.0))
         if m is not None:
             s = m = ((work(beta) * m).astype(work) + s).astype(work)
         if u.decay != 1:
@@ -138,4 +148,5 @@ def advance(theta, z_of, rounding_of, updates, momentum=None, beta=0.0):
         a = (a + s).astype(work)
         if theta.dtype in (torch.bfloat16, torch.float16):
             a = round_stochastic(a, rounding_of(u), theta.dtype).astype(work)
+        a = np.where(on, a, before)
     return a.astype(np.float64), m

@@ -130,7 +130,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(args, part, tmp_path, monkeypatch
 
 def test_an_unknown_verb_names_the_nearest():
     result = invoke("trian")
-    assert result.exit_code == 2 and "'train'" in result.stderr
+    assert result.exit_code == 2 and "did you mean train?" in result.stderr
 
 
 def test_a_bug_keeps_its_traceback(tmp_path):

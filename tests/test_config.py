@@ -125,6 +125,10 @@ def test_labels_that_yaml_reads_as_something_else():
         ("probes_per_forward=0", ["probes_per_forward=0", "≥ 1"]),
         ("device=gpu", ["device=gpu", "cuda:0"]),
         ("save_model=maybe", ["save_model=maybe", "true or false"]),
+        ("mask=random", ["mask=random", "recipe=sparse_mezo", "not mezo"]),
+        ("sparsity=0.5", ["sparsity=0.5", "recipe=sparse_mezo", "not mezo"]),
+        ("sparsity=1", ["sparsity=1", "< 1"]),
+        ("mask=magnitud", ["mask=magnitud", "did you mean magnitude?"]),
         ("task=sst", ["task=sst", "reviews"]),
         ("task=review", ["did you mean reviews?"]),
         ("recipe=mezzo", ["recipe=mezzo", "mezo"]),
@@ -250,6 +254,13 @@ def test_a_run_that_trusted_code_must_be_told_so_again(tmp_path):
     assert load_run(tmp_path, ["trust_remote_code=true"]) == config
     with pytest.raises(UserError, match="not a run's folder"):
         load_run(tmp_path / "nothing")
+
+
+def test_a_mask_by_magnitude_goes_with_no_move_in_place():
+    assert "mask=random" in refused("sparse_mezo/reviews", "perturb=inplace")
+    assert compose("sparse_mezo/reviews", ["perturb=inplace", "mask=random"]).mask == "random"
+    assert compose("sparse_mezo/reviews").mask == "magnitude" and compose(REVIEWS).mask == "none"
+    assert compose("sparse_mezo/reviews", ["mask=none"]).mask == "none"
 
 
 def test_keys_are_documented_and_reachable():

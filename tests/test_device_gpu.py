@@ -6,9 +6,9 @@ import tiny
 import torch
 from test_trainer import calibration, examples, same_bits, weights
 
-from zoft import layout, selfcheck, space
+from zoft import layout, selfcheck, space, sparse
 from zoft.data_order import batch_indices
-from zoft.ledger import Ledger, read
+from zoft.ledger import Ledger, Record, read
 from zoft.objective import Example, collate, losses
 from zoft.probe import InPlace, ProbeAxis
 from zoft.trainer import Settings, Trainer
@@ -42,6 +42,7 @@ def build(
     kind="gaussian",
     accumulate=1,
     inplace=False,
+    mask="none",
     **settings,
 ):
     from zoft.captured import CapturedTrainer, bucket
@@ -63,6 +64,7 @@ def build(
         assert found.stacked, found.note
         trained = selfcheck.live(trained, found)
         space.place(model, trained, storage, compute)
+    sparse.mask(trained, mask, 0.75, settings.seed)
     if inplace:
         axis = (
             InPlace(trained, **common)
@@ -105,6 +107,10 @@ CASES = [
         texts,
         {"inplace": True, "storage": "fp32", "q": 2, "accumulate": 2, "meazo": 0.9},
     ),
+    (lambda: tiny.llama(tie=True), examples, {"mask": "magnitude", "weight_decay": 0.1}),
+    (tiny.opt, texts, {"mask": "magnitude", "storage": "bf16", "beta": 0.9, "q": 2}),
+    (tiny.gpt2, examples, {"mask": "random", "storage": "fp32", "compute": "fp32"}),
+    (tiny.llama, examples, {"mask": "random", "inplace": True, "storage": "bf16"}),
 ]
 
 
@@ -167,6 +173,42 @@ def test_resume_and_replay_end_with_the_same_bits(tmp_path, inplace):
     replayed = build(tmp_path / "replayed", tiny.opt, "captured", data=examples(), beta=0.9)
     replayed.replay(read(tmp_path / "whole")[1])
     assert same_bits(end, weights(replayed.model))
+
+
+@pytest.mark.parametrize("mask", ["none", "magnitude", "random"])
+@pytest.mark.parametrize("policy", ["probes", "inplace"])
+@pytest.mark.parametrize("storage", ["fp32", "fp16", "bf16"])
+def test_a_ledger_gives_the_same_bits_on_both_devices(tmp_path, storage, policy, mask):
+    """Signs as noise; masks, momentum, the cycle of perturb=inplace, skipped steps: replayed here and there."""
+    if policy == "inplace" and mask == "magnitude":
+        pytest.skip("refused")
+    records = []
+    for step in range(30):
+        multipliers = (0.01 * (step % 3 - 1), 0.003)
+        skipped = step in (4, 11)
+        records.append(
+            Record(
+                step,
+                (0.0, 0.0) if skipped else multipliers,
+                1.0 if skipped else 0.875,
+                (0.0,) * 4,
+                skipped,
+                0.01,
+            )
+        )
+    ends = []
+    for place in ("cpu", "cuda"):
+        model = tiny.llama(tie=True).to(place)
+        trained = space.adopt(model, space.train_names(model, "all"))
+        space.place(model, trained, storage, storage, uniform=policy == "inplace")
+        sparse.mask(trained, mask, 0.75, 7)
+        common = {"seed": 7, "kind": "rademacher", "beta": 0.9}
+        axis = InPlace(trained, **common) if policy == "inplace" else ProbeAxis(trained, [], **common)
+        Trainer(
+            model, axis, lambda step: [], None, Settings(seed=7, steps=30, lr=0.01, eps=1e-2, q=2)
+        ).replay(records)
+        ends.append({n: p.detach().cpu() for n, p in model.named_parameters()})
+    assert same_bits(*ends)
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -161,6 +161,14 @@ def test_a_header_that_lacks_what_replay_needs_or_mixes_up_noise_is_named(finish
     assert len(said) == 3 and "no base" in said[0] and "version 9" in said[1] and name in said[2]
 
 
+@pytest.mark.parametrize("trained", [3, ["w"], {"w": 1}, {"w": [1, 2, 3]}, {"w": [1, ["a"], "fp32"]}, None])
+def test_a_header_made_by_hand_is_no_traceback(tmp_path, trained):
+    Ledger.create(tmp_path / "ledger", {"seed": 1, "trained": trained, "plan": 7}).close()
+    code, said = zoft(tmp_path, "--verify")
+    assert code == 2 and "name: [id, shape, dtype]" in said
+    assert zoft(tmp_path)[0] == 0
+
+
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_a_plot_of_a_run_with_skipped_steps(tmp_path, suffix):
     pytest.importorskip("matplotlib")

@@ -322,6 +322,15 @@ def test_a_damaged_or_foreign_header_is_refused(tmp_path):
         read(path)
 
 
+@pytest.mark.parametrize("text", [b"[1]", b"7", b"{", b"\xff\xfe", b""])
+def test_a_header_that_is_no_json_object_is_refused_whatever_its_checksum(tmp_path, text):
+    head = b"zoft\r\n\x1a\n" + struct.pack("<II", 2, len(text)) + text
+    (tmp_path / "ledger").write_bytes(head + struct.pack("<I", zlib.crc32(head)))
+    for call in (read, Ledger.open):
+        with pytest.raises(UserError, match="no JSON object"):
+            call(tmp_path / "ledger")
+
+
 def test_a_missing_file_a_folder_and_an_existing_run_are_refused(tmp_path):
     for call in (read, Ledger.open):
         with pytest.raises(UserError, match="No such file"):

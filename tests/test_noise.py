@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from zoft import noise
-from zoft.noise import GAUSSIAN, RADEMACHER, Update, cpu, kernels
+from zoft.noise import GAUSSIAN, RADEMACHER, Mask, Update, cpu, kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIZES = (1, 3, 4, 127, 129, 1000, 2049, 4200)
@@ -147,27 +147,12 @@ def test_direction_is_the_specification(n):
 @pytest.mark.parametrize("kind", (GAUSSIAN, RADEMACHER))
 @pytest.mark.parametrize("start", (5, 2**31 - 70, 2**32 - 1, 2**34 - 129, 2**39 + 77))
 def test_elements_far_out(kind, start):
-    """The element index has 64 bits; the range starts anywhere."""
-    n = 300
-    out = torch.empty(n)
-    plan = cpu._plan((), ((2, 1.0),), SEED, STEP, np.float32)
-    shape = (kernels.FP32, n, 0)
-    zero, target = np.uint64(0), np.uint64(out.data_ptr())
-    kernels.run(
-        zero,
-        kernels.ZERO,
-        start,
-        start + n,
-        TID,
-        kind == GAUSSIAN,
-        zero,
-        *[np.float32(0)] * 2,
-        plan,
-        target,
-        shape,
-    )
-    exact = twin.z(np.arange(start, start + n), TID, twin.key(SEED, STEP, 2), kind)
-    assert np.abs(out.numpy() - exact).max() <= (noise.GAUSSIAN_BOUND if kind == GAUSSIAN else 0)
+    """The element index has 64 bits."""
+    part, n = start // 128 * 128, 428
+    out, where = torch.empty(1, n), {"seed": SEED, "step": STEP, "noise": kind}
+    noise.perturb(torch.zeros(n), TID, out, [(2, 1.0)], start=part, **where)
+    exact = twin.z(np.arange(part, part + n), TID, twin.key(SEED, STEP, 2), kind)
+    assert np.abs(out[0].numpy() - exact).max() <= (noise.GAUSSIAN_BOUND if kind == GAUSSIAN else 0)
 
 
 @numba.njit
@@ -552,10 +537,11 @@ def test_gather_is_rows_of_the_dense_probe(width, dtype, kind):
         noise.gather(theta, TID, torch.tensor([0, 11]), out[:2], 2, 0.1, **where)
 
 
+@pytest.mark.parametrize("mask", (None, Mask(threshold=0.125), Mask(seed=SEED, share=20000)))
 @pytest.mark.parametrize("kind", (GAUSSIAN, RADEMACHER))
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_parts_of_a_tensor_have_the_bits_of_the_whole(dtype, kind):
-    where = {"seed": SEED, "step": STEP + 3, "noise": kind}
+def test_parts_of_a_tensor_have_the_bits_of_the_whole(dtype, kind, mask):
+    where = {"seed": SEED, "step": STEP + 3, "noise": kind, "mask": mask}
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     shape, keep = (9, 640), torch.bfloat16
     theta, momentum = weights(9 * 640, dtype).view(shape), weights(9 * 640, wide, 1).view(shape)
@@ -566,7 +552,7 @@ def test_parts_of_a_tensor_have_the_bits_of_the_whole(dtype, kind):
     for r0, r1 in ((0, 1), (1, 4), (4, 9)):
         some, buffer, at = parts[r0:r1], buffers[r0:r1], {"start": r0 * 640}
         if r0 == 1:
-            noise.advance(some, TID, UPDATES, kind, momentum=buffer, beta=0.9, **at)
+            noise.advance(some, TID, UPDATES, kind, momentum=buffer, beta=0.9, mask=mask, **at)
             made = torch.empty(len(PROBES), r1 - r0, 640, dtype=keep)
             noise.perturb(some, TID, made, PROBES, **where, **at)
         else:
@@ -614,6 +600,101 @@ def test_empty_tensors():
         noise=GAUSSIAN,
     )
     assert drawn(0).shape == (0,)
+
+
+# ---- masks ---------------------------------------------------------------------------------------------------------
+
+MASKS = {"small": Mask(threshold=float(np.float32(0.01))), "chosen": Mask(seed=SEED, share=20000)}
+
+
+def twin_moving(mask, n, start=0):
+    """The twin's answer: theta [n] as numbers -> bool [n]."""
+    if mask.threshold is not None:
+        return lambda theta: np.abs(theta) <= mask.threshold
+    chosen = twin.chosen(np.arange(start, start + n), TID, mask.seed, mask.share)
+    return lambda theta: chosen
+
+
+@pytest.mark.parametrize("beta", (None, 0.9))
+@pytest.mark.parametrize("kind", (GAUSSIAN, RADEMACHER))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("which", MASKS)
+def test_masked_updates_are_the_twins_bit_for_bit(which, dtype, kind, beta):
+    n, start, mask = 700, 256, MASKS[which]
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    updates = (
+        UPDATES if which == "small" else (*UPDATES, *RESTORES)
+    )  # a mask by magnitude goes with no restore
+    before, moving = weights(n, dtype), twin_moving(mask, n, start)
+    momentum = None if beta is None else weights(n, wide, seed=1)
+    index = np.arange(start, start + n)
+    expected, buffer = twin.advance(
+        before,
+        lambda u, k: drawn(start + n, k, u.step, kind).numpy()[start:],
+        lambda u: twin.rounding_bits(index, TID, twin.key(u.seed, u.step, 0)),
+        updates,
+        momentum,
+        beta or 0.0,
+        moving,
+    )
+    theta, fast = before.clone(), None if momentum is None else momentum.clone()
+    noise.advance(theta, TID, updates, kind, momentum=fast, beta=beta or 0.0, start=start, mask=mask)
+    assert np.array_equal(twin.numbers(theta), expected)
+    assert np.array_equal(
+        np.signbit(twin.numbers(theta)), np.signbit(expected)
+    )  # zeros that stay keep theirs
+    assert fast is None or np.array_equal(twin.numbers(fast), twin.numbers(torch.from_numpy(buffer)))
+    share = moving(twin.numbers(before)).mean()
+    changed = (twin.numbers(theta) != twin.numbers(before)).mean()
+    assert 0.1 < changed < 0.9 and (which == "small" or changed <= share < 1)
+    alone, buffers = before.clone(), None if momentum is None else momentum.clone()
+    for u in updates:
+        noise.advance(alone, TID, [u], kind, momentum=buffers, beta=beta or 0.0, start=start, mask=mask)
+    assert same_bits(alone, theta) and (buffers is None or same_bits(buffers, fast))
+
+
+@pytest.mark.parametrize("kind", (GAUSSIAN, RADEMACHER))
+@pytest.mark.parametrize("out_dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("which", MASKS)
+def test_masked_probes(which, dtype, out_dtype, kind):
+    """What stays is θ itself in every probe, what moves has the bits of a probe without a mask: of θ after the updates."""
+    n, width, mask = 4200, 300, MASKS[which]
+    before = weights(n, dtype).view(-1, width)
+    advanced, where = before.clone(), {"seed": SEED, "step": STEP + 3, "noise": kind}
+    noise.advance(advanced, TID, UPDATES[:3], kind, mask=mask)
+    theta = before.clone()
+    out, plain = torch.empty(2, len(PROBES), *before.shape, dtype=out_dtype)
+    noise.perturb(theta, TID, out, PROBES, updates=UPDATES[:3], mask=mask, **where)
+    assert same_bits(theta, advanced)
+    on = torch.from_numpy(twin_moving(mask, n)(twin.numbers(advanced))).view(-1, width)
+    assert torch.equal(on, noise.moving(advanced, TID, mask)) and 0.2 < on.double().mean() < 0.8
+    noise.perturb(advanced, TID, plain, PROBES, **where)
+    narrow = advanced.float() if out_dtype is torch.bfloat16 else advanced
+    for row, full in zip(out, plain):
+        assert same_bits(row, torch.where(on, full, narrow.to(out_dtype)))
+    rows, some = torch.tensor([3, 0, 13, 3, 7]), torch.empty(5, width, dtype=out_dtype)
+    noise.gather(advanced, TID, rows, some, *PROBES[2], mask=mask, **where)
+    assert same_bits(some, out[2][rows])
+
+
+def test_a_random_mask_is_random_and_lasts():
+    n = 1 << 18
+    for share in (0, 1, 16384, 65536):
+        on = noise.moving(torch.zeros(n), TID, Mask(seed=SEED, share=share)).double()
+        assert abs(on.mean().item() - share / 65536) <= 4 * math.sqrt(max(share, 1) / 65536 / n)
+    masks = [noise.moving(torch.zeros(n), t, Mask(seed=s, share=16384)) for t, s in ((1, 5), (2, 5), (1, 6))]
+    masks += [drawn(n, 0, 0, seed=5, tid=1) > 0.6745]
+    gram = torch.stack(masks).double().corrcoef() - torch.eye(len(masks))
+    assert gram.abs().max() * math.sqrt(n) < 4.5
+
+
+def test_a_mask_by_magnitude_goes_with_no_move_in_place():
+    theta, mask = weights(300, torch.float32), MASKS["small"]
+    with pytest.raises(AssertionError, match="in place"):
+        noise.advance(theta, TID, RESTORES[:1], GAUSSIAN, mask=mask)
+    with pytest.raises(AssertionError, match="in place"):
+        noise.perturb(theta, TID, theta[None], PROBES[:1], seed=0, step=0, noise=GAUSSIAN, mask=mask)
 
 
 # ---- threads -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from zoft.ledger import read
-from zoft.stop import Stopped, listening
+from zoft.stop import RESUME, SIGNALS, Stopped, listening
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -24,9 +24,15 @@ def me(number):
     time.sleep(0)  # the handler runs between two instructions
 
 
-def test_the_first_signal_waits_for_the_end_of_the_step_and_the_second_does_not():
-    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+def test_the_first_signal_waits_for_the_end_of_the_step_and_the_second_does_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = [signal.getsignal(n) for n in SIGNALS]
     done = []
+    with listening("x") as stop:
+        with pytest.raises(Stopped, match="nothing is written"):
+            me(signal.SIGTERM)
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    (tmp_path / "runs" / "x" / "config.yaml").touch()
     with listening("runs/x") as stop:
         with pytest.raises(Stopped, match="--resume runs/x") as stopped, stop.finishing():
             stop.check()
@@ -34,7 +40,7 @@ def test_the_first_signal_waits_for_the_end_of_the_step_and_the_second_does_not(
             done.append("the step")
             stop.check()
             done.append("another")
-        assert done == ["the step"] and stopped.value.code == 143
+        assert done == ["the step"] and (stopped.value.code, stopped.value.number) == (75, signal.SIGTERM)
     with listening("runs/x") as stop:
         with pytest.raises(Stopped), stop.finishing():  # after the last step
             me(signal.SIGINT)
@@ -43,10 +49,11 @@ def test_the_first_signal_waits_for_the_end_of_the_step_and_the_second_does_not(
             me(signal.SIGTERM)
             me(signal.SIGINT)
             done.append("another")
-        assert done == ["the step"] and stopped.value.code == 130
-    with listening("runs/x"), pytest.raises(Stopped):  # an evaluation: nothing is half done
-        me(signal.SIGINT)
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+        assert done == ["the step"] and (stopped.value.code, stopped.value.number) == (75, signal.SIGINT)
+    for number in SIGNALS:
+        with listening("runs/x"), pytest.raises(Stopped):  # an evaluation: nothing is half done
+            me(number)
+    assert [signal.getsignal(n) for n in SIGNALS] == before
 
 
 def test_what_is_ignored_stays_ignored():
@@ -83,7 +90,9 @@ def zoft(place, *args):
     )
 
 
-@pytest.mark.parametrize("numbers", [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGINT, signal.SIGINT)])
+@pytest.mark.parametrize(
+    "numbers", [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGUSR1,), (signal.SIGINT, signal.SIGINT)]
+)
 def test_a_stopped_run_ends_with_the_same_bits(place, numbers):
     name = "-".join(n.name for n in numbers)
     process = zoft(place, f"output_dir={name}")
@@ -93,15 +102,28 @@ def test_a_stopped_run_ends_with_the_same_bits(place, numbers):
     for number in numbers:
         process.send_signal(number)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + numbers[0], said
+    assert process.returncode == RESUME, said
     assert said.splitlines()[-1] == f"stopped; continue with `zoft train --resume {name}`"
     assert "Traceback" not in said
     steps = len(read(place / name / "ledger").records)
     assert 19 <= steps < STEPS and not (place / name / "result.json").exists()
-    if len(numbers) == 1:  # the line of the last step is written, too
+    if len(numbers) == 1:  # every step of the ledger has its line, too
         assert json.loads(metrics.read_text().splitlines()[-1])["step"] == steps - 1
     assert zoft(place, "--resume", name).wait() == 0
     for file in ("ledger", "model/model.safetensors"):
         assert (place / name / file).read_bytes() == (place / "whole" / file).read_bytes(), file
     lines = [json.loads(x) for x in metrics.read_text().splitlines()]
-    assert len(numbers) > 1 or [x["step"] for x in lines if "loss" in x] == list(range(STEPS))
+    assert [x["step"] for x in lines if "loss" in x] == list(range(STEPS))
+
+
+def test_a_signal_while_a_resumed_run_loads_says_resume_me(place):
+    process = zoft(place, "output_dir=early", f"steps={10 * STEPS}")
+    while not (place / "early" / "ledger").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process = zoft(place, "--resume", "early")
+    assert process.stderr.readline().startswith("loading ")
+    process.send_signal(signal.SIGUSR1)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == RESUME and "zoft train --resume early" in said, said

@@ -8,7 +8,7 @@ import tiny
 import torch
 import transformers as hf
 
-from zoft import noise, selfcheck, space
+from zoft import noise, selfcheck, space, sparse
 from zoft.data_order import batch_indices
 from zoft.ledger import Ledger, read
 from zoft.objective import Batch, Example, collate, losses
@@ -27,7 +27,7 @@ def examples(n=12, seed=0):
 
 
 def build(tmp_path, model, *, name="ledger", storage="fp32", compute="fp32", policy="probes", train="all", kind="gaussian",
-          beta=0.0, data=None, batch_size=4, accumulate=1, opened=None, **settings):  # fmt: skip
+          beta=0.0, data=None, batch_size=4, accumulate=1, opened=None, mask="none", sparsity=0.75, **settings):  # fmt: skip
     data = data or examples()
     group = 1 if policy == "inplace" else 2
     settings = Settings(
@@ -43,10 +43,12 @@ def build(tmp_path, model, *, name="ledger", storage="fp32", compute="fp32", pol
         found = selfcheck.find_sites(model, trained, run, *pair, settings.eps)
         trained = selfcheck.live(trained, found)
         space.place(model, trained, storage, compute)
+        sparse.mask(trained, mask, sparsity, settings.seed)
         axis = ProbeAxis(trained, found.sites, seed=settings.seed, kind=kind, beta=beta)
         assert found.stacked, found.note
     else:
         space.place(model, trained, storage, compute, uniform=True)
+        sparse.mask(trained, mask, sparsity, settings.seed)
         axis = InPlace(trained, seed=settings.seed, kind=kind, beta=beta)
 
     def batches(step):

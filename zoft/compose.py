@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from zoft.config import Config, Task, check, fields, nearest, unknown_key
 from zoft.errors import UserError
+from zoft.yamlfile import calls, check_file, strict_yaml, yaml_tree
 
 GROUPS = ("model", "task")
 _SWEEP = "one value expected; a comma list is a sweep, so run one command per value"
@@ -44,13 +46,16 @@ def compose(config: str | None, overrides: Sequence[str] = ()) -> Config:
     Raises UserError, one line with the fix, for everything that is wrong with names, files, keys or values.
     """
     assigned = _parsed(overrides)  # before Hydra loads: a typo answers at once
-    tree, folder = _read(config) if config else ({}, None)
+    tree, folder = _read(config) if config is not None else ({}, None)
     if isinstance(tree.get("task"), str):  # `task: reviews` in a file, without Hydra's defaults list
         tree["task"] = _group("task", tree["task"], folder)["task"]
     if tree.get("trust_remote_code"):
         raise UserError("trust_remote_code: not from a file; put trust_remote_code=true on the command line")
     _assign(tree, assigned, folder)
-    return strict(tree, default_output=Path(str(config)).stem if _is_file(config) else (config or "run"))
+    made = strict(tree, default_output=Path(str(config)).stem if _is_file(config) else (config or "run"))
+    if tree.get("output_dir") is not None and "output_dir" not in dict(assigned):
+        _below(str(tree["output_dir"]), str(made.output_dir))
+    return made
 
 
 def strict(tree: dict[str, Any], default_output: str = "run") -> Config:
@@ -68,25 +73,30 @@ def strict(tree: dict[str, Any], default_output: str = "run") -> Config:
     check(merged)
     if merged.recipe not in (recipes := sorted(p.stem for p in packaged("recipes").glob("[!_]*.py"))):
         raise UserError(f"recipe={merged.recipe}: use {', '.join(recipes)}")
-    if merged.output_dir is None:
+    if merged.output_dir is not None:
+        merged.output_dir = str(Path(merged.output_dir).expanduser())
+    else:
         merged.output_dir = f"runs/{default_output.replace('/', '-')}-seed{merged.seed}"
     return merged
 
 
+def _below(said: str, place: str) -> None:
+    """Refuse an output_dir of a file that leads out of the folder the user is in: files come from others, too."""
+    path = Path(place)
+    if path.is_absolute() or ".." in path.parts:
+        raise UserError(
+            f"output_dir: {said} leads out of this folder, which a file may not; "
+            f"say it on the command line: output_dir={said}"
+        )
+
+
 def load_run(run: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The resolved Config that a run's folder holds, with `key=value` on top."""
-    import yaml
-
     assigned = _parsed(overrides)
     path = Path(run) / "config.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{run}: not a run's folder (it has no config.yaml)")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(_yaml_line(path, error)) from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected lines of `key: value`")
+    tree = yaml_tree(path)
     if tree.pop("trust_remote_code", False) and ("trust_remote_code", True) not in assigned:
         raise UserError(f"{run}: its model brings code; put trust_remote_code=true on the command line again")
     _assign(tree, assigned, None)
@@ -117,6 +127,12 @@ def _parsed(overrides: Sequence[str]) -> list[tuple[str, Any]]:
             joined[-1] += f"={text}"  # `--lr 3`: the message says `write lr=3`
         else:
             joined.append(text)
+    pairs: dict[str, str] = {}
+    for text in joined:
+        name = text.partition("=")[0]
+        if name in pairs and not name.startswith("-"):
+            raise UserError(f"{name} is given twice: {pairs[name]} and {text}; keep one")
+        pairs[name] = text
     return [parse(text) for text in joined]
 
 
@@ -164,12 +180,7 @@ def _typed(name: str, raw: str, kind: str, metadata: Any) -> Any:
     if "None" in kind and raw.lower() in ("null", "none"):
         return None
     if kind.startswith("dict"):
-        import yaml
-
-        try:
-            value = yaml.safe_load(raw)
-        except yaml.YAMLError:
-            value = None
+        value = strict_yaml(raw, f"{name}={raw}")
         if not isinstance(value, dict):
             raise UserError(f"""{name}={raw}: write '{name}={{label: " text", other: " text"}}'""")
         return value
@@ -199,11 +210,13 @@ def _typed(name: str, raw: str, kind: str, metadata: Any) -> Any:
         return number
     if not number.is_integer():
         raise UserError(f"{name}={raw}: a whole number is expected")
-    return int(number)
+    return (
+        int(raw) if re.fullmatch(r"[-+]?\d{1,100}", raw) else int(number)
+    )  # a float would round from 2^53 on
 
 
 def _is_file(config: str | None) -> bool:
-    return bool(config) and (str(config).endswith((".yaml", ".yml")) or Path(str(config)).is_file())
+    return bool(config) and (str(config).endswith((".yaml", ".yml")) or os.path.isfile(str(config)))
 
 
 def _read(config: str) -> tuple[dict[str, Any], Path | None]:
@@ -214,9 +227,10 @@ def _read(config: str) -> tuple[dict[str, Any], Path | None]:
             hint = f"did you mean {near}?" if near else f"use {', '.join(names())}, or a path to a .yaml file"
             raise UserError(f"--config {config}: no such config; {hint}")
         return _compose(packaged("configs"), config), None
-    path = Path(config).expanduser().resolve()
-    if not path.is_file():
+    path = Path(config).expanduser()
+    if not os.path.isfile(path):
         raise UserError(f"--config {config}: no such file")
+    path = path.resolve()
     if path.suffix != ".yaml":
         raise UserError(f"--config {config}: the name must end in .yaml")
     return _compose(path.parent, path.stem), path.parent
@@ -241,7 +255,6 @@ def _group(group: str, name: str, folder: Path | None) -> dict[str, Any]:
 
 def _compose(root: Path, name: str) -> dict[str, Any]:
     """Hydra's composition of root/name.yaml, packaged groups within reach, as a plain tree."""
-    import yaml
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
@@ -254,22 +267,13 @@ def _compose(root: Path, name: str) -> dict[str, Any]:
     quoted = library.replace("\\", "\\\\").replace("'", "\\'")
     search = [] if str(root) == library else [f"hydra.searchpath=['file://{quoted}']"]
     path = root / f"{name}.yaml"
+    if str(root) != library:
+        check_file(root, name)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if raw is not None and not isinstance(raw, dict):
-            raise UserError(f"{path.name}: expected lines of `key: value`")
-        if raw and "hydra" in raw:
-            raise UserError(f"{path.name}: zoft has no hydra section; remove it")
         with initialize_config_dir(str(root), version_base="1.3"):
             tree = OmegaConf.to_container(hydra_compose(name, overrides=search), resolve=False)
-    except yaml.YAMLError as error:
-        raise UserError(_yaml_line(path, error)) from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path.name}: not a text file in UTF-8") from None
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ or error
-        if isinstance(cause, yaml.YAMLError):
-            raise UserError(_yaml_line(path, cause)) from None
         text = " ".join(line.strip() for line in str(cause).splitlines()[:2])
         raise UserError(f"{path.name}: {text}") from None
     assert isinstance(tree, dict), type(tree)
@@ -288,7 +292,9 @@ def _known(tree: dict[str, Any]) -> None:
                 if part not in {f.name for f in dataclasses.fields(Task)}:
                     raise unknown_key(f"task.{part}")
     for name, value in _leaves(tree):
-        if isinstance(value, str) and re.search(r"(?<!\\)\$\{[^}]*:", value):
+        if name in fields() and fields()[name].type == "bool" and type(value) in (int, float):
+            raise UserError(f"{name}={value}: use true or false")
+        if isinstance(value, str) and calls(value):
             raise UserError(f"{name}: {value!r} calls a resolver; only ${{key}} may stand in a config")
 
 
@@ -296,9 +302,3 @@ def _leaves(node: Any, name: str = "") -> list[tuple[str, Any]]:
     if isinstance(node, dict):
         return [leaf for k, v in node.items() for leaf in _leaves(v, f"{name}.{k}" if name else str(k))]
     return [(name, node)]
-
-
-def _yaml_line(path: Path, error: Exception) -> str:
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    line = f", line {mark.line + 1}" if mark else ""
-    return f"{path.name}{line}: not valid YAML ({problem or str(error).splitlines()[0]})"

@@ -24,7 +24,7 @@ def key(default: Any, doc: str, **limits: Any) -> Any:
     """A dataclass field with its documentation and limits.
 
     limits: one_of (allowed words), pattern (a regular expression and its description), least (≥), above (>),
-    below (<), template (True: a backslash and n typed in a shell is a line break).
+    below (<), most (≤), template (True: a backslash and n typed in a shell is a line break).
     """
     metadata = {"doc": doc, **limits}
     if isinstance(default, dict):
@@ -88,13 +88,22 @@ class Config:
     )
     weight_decay: float = key(0.0, "decoupled decay, times lr, not for biases and norms", least=0)
     momentum: float = key(0.0, "0 keeps no buffer", least=0, below=1)
-    eps: float = key(1e-3, "probe size: the loss is asked at θ ± eps·z", above=0)
+    eps: float = key(1e-3, "probe size: the loss is asked at θ ± eps·z", above=0, most=1000)
     noise: str = key("gaussian", "distribution of z", one_of=("gaussian", "rademacher"))
-    q: int = key(1, "directions a step, each probed at + and −", least=1)
-    steps: int = key(1000, "updates in all", least=1)
-    batch_size: int = key(16, "examples a batch", least=1)
-    accumulate: int = key(1, "batches a step, under one set of directions", least=1)
-    seed: int = key(0, "of noise and data order", least=0)
+    mask: str = key(
+        "auto",
+        "recipe=sparse_mezo: which numbers of each matrix move: those that are small in the base (magnitude; auto), as "
+        "many at random, or all",
+        one_of=("auto", "magnitude", "random", "none"),
+    )
+    sparsity: float = key(
+        0.75, "recipe=sparse_mezo: share of each matrix that stays as it is", least=0, below=1
+    )
+    q: int = key(1, "directions a step, each probed at + and −", least=1, most=1 << 16)
+    steps: int = key(1000, "updates in all", least=1, below=1 << 32)
+    batch_size: int = key(16, "examples a batch", least=1, most=1 << 20)
+    accumulate: int = key(1, "batches a step, under one set of directions", least=1, most=1 << 20)
+    seed: int = key(0, "of noise and data order", least=0, below=1 << 64)
     eval_every: int = key(0, "steps between evaluations; 0 evaluates before and after only", least=0)
     eval_limit: int | None = key(
         None, "evaluate on a fixed subset of this many examples; null takes all", least=1
@@ -126,7 +135,13 @@ class Config:
     device: str = key(
         "auto", "auto, cpu, cuda or cuda:N", pattern=(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda, cuda:0")
     )
-    threads: int | str = key("auto", "CPU threads", least=1, one_of=("auto",))
+    threads: int | str = key("auto", "CPU threads", least=1, most=4096, one_of=("auto",))
+    max_skipped: int = key(
+        20, "steps in a row whose loss is not finite, each of them skipped, that stop the run", least=1
+    )
+    on_divergence: str = key(
+        "warn", "what a loss that stays above its start does to the run", one_of=("warn", "stop")
+    )
     sync: int | str = key(
         "end",
         "when the ledger's steps are forced to the disk, where a power cut cannot take them: at the end (and before "
@@ -217,7 +232,9 @@ def check(config: Config) -> Config:
     for name, f in fields().items():
         section, _, last = name.rpartition(".")
         _check_value(name, getattr(config.task if section else config, last), f)
-    if not config.model:
+    if config.output_dir is not None and not config.output_dir.strip():
+        raise UserError("output_dir is empty: give the run's folder a name, or leave the key out")
+    if not config.model.strip():
         raise UserError(
             "model is not set: model=NAME, a folder, a .gguf file or a Hub id (or --config; see `zoft ls`)"
         )
@@ -226,6 +243,7 @@ def check(config: Config) -> Config:
     if config.warmup >= 1 and config.warmup != int(config.warmup):
         raise UserError(f"warmup={config.warmup:g}: give whole steps, or a fraction below 1 of all steps")
     _check_snapshots(config)
+    _check_mask(config)
     if config.warmup > config.steps:
         raise UserError(f"warmup={config.warmup:g}: must not exceed steps={config.steps}")
     if re.fullmatch(r"last-0+", config.train):
@@ -238,10 +256,39 @@ def check(config: Config) -> Config:
                 f"train={config.train}: use all, last-2, norms, bias, head or a regular expression ({error})"
             ) from None
     _check_quantised(config)
+    if config.lr * config.weight_decay >= 1:
+        raise UserError(
+            f"weight_decay={config.weight_decay:g}: times lr={config.lr:g} it takes each weight away in one step; lower it"
+        )
+    if config.eps < 1e-30:
+        raise UserError(f"eps={config.eps:g}: it is 0 in fp32; use 1e-3 or so")
     # YAML reads `yes:` and `true:` as booleans, and `0:` as a number, where data files hold their names.
-    choices = config.task.choices
-    config.task.choices = {str(k).lower() if isinstance(k, bool) else str(k): v for k, v in choices.items()}
+    choices: dict[Any, str] = {}
+    for k, v in config.task.choices.items():
+        name = str(k).lower() if isinstance(k, bool) else str(k)
+        if name in choices:
+            raise UserError(f"task.choices: {name} is there twice; keep one")
+        choices[name] = v
+    config.task.choices = choices
     return config
+
+
+def _check_mask(config: Config) -> None:
+    """Refuse masks where they do not apply; resolves mask=auto."""
+    ours, default = config.recipe == "sparse_mezo", fields()["sparsity"].default
+    if not ours and config.mask not in ("auto", "none"):
+        raise UserError(f"mask={config.mask}: is of recipe=sparse_mezo, not {config.recipe}; leave it out")
+    if not ours and config.sparsity != default:
+        raise UserError(
+            f"sparsity={config.sparsity:g}: is of recipe=sparse_mezo, not {config.recipe}; leave it out"
+        )
+    if config.mask == "auto":
+        config.mask = "magnitude" if ours else "none"
+    if config.mask == "magnitude" and config.perturb == "inplace":
+        raise UserError(
+            "mask=magnitude: perturb=inplace moves the weights whose size says which of them move; "
+            "use perturb=probes, or mask=random"
+        )
 
 
 def _check_snapshots(config: Config) -> None:
@@ -275,9 +322,15 @@ def _check_quantised(config: Config) -> None:
 
 def _check_value(name: str, value: Any, f: dataclasses.Field[Any]) -> None:
     m = f.metadata
+    if isinstance(value, dict):
+        for label, text in value.items():
+            if not isinstance(text, str):
+                raise UserError(f"{name}: {label} stands for {text!r}; give it some text")
+            _check_text(f"{name}.{label}", f"{label}{text}")
     if value is None or isinstance(value, (dict, Task)):
         return
     if isinstance(value, str):
+        _check_text(name, value)
         allowed = m.get("one_of", ())
         if allowed and value not in allowed:
             number = " or a whole number from 1" if "least" in m else ""
@@ -293,9 +346,19 @@ def _check_value(name: str, value: Any, f: dataclasses.Field[Any]) -> None:
             ("least", lambda v, b: v >= b, "≥"),
             ("above", lambda v, b: v > b, ">"),
             ("below", lambda v, b: v < b, "<"),
+            ("most", lambda v, b: v <= b, "≤"),
         ):
             if limit in m and not holds(value, m[limit]):
-                raise UserError(f"{name}={value:g}: must be {sign} {m[limit]}")
+                shown = value if isinstance(value, int) else f"{value:g}"
+                raise UserError(f"{name}={shown}: must be {sign} {m[limit]}")
+
+
+def _check_text(name: str, value: str) -> None:
+    """Refuse what no file name, tokenizer or YAML file can hold."""
+    bad = next((c for c in value if c == "\0" or "\ud800" <= c <= "\udfff"), None)
+    if bad is not None:
+        what = "a zero byte" if bad == "\0" else "bytes that are not UTF-8"
+        raise UserError(f"{name.encode('ascii', 'replace').decode()}: holds {what}; give it plain text")
 
 
 def describe_keys() -> str:

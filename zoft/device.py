@@ -111,7 +111,7 @@ class DeviceAxis(ProbeAxis):
             self._done |= self.small.keys()
         else:
             plan = self.control.plan(0, 0, True, t.decays)
-            kernels.launch(t.stored, t.id, None, plan, self.kind, t.momentum, floor=t.floor)
+            kernels.launch(t.stored, t.id, None, plan, self.kind, t.momentum, floor=t.floor, mask=t.mask)
             self._done.add(t.id)
 
     @contextmanager
@@ -156,7 +156,7 @@ class DeviceAxis(ProbeAxis):
         )
         kernels.launch(
             part(t.stored, rows), t.id, out, plan, self.kind, None if t.momentum is None else part(t.momentum, rows),
-            start=start(t.stored, rows), floor=t.floor,
+            start=start(t.stored, rows), floor=t.floor, mask=t.mask,
         )  # fmt: skip
 
     def _mark(self, t: Trained) -> None:
@@ -170,7 +170,7 @@ class DeviceAxis(ProbeAxis):
         self._catch_up(t)
         out = torch.empty(*rows.shape, t.stored.shape[1], dtype=t.compute, device=t.stored.device)
         plan = self.control.plan(self.offset + self.first + first, len(group), False, False)
-        kernels.launch_rows(t.stored, t.id, rows.reshape(-1), out.flatten(0, 1), plan, self.kind)
+        kernels.launch_rows(t.stored, t.id, rows.reshape(-1), out.flatten(0, 1), plan, self.kind, mask=t.mask)
         return out
 
     def shortcut(self, site: Site) -> Callable | None:

@@ -57,7 +57,9 @@ class DeviceInPlace(InPlace):
         (probe,) = probes
         for t in self.trained if probe != self.at_probe else ():
             plan = self.control.move(probe.direction, probe.scale, t.decays)
-            kernels.launch(t.stored, t.id, t.stored[None], plan, self.kind, t.momentum, floor=t.floor)
+            kernels.launch(
+                t.stored, t.id, t.stored[None], plan, self.kind, t.momentum, floor=t.floor, mask=t.mask
+            )
         self.at_probe = probe
         yield
 

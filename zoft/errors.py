@@ -1,5 +1,20 @@
 """The one exception that a user is meant to see."""
 
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """A mistake in what the user gave: one line that names the key, the value and the fix (exit code 2)."""
+
+
+@contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """What stops a write (a full disk, a folder that is read-only or gone) as a UserError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error

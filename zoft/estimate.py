@@ -106,22 +106,24 @@ def skeleton(config: Config) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source = models.resolve(config.model)
-    if source.kind == "gguf":
-        from zoft import gguf
+    models.check(source)
+    with models._user_errors(source):
+        if source.kind == "gguf":
+            from zoft import gguf
 
-        settings = gguf._llama_settings(gguf.read(Path(source.place)))
-        if settings is None:
-            raise UserError(
-                f"model={config.model}: zoft cannot read this GGUF file's shapes; give a folder or a Hub id"
+            settings = gguf._llama_settings(gguf.read(Path(source.place)))
+            if settings is None:
+                raise UserError(
+                    f"model={config.model}: zoft cannot read this GGUF file's shapes; give a folder or a Hub id"
+                )
+            shape, dtype = AutoConfig.for_model("llama", **settings), torch.float32
+        else:
+            shape = AutoConfig.from_pretrained(source.place, trust_remote_code=config.trust_remote_code)
+            dtype = getattr(shape, "dtype", None) or torch.float32
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                shape, dtype=dtype, trust_remote_code=config.trust_remote_code
             )
-        shape, dtype = AutoConfig.for_model("llama", **settings), torch.float32
-    else:
-        shape = AutoConfig.from_pretrained(source.place, trust_remote_code=config.trust_remote_code)
-        dtype = getattr(shape, "dtype", None) or torch.float32
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            shape, dtype=dtype, trust_remote_code=config.trust_remote_code
-        )
     return model.eval().requires_grad_(False)
 
 

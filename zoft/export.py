@@ -14,7 +14,6 @@ from zoft import run as runs
 from zoft.base import Base
 from zoft.config import Config
 from zoft.errors import UserError
-from zoft.ledger import Log
 
 TOLERANCE = 1e-3  # between the same logits of two loads in fp32, of the largest
 
@@ -27,12 +26,13 @@ def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
     Raises UserError where dtype holds none of the run's changes, or not its values.
     """
     config, log = replay.asked(setup.device(config), folder, replay.Ask())
-    model, tokenizer, config = replay.live(config, folder, log)
+    model, tokenizer, config = runs.recipe(config.recipe).rebuild(config, folder, log)
     quant.make_plain(model)
+    result, facts = replay.told(config, folder, log, replay.Ask())
     word = config.save_dtype if dtype == "auto" else dtype
     kept = model.checkpoint_dtype if word == "auto" else space.DTYPES[word]
     with models.whole(out) as draft:
-        models.save(model, tokenizer, draft, dtype=kept, card=card(config, folder, log))
+        models.save(model, tokenizer, draft, dtype=kept, card=runs.card(config, result, **facts))
         plain = logits(widened(model, None))
         rounded = logits(widened(model, kept))
         del model
@@ -54,13 +54,6 @@ def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
         f"{out}: {changed:,} of {total:,} numbers differ from the base; loaded again, it gives the run's logits "
         f"(rounding to {setup.short(kept)} moves them by {apart:.2g} of their size)"
     )
-
-
-def card(config: Config, folder: Path, log: Log) -> str:
-    """README.md, with the figures of a run that is finished."""
-    if len(log.records) < config.steps:
-        return runs.card(config, {}, steps=f"{len(log.records)} of {config.steps}")
-    return runs.card(config, runs.outcome(folder))
 
 
 def widened(model: Any, dtype: torch.dtype | None) -> Any:

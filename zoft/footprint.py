@@ -26,17 +26,18 @@ class Cost:
 class Live(TorchDispatchMode):
     """Bytes of the tensors that operations make, from their making until nobody holds them; and their flops.
 
-    Works on any device, meta included. What stands in `known` is not counted.
+    Works on any device, meta included. What stands in `known` is not counted. count: flops too.
     """
 
-    def __init__(self, known: Iterable[Tensor]) -> None:
+    def __init__(self, known: Iterable[Tensor], count: bool = True) -> None:
         super().__init__()
+        self.count = count
         self.now = self.most = self.flops = 0
         self._seen = {t.untyped_storage()._cdata for t in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
+        count = flop_registry.get(func._overloadpacket) if self.count else None
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=out)
         for t in torch.utils._pytree.tree_leaves(out):

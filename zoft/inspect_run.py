@@ -39,7 +39,7 @@ def summary(run: str | Path) -> dict[str, Any]:
     """The ledger in numbers, ready for JSON; NaN where nothing finite was seen."""
     path, log, size, _ = open_run(run)
     header, records = log.header, log.records
-    plan, trained = header.get("plan", {}), header.get("trained", {})
+    trained = header.get("trained", {})
     losses = loss_curve(records)
     # The largest of a step's; a skipped step moved nothing.
     multipliers = [0.0 if r.skipped else max(map(abs, r.multipliers)) for r in records]
@@ -48,15 +48,15 @@ def summary(run: str | Path) -> dict[str, Any]:
         "ledger": str(path),
         "bytes": size,
         "steps": len(records),
-        "planned": plan.get("steps"),
+        "planned": plan_of(header).get("steps"),
         "finished": (path.parent / "result.json").exists(),
         "skipped": sum(r.skipped for r in records),
         "loss": {"first": mean(losses[:tail]), "last": mean(losses[-tail:]), "steps_each": tail if losses else 0},
         "multiplier": {"rms": math.sqrt(mean([m * m for m in multipliers])), "largest": max(multipliers, default=math.nan)},
         "lr": {"first": records[0].lr, "last": records[-1].lr} if records else {},
         "events": [{"kind": e.kind, "step": e.step} | about(path.parent, e) for e in log.events],
-        "tensors": len(trained),
-        "numbers": sum(math.prod(shape) for _, shape, _ in trained.values()) if isinstance(trained, dict) else None,
+        "tensors": len(trained) if isinstance(trained, (dict, list)) else 0,
+        "numbers": None if trained_faults(trained) else sum(math.prod(shape) for _, shape, _ in trained.values()),
         "curves": {"loss": squeezed(losses), "multiplier": squeezed(multipliers)},
         "header": {k: v for k, v in header.items() if k not in ("trained", "config")},
     }  # fmt: skip
@@ -73,7 +73,7 @@ def about(folder: Path, event: Any) -> dict[str, Any]:
 
 def text(found: Mapping[str, Any]) -> str:
     """The summary for the eye."""
-    header, plan = found["header"], found["header"].get("plan", {})
+    header, plan = found["header"], plan_of(found["header"])
     done, planned = found["steps"], found["planned"]
     state = "finished" if found["finished"] else "not finished: it was stopped, or is still going on"
     rows = [
@@ -115,19 +115,22 @@ def verify(run: str | Path) -> list[str]:
         said.append(
             f"tail: {whole - size} bytes of a step that is being written, or never was whole; no step has them"
         )
-    wrong = header_faults(header)
-    said.append(f"header: format {header['format']}, noise version {header.get('noise_version')}, "
-                f"{len(header.get('trained', ()))} tensors and their ids")  # fmt: skip
+    if wrong := header_faults(header):
+        raise UserError(f"{run}: {'; '.join(wrong)}")
+    said.append(
+        f"header: format {header['format']}, noise version {noise.VERSION}, {len(header['trained'])} tensors and their ids"
+    )
     if (folder / "config.yaml").is_file():
         from zoft.compose import load_run
 
-        other = changed(header.get("config", {}), digests(load_run(folder, ["trust_remote_code=true"])))
+        other = changed(header["config"], digests(load_run(folder, ["trust_remote_code=true"])))
         if other:
             wrong.append(f"config.yaml has another {', '.join(other)} than the run was begun with")
-        said.append("config: config.yaml is what the run was begun with")
+        else:
+            said.append("config: config.yaml is what the run was begun with")
     else:
-        said.append("config: no config.yaml here, only its hash is known")
-    if (folder / "result.json").exists() and len(log.records) != header.get("plan", {}).get("steps", -1):
+        said.append("config: no config.yaml here to check")
+    if (folder / "result.json").exists() and len(log.records) != plan_of(header).get("steps"):
         wrong.append(f"result.json says that the run is finished, the ledger has {len(log.records)} steps")
     known = {e.step: e for e in log.events if e.kind == "snapshot"}
     for file in sorted((folder / snapshot.FOLDER).glob("step-*.safetensors")):
@@ -145,26 +148,34 @@ def verify(run: str | Path) -> list[str]:
 
 def header_faults(header: Mapping[str, Any]) -> list[str]:
     """What a header lacks or has wrong, beyond its checksum."""
-    needed = (
-        "zoft",
-        "seed",
-        "noise",
-        "noise_version",
-        "base",
-        "config",
-        "storage",
-        "compute",
-        "trained",
-        "plan",
-    )
+    needed = "zoft seed noise noise_version base config storage compute trained plan".split()
     wrong = [f"its header has no {name}" for name in needed if name not in header]
     if header.get("noise_version", noise.VERSION) != noise.VERSION:
         wrong.append(f"its noise is of version {header['noise_version']}, this zoft makes {noise.VERSION}")
-    trained = header.get("trained")
-    for name, (tensor, _, _) in trained.items() if isinstance(trained, dict) else ():
-        if tensor != noise.tensor_id(name):
-            wrong.append(f"its header gives {name} the noise of another tensor")
-    return wrong
+    wrong += [
+        f"its header's {name} is no mapping"
+        for name in ("config", "plan")
+        if not isinstance(header.get(name, {}), dict)
+    ]
+    return wrong + trained_faults(header.get("trained", {}))
+
+
+def plan_of(header: Mapping[str, Any]) -> Mapping[str, Any]:
+    """How the run was made; empty where the header does not say."""
+    plan = header.get("plan")
+    return plan if isinstance(plan, dict) else {}
+
+
+def trained_faults(trained: Any) -> list[str]:
+    """What is wrong with a header's trained tensors."""
+    for name, entry in trained.items() if isinstance(trained, dict) else (("", None),):
+        match entry:
+            case [int(tensor), [*shape], str()] if all(isinstance(n, int) for n in shape):
+                if tensor != noise.tensor_id(name):
+                    return [f"its header gives {name} the noise of another tensor"]
+            case _:
+                return ["its header does not give trained tensors as name: [id, shape, dtype]"]
+    return []
 
 
 def plot(run: str | Path, out: str | Path) -> Path:

@@ -108,6 +108,10 @@ class Ledger:
         """The last step written; -1 before the first."""
         return len(self.records) - 1
 
+    def fileno(self) -> int:
+        """The descriptor of the open file."""
+        return self._fd
+
     def append(self, record: Record) -> None:
         """Write one step in one system call: once back, a kill -9 does not lose it (a power cut: see `create`).
 

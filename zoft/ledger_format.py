@@ -225,4 +225,10 @@ def _decode_header(data: bytes, path: str | os.PathLike) -> tuple[dict, int, int
             f"ledger: {path} is damaged before byte {end + 4}: its header's checksum (at byte {end}) "
             "does not match; restore a copy, or start again"
         )
-    return json.loads(data[16:end]), end + 4, crc
+    try:
+        header = json.loads(data[16:end])
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise UserError(f"ledger: {path} is no ledger of a run: its header (byte 16) is no JSON object")
+    return header, end + 4, crc

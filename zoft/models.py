@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoft import checkpoint, guards
 from zoft.errors import UserError
 from zoft.packages import packaged_file
 
@@ -54,22 +55,33 @@ def resolve(model: str) -> Source:
         module, requirement, file, home = PACKAGED[model]
         return Source("gguf", str(packaged_file(f"model={model}", requirement, module, file)), model, home)
     path = Path(model).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix.lower() != ".gguf":
             raise UserError(
                 f"model={model}: a file must be .gguf; for other formats give the folder it is in"
             )
         return Source("gguf", str(path), model)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+    if os.path.isdir(path):
+        if not os.path.isfile(path / "config.json"):
             held = sorted(p.name for p in path.glob("*.gguf"))
             fix = f"did you mean {path / held[0]}?" if held else "give a folder that save_pretrained wrote"
             raise UserError(f"model={model}: no config.json in this folder; {fix}")
         return Source("folder", str(path), model)
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model) or model.endswith(".gguf"):
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model) or model.endswith(".gguf") or len(model) > 200:
         raise UserError(f"model={model}: no such file or folder")
     _find_on_hub(model)
     return Source("hub", model, model, model)
+
+
+def check(source: Source) -> dict[str, str]:
+    """Refuse a model that cannot be loaded, or not safely, before anything heavy; {tensor: dtype} of a folder."""
+    if source.kind == "folder":
+        return checkpoint.check(source.name, Path(source.place))
+    if source.kind == "gguf":
+        with _user_errors(source), open(source.place, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise UserError(f"model={source.name}: not a GGUF file of version 2 or 3")
+    return {}
 
 
 def _find_on_hub(model: str) -> None:
@@ -110,14 +122,17 @@ def load(model: str, *, dtype: Any = "auto", trust_remote_code: bool = False) ->
 
     model: see resolve(). dtype: torch.dtype of the weights, or "auto": the checkpoint's own.
     trust_remote_code: run Python that comes with the model.
-    Errors: UserError where it cannot be had or read, or holds a NaN or an infinity.
+    Errors: UserError where it cannot be had or read, lacks a tensor, or holds a NaN or an infinity.
     """
     source = resolve(model)
-    with _quiet():
+    held = check(source)
+    with _quiet(), _user_errors(source):
         loaded, tokenizer = (_load_gguf if source.kind == "gguf" else _load_pretrained)(
             source, dtype, trust_remote_code
         )
     loaded.eval().requires_grad_(False)
+    _refuse_whole_numbers(model, loaded, held)
+    _refuse_words_without_weights(model, loaded, tokenizer)
     _refuse_non_finite(model, loaded)
     set_pad_token(tokenizer)
     return loaded, tokenizer
@@ -136,15 +151,14 @@ def _load_gguf(source: Source, dtype: Any, trust_remote_code: bool) -> tuple[Any
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    with _user_errors(source):
-        if loaded is None:
-            loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
-            # Its weights are plain ones by now; these marks would only stop it from being saved.
-            loaded.hf_quantizer = None
-            if hasattr(loaded.config, "quantization_config"):
-                del loaded.config.quantization_config
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(**where)
+    if loaded is None:
+        loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+        # Its weights are plain ones by now; these marks would only stop it from being saved.
+        loaded.hf_quantizer = None
+        if hasattr(loaded.config, "quantization_config"):
+            del loaded.config.quantization_config
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
     loaded.checkpoint_dtype = torch.float32
     return loaded, tokenizer
 
@@ -157,59 +171,123 @@ def _load_pretrained(source: Source, dtype: Any, trust_remote_code: bool) -> tup
     from zoft import quant_files
 
     extra = {"trust_remote_code": trust_remote_code}
-    with _user_errors(source):
-        config = AutoConfig.from_pretrained(source.place, **extra)
-        own = config.dtype
-        folder = Path(source.place) if source.kind == "folder" else None
-        found = quant_files.settings(source.name, config, folder)
-        if found:
-            place = folder or Path(
-                snapshot_download(source.place, allow_patterns=["*.safetensors", "*.json"])
-            )
-            wanted = None if dtype == "auto" else dtype
-            loaded = quant_files.load(source.name, place, config, found, wanted, trust_remote_code)
-            own = own or loaded.dtype
-        else:
-            loaded = AutoModelForCausalLM.from_pretrained(
-                source.place, dtype="auto" if own is None else dtype, **extra
-            )
-        if own is None:  # the config does not say; "auto" has looked at the weights
-            own = loaded.dtype
-            if dtype not in ("auto", own):
-                loaded = AutoModelForCausalLM.from_pretrained(source.place, dtype=dtype, **extra)
-        tokenizer = AutoTokenizer.from_pretrained(source.place, **extra)
+
+    def weights(dtype: Any) -> Any:
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            source.place, dtype=dtype, **extra, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+        loaded, info = found
+        # transformers draws at random what it does not find.
+        for what, names in (
+            ("is missing", info["missing_keys"]),
+            ("has another shape", info["mismatched_keys"]),
+        ):
+            if names:
+                first = min(n if isinstance(n, str) else n[0] for n in names)
+                more = f", as are {len(names) - 1} others" if len(names) > 1 else ""
+                raise UserError(
+                    f"model={source.name}: tensor {first} {what} in the checkpoint{more}; fetch it again"
+                )
+        return loaded
+
+    config = AutoConfig.from_pretrained(source.place, **extra)
+    if source.kind == "hub":
+        checkpoint.check_config(source.name, config.to_dict())
+    own = config.dtype
+    folder = Path(source.place) if source.kind == "folder" else None
+    found = quant_files.settings(source.name, config, folder)
+    if found:
+        place = folder or Path(snapshot_download(source.place, allow_patterns=["*.safetensors", "*.json"]))
+        wanted = None if dtype == "auto" else dtype
+        loaded = quant_files.load(source.name, place, config, found, wanted, trust_remote_code)
+        own = own or loaded.dtype
+    else:
+        loaded = weights("auto" if own is None else dtype)
+    if own is None:  # the config does not say; "auto" has looked at the weights
+        own = loaded.dtype
+        if dtype not in ("auto", own):
+            loaded = weights(dtype)
+    tokenizer = AutoTokenizer.from_pretrained(source.place, **extra)
     loaded.checkpoint_dtype = getattr(torch, own) if isinstance(own, str) else own
     return loaded, tokenizer
 
 
 @contextmanager
 def _user_errors(source: Source) -> Iterator[None]:
-    """What transformers says of a model that it cannot read, as one line."""
-    from safetensors import SafetensorError
-
+    """Whatever reading a model's files raises, in transformers or here, as one line."""
     try:
         yield
-    except (SafetensorError, OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        said = " ".join(str(error).split())
+    except Exception as error:
+        if isinstance(error, UserError) or guards.is_memory(error):
+            raise
+        said = " ".join(str(error).split()) or type(error).__name__
         if "trust_remote_code" in said:
             raise UserError(
                 f"model={source.name}: it brings Python code of its own; to run it say trust_remote_code=true"
+            ) from None
+        if source.kind == "hub" and ("safetensors" in said or ".bin" in said):
+            raise UserError(
+                f"model={source.name}: it has no safetensors; what it has {checkpoint.pickles(source.name)}"
             ) from None
         raise UserError(f"model={source.name}: cannot be loaded: {said[:300]}") from None
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars over a load that takes seconds."""
+    """No progress bars over a load that takes seconds, and no report of what is checked here."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
+
+
+def tokenizer(model: str, trust_remote_code: bool = False) -> Any:
+    """A model's tokenizer alone. Errors: UserError, as for `load`."""
+    source = resolve(model)
+    with _quiet(), _user_errors(source):
+        if source.kind == "gguf":
+            from zoft import gguf
+
+            made = gguf.tokenizer(gguf.read(Path(source.place)))
+            if made is None:
+                return load(model)[1]
+        else:
+            from transformers import AutoTokenizer
+
+            made = AutoTokenizer.from_pretrained(source.place, trust_remote_code=trust_remote_code)
+    set_pad_token(made)
+    return made
+
+
+def _refuse_whole_numbers(name: str, model: nn.Module, held: dict[str, str]) -> None:
+    """Weights that were whole numbers in the checkpoint, where no quantisation explains it."""
+    if getattr(model, "hf_quantizer", None) is None:
+        for key, p in model.named_parameters():
+            if p.is_floating_point() and held.get(key, "F32") in checkpoint.WHOLE:
+                raise UserError(
+                    f"model={name}: tensor {key} is {held[key]} in the checkpoint, not a float; it is damaged"
+                )
+
+
+def _refuse_words_without_weights(name: str, model: Any, tokenizer: Any) -> None:
+    """A tokenizer that knows more words than the model has embeddings for."""
+    embedding = model.get_input_embeddings()
+    rows = getattr(embedding, "num_embeddings", None)
+    words = tokenizer.vocab_size
+    if rows is not None and words > rows:
+        raise UserError(
+            f"model={name}: its tokenizer has {words} words and its embedding {rows} rows; they do not belong together"
+        )
+    if rows is not None and tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = None  # padding is masked: another token will do
 
 
 def _refuse_non_finite(name: str, model: nn.Module) -> None:

@@ -14,7 +14,7 @@ SAMPLE = 1 << 20  # elements of a tensor that are looked at
 
 
 def realised(trained: Sequence[Trained], eps: float, *, seed: int, kind: str) -> dict[str, float]:
-    """Cosine, tensor by tensor, between z and what a forward at θ + eps·z is really given.
+    """Cosine, tensor by tensor, between z and what a forward at θ + eps·z is really given, where a mask lets it move.
 
     cos(fl(θ + eps·z) − θ, z), fl to the tensor's compute dtype; the first SAMPLE elements of each tensor.
     1 is exact; near 0 the probe rounds away and the loss says nothing about that tensor.
@@ -23,7 +23,7 @@ def realised(trained: Sequence[Trained], eps: float, *, seed: int, kind: str) ->
 
 
 def cosine(t: Trained, eps: float, seed: int, kind: str, dtype: torch.dtype) -> float:
-    """cos(fl(θ + eps·z) − θ, z) of one tensor, fl to dtype."""
+    """cos(fl(θ + eps·z) − θ, z) of one tensor, fl to dtype; over the elements that its mask lets move."""
     theta = t.stored.flatten()[:SAMPLE]
     out = torch.empty(1, *theta.shape, dtype=dtype, device=theta.device)
     noise.perturb(theta, t.id, out, [(0, eps)], seed=seed, step=0, noise=kind)
@@ -31,6 +31,11 @@ def cosine(t: Trained, eps: float, seed: int, kind: str, dtype: torch.dtype) -> 
         theta.shape, t.id, seed=seed, step=0, direction=0, noise=kind, device=theta.device
     ).double()
     moved = out[0].double() - theta.double()
+    if t.mask is not None:
+        on = noise.moving(theta, t.id, t.mask)
+        if not on.any():
+            return 1.0
+        moved, z = moved[on], z[on]
     return float((moved @ z) / (moved.norm() * z.norm()).clamp(min=1e-300))
 
 

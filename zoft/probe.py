@@ -190,7 +190,7 @@ class ProbeAxis:
         noise.perturb(
             routes.part(t.stored, rows), t.id, out, group, seed=self.seed, step=self.step, noise=self.kind, updates=updates,
             momentum=None if t.momentum is None else routes.part(t.momentum, rows), beta=self.beta,
-            start=routes.start(t.stored, rows), floor=t.floor,
+            start=routes.start(t.stored, rows), floor=t.floor, mask=t.mask,
         )  # fmt: skip
 
     def _mark(self, t: Trained) -> None:
@@ -201,7 +201,7 @@ class ProbeAxis:
         """[G, N, D]: rows [G, N] of θ + s·z of a matrix at the probes of the group, noise made for these rows only."""
         update.advance(t, self.updates, self.kind, self.beta)
         out = torch.empty(*rows.shape, t.stored.shape[1], dtype=t.compute, device=t.stored.device)
-        where: dict[str, Any] = {"seed": self.seed, "step": self.step, "noise": self.kind}
+        where: dict[str, Any] = {"seed": self.seed, "step": self.step, "noise": self.kind, "mask": t.mask}
         for i, probe in enumerate(group):
             noise.gather(t.stored, t.id, rows[i].contiguous(), out[i], *probe, **where)
         return out
@@ -307,12 +307,8 @@ class InPlace:
             todo = self.todo[self.done[t.id] :]
             if not t.decays:
                 todo = [u if u.is_nothing else replace(u, decay=1.0) for u in todo]
-            where: dict[str, Any] = {
-                "noise": self.kind,
-                "momentum": t.momentum,
-                "beta": self.beta,
-                "floor": t.floor,
-            }
+            where: dict[str, Any] = {"noise": self.kind, "momentum": t.momentum, "beta": self.beta}
+            where |= {"floor": t.floor, "mask": t.mask}
             if todo and todo[-1].is_nothing:  # a move that ends a pass is written like a probe
                 *todo, end = todo
                 probe = (len(end.multipliers) - 1, end.restore)

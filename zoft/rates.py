@@ -11,11 +11,13 @@ import torch
 from zoft import noise
 
 MEASURED = 0.2  # seconds that a rate is measured for
+ROWS_MAX = 1 << 14  # of the product
 
 
 def rates(device: str, dtype: torch.dtype, tokens: int, width: int, kind: str) -> dict[str, float]:
     """{flops: of [tokens, width] × [width, 4·width] a second, noise: numbers a second updated and probed twice}."""
-    x = torch.randn(max(tokens, 1), width, device=device).to(dtype)
+    # No more rows than a rate wants: whoever asks may be short of memory.
+    x = torch.randn(min(max(tokens, 1), ROWS_MAX), width, device=device).to(dtype)
     w = torch.randn(width, 4 * width, device=device).to(dtype)
     product = 2.0 * x.shape[0] * w.numel()
     n = 1 << 26 if device.startswith("cuda") else 1 << 18

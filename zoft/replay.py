@@ -24,6 +24,7 @@ from zoft.ledger import Event, Log
 from zoft.noise import Update
 from zoft.probe import InPlace
 from zoft.space import FP16_MAX, Trained
+from zoft.trainer import Trainer
 
 WORK = 1 << 29  # updates × elements between two looks at progress, and at Ctrl-C
 SIXTEEN = ("fp16", "bf16")
@@ -70,7 +71,8 @@ def asked(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
             name: [tid, shape, "fp32"] for name, (tid, shape, dtype) in trained.items() if dtype in SIXTEEN
         }
         header = {**header, "trained": trained | rounded}
-        config, events = replace(config, storage="fp32", perturb="probes"), []
+        saved = "fp32" if config.save_dtype == "auto" else config.save_dtype
+        config, events = replace(config, storage="fp32", perturb="probes", save_dtype=saved), []
     return config, Log(header, records[:n], events)
 
 
@@ -83,10 +85,9 @@ def replay(config: Config, folder: Path, out: Path, ask: Ask) -> int:
     config, log = asked(setup.device(config), folder, ask)
     base = bases.find(config, log.header["base"], str(folder))
     dtype = base.model.checkpoint_dtype if config.save_dtype == "auto" else space.DTYPES[config.save_dtype]
-    if ask.exact and config.save_dtype == "auto":
-        dtype = torch.float32
     found = start(folder, log, ask)
-    tokenizer, text = base.tokenizer(), card(config, folder, log, ask)
+    result, facts = told(config, folder, log, ask)
+    tokenizer, text = base.tokenizer(), runs.card(config, result, **facts)
     with progress(log, found[0] if found else 0) as did:
         made = weights(config, base, log, found, did)
         if base.whole:
@@ -104,19 +105,19 @@ def replay(config: Config, folder: Path, out: Path, ask: Ask) -> int:
     return len(log.records)
 
 
-def card(config: Config, folder: Path, log: Log, ask: Ask) -> str:
-    """README.md: with the run's figures where this is what the run ended with."""
+def told(config: Config, folder: Path, log: Log, ask: Ask) -> tuple[dict[str, Any], dict[str, str]]:
+    """(the run's result, where this is the model that it ended with, else nothing; what else a card should say)."""
     steps = len(log.records)
-    if steps < config.steps or ask.exact or ask.denoise:
-        how = (
-            {"replayed with": "fp32 storage"}
-            if ask.exact
-            else {"denoised at the end": "yes"}
-            if ask.denoise
-            else {}
-        )
-        return runs.card(config, {}, steps=f"{steps} of {config.steps}", **how)
-    return runs.card(config, runs.outcome(folder))
+    if steps == config.steps and not (ask.exact or ask.denoise):
+        return runs.outcome(folder), {}
+    how = (
+        {"replayed with": "fp32 storage"}
+        if ask.exact
+        else {"denoised at the end": "yes"}
+        if ask.denoise
+        else {}
+    )
+    return {}, {"steps": f"{steps} of {config.steps}", **how}
 
 
 def stream(base: Base, made: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtype) -> None:
@@ -168,19 +169,32 @@ def weights(
             yield name, theta.to(space.frozen_dtype(theta, config.compute, name in params))
 
 
-def live(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
+Rebuild = Callable[[Config, Path, Log], tuple[Any, Any, Config]]  # what a recipe's `rebuild` is
+
+
+def in_memory(config: Config, folder: Path, out: Path, ask: Ask, rebuild: Rebuild) -> int:
+    """As `replay`, for a recipe that trains few numbers beside a frozen model, all of which is loaded."""
+    config, log = asked(setup.device(config), folder, ask)
+    model, tokenizer, config = rebuild(config, folder, log)
+    result, facts = told(config, folder, log, ask)
+    runs.save(config, model, tokenizer, out, result, **facts)
+    return len(log.records)
+
+
+def live(
+    config: Config, folder: Path, log: Log, ready: Callable[[nn.Module], Any] = lambda model: None
+) -> tuple[Any, Any, Config]:
     """(the model as the run has it after the log's steps, its tokenizer, the config): all of it in memory.
 
-    config, log: from `asked`. Raises UserError for another base.
+    config, log: from `asked`. ready(model) is called before its tensors are placed. Raises UserError for another base.
     """
     model, tokenizer, found = setup.model(config)
     runs.agree(log.header, {"base": found}, folder)
-    trained, tensors = space.adopt(model, list(log.header["trained"])), Tensors(config, log)
-    begin = start(folder, log, Ask())
-    with progress(log, begin[0] if begin else 0) as did:
-        for t in trained:
-            t.param.data = tensors.at_the_end(t.name, t.param.data, begin, did)
-    return model, tokenizer, setup.placed(config, model, trained)[0]
+    ready(model)
+    config, _, axis = setup.placed(config, model, space.adopt(model, list(log.header["trained"])))
+    trainer = Trainer(model, axis, lambda step: [], None, setup.settings(config))
+    runs.catch_up(trainer, folder, config, log, setup.say)
+    return model, tokenizer, config
 
 
 @dataclass
@@ -259,13 +273,13 @@ def nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.no_grad()
-def denoise(folder: Path, config: Config, log: Log, trained: Sequence[Trained]) -> str:
+def denoise(folder: Path, config: Config, log: Log, steps: int, trained: Sequence[Trained]) -> str:
     """θ ← nearest(base + Σ multipliers·z), the sum in fp32, for what a run keeps in 16 bits; returns a line about it.
 
-    A function of base and ledger alone: the rounding noise that the run has gathered is gone, momentum and fp32
+    The sum is that of the log's first `steps` steps. A function of base and ledger alone: the rounding noise that the run has gathered is gone, momentum and fp32
     tensors stay as they are. The base is read again from the model's files, a tensor at a time. trained: up to date.
     """
-    began, steps = time.monotonic(), len(log.records)
+    began = time.monotonic()
     base = bases.find(config, log.header["base"], str(folder))
     tensors = Tensors(config, log)
     noise = moved = numbers = 0.0

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from zoft.probe import ProbeAxis
 
 
-SLAB = 1 << 27  # bytes of one probe of a linear layer's matrix that are made at one time
+# Bytes of one probe of a linear layer's matrix that are made at one time. Matrices of the blocks of a 13B model fit;
+# output matrices over a whole vocabulary, and blocks of 30B and more, are made in slabs.
+SLAB = 1 << 28
 
 
 def fast(site: Site) -> Callable | None:
@@ -286,11 +288,9 @@ def _in_slabs(
         with closing(axis.slabs(weight, group, first)) as slabs:
             for rows, w in slabs:  # [G, r, in]
                 for i in range(len(group)):
-                    out = y[first + i][:, rows]
-                    if b is not None and alike:
-                        torch.addmm(b[i, rows], xs[first + i], w[i].T, out=out)
-                    else:
-                        torch.mm(xs[first + i], w[i].T, out=out)
+                    x, out = xs[first + i], y[first + i][:, rows]
+                    # By way of a contiguous product: one written with a stride takes several times as long on a GPU.
+                    out.copy_(torch.addmm(b[i, rows], x, w[i].T) if b is not None and alike else x @ w[i].T)
         if b is not None and not alike:
             y[first : first + len(group)] += b[:, None]
     return y

@@ -5,25 +5,25 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from zoft import compose, tracking
+from zoft import compose, guards, tracking
 from zoft.config import Config, changed
 from zoft.due import due, next_stop
-from zoft.errors import UserError
+from zoft.errors import UserError, writing
+from zoft.folder import Presence, kept, refuse_unwritable, write
 from zoft.stop import Stop, listening
+from zoft.tracking import logged
 
 if TYPE_CHECKING:
-    from zoft.ledger import Ledger
-    from zoft.space import Trained
+    from zoft.ledger import Ledger, Log
     from zoft.trainer import Trainer
 
 OURS = ("config.yaml", "ledger", "metrics.jsonl", "result.json", "env.json", "model", "snapshots")
@@ -41,16 +41,19 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
 
     Returns result.json's content. Raises UserError before anything heavy where a mistake shows early.
     """
-    from zoft import models
+    from zoft import models, tasks
 
     tracking.require(config.track)
     if resume and (Path(resume) / "result.json").exists():
         print(f"{resume}: this run is finished; its result follows", file=sys.stderr)
-        return json.loads((Path(resume) / "result.json").read_text(encoding="utf-8"))
+        return outcome(Path(resume))
     if resume is None and not dry_run:
         claim(Path(str(config.output_dir)))
-    models.resolve(config.model)
-    return recipe(config.recipe).run(within(absolute(config)), resume=resume, dry_run=dry_run)
+    models.check(models.resolve(config.model))
+    tasks.look(config.task)
+    # A signal that comes while things load says "resume me", too.
+    with listening(str(resume or config.output_dir)), guards.memory(config):
+        return recipe(config.recipe).run(within(absolute(config)), resume=resume, dry_run=dry_run)
 
 
 def within(config: Config) -> Config:
@@ -147,20 +150,29 @@ def evaluate(config: Config, folder: str | Path | None = None) -> dict[str, Any]
                 f"with `zoft replay {folder} --out DIR` and evaluate that with model=DIR"
             )
         config = dataclasses.replace(config, model=str(saved), bits=None, eps_mode="absolute")
-    from zoft import evaluate as evaluation
-    from zoft import setup, tasks
+    from zoft import models, tasks
 
-    config = setup.device(config)
-    data = tasks.load(config.task)
-    model, tokenizer, _ = setup.model(config)
-    train, held_out = setup.examples(config, tokenizer, data)
-    return evaluation.evaluate(model, held_out, train)
+    models.check(models.resolve(config.model))
+    tasks.look(config.task)
+    from zoft import evaluate as evaluation
+    from zoft import setup
+
+    with guards.memory(config):
+        config = setup.device(config)
+        data = tasks.load(config.task)
+        model, tokenizer, _ = setup.model(config)
+        train, held_out = setup.examples(config, tokenizer, data)
+        return evaluation.evaluate(model, held_out, train)
 
 
 def show_data(config: Config, count: int, say: Callable[[str], Any]) -> None:
     """Print the first examples of training as the model reads them, scored tokens in ⟦ ⟧."""
-    from zoft import setup, tasks
+    from zoft import models, tasks
     from zoft.encode import encode, show
+
+    models.check(models.resolve(config.model))
+    tasks.look(config.task)
+    from zoft import setup
 
     data = tasks.load(config.task)
     for note in data.notes:
@@ -187,16 +199,15 @@ def recipe(name: str) -> ModuleType:
 
 def claim(folder: Path) -> None:
     """Refuse a folder that holds a run, or files that a run would overwrite."""
+    refuse_unwritable("output_dir", folder)
     if (folder / "ledger").exists():
         raise UserError(
             f"output_dir={folder}: it holds a run; continue it with `zoft train --resume {folder}`, "
             "or choose another name with output_dir=…"
         )
     taken = [name for name in OURS if (folder / name).exists()]
-    if taken or (folder.exists() and not folder.is_dir()):
-        raise UserError(
-            f"output_dir={folder}: {taken[0] if taken else 'a file'} is in the way; choose another name"
-        )
+    if taken:
+        raise UserError(f"output_dir={folder}: {taken[0]} is in the way; choose another name")
 
 
 def absolute(config: Config) -> Config:
@@ -237,17 +248,29 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
     if resume and (folder / "ledger").exists():
         ledger = Ledger.open(folder / "ledger", sync=config.sync)
     else:
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         write(folder / "config.yaml", compose.to_yaml(config))
         write(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
         ledger = Ledger.create(folder / "ledger", dict(header), sync=config.sync)
-    with ledger, listening(str(folder)) as stop:
+    with kept(ledger), ledger, listening(str(folder)) as stop:
         agree(ledger.header, header, folder)
         with tracking.Tracker(
             folder, config.steps, track=config.track, config=dataclasses.asdict(config),
-            resume_step=ledger.last_step + 1, device=config.device,
+            resume_step=ledger.last_step + 1, known=steps_of(ledger, config), device=config.device,
         ) as tracker:  # fmt: skip
-            yield Session(folder, ledger, tracker, config, stop)
+            try:
+                yield Session(folder, ledger, tracker, config, stop)
+            finally:  # steps that were under way when something stopped the run; what does not fit, a resume fills in
+                with suppress(UserError):
+                    tracker.fill(steps_of(ledger, config))
+
+
+def steps_of(ledger: Ledger, config: Config) -> list[dict[str, Any]]:
+    """The metrics of the steps that a ledger has."""
+    from zoft.trainer import metrics_of
+
+    return [metrics_of(record, config.eps) for record in ledger.records]
 
 
 def agree(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
@@ -272,8 +295,8 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
 
     evaluate() -> metrics of the weights as they are. `before` is the base's, kept by metrics.jsonl on resume.
     """
-    from zoft import snapshot
-    from zoft.ledger import Event
+    from zoft import replay, snapshot
+    from zoft.ledger import Event, Log
 
     config, t = s.config, s.tracker
     seen = logged(s.folder / "metrics.jsonl")
@@ -283,11 +306,18 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
         t.evaluation(0, evals[0])
     snapshot.check_metric(config, evals[0])
     past = next((row["seconds"] for row in reversed(seen) if "seconds" in row), 0.0)
-    catch_up(trainer, s)
+    log = Log(s.ledger.header, s.ledger.records, s.ledger.events)  # the ledger's own lists: they grow
+    catch_up(trainer, s.folder, config, log, t.note)
+    watch = guards.Watch(config, trainer.axis.trained, steps_of(s.ledger, config))
+    folder = Presence(s.ledger, {"config.yaml": compose.to_yaml(config)})
 
     def on_step(metrics: dict[str, Any]) -> None:
         seconds = past + time.monotonic() - began - paused
+        lines = watch.see(metrics)
         t.step(metrics.pop("step"), **metrics, seconds=round(seconds, 3))
+        for line in lines:
+            t.note(line)
+        folder.look()
         if trainer.settings.probes_per_forward != s.config.probes_per_forward:  # a batch could not be stacked
             s.config = dataclasses.replace(s.config, probes_per_forward=trainer.settings.probes_per_forward)
             write(s.folder / "config.yaml", compose.to_yaml(s.config))  # on resume, too, for the same bits
@@ -299,7 +329,7 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
         for what in due(config, step):
             if what == "denoise" and what not in noted:
                 s.ledger.note(Event("denoise", step))  # first, as with steps: from here on it is a fact
-                t.note(denoise(s, step, trainer.axis.trained))
+                t.note(replay.denoise(s.folder, config, log, step, trainer.axis.trained))
             elif what == "eval" and step not in evals:
                 evals[step] = evaluate()
                 t.evaluation(step, evals[step])
@@ -327,41 +357,34 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
     }
 
 
-def catch_up(trainer: Trainer, s: Session) -> None:
-    """Bring the weights to the ledger's last step: the newest sound snapshot, then what came after it."""
-    from zoft import snapshot
+def catch_up(trainer: Trainer, folder: Path, config: Config, log: Log, say: Callable[[str], Any]) -> None:
+    """Bring the weights to the log's last step: the newest sound snapshot, then what came after it."""
+    from zoft import replay, snapshot
 
-    records = s.ledger.records
-    found = snapshot.newest(s.folder, s.ledger.header, s.ledger.events, say=s.tracker.note)
+    records = log.records
+    found = snapshot.newest(folder, log.header, log.events, say=say)
     if found:
         step, path = found
-        s.tracker.note(f"starting from the snapshot at step {step}")
+        say(f"starting from the snapshot at step {step}")
         snapshot.load(path, trainer.axis.trained, step)
         trainer.skip_to(step, records)
     if trainer.next < len(records):
-        s.tracker.note(f"replaying {len(records) - trainer.next} of {s.config.steps} steps from the ledger")
+        say(f"replaying {len(records) - trainer.next} of {config.steps} steps from the ledger")
     # The last denoising makes all earlier roundings void.
-    denoised = max((e.step for e in s.ledger.events if e.kind == "denoise"), default=0)
+    denoised = max((e.step for e in log.events if e.kind == "denoise"), default=0)
     if trainer.next < denoised:
         trained = trainer.axis.trained
-        if not s.config.momentum:  # with it, only these steps give the buffers
+        if not config.momentum:  # with it, only these steps give the buffers
             for t in trained:
                 t.step = denoised if t.stored.element_size() == 2 else t.step
         trainer.replay(records[trainer.next : denoised])
-        s.tracker.note(denoise(s, denoised, trained))
+        say(replay.denoise(folder, config, log, denoised, trained))
     trainer.replay(records[trainer.next :])
-
-
-def denoise(s: Session, step: int, trained: Sequence[Trained]) -> str:
-    """Rebuild a run's 16-bit weights as they are after `step` steps; returns a line about it."""
-    from zoft import replay as replays
-    from zoft.ledger import Log
-
-    return replays.denoise(s.folder, s.config, Log(s.ledger.header, s.ledger.records[:step], []), trained)
 
 
 def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> dict[str, Any]:
     """Save the model and, last of all, result.json: its presence says that the run is complete."""
+    Presence(s.ledger, {"config.yaml": compose.to_yaml(s.config)}).look(now=True)
     if s.config.save_model:
         save(s.config, model, tokenizer, s.folder / "model", result)
     result = {**result, "output_dir": str(s.folder)}
@@ -369,14 +392,21 @@ def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> di
     return result
 
 
-def save(config: Config, model: Any, tokenizer: Any, out: Path, result: Mapping[str, Any]) -> None:
-    """Write a run's model as others load it, in the checkpoint's dtype or save_dtype."""
+def save(
+    config: Config, model: Any, tokenizer: Any, out: Path, result: Mapping[str, Any], **facts: Any
+) -> None:
+    """Write a run's model as others load it, in the checkpoint's dtype or save_dtype; facts: more for its card."""
+    from safetensors import SafetensorError
+
     from zoft import models, space
 
     dtype = model.checkpoint_dtype if config.save_dtype == "auto" else space.DTYPES[config.save_dtype]
-    models.save(
-        model, tokenizer, out, dtype=dtype, card=card(config, result), dequantise=config.save_dequantised
-    )
+    try:
+        with writing(out):
+            text = card(config, result, **facts)
+            models.save(model, tokenizer, out, dtype=dtype, card=text, dequantise=config.save_dequantised)
+    except SafetensorError as error:
+        raise UserError(f"cannot write {out}: {error}") from OSError(str(error))
 
 
 def card(config: Config, result: Mapping[str, Any], **facts: Any) -> str:
@@ -393,24 +423,16 @@ def card(config: Config, result: Mapping[str, Any], **facts: Any) -> str:
 def outcome(folder: Path) -> dict[str, Any]:
     """result.json's content, empty for a run that is not finished."""
     path = folder / "result.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file so that its name never holds half of it."""
-    draft = path.with_name(f".{path.name}.new")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-
-
-def logged(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl."""
-    return (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    )
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+        summary(found)
+        return found
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise UserError(
+            f"{path}: damaged; delete it, and `zoft train --resume {folder}` writes it again"
+        ) from None
 
 
 def summary(result: Mapping[str, Any]) -> str:

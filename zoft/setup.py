@@ -15,6 +15,7 @@ from torch import nn
 
 from zoft import (
     __version__,
+    guards,
     models,
     noise,
     objective,
@@ -24,6 +25,7 @@ from zoft import (
     routes,
     selfcheck,
     space,
+    sparse,
     tasks,
     update,
 )
@@ -43,7 +45,7 @@ from zoft.trainer import Settings, Trainer
 
 FROZEN_BYTES = 1 << 30  # kept outputs of frozen blocks; rows beyond it are computed again each time
 # What a ledger's header says of the run, beside the base and the trained tensors.
-PLAN = ("seed", "noise", "momentum", "eps", "q", "storage", "compute", "perturb", "eps_mode")
+PLAN = ("seed", "noise", "momentum", "eps", "q", "storage", "compute", "perturb", "mask", "sparsity", "eps_mode")
 # What it says for people, of how the run began; another machine may go on with it otherwise.
 MADE = ("recipe", "train", "steps", "lr", "schedule", "warmup", "weight_decay", "batch_size", "accumulate",
         "device", "threads", "probes_per_forward", "cache_frozen")  # fmt: skip
@@ -95,19 +97,7 @@ def load(config: Config) -> tuple[Any, Any]:
 
 def tokenizer(config: Config) -> Any:
     """The tokenizer alone, without loading weights."""
-    source = models.resolve(config.model)
-    if source.kind == "gguf":
-        from zoft import gguf
-
-        made = gguf.tokenizer(gguf.read(Path(source.place)))
-        if made is None:
-            return models.load(config.model)[1]
-    else:
-        from transformers import AutoTokenizer
-
-        made = AutoTokenizer.from_pretrained(source.place, trust_remote_code=config.trust_remote_code)
-    models.set_pad_token(made)
-    return made
+    return models.tokenizer(config.model, config.trust_remote_code)
 
 
 def examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[list[Example], list[Example]]:
@@ -204,7 +194,7 @@ def grouped(config: Config, loaded: nn.Module, made: ProbeAxis, train: Sequence[
     longest = sorted(train, key=lambda e: -e.length)[: config.batch_size]
     batch = collate(longest).to(config.device)
     kept = [*loaded.parameters(), *loaded.buffers(), *batch.inputs.values()]
-    with made.clean(batch.rows), Live(kept) as live:
+    with made.clean(batch.rows), Live(kept, count=False) as live:
         losses(loaded, batch)
     each = max(1, live.most - made.scratch_held())  # the scratch was allocated meanwhile
     pairs = min(config.q, room // (2 * each))
@@ -267,6 +257,8 @@ def placed(
     """The axis itself, tensors in their precision; without sites it can only apply updates (replay)."""
     inplace = config.perturb == "inplace"
     space.place(loaded, trained, config.storage, config.compute, uniform=inplace)
+    for line in sparse.mask(trained, config.mask, config.sparsity, config.seed):  # θ is the base, as stored
+        say(line)
     refuse_denoise(config, trained)
     common: dict[str, Any] = {"seed": config.seed, "kind": config.noise, "beta": config.momentum}
     fed: dict[str, Any] = common | {"q": config.q, "eps": config.eps}
@@ -321,6 +313,8 @@ def trainer(
     config: Config, loaded: nn.Module, made: ProbeAxis | InPlace, train: Sequence[Example], ledger: Ledger
 ) -> Trainer:
     """The trainer of a run: on a GPU, one whose steps are captured."""
+    for line in guards.at_start(config, made.trained) if ledger.last_step < 0 else ():
+        say(line)
     at = batches(config, train)
     if not config.device.startswith("cuda") or config.storage == "fp64":
         return Trainer(loaded, made, at, ledger, settings(config))
@@ -382,6 +376,8 @@ def plan(
     held_out: Sequence[Example],
 ) -> dict[str, Any]:
     """What a run would do: the resolved config and the counts that follow from it."""
+    for line in guards.at_start(config, trained):
+        say(line)
     numbers = sum(t.stored.numel() for t in trained)
     realised = precision.realised(trained, config.eps, seed=config.seed, kind=config.noise)
     weakest = min(realised, key=lambda name: realised[name])

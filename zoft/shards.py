@@ -43,7 +43,7 @@ def write(
         file = (
             f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         )
-        head, starts = _header({name: sizes[name] for name in names})
+        head, starts = header({name: sizes[name] for name in names}, {"format": "pt"})
         (folder / file).write_bytes(head)
         places |= {name: (file, at) for name, at in starts.items()}
     left = set(sizes)
@@ -70,9 +70,11 @@ def write(
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
-def _header(sizes: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> tuple[bytes, dict[str, int]]:
-    """The first bytes of a file, and where each of its tensors begins."""
-    head: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def header(
+    sizes: Mapping[str, tuple[Sequence[int], torch.dtype]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of a file, and where each of its tensors begins, in the order they have there."""
+    head: dict[str, object] = {"__metadata__": dict(metadata)}
     at, starts = 0, {}
     for name in sorted(sizes, key=lambda n: (_ORDER[sizes[n][1]], n.encode())):
         shape, dtype = sizes[name]

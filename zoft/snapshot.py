@@ -29,12 +29,9 @@ if TYPE_CHECKING:
 
 FOLDER = "snapshots"
 NAME = re.compile(r"step-(\d{8,10})\.safetensors")
+MISSING = "is missing"
 LOWER_IS_BETTER = ("loss", "perplexity")
 CHUNK = 1 << 24  # bytes read or written at a time
-# safetensors' names of dtypes
-CODES = {"torch.float64": "F64", "torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16",
-         "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8",
-         "torch.uint8": "U8", "torch.bool": "BOOL"}  # fmt: skip
 
 
 def file_of(folder: Path, step: int) -> Path:
@@ -78,10 +75,10 @@ def newest(
     """
     for event in reversed([e for e in events if e.kind == "snapshot" and (last is None or e.step <= last)]):
         path = file_of(folder, event.step)
-        if path.exists():  # else pruned
-            fault = fault_of(path, header, event)
-            if not fault:
-                return event.step, path
+        fault = fault_of(path, header, event)
+        if not fault:
+            return event.step, path
+        if fault != MISSING:  # those are the ones that were not kept
             say(f"snapshot at step {event.step} is not used: {path} {fault}")
     return None
 
@@ -91,6 +88,8 @@ def fault_of(path: Path, header: Mapping[str, Any], event: Event) -> str:
     try:
         if digest_of(path) == event.digest:
             return ""
+    except FileNotFoundError:
+        return MISSING
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     try:
@@ -153,7 +152,10 @@ def prune(
     steps = [e.step for e in events if e.kind == "snapshot" and file_of(folder, e.step).exists()]
     ranked = sorted(steps, key=lambda s: (badness(evals.get(s, {}).get(config.best_by), config.best_by), s))
     for step in set(steps) - set(steps[-config.keep_last :]) - set(ranked[: config.keep_best]):
-        file_of(folder, step).unlink()
+        try:
+            file_of(folder, step).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"snapshot: cannot delete {file_of(folder, step)}: {error.strerror}") from error
 
 
 def badness(value: float | None, metric: str) -> float:
@@ -192,24 +194,15 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mappin
     In place of safetensors' own writer, which wants all tensors in the CPU's memory at once. facts: its metadata.
     Raises OSError; nothing is left behind then.
     """
+    from zoft import shards
     from zoft.ledger import sync_folder
 
-    # Widest numbers first, so that each begins at a multiple of its size, which readers rely on.
-    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    head: dict[str, Any] = {"__metadata__": dict(facts)}
-    at = 0
-    for name in ordered:
-        t = tensors[name]
-        end = at + t.numel() * t.element_size()
-        head[name] = {"dtype": CODES[str(t.dtype)], "shape": list(t.shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(head, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    head, starts = shards.header({name: (t.shape, t.dtype) for name, t in tensors.items()}, facts)
     draft = path.with_name(f".{path.name}.new")
     h = hashlib.blake2b(digest_size=DIGEST)
     try:
         with draft.open("wb") as file:
-            for part in _parts(len(text).to_bytes(8, "little") + text, (tensors[name] for name in ordered)):
+            for part in _parts(head, (tensors[name] for name in starts)):
                 h.update(part)
                 file.write(part)
             file.flush()

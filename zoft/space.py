@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from zoft.errors import UserError
-from zoft.noise import tensor_id
+from zoft.noise import Mask, tensor_id
 from zoft.quant import FLOOR, Scales
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,6 +33,12 @@ class Trained:
     step: int = 0  # updates of steps < step are in `stored`
     momentum: torch.Tensor | None = None  # fp32 (fp64 for fp64 storage), like stored
     floor: float | None = None  # no update brings an element below it
+    mask: Mask | None = None  # which elements move; None: all
+
+    @property
+    def threshold(self) -> float | None:
+        """|θ| beyond which an element stays: what moves depends on the weights. None: it does not."""
+        return self.mask.threshold if self.mask else None
 
 
 def train_names(model: nn.Module, train: str) -> list[str]:

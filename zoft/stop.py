@@ -1,22 +1,32 @@
-"""Ctrl-C and SIGTERM: a step under way is finished first, so that a stopped run has whole steps only."""
+"""Signals that stop a run: a step under way is finished first, so that a stopped run has whole steps only."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Ctrl-C; what kill, Slurm and Kubernetes send before SIGKILL; what `sbatch --signal` and batch systems send as a
+# warning (their default action is to kill); and the soft limit on CPU time.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+# Exit code "resume me", whatever the signal: sysexits.h's EX_TEMPFAIL. 128 + n is what a shell reports of a process
+# that a signal killed, so it cannot say that a run was stopped in good order.
+RESUME = 75
 
 
 class Stopped(KeyboardInterrupt):
     """A signal has stopped the run in `folder`; all its steps are in the ledger. code: the exit code that says so."""
 
     def __init__(self, number: int, folder: str) -> None:
-        super().__init__(f"stopped; continue with `zoft train --resume {folder}`")
-        self.code = 128 + number
+        if os.path.exists(os.path.join(folder, "config.yaml")):
+            text = f"stopped; continue with `zoft train --resume {folder}`"
+        else:
+            text = "stopped before the run began: nothing is written; give the same command again"
+        super().__init__(text)
+        self.number, self.code = number, RESUME
 
 
 class Stop:

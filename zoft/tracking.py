@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from zoft.errors import UserError
+from zoft.errors import UserError, writing
 
 QUIET_SECONDS = 10.0  # between plain lines where the output is no terminal
 LIVE_SECONDS = 0.1  # between redraws of the live line
@@ -32,10 +33,11 @@ class Tracker:
 
     metrics.jsonl has a line a step, `{"step": s, "loss": …}` for the update from s to s + 1, and a line an
     evaluation, `{"step": s, "eval": {…}}` for the weights after s updates. On resume the lines of steps that
-    the ledger does not have are dropped, so call `step` after the ledger's append and the file is never ahead.
+    the ledger does not have are dropped and those that it has more are filled in (without `seconds`), so call `step`
+    after the ledger's append, and the file tells what the ledger does.
 
     run_dir: an existing folder. steps: of the whole run. resume_step: the ledger's next step, 0 for a new run.
-    config: shown by wandb. device: whose peak memory is shown. stream: where the live or plain lines go (stderr).
+    known: on resume, the metrics of the steps that the ledger has. config: shown by wandb. device: whose peak memory is shown. stream: where the live or plain lines go (stderr).
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Tracker:
         track: str = "none",
         config: Mapping[str, Any] | None = None,
         resume_step: int = 0,
+        known: Sequence[Mapping[str, Any]] = (),
         device: str = "cpu",
         stream: TextIO | None = None,
     ):
@@ -53,9 +56,12 @@ class Tracker:
         self.steps, self.first, self.stream = steps, resume_step, stream or sys.stderr
         self.device = device
         path = Path(run_dir) / "metrics.jsonl"
-        if resume_step:
-            _drop_after(path, resume_step)
-        self._file = path.open("a" if resume_step else "w", encoding="utf-8")
+        self.next = resume_step  # the step whose line comes next
+        with writing(path):
+            if resume_step:
+                _mend(path, resume_step, known)
+            # Unbuffered: what a full disk did not take must not be tried again by close.
+            self._file = path.open("ab" if resume_step else "wb", buffering=0)
         self._started = self._shown = time.monotonic()
         self._rate_from = (resume_step, self._started)  # the first step compiles kernels: leave it out
         self._live = _live(self.stream) if self.stream.isatty() else None
@@ -72,6 +78,7 @@ class Tracker:
     def step(self, step: int, **metrics: Any) -> None:
         """Log the update from `step` to step + 1: loss, projected_gradient, lr, and whatever else is given."""
         self._write({"step": step, **metrics})
+        self.next = step + 1
         now = time.monotonic()
         if step == self.first:
             self._rate_from = (step + 1, now)
@@ -80,6 +87,12 @@ class Tracker:
             self._shown = now
             self._show(self._line(step, metrics, now))
 
+    def fill(self, known: Sequence[Mapping[str, Any]]) -> None:
+        """Write the lines of steps that the ledger has more than the file: known[s] are the metrics of step s."""
+        for row in known[self.next :]:
+            self._write(dict(row))
+            self.next += 1
+
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Log an evaluation of the weights after `step` updates."""
         self._write({"step": step, "eval": dict(metrics)})
@@ -87,10 +100,11 @@ class Tracker:
 
     def note(self, text: str) -> None:
         """A line for the reader that stays on the screen."""
-        if self._live:
-            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=self.stream, flush=True)
+        with contextlib.suppress(OSError):  # a terminal that is gone does not stop a run
+            if self._live:
+                self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(text, file=self.stream, flush=True)
 
     def close(self, failed: bool = False) -> None:
         """Flush and close everything; twice does no harm."""
@@ -103,18 +117,21 @@ class Tracker:
 
     def _write(self, row: dict[str, Any]) -> None:
         # JSON has no NaN: a skipped step's loss becomes null, so that every reader can read the line.
-        self._file.write(json.dumps(finite(row), ensure_ascii=False) + "\n")
-        self._file.flush()
+        with writing(self._file.name):
+            data = (json.dumps(finite(row), ensure_ascii=False) + "\n").encode()
+            while data:
+                data = data[self._file.write(data) :]
         if self._wandb:
             self._wandb.log(row, step=row["step"])
 
     def _show(self, line: str) -> None:
-        if self._live:
-            from rich.text import Text
+        with contextlib.suppress(OSError):
+            if self._live:
+                from rich.text import Text
 
-            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
-        else:
-            print(line, file=self.stream, flush=True)
+                self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+            else:
+                print(line, file=self.stream, flush=True)
 
     def _line(self, step: int, metrics: Mapping[str, Any], now: float) -> str:
         parts = [f"step {step + 1}/{self.steps}"]
@@ -146,18 +163,27 @@ def peak_memory_gb(device: str = "cpu") -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def _drop_after(path: Path, next_step: int) -> None:
-    """Keep the whole lines of steps before next_step, and of evaluations up to it."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+def logged(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; what is damaged is left out, for the ledger is the run."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
-        except ValueError:  # the last line of a killed run
+        except (ValueError, RecursionError):  # the last line of a killed run
             continue
-        if row["step"] < next_step + ("eval" in row):
-            kept.append(line + "\n")
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def _mend(path: Path, next_step: int, known: Sequence[Mapping[str, Any]]) -> None:
+    """Keep lines of steps before next_step and evaluations up to it; put in the steps of `known` that are missing."""
+    rows = [row for row in logged(path) if row["step"] < next_step + ("eval" in row)]
+    have = {row["step"] for row in rows if "eval" not in row}
+    rows += [finite(row) for row in known[:next_step] if row["step"] not in have]
+    rows.sort(key=lambda row: (row["step"], "eval" not in row))  # stable; an evaluation comes before its step
     draft = path.with_name(path.name + ".new")
-    draft.write_text("".join(kept), encoding="utf-8")
+    draft.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     os.replace(draft, path)
 
 

@@ -18,8 +18,6 @@ from zoft.ledger import Ledger, Record
 from zoft.objective import Batch, losses
 from zoft.probe import InPlace, Probe, ProbeAxis
 
-SKIPS_MAX = 20  # non-finite steps in a row that stop a run
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -36,6 +34,15 @@ class Settings:
     probes_per_forward: int = 2
     clip: float | None = None
     meazo: float = 0.0
+    max_skipped: int = 20
+
+
+def metrics_of(record: Record, eps: float) -> dict[str, Any]:
+    """A step's line in metrics.jsonl: {step, loss: the mean over its probes, projected_gradient, lr, skipped}."""
+    loss, slope = sum(record.losses) / len(record.losses), sum(two_sided(record.losses, eps))
+    return {
+        "step": record.step, "loss": loss, "projected_gradient": slope, "lr": record.lr, "skipped": record.skipped
+    }  # fmt: skip
 
 
 class Trainer:
@@ -101,17 +108,12 @@ class Trainer:
         s = self.settings
         if not record.skipped:
             self.moment.see(self.ledger.records[-1].losses, s.eps)
-        if self.skipped_in_a_row >= SKIPS_MAX:
+        if self.skipped_in_a_row >= s.max_skipped:
             raise UserError(
-                f"lr={s.lr:g}, eps={s.eps:g}: the loss was not finite for {SKIPS_MAX} steps in a row; "
-                "the weights are as before them: lower lr, or compute=fp32"
+                f"lr={s.lr:g}, eps={s.eps:g}: the loss was not finite for max_skipped={s.max_skipped} steps in a row; "
+                "the weights are as before them: start again with a lower lr, or with compute=fp32"
             )
-        values = record.losses
-        slope = sum(two_sided(values, s.eps))
-        loss = sum(values) / len(values)
-        return {
-            "step": record.step, "loss": loss, "projected_gradient": slope, "lr": record.lr, "skipped": record.skipped
-        }  # fmt: skip
+        return metrics_of(record, s.eps)
 
     @torch.no_grad()
     def losses_at(self, step: int, probes: Sequence[Probe], batches: Sequence[Batch]) -> list[float]:

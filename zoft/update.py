@@ -84,7 +84,7 @@ def due(trained: Trained, updates: Sequence[Update], beta: float) -> list[Update
     assert all(a.step < b.step for a, b in pairwise(updates)), "updates out of order"
     todo = [u for u in updates if u.step >= trained.step]
     if not trained.decays:
-        todo = [replace(u, decay=1.0) for u in todo]
+        todo = [u if u.is_nothing else replace(u, decay=1.0) for u in todo]
     if beta == 0:
         return [u for u in todo if not u.is_noop]
     if trained.momentum is None:
@@ -119,6 +119,7 @@ def advance(trained: Trained, updates: Sequence[Update], noise: str, beta: float
     todo = due(trained, updates, beta)
     if todo:
         advance_tensor(
-            trained.stored, trained.id, todo, noise, momentum=trained.momentum, beta=beta, floor=trained.floor
-        )
+            trained.stored, trained.id, todo, noise, momentum=trained.momentum, beta=beta, floor=trained.floor,
+            mask=trained.mask,
+        )  # fmt: skip
     mark(trained, updates)

@@ -32,6 +32,13 @@ Specification
         θ's dtype. z_last is the z of the last multiplier. In-place probing takes θ back with it, in the update's own
         pass and rounding; a move alone is the same bits as a probe of that scale, written onto θ.
     Probe: fl(θ + fl(scale·z)), then to out's dtype, nearest even; scale 0: θ itself.
+    Mask: an element that is left out keeps its bits: restores, decay, sums and rounding pass it over (in its s is -0, so
+        that a momentum buffer only fades), its probes are θ itself, to out's dtype.
+        by magnitude: |θ| <= threshold moves, θ as it is stored before the update, compared in fp32. Several updates
+        in one pass each look anew, probes look at θ after them all: the order of steps, whatever is fused. So the
+        probes of a step and its update, which comes later and finds the same θ, have one mask.
+        at random (purpose 2, key(seed, 0, 0)): c = i // 8, half-word i mod 8, low halves first: 16 bits r; r < share
+        moves. The same at all steps; each tensor its own.
 
 [1] Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011. doi:10.1145/2063384.2063405
 """
@@ -42,7 +49,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +64,16 @@ GAUSSIAN_BOUND = 1e-6  # on a CPU; 9.3e-7 over all words, rms 1.3e-7 (scripts/be
 GAUSSIAN_BOUND_GPU = 5e-5  # on a GPU, with its own logarithm, sine and cosine; rms 3e-7
 
 Probes = Sequence[tuple[int, float]]
+
+
+class Mask(NamedTuple):
+    """Which elements of a tensor move: those with |θ| <= threshold (an fp32 value), or a fixed random share of 2¹⁶."""
+
+    threshold: float | None = None
+    seed: int = 0
+    share: int = 0
+
+
 _MASK = 0xFFFFFFFF
 
 
@@ -127,6 +144,7 @@ def advance(
     beta: float = 0.0,
     start: int = 0,
     floor: float | None = None,
+    mask: Mask | None = None,
 ) -> None:
     """Apply updates to θ in place, in order, in one pass over memory.
 
@@ -136,8 +154,9 @@ def advance(
     no update at all (a skipped step) must not be in updates: with momentum even a no-op coasts.
     start: theta and momentum are a contiguous part of the tensor, from this element on, a multiple of PART: the
     bits are those of the whole. floor: what an update brings θ below is set to it, before it is rounded.
+    mask: of the tensor; by magnitude it goes with no restore, for what θ is elsewhere says nothing of θ.
     """
-    more: dict[str, Any] = {"momentum": momentum, "beta": beta, "start": start, "floor": floor}
+    more: dict[str, Any] = {"momentum": momentum, "beta": beta, "start": start, "floor": floor, "mask": mask}
     perturb(theta, tid, None, (), seed=0, step=0, noise=noise, updates=updates, **more)
 
 
@@ -155,6 +174,7 @@ def perturb(
     beta: float = 0.0,
     start: int = 0,
     floor: float | None = None,
+    mask: Mask | None = None,
 ) -> None:
     """Apply updates to θ as `advance` does, then write every probe of it, in one pass over memory.
 
@@ -182,9 +202,16 @@ def perturb(
             momentum.shape,
             momentum.dtype,
         )
+    if mask is not None and mask.threshold is not None:
+        moved = out is not None and out.data_ptr() == theta.data_ptr()
+        assert not moved and not any(u.restore for u in live), (
+            "a mask by magnitude of θ that is moved in place"
+        )
     if theta.numel() and (live or probes):
         backend = _backend(theta.device.type)
-        backend.perturb(theta, tid, out, tuple(probes), seed, step, noise, live, momentum, beta, start, floor)
+        backend.perturb(
+            theta, tid, out, tuple(probes), seed, step, noise, live, momentum, beta, start, floor, mask
+        )
 
 
 def _live(updates: Sequence[Update], coasts: bool) -> Iterator[Update]:
@@ -208,13 +235,14 @@ def gather(
     step: int,
     noise: str,
     start: int = 0,
+    mask: Mask | None = None,
 ) -> None:
     """Rows of one probe, with noise made for these rows only.
 
     out[n] = cast(θ[rows[n]] + scale·z[rows[n]])
 
     theta: contiguous [R, ...]; rows: int64 [N], each in [0, R); out: contiguous [N, ...]. IndexError for other rows on
-    a CPU; a GPU does not look. start: as in `advance`.
+    a CPU; a GPU does not look. start, mask: as in `advance`.
     """
     assert noise in (GAUSSIAN, RADEMACHER), noise
     assert theta.is_contiguous() and out.is_contiguous() and rows.ndim == 1, (
@@ -227,7 +255,7 @@ def gather(
     assert start >= 0 and start % PART == 0, start
     if out.numel():
         _backend(theta.device.type).gather(
-            theta, tid, rows.contiguous(), out, direction, scale, seed, step, noise, start
+            theta, tid, rows.contiguous(), out, direction, scale, seed, step, noise, start, mask
         )
 
 
@@ -250,6 +278,20 @@ def direction(
     if out.numel():
         _backend(out.device.type).direction(out, tid, seed, step, direction, noise)
     return out
+
+
+def moving(theta: Tensor, tid: int, mask: Mask | None, start: int = 0) -> Tensor:
+    """Which elements the mask lets move: bool, of theta's shape. start: as in `advance`."""
+    import torch
+
+    if mask is None:
+        return torch.ones_like(theta, dtype=torch.bool)
+    if mask.threshold is not None:
+        size = theta.abs()  # a 16-bit tensor would be compared with the threshold rounded to 16 bits
+        return (size.float() if size.itemsize < 4 else size) <= mask.threshold
+    found = torch.zeros(theta.shape, dtype=torch.float32, device=theta.device)
+    advance(found, tid, [Update(0, 0, (1.0,))], RADEMACHER, start=start, mask=mask)
+    return found != 0
 
 
 def _backend(device: str):

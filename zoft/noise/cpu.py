@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoft.noise import GAUSSIAN, Update, kernels, key
+from zoft.noise import GAUSSIAN, Mask, Update, kernels, key
 
 _CODES = {
     torch.float32: kernels.FP32,
@@ -40,6 +40,7 @@ def perturb(
     beta: float,
     first: int = 0,
     floor: float | None = None,
+    mask: Mask | None = None,
 ) -> None:
     """`zoft.noise.perturb` of a CPU tensor whose first element is number `first`. updates: without no-ops."""
     code, n = _CODES[theta.dtype], theta.numel()
@@ -48,12 +49,12 @@ def perturb(
     address, gaussian = _address(theta, first), noise == GAUSSIAN
     buffer = _NONE if momentum is None else _address(momentum, first)
     target, out_code = (_NONE, 0) if out is None else (np.uint64(out.data_ptr()), _CODES[out.dtype])
-    beta, floor = work(beta), work(-np.inf if floor is None else floor)
+    rules = _rules(beta, floor, mask)
 
     def piece(start: int, end: int) -> None:
         shape = (out_code, n, start)
         kernels.run(
-            address, code, first + start, first + end, tid, gaussian, buffer, beta, floor, plan, target, shape
+            address, code, first + start, first + end, tid, gaussian, buffer, rules, plan, target, shape
         )
 
     _spread(piece, n, _PIECE)
@@ -70,18 +71,20 @@ def gather(
     step: int,
     noise: str,
     start: int = 0,
+    mask: Mask | None = None,
 ) -> None:
     """`zoft.noise.gather` of a CPU tensor whose first element is number `start`."""
     code, out_code, width = _CODES[theta.dtype], _CODES[out.dtype], out.numel() // len(rows)
     index = rows.numpy()
     if index.min() < 0 or index.max() >= len(theta):
         raise IndexError(f"rows [{index.min()}, {index.max()}] of a tensor that has {len(theta)}")
-    plan = _plan((), ((direction, scale),), seed, step, np.float64 if code == kernels.FP64 else np.float32)
+    work = np.float64 if code == kernels.FP64 else np.float32
+    plan, rules = _plan((), ((direction, scale),), seed, step, work), _rules(0.0, None, mask)
     source, target, gaussian = _address(theta, start), np.uint64(out.data_ptr()), noise == GAUSSIAN
 
     def piece(first: int, last: int) -> None:
         kernels.run_rows(
-            source, code, index, first, last, width, start, tid, gaussian, plan, target, out_code
+            source, code, index, first, last, width, start, tid, gaussian, rules, plan, target, out_code
         )
 
     _spread(piece, len(rows), -(-_PIECE // width))
@@ -93,11 +96,11 @@ def direction(out: Tensor, tid: int, seed: int, step: int, direction: int, noise
     plan = _plan((), ((direction, 1.0),), seed, step, np.float32)
     target = np.uint64(out.data_ptr())
 
-    none = np.float32(0), np.float32(-np.inf)
+    rules = _rules(0.0, None, None)
 
     def piece(start: int, end: int) -> None:
         shape = (code, n, start)
-        kernels.run(_NONE, kernels.ZERO, start, end, tid, gaussian, _NONE, *none, plan, target, shape)
+        kernels.run(_NONE, kernels.ZERO, start, end, tid, gaussian, _NONE, rules, plan, target, shape)
 
     _spread(piece, n, _PIECE)
 
@@ -105,6 +108,17 @@ def direction(out: Tensor, tid: int, seed: int, step: int, direction: int, noise
 def _address(tensor: Tensor, first: int) -> np.uint64:
     """Where element 0 would be if the tensor's first is number `first`."""
     return np.uint64((tensor.data_ptr() - first * tensor.element_size()) % 2**64)
+
+
+@lru_cache(maxsize=4096)  # one for each tensor with a threshold of its own
+def _rules(beta: float, floor: float | None, mask: Mask | None):
+    """What `kernels.run` takes as its rules: fp64 [7], which holds them exactly."""
+    kind, threshold, share, words = kernels.ALL, 0.0, 0, (0, 0)
+    if mask is not None and mask.threshold is not None:
+        kind, threshold = kernels.SMALL, mask.threshold
+    elif mask is not None:
+        kind, share, words = kernels.CHOSEN, mask.share, key(mask.seed, 0, 0)
+    return np.array([beta, -np.inf if floor is None else floor, kind, threshold, share, *words])
 
 
 @lru_cache(

@@ -17,6 +17,7 @@ from llvmlite import ir
 from numba import carray, types
 
 NOTHING = -1.0  # noise.NOTHING
+ALL, SMALL, CHOSEN = 0, 1, 2  # kinds of mask: none, by magnitude, at random
 FP32, BF16, FP16, FP64, ZERO = 0, 1, 2, 3, 4  # storage codes; ZERO: no memory at all, every element is -0.0
 
 CHUNK = (
@@ -212,9 +213,9 @@ def _draw(z, words, base, n, tid, keys, k, last, gaussian):
 
 
 @_jit
-def _rounding(words, base, n, tid, k0, k1):
+def _halves(words, base, n, tid, purpose, k0, k1):
     """The 16 random bits of element i at position i - base of words seen as (little-endian) uint16."""
-    philox(words, base // 8, 16 * ((n + 127) // 128), tid, 1, k0, k1)
+    philox(words, base // 8, 16 * ((n + 127) // 128), tid, purpose, k0, k1)
 
 
 # ---- storage -------------------------------------------------------------------------------------------------------
@@ -367,17 +368,54 @@ def _add(a, s, n):
         a[i] = a[i] + s[i]
 
 
+@_jit
+def _add_scaled_where(keep, s, a, m, z, n):
+    for i in range(n):
+        s[i] = a[i] + m * z[i] if keep[i] != 0 else a[i]
+
+
+@_jit
+def _smaller(keep, a, threshold, n):
+    for i in range(n):
+        keep[i] = 1 if abs(a[i]) <= threshold else 0
+
+
+@_jit
+def _drawn(keep, r, share, n):
+    for i in range(n):
+        keep[i] = 1 if r[i] < share else 0
+
+
+@_jit
+def _where(keep, a, other, n):
+    """a, where it moves, else other."""
+    for i in range(n):
+        a[i] = a[i] if keep[i] != 0 else other[i]
+
+
+@_jit
+def _silence(keep, s, n):
+    for i in range(n):
+        s[i] = s[i] if keep[i] != 0 else -0.0
+
+
+@_jit
+def _copy(a, b, n):
+    for i in range(n):
+        a[i] = b[i]
+
+
 @_entry
-def run(theta, code, start, end, tid, gaussian, momentum, beta, floor, plan, out, shape):
+def run(theta, code, start, end, tid, gaussian, momentum, rules, plan, out, shape):
     """Elements [start, end) of one tensor: pending updates in order, then every probe.
 
-    theta, momentum, out: uint64 addresses (momentum 0: none). beta, floor (-inf: none), and the plan's float arrays: the
-    work dtype.
+    theta, momentum, out: uint64 addresses (momentum 0: none). rules fp64 [7]: beta, floor (-inf: none), of the mask its
+    kind, threshold, share and the two words of its key. The plan's arrays of floats have the work dtype.
     plan (counts, keys, values, decays, restores, rounding, probes):
         counts int64 [U] the directions of each update; keys uint32 [Σ counts + G, 2] of those directions, then of the
         probe groups; values [Σ counts + P] the multipliers, then the scales of the probes; decays [U]
-        (NOTHING: a restore alone); restores [U], along the last direction; rounding uint32 [U, 2] keys; probes int64 [G] the consecutive probes that share a direction (negative: the
-        same without noise).
+        (NOTHING: a restore alone); restores [U], along the last direction; rounding uint32 [U, 2] keys; probes int64
+        [G] the consecutive probes that share a direction (negative: the same without noise).
     shape: out's storage code, elements between two probes' rows, place of element `start` in a row.
     """
     counts, keys, values, decays, restores, rounding, probes = plan
@@ -385,6 +423,11 @@ def run(theta, code, start, end, tid, gaussian, momentum, beta, floor, plan, out
     bits = words.view(np.uint16)
     z = np.empty(CHUNK, np.float32)
     a, s, m = np.empty(CHUNK, values.dtype), np.empty(CHUNK, values.dtype), np.empty(CHUNK, values.dtype)
+    m[0], m[1], m[2] = rules[0], rules[1], rules[3]
+    beta, floor, threshold = m[0], m[1], m[2]  # in the work dtype
+    kind, share, mask0, mask1 = int(rules[2]), int(rules[4]), np.uint32(rules[5]), np.uint32(rules[6])
+    size = CHUNK if kind != ALL else 1
+    keep, old = np.empty(size, np.float32), np.empty(size, values.dtype)
     out_code, stride, origin = shape
     storage = FP32 if values.itemsize == 4 else FP64
     lo = start
@@ -393,8 +436,15 @@ def run(theta, code, start, end, tid, gaussian, momentum, beta, floor, plan, out
         hi = min(end, base + CHUNK)
         n, skip = hi - lo, lo - base
         _load(a, theta, code, lo, n)
+        if kind == CHOSEN:
+            _halves(words, base, n + skip, tid, 2, mask0, mask1)
+            _drawn(keep, bits[skip:], share, n)
         k, last = 0, -1
         for u in range(len(counts)):
+            if kind != ALL:
+                if kind == SMALL:
+                    _smaller(keep, a, threshold, n)
+                _copy(old, a, n)
             if counts[u] == 0:
                 s[:n] = -0.0  # an empty sum leaves the signs of zeros alone
             for d in range(counts[u]):
@@ -407,11 +457,15 @@ def run(theta, code, start, end, tid, gaussian, momentum, beta, floor, plan, out
             if restores[u] != 0:
                 _accumulate(a, restores[u], z[skip:], n)
             if decays[u] == NOTHING:
+                if kind != ALL:
+                    _where(keep, a, old, n)
                 if code == BF16 or code == FP16:  # to nearest
                     _store(a, theta, code, lo, n)
                     _load(a, theta, code, lo, n)
                 continue
             if momentum != 0:
+                if kind != ALL:
+                    _silence(keep, s, n)
                 _load(m, momentum, storage, lo, n)
                 _accumulate(s, beta, m, n)
                 _store(s, momentum, storage, lo, n)
@@ -420,11 +474,15 @@ def run(theta, code, start, end, tid, gaussian, momentum, beta, floor, plan, out
             _add(a, s, n)
             if floor > -np.inf:
                 _raise(a, floor, n)
+            if kind != ALL:  # what stays is on the grid of its dtype, which no rounding leaves
+                _where(keep, a, old, n)
             if code == BF16 or code == FP16:
-                _rounding(words, base, n + skip, tid, rounding[u, 0], rounding[u, 1])
+                _halves(words, base, n + skip, tid, 1, rounding[u, 0], rounding[u, 1])
                 _store_stochastic(a, bits[skip:], theta, code, lo, n)
         if len(counts) > 0 and (code == FP32 or code == FP64):
             _store(a, theta, code, lo, n)
+        if kind == SMALL and len(probes) > 0:
+            _smaller(keep, a, threshold, n)
         p, v = 0, k
         for g in range(len(probes)):
             if probes[g] > 0:
@@ -432,7 +490,10 @@ def run(theta, code, start, end, tid, gaussian, momentum, beta, floor, plan, out
             for _ in range(abs(probes[g])):
                 at = p * stride + origin + lo - start
                 if probes[g] > 0:
-                    _add_scaled(s, a, values[v], z[skip:], n)
+                    if kind == ALL:
+                        _add_scaled(s, a, values[v], z[skip:], n)
+                    else:
+                        _add_scaled_where(keep, s, a, values[v], z[skip:], n)
                     _store(s, out, out_code, at, n)
                 else:
                     _store(a, out, out_code, at, n)
@@ -443,7 +504,7 @@ def run(theta, code, start, end, tid, gaussian, momentum, beta, floor, plan, out
 
 
 @_entry
-def run_rows(theta, code, rows, first, last, width, origin, tid, gaussian, plan, out, out_code):
+def run_rows(theta, code, rows, first, last, width, origin, tid, gaussian, rules, plan, out, out_code):
     """out[n] = θ[rows[n]] + scale·z[rows[n]] for first <= n < last; a row is `width` consecutive elements, row 0
     begins with element `origin`."""
     for n in range(first, last):
@@ -456,8 +517,7 @@ def run_rows(theta, code, rows, first, last, width, origin, tid, gaussian, plan,
             tid,
             gaussian,
             np.uint64(0),
-            plan[2][0],
-            plan[2][0],  # beta and floor: there are no updates
+            rules,
             plan,
             out,
             (out_code, width, n * width),

@@ -12,6 +12,7 @@ import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,15 +20,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoft.noise import GAUSSIAN, PART, Probes, Update, key
+from zoft.noise import GAUSSIAN, PART, Mask, Probes, Update, key
 from zoft.noise import NOTHING as _NOTHING
 
+_PLAIN = ["tid", "threshold", "share", "mask0", "mask1"]  # arguments whose values no kernel is compiled for
 PROBES_MAX = 16  # probes that one launch unrolls
 _LANES = 128  # of 8 elements each: what one program of 2 warps works on
 _SMALL = 64  # lanes of a program of one warp, where tensors are small
 _OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}
 _OPTIONS_SMALL = {"num_warps": 1, "enable_fp_fusion": False}
 NOTHING = tl.constexpr(_NOTHING)
+ALL, SMALL, CHOSEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # kinds of mask, as in kernels.py
 # Triton's interpreter knows no assembly: there the same functions, exact, stand in for the hardware's.
 _HARDWARE = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") != "1")
 
@@ -85,14 +88,14 @@ def _noise(base, tid, keys, k, GAUSSIAN: tl.constexpr, LANES: tl.constexpr):
     """z of the 8·LANES elements from base (a multiple of 128) on, fp32; key k of keys int32 [., 2]."""
     k0, k1 = _key(keys, k)
     if GAUSSIAN:
-        w0, w1, w2, w3 = _words(base // 8 + tl.arange(0, LANES), tid, 0, k0, k1)
+        w0, w1, w2, w3 = _words((base >> 3) + tl.arange(0, LANES), tid, 0, k0, k1)
         a0, a1 = _pair(w0)
         b0, b1 = _pair(w1)
         c0, c1 = _pair(w2)
         d0, d1 = _pair(w3)
         return tl.interleave(_in_order(a0, b0, c0, d0), _in_order(a1, b1, c1, d1))
     word = tl.arange(0, LANES // 4)  # of 32 elements each
-    w0, w1, w2, w3 = _words(base // 128 + word // 4, tid, 0, k0, k1)
+    w0, w1, w2, w3 = _words((base >> 7) + word // 4, tid, 0, k0, k1)
     which = word % 4
     bits = tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
     spread = (bits[:, None] >> tl.arange(0, 32).to(tl.uint32)[None, :]) & 1
@@ -100,11 +103,27 @@ def _noise(base, tid, keys, k, GAUSSIAN: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
+def _pairs(base, tid, purpose: tl.constexpr, k0, k1, LANES: tl.constexpr):
+    """Words [4·LANES], each of two elements' 16 bits from base (a multiple of 128) on, the even one's low."""
+    w0, w1, w2, w3 = _words((base >> 3) + tl.arange(0, LANES), tid, purpose, k0, k1)
+    return _in_order(w0, w1, w2, w3)
+
+
+@triton.jit
+def _moving(a, base, tid, MASK: tl.constexpr, threshold, share, mask0, mask1, LANES: tl.constexpr):
+    """Which of the 8·LANES elements a mask lets move."""
+    if MASK == SMALL:
+        return tl.abs(a) <= threshold
+    k0, k1 = mask0.to(tl.uint32, bitcast=True), mask1.to(tl.uint32, bitcast=True)
+    pairs = _pairs(base, tid, 2, k0, k1, LANES)
+    return tl.interleave(pairs & 0xFFFF, pairs >> 16).to(tl.int32, bitcast=True) < share
+
+
+@triton.jit
 def _round_stochastic(a, base, tid, keys, k, BF16: tl.constexpr, LANES: tl.constexpr):
     """The finite fp32 values a [8·LANES] on the grid of bf16 or fp16, still fp32."""
     k0, k1 = _key(keys, k)
-    w0, w1, w2, w3 = _words(base // 8 + tl.arange(0, LANES), tid, 1, k0, k1)
-    pairs = _in_order(w0, w1, w2, w3)
+    pairs = _pairs(base, tid, 1, k0, k1, LANES)
     bits = a.to(tl.int32, bitcast=True)
     if BF16:
         r = tl.interleave(pairs & 0xFFFF, pairs >> 16).to(tl.int32, bitcast=True)
@@ -132,17 +151,39 @@ def _round_nearest(a, BF16: tl.constexpr):
 
 
 @triton.jit
-def _restore(a, z, scale):
+def _restored(a, z, scale):
     """a + scale·z; a itself where scale is 0, signs of zeros included."""
     return tl.where(scale == 0, a, a + scale * z)
 
 
 @triton.jit
-def _step(
-    a, m, s, u, base, tid, keys, values, UQ, decay, beta,
-    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, BF16: tl.constexpr, LANES: tl.constexpr, FLOOR: tl.constexpr = None,
+def _moved(
+    a, base, tid, keys, k, scale, keep, MASK: tl.constexpr,
+    STOCHASTIC: tl.constexpr, BF16: tl.constexpr, GAUSSIAN: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """θ (and momentum) after update u, whose directions sum to s; UQ: multipliers in all."""
+    """θ after a move by scale along key k; a mask by magnitude goes with no move."""
+    z = _noise(base, tid, keys, k, GAUSSIAN, LANES).to(a.dtype)
+    b = a + scale * z
+    if STOCHASTIC:
+        b = _round_nearest(b, BF16)
+    if MASK:
+        b = tl.where(keep, b, a)
+    return b
+
+
+@triton.jit
+def _step(
+    a, m, s, z, u, base, tid, keys, UQ, decay, beta, restores, keep, threshold, RESTORE: tl.constexpr, MASK: tl.constexpr,
+    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, BF16: tl.constexpr, LANES: tl.constexpr, FLOOR: tl.constexpr,
+):  # fmt: skip
+    """θ (and momentum) after update u, whose directions sum to s, z the last of them; UQ: multipliers in all."""
+    old = a
+    if MASK == SMALL:
+        keep = tl.abs(a) <= threshold
+    if MASK and MOMENTUM:
+        s = tl.where(keep, s, -0.0)
+    if RESTORE:
+        a = _restored(a, z, tl.load(restores + u))
     a = decay * a
     if MOMENTUM:
         m = beta * m + s
@@ -153,19 +194,22 @@ def _step(
         a = tl.maximum(a, tl.full([], FLOOR, a.dtype))
     if STOCHASTIC:
         a = _round_stochastic(a, base, tid, keys, UQ + u, BF16, LANES)
+    if MASK:
+        a = tl.where(keep, a, old)
     return a, m
 
 
 @triton.jit
 def _updated(
-    a, m, base, tid, keys, values, U, Q, PROBES: tl.constexpr, ONE: tl.constexpr, RESTORE: tl.constexpr,
-    MOMENTUM: tl.constexpr, STOCHASTIC: tl.constexpr, BF16: tl.constexpr, GAUSSIAN: tl.constexpr, LANES: tl.constexpr,
-    FLOOR: tl.constexpr = None,
+    a, m, base, tid, keys, values, U, Q, keep, threshold,
+    PROBES: tl.constexpr, ONE: tl.constexpr, RESTORE: tl.constexpr, MASK: tl.constexpr, MOMENTUM: tl.constexpr,
+    STOCHASTIC: tl.constexpr, BF16: tl.constexpr, GAUSSIAN: tl.constexpr, LANES: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
     """θ (and momentum) after U updates of Q directions each; one whose multipliers are all 0 changes nothing, unless
     there is momentum; one whose decay is NOTHING changes nothing at all: but their restores are done.
 
-    ONE: there is one update of ONE directions, as in training: nothing is left to a loop. RESTORE: some restore is not 0.
+    keep: what moves, under a random mask. ONE: there is one update of ONE directions, as in training: nothing is left
+    to a loop. RESTORE: some restore is not 0.
     """
     restores = values + U * Q + U + PROBES + 1
     beta = tl.load(restores - 1)
@@ -180,33 +224,17 @@ def _updated(
             for k in tl.static_range(1, ONE):
                 z = _noise(base, tid, keys, k, GAUSSIAN, LANES).to(a.dtype)
                 s = s + tl.load(values + k) * z
-            if RESTORE:
-                a = _restore(a, z, tl.load(restores))
             a, m = _step(
-                a,
-                m,
-                s,
-                0,
-                base,
-                tid,
-                keys,
-                values,
-                ONE,
-                decay,
-                beta,
-                MOMENTUM,
-                STOCHASTIC,
-                BF16,
-                LANES,
-                FLOOR,
-            )
+                a, m, s, z, 0, base, tid, keys, ONE, decay, beta, restores, keep, threshold,
+                RESTORE, MASK, MOMENTUM, STOCHASTIC, BF16, LANES, FLOOR,
+            )  # fmt: skip
         else:
             if RESTORE:
                 if tl.load(restores) != 0:
-                    z = _noise(base, tid, keys, ONE - 1, GAUSSIAN, LANES).to(a.dtype)
-                    a = _restore(a, z, tl.load(restores))
-                    if STOCHASTIC:
-                        a = _round_nearest(a, BF16)
+                    back = tl.load(restores)
+                    a = _moved(
+                        a, base, tid, keys, ONE - 1, back, keep, MASK, STOCHASTIC, BF16, GAUSSIAN, LANES
+                    )
     else:
         for u in range(U):
             decay = tl.load(values + U * Q + u)
@@ -220,37 +248,21 @@ def _updated(
                     z = _noise(base, tid, keys, u * Q + k, GAUSSIAN, LANES).to(a.dtype)
                     product = tl.load(values + u * Q + k) * z
                     s = tl.where(k == 0, product, s + product)
-                if RESTORE:
-                    a = _restore(a, z, tl.load(restores + u))
                 a, m = _step(
-                    a,
-                    m,
-                    s,
-                    u,
-                    base,
-                    tid,
-                    keys,
-                    values,
-                    U * Q,
-                    decay,
-                    beta,
-                    MOMENTUM,
-                    STOCHASTIC,
-                    BF16,
-                    LANES,
-                    FLOOR,
-                )
+                    a, m, s, z, u, base, tid, keys, U * Q, decay, beta, restores, keep, threshold,
+                    RESTORE, MASK, MOMENTUM, STOCHASTIC, BF16, LANES, FLOOR,
+                )  # fmt: skip
             else:
                 if RESTORE:
                     if tl.load(restores + u) != 0:
-                        z = _noise(base, tid, keys, u * Q + Q - 1, GAUSSIAN, LANES).to(a.dtype)
-                        a = _restore(a, z, tl.load(restores + u))
-                        if STOCHASTIC:
-                            a = _round_nearest(a, BF16)
+                        last, back = u * Q + Q - 1, tl.load(restores + u)
+                        a = _moved(
+                            a, base, tid, keys, last, back, keep, MASK, STOCHASTIC, BF16, GAUSSIAN, LANES
+                        )
     return a, m
 
 
-@triton.jit(do_not_specialize=["tid"])
+@triton.jit(do_not_specialize=_PLAIN)
 def _pass(
     theta,  # or none
     momentum,  # or none
@@ -262,11 +274,17 @@ def _pass(
     tid,  # int32, the bits of the tensor's id
     U,
     Q,
+    threshold,  # of a mask by magnitude
+    share,  # of a random mask, and its key, int32 bits
+    mask0,
+    mask1,
+    PARTIAL: tl.constexpr,  # start is not 0
     WORK: tl.constexpr,
     HAS_THETA: tl.constexpr,
     HAS_UPDATES: tl.constexpr,
     ONE: tl.constexpr,
     RESTORE: tl.constexpr,
+    MASK: tl.constexpr,
     HAS_MOMENTUM: tl.constexpr,
     WRITE_THETA: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -282,23 +300,30 @@ def _pass(
     base = tl.program_id(0).to(tl.int64) * (8 * LANES)
     at = base + tl.arange(0, 8 * LANES)
     inside = at < n
-    base += start  # of the noise from here on
+    if PARTIAL:
+        base += start  # of the noise from here on
     tid = tid.to(tl.uint32, bitcast=True)
     if HAS_THETA:
         a = tl.load(theta + at, mask=inside, other=0.0).to(WORK)
     else:
         a = tl.full([8 * LANES], -0.0, WORK)
+    keep = inside
+    if MASK == CHOSEN:
+        keep = _moving(a, base, tid, MASK, threshold, share, mask0, mask1, LANES)
     if HAS_UPDATES:
         m = a
         if HAS_MOMENTUM:
             m = tl.load(momentum + at, mask=inside, other=0.0)
         a, m = _updated(
-            a, m, base, tid, keys, values, U, Q, PROBES, ONE, RESTORE, HAS_MOMENTUM, STOCHASTIC, BF16, GAUSSIAN, LANES, FLOOR
+            a, m, base, tid, keys, values, U, Q, keep, threshold,
+            PROBES, ONE, RESTORE, MASK, HAS_MOMENTUM, STOCHASTIC, BF16, GAUSSIAN, LANES, FLOOR,
         )  # fmt: skip
         if HAS_MOMENTUM:
             tl.store(momentum + at, m, mask=inside)
         if WRITE_THETA:
             tl.store(theta + at, a.to(theta.dtype.element_ty), mask=inside)
+    if MASK == SMALL:
+        keep = _moving(a, base, tid, MASK, threshold, share, mask0, mask1, LANES)
     z = tl.zeros([8 * LANES], tl.float32)
     for p in tl.static_range(PROBES):
         if (FRESH >> p) & 1:
@@ -307,6 +332,8 @@ def _pass(
             probe = a
         else:
             probe = a + tl.load(values + U * Q + U + p) * z.to(WORK)
+            if MASK:
+                probe = tl.where(keep, probe, a)
         if NARROW:  # also what fp64 becomes goes through fp32
             probe = probe.to(tl.float32)
         tl.store(out + tl.full([], p, tl.int64) * n + at, probe.to(out.dtype.element_ty), mask=inside)
@@ -335,7 +362,7 @@ def _pass_small(
     GAUSSIAN: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """`_pass` for many small fp32 tensors in one launch."""
+    """`_pass` for many small fp32 tensors in one launch; none of them has a mask or a floor."""
     row = table + 4 * tl.program_id(0)
     start, base, count = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     tid = tl.load(row + 3).to(tl.int32).to(tl.uint32, bitcast=True)
@@ -348,23 +375,9 @@ def _pass_small(
         if HAS_MOMENTUM:
             m = tl.load(momentum + at, mask=inside, other=0.0)
         a, m = _updated(
-            a,
-            m,
-            base,
-            tid,
-            keys,
-            values,
-            U,
-            Q,
-            PROBES,
-            ONE,
-            RESTORE,
-            HAS_MOMENTUM,
-            False,
-            False,
-            GAUSSIAN,
-            LANES,
-        )
+            a, m, base, tid, keys, values, U, Q, inside, 0.0,
+            PROBES, ONE, RESTORE, ALL, HAS_MOMENTUM, False, False, GAUSSIAN, LANES, None,
+        )  # fmt: skip
         if HAS_MOMENTUM:
             tl.store(momentum + at, m, mask=inside)
         tl.store(theta + at, a, mask=inside)
@@ -381,7 +394,7 @@ def _pass_small(
             tl.store(narrow + total * p + at, probe.to(narrow.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tid"])
+@triton.jit(do_not_specialize=_PLAIN)
 def _rows(
     theta,
     rows,  # int64 [PROBES·per_probe]
@@ -392,7 +405,12 @@ def _rows(
     origin,  # index of theta's first element in its tensor
     per_probe,
     tid,
+    threshold,
+    share,
+    mask0,
+    mask1,
     WORK: tl.constexpr,
+    MASK: tl.constexpr,
     SILENT: tl.constexpr,
     NARROW: tl.constexpr,
     GAUSSIAN: tl.constexpr,
@@ -408,8 +426,12 @@ def _rows(
     probe = tl.load(theta + at, mask=inside, other=0.0).to(WORK)
     if not SILENT:
         p = row // per_probe
-        z = _noise(base, tid.to(tl.uint32, bitcast=True), keys, p, GAUSSIAN, LANES)
-        probe = probe + tl.load(values + p) * z.to(WORK)
+        tid = tid.to(tl.uint32, bitcast=True)
+        z = _noise(base, tid, keys, p, GAUSSIAN, LANES)
+        a = probe
+        probe = a + tl.load(values + p) * z.to(WORK)
+        if MASK:
+            probe = tl.where(_moving(a, base, tid, MASK, threshold, share, mask0, mask1, LANES), probe, a)
     if NARROW:
         probe = probe.to(tl.float32)
     tl.store(out + row * width + (at - start), probe.to(out.dtype.element_ty), mask=inside)
@@ -492,11 +514,12 @@ def _upload(host: Tensor, device: torch.device) -> Tensor:
 
 def launch(
     theta: Tensor | None, tid: int, out: Tensor | None, plan: Plan, noise: str, momentum: Tensor | None = None,
-    start: int = 0, floor: float | None = None,
+    start: int = 0, floor: float | None = None, mask: Mask | None = None,
 ) -> None:  # fmt: skip
     """θ (None: zeros) through a plan: updates in place, then its probes into out [P, *theta.shape].
 
-    start: θ (and momentum) is a contiguous part of the tensor, from this element on, a multiple of PART.
+    start: θ (and momentum) is a contiguous part of the tensor, from this element on, a multiple of PART. floor, mask:
+    the tensor's.
     """
     assert start % PART == 0, start
     some = theta if theta is not None else out
@@ -507,7 +530,7 @@ def launch(
         _pass[(triton.cdiv(n, 8 * _LANES),)](
             some, momentum if momentum is not None else some, out if out is not None else some,
             plan.keys, plan.values, n, start, _signed(tid), plan.updates, plan.directions,
-            WORK=tl.float64 if some.dtype == torch.float64 and theta is not None else tl.float32,
+            **_mask(mask), PARTIAL=start != 0, WORK=tl.float64 if some.dtype == torch.float64 and theta is not None else tl.float32,
             HAS_THETA=theta is not None, HAS_UPDATES=plan.updates > 0, ONE=_one(plan), RESTORE=plan.restores, HAS_MOMENTUM=momentum is not None,
             WRITE_THETA=not in_place, STOCHASTIC=some.dtype in (torch.float16, torch.bfloat16),
             BF16=some.dtype == torch.bfloat16, PROBES=plan.probes, FRESH=plan.fresh, SILENT=plan.silent,
@@ -549,15 +572,16 @@ def launch_small(
 
 
 def launch_rows(
-    theta: Tensor, tid: int, rows: Tensor, out: Tensor, plan: Plan, noise: str, start: int = 0
-) -> None:
+    theta: Tensor, tid: int, rows: Tensor, out: Tensor, plan: Plan, noise: str, start: int = 0,
+    mask: Mask | None = None,
+) -> None:  # fmt: skip
     """out[n] = cast(θ[rows[n]] + scale·z[rows[n]]), rows [P·N] probe-major; rows are not checked. plan: no updates."""
     width = out.numel() // len(rows)
     lanes = min(_LANES, max(16, triton.next_power_of_2(triton.cdiv(width + 127, 8))))
     assert plan.updates == 0 and len(rows) % plan.probes == 0, (plan.updates, len(rows), plan.probes)
     with _on(theta):
         _rows[(len(rows), triton.cdiv(width + 127, 8 * lanes))](
-            theta, rows, out, plan.keys, plan.values, width, start, len(rows) // plan.probes, _signed(tid),
+            theta, rows, out, plan.keys, plan.values, width, start, len(rows) // plan.probes, _signed(tid), **_mask(mask),
             WORK=tl.float64 if theta.dtype == torch.float64 else tl.float32,
             SILENT=plan.silent == (1 << plan.probes) - 1, NARROW=out.itemsize == 2, GAUSSIAN=noise == GAUSSIAN, LANES=lanes,
             **(_OPTIONS if lanes == _LANES else _OPTIONS_SMALL),
@@ -567,28 +591,21 @@ def launch_rows(
 def perturb(
     theta: Tensor, tid: int, out: Tensor | None, probes: tuple[tuple[int, float], ...], seed: int, step: int, noise: str,
     updates: tuple[Update, ...], momentum: Tensor | None, beta: float, start: int = 0, floor: float | None = None,
+    mask: Mask | None = None,
 ) -> None:  # fmt: skip
     """`zoft.noise.perturb` of a CUDA tensor. More than PROBES_MAX probes take more launches."""
     wide = theta.dtype == torch.float64
-    runs = _alike(updates)
+    runs, where = _alike(updates), (start, floor, mask)
     for early in runs[:-1]:
-        launch(
-            theta,
-            tid,
-            None,
-            plan_of(early, (), seed, step, beta, wide, theta.device),
-            noise,
-            momentum,
-            start,
-            floor,
-        )
+        plan = plan_of(early, (), seed, step, beta, wide, theta.device)
+        launch(theta, tid, None, plan, noise, momentum, *where)
     last = runs[-1] if runs else ()
     rows = None if out is None else out.view(len(probes), theta.numel())
     for first in range(0, max(1, len(probes)), PROBES_MAX):
         some = probes[first : first + PROBES_MAX]
         plan = plan_of(() if first else last, some, seed, step, beta, wide, theta.device)
         part = None if rows is None else rows[first : first + len(some)]
-        launch(theta, tid, part, plan, noise, momentum, start, floor)
+        launch(theta, tid, part, plan, noise, momentum, *where)
 
 
 def _alike(updates: tuple[Update, ...]) -> list[tuple[Update, ...]]:
@@ -628,10 +645,11 @@ def gather(
     step: int,
     noise: str,
     start: int = 0,
+    mask: Mask | None = None,
 ) -> None:
     """`zoft.noise.gather` of a CUDA tensor; rows are not checked."""
     plan = plan_of((), ((direction, scale),), seed, step, 0.0, theta.dtype == torch.float64, theta.device)
-    launch_rows(theta, tid, rows, out, plan, noise, start)
+    launch_rows(theta, tid, rows, out, plan, noise, start, mask)
 
 
 def _one(plan: Plan) -> int:
@@ -639,8 +657,18 @@ def _one(plan: Plan) -> int:
     return plan.directions if plan.updates == 1 and plan.directions <= 4 else 0
 
 
-def _signed(tid: int) -> int:
-    return tid - 2**32 if tid >= 2**31 else tid
+def _signed(word: int) -> int:
+    return word - 2**32 if word >= 2**31 else word
+
+
+def _mask(mask: Mask | None) -> dict[str, Any]:
+    """What a launch is told of a mask."""
+    share, k0, k1 = 0, 0, 0
+    if mask is not None and mask.threshold is None:
+        share, (k0, k1) = mask.share, key(mask.seed, 0, 0)
+    kind = ALL if mask is None else CHOSEN if mask.threshold is None else SMALL
+    threshold = mask.threshold if mask is not None and mask.threshold is not None else 0.0
+    return {"threshold": threshold, "share": share, "mask0": _signed(k0), "mask1": _signed(k1), "MASK": kind}
 
 
 def _on(tensor: Tensor):

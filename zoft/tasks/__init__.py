@@ -86,6 +86,18 @@ def load(task: Any) -> TaskData:
     return TaskData(task.name, **settings, train=train, eval=held_out, notes=notes)
 
 
+def look(task: Any) -> None:
+    """Refuse what can be refused before anything heavy loads: settings, templates, a file that is not there."""
+    settings = _settings(task)
+    template.parse("task.prompt", settings["prompt"])
+    if task.target:
+        template.parse("task.target", task.target)
+    if task.name not in named.READERS:
+        for key, place in (("task.train", task.train), ("task.eval", task.eval)):
+            if place:
+                local.look(key, place)
+
+
 def subset(rows: Sequence[dict[str, Any]], n: int | None) -> list[dict[str, Any]]:
     """The n rows of lowest key, in their own order: always the same ones. None takes all."""
     if n is None or n >= len(rows):
@@ -161,6 +173,10 @@ def _render(where: str, row: dict, prompt: list, target: list | None, settings: 
             raise UserError(f"{where}: column {column} is empty; fill it or leave the row out")
         if isinstance(value, (list, dict)):
             raise UserError(f"{where}: column {column} holds a {type(value).__name__}, not text")
+        if isinstance(value, (bytes, bytearray)):
+            raise UserError(f"{where}: column {column} holds bytes, not text")
+        if isinstance(value, str) and (bad := _no_text(value)):
+            raise UserError(f"{where}: column {column} holds {bad}; give it plain text")
     content = [template.as_text(row[c]) for c in read] or [template.fill(target or [], row, strip=False)]
     digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).digest()
     text = template.fill(prompt, row, strip=True)
@@ -176,6 +192,15 @@ def _render(where: str, row: dict, prompt: list, target: list | None, settings: 
         "key": int.from_bytes(digest, "big"),
         "words": sum(len(c.split()) for c in content),
     }
+
+
+def _no_text(value: str) -> str:
+    """What is in a text that no tokenizer takes, or nothing."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return "half of a character (a lone surrogate)"
+    return "a zero byte" if "\0" in value else ""
 
 
 def _gold(where: str, column: str, value: Any, labels: list[str]) -> int:

