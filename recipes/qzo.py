@@ -20,7 +20,7 @@ from typing import Any
 from zoft import run as runs
 from zoft.config import Config
 from zoft.ledger import Log
-from zoft.replay import Ask
+from zoft.replay import Ask, in_memory
 
 CLIP = 100.0
 
@@ -33,7 +33,7 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
 
 def replay(config: Config, folder: Path, out: Path, ask: Ask) -> int:
     """Base + ledger -> a model of the run in `out`; returns its number of steps."""
-    return runs.recipe("mezo").replay(config, folder, out, ask)
+    return in_memory(config, folder, out, ask, rebuild)
 
 
 def rebuild(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
