@@ -61,14 +61,23 @@ def find(config: Config, wanted: str, where: str) -> Base:
 
 def loaded(config: Config) -> Base:
     """The base from the model as it is loaded for training: all of it in memory."""
-    model, tokenizer = models.load(config.model, trust_remote_code=config.trust_remote_code)
+    model, tokenizer = setup.load(config)
+    if any(p.device.type != "cpu" for p in model.parameters()):
+        model = model.cpu()
+    return of(model, lambda: tokenizer)
+
+
+def of(model: Any, tokenizer: Callable[[], Any]) -> Base:
+    """The base that a model in memory is."""
     tensors = models._tensors(model)
-    return Base(model, tensors, lambda name: tensors[name].clone(), lambda: tokenizer, whole=True)
+    return Base(model, tensors, lambda name: tensors[name].clone(), tokenizer, whole=True)
 
 
 def streamed(config: Config) -> Base | None:
     """The base from the model's files, or None where they do not hold every tensor under a name known here."""
-    if config.trust_remote_code:  # the model's own code may load as it likes
+    if (
+        config.trust_remote_code or config.bits is not None
+    ):  # loaded as its own code likes; quantised as it is loaded
         return None
     source = models.resolve(config.model)
     models.check(source)
@@ -132,23 +141,19 @@ def _folder(source: models.Source) -> Path | None:
 
 
 def _files(folder: Path | None) -> Held:
-    """The tensors of the checkpoint that transformers would take in this folder."""
+    """The tensors of the safetensors files that transformers would take in this folder."""
     if folder is None:
         return {}
     one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if one.is_file():
-        where = dict.fromkeys(_safetensors_names(one), one)
+        with safe_open(one, framework="pt") as file:
+            where = dict.fromkeys(file.keys(), one)
     elif index.is_file():
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         where = {name: folder / Path(file).name for name, file in found.items()}
     else:
         return {}
     return {name: partial(_safetensors, path, name) for name, path in where.items()}
-
-
-def _safetensors_names(path: Path) -> list[str]:
-    with safe_open(path, framework="pt") as file:
-        return list(file.keys())
 
 
 def _safetensors(path: Path, name: str) -> Tensor:

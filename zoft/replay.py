@@ -14,8 +14,20 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from zoft import (
+    adapters,
+    inspect_run,
+    ledger,
+    models,
+    setup,
+    shards,
+    snapshot,
+    space,
+    sparse,
+    tracking,
+    update,
+)
 from zoft import base as bases
-from zoft import inspect_run, ledger, models, setup, shards, snapshot, space, tracking, update
 from zoft import run as runs
 from zoft.base import Base
 from zoft.config import Config
@@ -59,9 +71,17 @@ def asked(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
         )
     if ask.exact or ask.denoise:
         word = "--denoise" if ask.denoise else "--storage fp32"
+        if config.mask == "magnitude" and config.sparsity:
+            raise UserError(
+                f"{word}: what moves depends on the weights in {folder}, so base and ledger give no sum"
+            )
         if not any(dtype in SIXTEEN for _, _, dtype in trained.values()):
             raise UserError(
                 f"{word}: {folder} stores its weights in {config.storage}; there is no rounding to undo"
+            )
+        if config.mask == "magnitude":
+            raise UserError(
+                f"{word}: with mask=magnitude the rounded weights decide what moves; there is no sum without rounding"
             )
     events = [e for e in events if e.step <= n]
     if ask.denoise:
@@ -95,7 +115,9 @@ def replay(config: Config, folder: Path, out: Path, ask: Ask) -> int:
             for name, tensor in made:
                 if name in log.header["trained"]:
                     state[name].data = tensor.cpu()
-            models.save(base.model, tokenizer, out, dtype=dtype, card=text)
+            models.save(
+                base.model, tokenizer, out, dtype=dtype, card=text, dequantise=config.save_dequantised
+            )
         else:
             with models.whole(out) as draft:
                 stream(base, made, draft, dtype)
@@ -186,10 +208,12 @@ def live(
 
     config, log: from `asked`. ready(model) is called before its tensors are placed. Raises UserError for another base.
     """
-    model, tokenizer, found = setup.model(config)
+    model, tokenizer, found = setup.model(config, folder)
     runs.agree(log.header, {"base": found}, folder)
     ready(model)
-    config, _, axis = setup.placed(config, model, space.adopt(model, list(log.header["trained"])))
+    config, trained, axis = setup.placed(config, model, space.adopt(model, list(log.header["trained"])))
+    if "adapter" in log.header and config.storage == log.header["storage"]:
+        runs.agree(log.header, {"adapter": adapters.fingerprint(trained)}, folder)
     trainer = Trainer(model, axis, lambda step: [], None, setup.settings(config))
     runs.catch_up(trainer, folder, config, log, setup.say)
     return model, tokenizer, config
@@ -219,8 +243,8 @@ class Tensors:
                     t.momentum = file.get_tensor(f"{name}@momentum").clone()
         elif self.denoised and dtype.itemsize == 2:
             exact = self.summed(name, theta, self.denoised, did)
-            t = self._of(name, nearest(exact.stored, dtype), dtype)
-            t.step, t.momentum = self.denoised, exact.momentum
+            t = self._of(name, theta, dtype)
+            t.stored, t.step, t.momentum = nearest(exact.stored, dtype), self.denoised, exact.momentum
         else:
             t = self._of(name, theta, dtype)
         self._repeat(t, did)
@@ -233,7 +257,10 @@ class Tensors:
         return t
 
     def _of(self, name: str, theta: Tensor, dtype: torch.dtype) -> Trained:
-        return space.one(name, nn.Parameter(theta.to(dtype), requires_grad=False))
+        t = space.one(name, nn.Parameter(theta.to(dtype), requires_grad=False))
+        sparse.one(t, self.config.mask, self.config.sparsity, self.config.seed)
+        t.floor = self.log.header.get("floors", {}).get(name)
+        return t
 
     def _repeat(self, t: Trained, did: Callable[[int], None]) -> None:
         """The run's own steps from where t is, to the bit."""

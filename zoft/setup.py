@@ -15,11 +15,14 @@ from torch import nn
 
 from zoft import (
     __version__,
+    adapters,
     guards,
     models,
     noise,
     objective,
     precision,
+    quant,
+    quant_other,
     routes,
     selfcheck,
     space,
@@ -27,7 +30,7 @@ from zoft import (
     tasks,
     update,
 )
-from zoft.config import Config, digests
+from zoft.config import ADAPTERS, Config, digests
 from zoft.data_order import batch_indices
 from zoft.encode import Example, encode
 from zoft.errors import UserError
@@ -43,9 +46,21 @@ from zoft.trainer import Settings, Trainer
 
 FROZEN_BYTES = 1 << 30  # kept outputs of frozen blocks; rows beyond it are computed again each time
 # What a ledger's header says of the run, beside the base and the trained tensors.
-PLAN = ("seed", "noise", "momentum", "eps", "q", "storage", "compute", "perturb", "mask", "sparsity")
+PLAN = (
+    "seed",
+    "noise",
+    "momentum",
+    "eps",
+    "q",
+    "storage",
+    "compute",
+    "perturb",
+    "mask",
+    "sparsity",
+    "eps_mode",
+)
 # What it says for people, of how the run began; another machine may go on with it otherwise.
-MADE = ("recipe", "train", "steps", "lr", "schedule", "warmup", "weight_decay", "batch_size", "accumulate",
+MADE = ("recipe", "train", "steps", "lr", "schedule", "warmup", "clip", "meazo", "weight_decay", "batch_size", "accumulate",
         "device", "threads", "probes_per_forward", "cache_frozen")  # fmt: skip
 
 
@@ -65,12 +80,39 @@ def device(config: Config) -> Config:
     return replace(config, device=where, threads=threads)
 
 
-def model(config: Config) -> tuple[nn.Module, Any, str]:
-    """(model on its device in the checkpoint's dtype, tokenizer, fingerprint of the base)."""
+def model(config: Config, folder: str | Path | None = None) -> tuple[nn.Module, Any, str]:
+    """(model on its device in the checkpoint's dtype, tokenizer, fingerprint of the base).
+
+    With the adapter that config.train asks for, if any. folder: of a run that goes on or is replayed.
+    """
     say(f"loading {config.model}")
-    loaded, tokenizer = models.load(config.model, dtype="auto", trust_remote_code=config.trust_remote_code)
+    loaded, tokenizer = load(config)
     base = models.fingerprint(loaded)
-    return loaded.to(config.device), tokenizer, base
+    if next(loaded.parameters()).device != torch.device(
+        config.device
+    ):  # some quantised models cannot be moved
+        loaded = loaded.to(config.device)
+    if config.train in ADAPTERS:
+        loaded = adapters.attach(loaded, config, Path(folder) / adapters.START if folder else None)
+        source = models.resolve(config.model)
+        loaded.peft_config["default"].base_model_name_or_path = source.home or source.place
+    return loaded, tokenizer, base
+
+
+def load(config: Config) -> tuple[Any, Any]:
+    """(model, tokenizer): the checkpoint, quantised layer by layer on config.device where `bits` asks for that."""
+    loaded, tokenizer = models.load(config.model, dtype="auto", trust_remote_code=config.trust_remote_code)
+    if config.bits is not None:
+        keys: dict[str, Any] = {k: getattr(config, k) for k in ("bits", "group", "zero_points")}
+        say(quant.quantise_model(loaded, **keys, head=config.quantise_head, device=config.device))
+    if config.recipe == "qzo" and not quant.layers(loaded) and (found := dict(quant_other.attach(loaded))):
+        say(f"{len(found)} quantised layers follow their scales")
+    if config.eps_mode == "relative" and not quant.layers(loaded):
+        raise UserError(
+            "eps_mode=relative: no layer of this model is quantised by zoft; set bits=4 or bits=8"
+        )
+    quant.set_log(loaded, config.eps_mode == "relative")
+    return loaded, tokenizer
 
 
 def tokenizer(config: Config) -> Any:
@@ -90,6 +132,11 @@ def examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[list[Examp
 def dtypes(config: Config, loaded: nn.Module, names: Sequence[str]) -> Config:
     """Resolve storage and compute."""
     kind = config.device.partition(":")[0]
+    if config.train in ADAPTERS:  # kept in fp32, beside a base that computes as it would without them
+        base = [n for n, p in loaded.named_parameters() if n not in set(names) and p.is_floating_point()]
+        _, compute = space.resolve_dtypes(loaded, base, "fp32", config.compute, kind)
+        wide = "fp64" if compute == "fp64" else "fp32"
+        return replace(config, storage=wide if config.storage == "auto" else config.storage, compute=compute)
     storage, compute = space.resolve_dtypes(loaded, list(names), config.storage, config.compute, kind)
     if config.perturb == "inplace" and storage != compute:
         # The model runs on its stored weights here, so there is one precision.
@@ -235,6 +282,8 @@ def placed(
     """The axis itself, tensors in their precision; without sites it can only apply updates (replay)."""
     inplace = config.perturb == "inplace"
     space.place(loaded, trained, config.storage, config.compute, uniform=inplace)
+    if config.train in ADAPTERS:
+        adapters.place(trained, space.DTYPES[config.compute])
     for line in sparse.mask(trained, config.mask, config.sparsity, config.seed):  # θ is the base, as stored
         say(line)
     refuse_denoise(config, trained)
@@ -260,7 +309,7 @@ def refuse_denoise(config: Config, trained: Sequence[Trained]) -> None:
     if not config.denoise_every:
         return
     key = f"denoise_every={config.denoise_every}"
-    if any(t.floor is not None or getattr(t, "threshold", None) is not None for t in trained):
+    if any(t.floor is not None or t.threshold is not None for t in trained):
         raise UserError(
             f"{key}: the directions of recipe={config.recipe} depend on the weights, so that base and ledger give "
             "no sum; leave it out"
@@ -359,7 +408,7 @@ def plan(
     numbers = sum(t.stored.numel() for t in trained)
     realised = precision.realised(trained, config.eps, seed=config.seed, kind=config.noise)
     weakest = min(realised, key=lambda name: realised[name])
-    total = sum(p.numel() for p in loaded.parameters())
+    total = quant.numbers(loaded)
     return {
         "config": asdict(config),
         "train_examples": len(train),
@@ -380,6 +429,8 @@ def header(
     """The ledger's header: what the run is, all that replay needs beside the base, and how the run was made."""
     tensors = {t.name: [t.id, list(t.stored.shape), short(t.stored.dtype)] for t in trained}
     known = {k: getattr(config, k) for k in PLAN}
+    if config.train in ADAPTERS:
+        known["adapter"] = adapters.fingerprint(trained)
     found: dict[str, Any] = {
         "zoft": __version__,
         "noise_version": noise.VERSION,
@@ -388,6 +439,8 @@ def header(
     }
     if train:
         found["data"] = data_digest(train)
+    floors = {t.name: t.floor for t in trained if t.floor is not None}
+    found |= {"floors": floors} if floors else {}
     return {**found, **known, "trained": tensors, "plan": {k: getattr(config, k) for k in MADE}}
 
 
