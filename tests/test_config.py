@@ -270,7 +270,8 @@ def test_keys_are_documented_and_reachable():
         assert len(f.metadata["doc"]) > 5, name
         if name not in ("task", "task.choices"):
             assert (
-                parse(f"{name}=1" if "int" in str(f.type) or f.type == "float" else f"{name}=true")[0] == name
+                parse(f"{name}=1" if "int" in str(f.type) or "float" in str(f.type) else f"{name}=true")[0]
+                == name
             )
     schema = {f.name for f in dataclasses.fields(Config)}
     assert schema == set(yaml.safe_load(to_yaml(compose(REVIEWS))))

@@ -45,7 +45,19 @@ from zoft.trainer import Settings, Trainer
 
 FROZEN_BYTES = 1 << 30  # kept outputs of frozen blocks; rows beyond it are computed again each time
 # What a ledger's header says of the run, beside the base and the trained tensors.
-PLAN = ("seed", "noise", "momentum", "eps", "q", "storage", "compute", "perturb", "mask", "sparsity", "eps_mode")
+PLAN = (
+    "seed",
+    "noise",
+    "momentum",
+    "eps",
+    "q",
+    "storage",
+    "compute",
+    "perturb",
+    "mask",
+    "sparsity",
+    "eps_mode",
+)
 # What it says for people, of how the run began; another machine may go on with it otherwise.
 MADE = ("recipe", "train", "steps", "lr", "schedule", "warmup", "weight_decay", "batch_size", "accumulate",
         "device", "threads", "probes_per_forward", "cache_frozen")  # fmt: skip
