@@ -260,5 +260,9 @@ def test_train_and_replay_from_the_command_line(place, keys, said, monkeypatch):
     if "storage=bf16" in keys and "mask=random" in keys:
         assert done.exit_code == 0 and "6 steps" in done.output, done.output + done.stderr
     else:
-        why = "there is no rounding" if "storage=bf16" not in keys and keys else "what moves depends on the weights"
+        why = (
+            "there is no rounding"
+            if "storage=bf16" not in keys and keys
+            else "what moves depends on the weights"
+        )
         assert done.exit_code == 2 and why in done.stderr
