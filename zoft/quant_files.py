@@ -129,7 +129,7 @@ def _shards(name: str, folder: Path) -> dict[str, Path]:
     if index.is_file():
         listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return {n: folder / listed[n] for n in sorted(listed)}
-    where = {}
+    where: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             where |= dict.fromkeys(file.keys(), path)
@@ -209,7 +209,7 @@ def state(model: nn.Module, dequantise: bool) -> tuple[dict[str, Tensor], set[st
             tensors[f"{name}.weight"] = layer.weight.cpu()
         else:
             kept.add(f"{name}.scales")
-            if layer.scales.log:  # type: ignore[union-attr]
+            if layer.scales.logged:
                 tensors[f"{name}.scales"] = layer.scales.detach().exp()
     return tensors, kept
 
