@@ -47,7 +47,7 @@ class Twin:
             self.parts[f"{name}.scales"] = [
                 cls,
                 codes - zero,
-                np.exp(scales) if m.scales.is_log else scales.copy(),
+                np.exp(scales) if m.scales.logged else scales.copy(),
             ]
 
     def write(self, scales):
@@ -256,7 +256,7 @@ def test_a_run_its_folder_its_replay_and_its_resume(place, mode, tmp_path):
     assert "14 of 15 linear layers quantised to 4 bits" in done.stderr
     assert load_run(run).clip == 100.0
     saved = models.load(str(run / "model"))[0]
-    assert len(quant.layers(saved)) == 14 and all(not m.scales.is_log for m in quant.layers(saved).values())
+    assert len(quant.layers(saved)) == 14 and all(not m.scales.logged for m in quant.layers(saved).values())
     base = models.load(str(place / "tiny"))[0]
     quant.quantise_model(base, bits=4, group=32, zero_points=True)
     for n, m in quant.layers(saved).items():
@@ -337,6 +337,7 @@ def test_export_is_plain_weights_that_transformers_opens(place, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_real_model_quantised(tmp_path):
     """SmolLM2 in 8 bits, and in the 4 bits and groups of its own file, answers as it does; in longer groups nearly so."""
     import importlib.util
