@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from zoft import evaluate, setup, space, tasks
+from zoft import adapters, evaluate, setup, space, tasks
 from zoft import replay as replays
 from zoft import run as runs
 from zoft.config import Config
@@ -24,7 +24,7 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
     """Train, from the start or from where `resume` stopped; returns result.json's content, or the plan of a dry run."""
     config = setup.device(config)
     data = tasks.load(config.task)  # a mistake in the data shows before weights load
-    model, tokenizer, base = setup.model(config)
+    model, tokenizer, base = setup.model(config, resume)
     train, held_out = setup.examples(config, tokenizer, data)
     names = space.train_names(model, config.train)
     config = setup.dtypes(config, model, names)
@@ -36,13 +36,16 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
         return evaluate.evaluate(model, held_out, train, context=axis.clean)
 
     with runs.session(config, setup.header(config, base, trained, train), resume) as s:
+        adapters.keep(config, trained, s.folder)
         trainer = setup.trainer(config, model, axis, train, s.ledger)
         result = runs.fit(trainer, s, score)
         return runs.finish(s, model, tokenizer, result)
 
 
 def replay(config: Config, folder: Path, out: Path, ask: replays.Ask) -> int:
-    """Base + ledger -> a model of the run in `out`; returns its number of steps."""
+    """Base + ledger -> a model of the run in `out`, or its adapter; returns its number of steps."""
+    if config.train in adapters.ADAPTERS:
+        return replays.in_memory(config, folder, out, ask, rebuild)
     return replays.replay(config, folder, out, ask)
 
 

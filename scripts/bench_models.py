@@ -43,11 +43,8 @@ MODELS = {
 }
 
 
-def build(name: str, device: str, dtype: torch.dtype, lora: int = 0) -> nn.Module:
-    """A model of that shape: matrices N(0, 0.02²), norms 1, biases 0, made on the device in dtype.
-
-    lora: rank of plain LoRA pairs on the query and value projections; 0 adds none.
-    """
+def build(name: str, device: str, dtype: torch.dtype) -> nn.Module:
+    """A model of that shape: matrices N(0, 0.02²), norms 1, biases 0, made on the device in dtype."""
     torch.manual_seed(0)
     with torch.device(device), _no_initialisation():
         model = hf.AutoModelForCausalLM.from_config(MODELS[name](), dtype=dtype)
@@ -56,28 +53,7 @@ def build(name: str, device: str, dtype: torch.dtype, lora: int = 0) -> nn.Modul
             p.data.normal_(0, STD)
         else:
             p.data.fill_(0.0 if key.endswith("bias") else 1.0)
-    if lora:
-        for path, module in list(model.named_modules()):
-            if path.endswith(("q_proj", "v_proj")):
-                parent, _, own = path.rpartition(".")
-                setattr(model.get_submodule(parent), own, Lora(module, lora))
     return model.eval().requires_grad_(False)
-
-
-class Lora(nn.Module):
-    """y = W x + 2·B A x, A [r, in], B [out, r] (not 0 here, so that both matter)."""
-
-    def __init__(self, base: Any, rank: int) -> None:
-        super().__init__()
-        self.base = base
-        like = {"device": base.weight.device, "dtype": base.weight.dtype, "bias": False}
-        self.lora_A = nn.Linear(base.in_features, rank, **like)
-        self.lora_B = nn.Linear(rank, base.out_features, **like)
-        for m in (self.lora_A, self.lora_B):
-            m.weight.data.normal_(0, STD)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base(x) + 2.0 * self.lora_B(self.lora_A(x))
 
 
 @contextmanager

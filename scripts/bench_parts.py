@@ -6,7 +6,8 @@ import gc
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,8 +18,8 @@ import torch
 from bench_models import plain_causal
 from torch import Tensor, nn
 
-from zoft import setup, space
-from zoft.config import Config, Task
+from zoft import adapters, setup, space
+from zoft.config import ADAPTERS, Config, Task
 from zoft.encode import Example
 from zoft.errors import UserError
 from zoft.ledger import Ledger
@@ -119,6 +120,19 @@ def one_forward(model: Any, rows: int, tokens: int, device: str, seconds: float)
         forward()
     spent = median(times(graph.replay, device, repeats=50, seconds=seconds))
     return {"ms": spent, "graph": True, "activation_bytes": activations}
+
+
+@contextmanager
+def adapter(model: Any, train: str) -> Iterator[Any]:
+    """The model with the adapter that `train` names, or as it is; and as it was at the end."""
+    if train not in ADAPTERS:
+        yield model
+        return
+    made = adapters.attach(model, Config(train=train))
+    try:
+        yield made
+    finally:
+        made.unload() if train == "lora" else None
 
 
 def reference(

@@ -3,10 +3,11 @@
 reference: MeZO's loop as everyone runs it.  in-place, probe axis: zoft's Trainer, ledger append to ledger append.
 two forwards: 2 × one inference forward, a CUDA graph, logits for the last position only.
 floor: two forwards + 8 bytes × trained numbers ÷ measured copy bandwidth.
+With --q above 1, also one forward of the plain model over the rows of all probes: what an adapter's step is measured by.
 
 python scripts/bench_step.py --model opt-125m --model opt-1.3b --shape 16x32 --shape 16x256
 python scripts/bench_step.py --model opt-13b --skip reference --json out.json --plot out.png
-python scripts/bench_step.py --model opt-1.3b --lora 8 --train lora_ --q 8 --probes-per-forward 16 --skip inplace
+python scripts/bench_step.py --model opt-1.3b --train lora --q 8 --probes-per-forward 16 --skip inplace
 python scripts/bench_step.py --model tiny --shape 4x16 --steps 3 --device cpu
 """
 
@@ -41,7 +42,7 @@ def measure(args: argparse.Namespace, emit: Any) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
     for name in args.model:
         try:
-            model = build(name, args.device, DTYPES[args.dtype], args.lora)
+            model = build(name, args.device, DTYPES[args.dtype])
         except Exception as error:
             results += [
                 {"model": name, "batch": b, "tokens": t, "error": f"{type(error).__name__}: {error}"[:200]}
@@ -60,11 +61,10 @@ def cell(
     args: argparse.Namespace, model: Any, name: str, batch: int, tokens: int, copy: float
 ) -> dict[str, Any]:
     """Everything about one model and shape."""
-    device, seconds, steps = args.device, args.seconds, args.steps
+    device, seconds = args.device, args.seconds
     row: dict[str, Any] = {"model": name, "batch": batch, "tokens": tokens, "copy_bytes_per_s": copy}
     row["parameters"] = sum(p.numel() for p in model.parameters())
     row["weights_bytes"] = parts.weights_bytes(model)
-    row["trained"] = parts.trained_numbers(model, args.train)
 
     def run(part: str, call: Any) -> None:
         if part.split("_")[0] in args.skip:
@@ -81,13 +81,23 @@ def cell(
     run("forwards", lambda: parts.one_forward(model, batch, tokens, device, seconds))
     if args.q > 1:  # all probes' rows at once
         run("forwards_rows", lambda: parts.one_forward(model, 2 * args.q * batch, tokens, device, seconds))
+    with parts.adapter(model, args.train) as model:
+        steps_of(args, model, batch, tokens, row, run)
+    return row | columns(row, args.q)
+
+
+def steps_of(
+    args: argparse.Namespace, model: Any, batch: int, tokens: int, row: dict[str, Any], run: Any
+) -> None:
+    """The three ways to take a step."""
+    device, seconds, steps = args.device, args.seconds, args.steps
+    row["trained"] = parts.trained_numbers(model, args.train)
     examples = parts.random_rows(model, 8 * batch, tokens, args.padded)
     for part, perturb in (("probe", "auto"), ("inplace", "inplace")):
         config = parts.config_for(args, batch, perturb, args.dtype)
         run(part, lambda config=config: parts.trainer_step(model, config, examples, seconds, steps))
     # Last: it moves the weights.
     run("reference", lambda: parts.reference(model, batch, tokens, device, seconds, steps, args.train))
-    return row | columns(row, args.q)
 
 
 def columns(row: dict[str, Any], q: int) -> dict[str, Any]:
@@ -109,6 +119,7 @@ def columns(row: dict[str, Any], q: int) -> dict[str, Any]:
         "floor_ms": floor,
         "probe_over_floor": _ratio(probe, floor),
         "probe_over_two_forwards": _ratio(probe, None if one is None else 2 * q * one),
+        "probe_over_rows": _ratio(probe, row.get("forwards_rows", {}).get("ms")),
         "reference_over_probe": _ratio(reference, probe),
         "inference_bytes": inference,
         "peak_over_inference": _ratio(row["probe"].get("peak_bytes"), inference),
@@ -122,6 +133,7 @@ def _ratio(a: float | None, b: float | None) -> float | None:
 def tables(rows: list[dict[str, Any]], q: int) -> str:
     """Markdown: milliseconds a step, then memory."""
     times = "two forwards" if q == 1 else f"{2 * q} forwards"
+    extra = [] if q == 1 else [f"one forward of {2 * q}× the rows", "probe ÷ it"]
     head = [
         "model, batch × tokens",
         "reference loop",
@@ -132,6 +144,7 @@ def tables(rows: list[dict[str, Any]], q: int) -> str:
         "probe ÷ floor",
         f"probe ÷ {times}",
         "reference ÷ probe",
+        *extra,
     ]
     lines = [_line(head), _line(["---"] * len(head))]
     for r in rows:
@@ -150,7 +163,11 @@ def tables(rows: list[dict[str, Any]], q: int) -> str:
             "reference_over_probe",
         )
         why = dict(zip(keys, (r["reference"], r["inplace"], r["probe"], r["forwards"])))
-        lines.append(_line([title, *[_figure(r[k], why.get(k, {}).get("error", "")) for k in keys]]))
+        cells = [_figure(r[k], why.get(k, {}).get("error", "")) for k in keys]
+        if q > 1:
+            whole = r["forwards_rows"]
+            cells += [_figure(whole.get("ms"), whole.get("error", "")), _figure(r["probe_over_rows"], "")]
+        lines.append(_line([title, *cells]))
     head = [
         "GB",
         "weights",
@@ -234,13 +251,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--skip", action="append", default=[], choices=PARTS, help="repeatable: leave a part out"
     )
     parser.add_argument("--train", default="all", help="trained tensors, as in a config (default: all)")
-    parser.add_argument(
-        "--lora",
-        type=int,
-        default=0,
-        metavar="R",
-        help="add LoRA pairs of rank R; train them with --train lora_",
-    )
     parser.add_argument("--storage", default="auto", choices=("auto", *DTYPES))
     parser.add_argument("--compute", default="auto", choices=("auto", *DTYPES))
     parser.add_argument(

@@ -7,6 +7,7 @@ look like; sites, the modules that work per probe; seconds, what finding and pro
 
 python scripts/sweep_architectures.py                       # all three kinds, a table
 python scripts/sweep_architectures.py --kind causal --only llama
+python scripts/sweep_architectures.py --kind causal --train lora   # or prefix, prompt: beside a frozen model
 python scripts/sweep_architectures.py --json sweep.json
 """
 
@@ -32,7 +33,9 @@ import torch
 import transformers as hf
 from torch import nn
 
-from zoft import noise, selfcheck, space
+from zoft import adapters, noise, selfcheck, space
+from zoft.config import ADAPTERS, Config
+from zoft.errors import UserError
 from zoft.probe import Probe, ProbeAxis
 
 EPS, SEED, STEP = 1e-2, 7, 3
@@ -85,11 +88,13 @@ def batch(model: nn.Module, side: str, decoder: bool, rows: int, length: int, se
 
 def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
     """[rows] mean log-probability of the row's own tokens: any function of the logits of one row will do."""
-    known = inspect.signature(type(model).forward).parameters
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # within a peft model
+    known = inspect.signature(type(base).forward).parameters
     inputs = {k: v for k, v in batch.inputs.items() if k in known or k in ("input_ids", "attention_mask")}
     out = model(**inputs, **({"use_cache": False} if "use_cache" in known else {}))
     logits = out.logits if hasattr(out, "logits") else out[0]
     ids = inputs.get("decoder_input_ids", inputs["input_ids"])
+    logits = logits[:, getattr(model, "prompt_length", 0) :]
     logp = logits.float().log_softmax(-1)
     assert logp.shape[:2] == ids.shape, f"logits {tuple(logits.shape)} for tokens {tuple(ids.shape)}"
     picked = logp.gather(-1, ids.clamp(max=logp.shape[-1] - 1)[..., None])[..., 0]  # [rows, T]
@@ -114,13 +119,27 @@ def twin(model: nn.Module, names: dict[str, int], batch: Batch, probes: list[Pro
     return torch.stack(rows)
 
 
+def with_adapter(model: nn.Module, train: str) -> nn.Module:
+    """The model with what `train` adds to it, LoRA's B moved from where it hides A."""
+    made = adapters.attach(model, Config(train=train, virtual_tokens=None if train == "lora" else 3))
+    generator = torch.Generator().manual_seed(1)
+    for key, p in adapters.named(made):
+        if "lora_B" in key or "lora_embedding_A" in key:
+            p.data = 0.3 * torch.randn(p.shape, generator=generator)
+    if train == "prompt":
+        made.prompt_length = 3
+    return made
+
+
 @torch.no_grad()
-def check(kind: str, name: str, side: str) -> Result:
+def check(kind: str, name: str, side: str, train: str = "all") -> Result:
     """Find the sites of a tiny model of the architecture and compare all probes with the twin."""
     result = Result(kind, name, "not built")
     start = time.perf_counter()
     try:
         model = shrink.model(kind, name)
+        if train in ADAPTERS:
+            model = with_adapter(model, train)
         decoder = kind == "seq2seq"
         double = batch(model, side, decoder, 4, shrink.TOKENS, seed=2)
         small = Batch({k: v[:2].clone() for k, v in double.inputs.items()})
@@ -134,9 +153,15 @@ def check(kind: str, name: str, side: str) -> Result:
         result.seconds = time.perf_counter() - start
         return result
     copied = copy.deepcopy(model)
-    trained = space.adopt(model, space.train_names(model, "all"))
+    trained = space.adopt(model, space.train_names(model, train))
     start = time.perf_counter()
-    found = selfcheck.find_sites(model, trained, lambda b: losses(model, b), small, double, EPS)
+    try:
+        found = selfcheck.find_sites(model, trained, lambda b: losses(model, b), small, double, EPS)
+    except UserError as error:
+        if train not in ADAPTERS:  # for a model's own weights there is always a way
+            raise
+        result.note = f"refused: {error}"
+        return result
     result.seconds = time.perf_counter() - start
     axis = ProbeAxis(selfcheck.live(trained, found), found.sites, seed=SEED, kind="gaussian")
     # A run's batches have other sizes than the one that was looked at, and other padding.
@@ -164,7 +189,7 @@ def check(kind: str, name: str, side: str) -> Result:
     return result
 
 
-def limited(kind: str, name: str, side: str, seconds: int) -> Result:
+def limited(kind: str, name: str, side: str, seconds: int, train: str = "all") -> Result:
     """check under a time limit; whatever goes wrong in finding sites is WRONG, never left out."""
 
     def late(*_: Any) -> None:
@@ -173,7 +198,7 @@ def limited(kind: str, name: str, side: str, seconds: int) -> Result:
     signal.signal(signal.SIGALRM, late)
     signal.alarm(seconds)
     try:
-        return check(kind, name, side)
+        return check(kind, name, side, train)
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         first = str(error).strip().splitlines()[:1]
@@ -221,6 +246,7 @@ def main() -> None:
     parser.add_argument(
         "--side", choices=SIDES, help="padding of the batch that sites are found on (default: each)"
     )
+    parser.add_argument("--train", default="all", help="trained tensors, as in a config (default: all)")
     parser.add_argument("--limit", type=int, default=60, help="seconds an architecture may take")
     parser.add_argument("--json", type=Path, help="write the results there as well")
     args = parser.parse_args()
@@ -237,7 +263,7 @@ def main() -> None:
             if args.only and name not in args.only:
                 continue
             sides = [args.side] if args.side else SIDES
-            results.append(worst_of([limited(kind, name, side, args.limit) for side in sides]))
+            results.append(worst_of([limited(kind, name, side, args.limit, args.train) for side in sides]))
             print(line(results[-1]), flush=True)
             gc.collect()
     totals = {

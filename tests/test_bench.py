@@ -64,16 +64,18 @@ def test_what_fails_or_is_skipped_is_said_and_the_rest_goes_on(tmp_path, capsys)
     assert "UserError" in capsys.readouterr().out
 
 
-def test_lora_pairs_alone(tmp_path):
+def test_lora_pairs_alone(tmp_path, capsys):
     out = tmp_path / "out.json"
     bench_step.main(
         ["--model", "tiny", "--shape", "4x8", "--steps", "2", "--device", "cpu", "--seconds", "2", "--skip", "reference",
-         "--skip", "inplace", "--lora", "2", "--train", "lora_", "--q", "2", "--json", str(out)]
+         "--skip", "inplace", "--shape", "4x12", "--train", "lora", "--q", "2", "--probes-per-forward", "4", "--json", str(out)]
     )  # fmt: skip
-    (r,) = json.loads(out.read_text())["rows"]
-    assert r["trained"] == 2 * 2 * ((32 + 32) + (32 + 16))  # layers × rank × (query, value)
-    assert len(r["probe"]["losses"]) == 4
-    assert r["forwards_rows"]["ms"] > 0
+    for r in json.loads(out.read_text())["rows"]:
+        assert r["trained"] == 2 * 8 * ((32 + 32) + (32 + 16))  # layers × rank × (query, value)
+        assert r["parameters"] < 20000 and r["probe"]["group"] == len(r["probe"]["losses"]) == 4
+        assert r["forwards_rows"]["ms"] > 0
+        assert r["probe_over_rows"] == pytest.approx(r["probe"]["ms"] / r["forwards_rows"]["ms"])
+    assert "one forward of 4× the rows" in capsys.readouterr().out
 
 
 def test_a_reference_step_is_its_formula():

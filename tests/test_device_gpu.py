@@ -6,7 +6,8 @@ import tiny
 import torch
 from test_trainer import calibration, examples, same_bits, weights
 
-from zoft import layout, selfcheck, space, sparse
+from zoft import adapters, layout, selfcheck, space, sparse
+from zoft.config import ADAPTERS, Config
 from zoft.data_order import batch_indices
 from zoft.ledger import Ledger, Record, read
 from zoft.objective import Example, collate, losses
@@ -43,6 +44,7 @@ def build(
     accumulate=1,
     inplace=False,
     mask="none",
+    train="all",
     **settings,
 ):
     from zoft.captured import CapturedTrainer, bucket
@@ -52,7 +54,7 @@ def build(
     model = make().cuda()
     group = {"probes_per_forward": 1} if inplace else {}
     settings = Settings(**{"seed": 7, "steps": 12, "lr": 1e-3, "eps": 1e-3, **group, **settings})
-    trained = space.adopt(model, space.train_names(model, "all"))
+    trained = space.adopt(model, space.train_names(model, train))
     small, double = (b.to("cuda") for b in calibration(data))
     common = {"seed": settings.seed, "kind": kind, "beta": beta}
     if inplace:
@@ -64,6 +66,8 @@ def build(
         assert found.stacked, found.note
         trained = selfcheck.live(trained, found)
         space.place(model, trained, storage, compute)
+    if train in ADAPTERS:
+        adapters.place(trained, space.DTYPES[compute])
     sparse.mask(trained, mask, 0.75, settings.seed)
     if inplace:
         axis = (
@@ -89,9 +93,23 @@ def build(
     )
 
 
+def adapted(train, base=tiny.llama, dtype=torch.bfloat16):
+    """A model on the GPU with an adapter away from its start."""
+    model = adapters.attach(base().cuda().to(dtype), Config(train=train))
+    for i, (_, p) in enumerate(adapters.named(model)):
+        p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).cuda()
+    return model
+
+
+PAIRS = {"train": "lora", "storage": "fp32", "eps": 1e-2}
 make_trainer = build
 
 CASES = [
+    (lambda: adapted("lora"), examples, {**PAIRS, "q": 8, "probes_per_forward": 16, "weight_decay": 0.1}),
+    (lambda: adapted("lora", tiny.gpt2), texts, {**PAIRS, "q": 9, "probes_per_forward": 18, "beta": 0.9}),
+    (lambda: adapted("lora", tiny.opt, torch.float32), texts, {**PAIRS, "compute": "fp32", "accumulate": 2}),
+    (lambda: adapted("prefix"), examples, {**PAIRS, "train": "prefix", "q": 2, "probes_per_forward": 4}),
+    (lambda: adapted("prompt", tiny.opt), texts, {**PAIRS, "train": "prompt"}),
     (tiny.llama, examples, {}),
     (tiny.opt, examples, {"q": 2, "weight_decay": 0.1}),
     (tiny.gpt2, texts, {"beta": 0.9}),
@@ -135,6 +153,25 @@ def test_captured_eager_and_host_fed_steps_are_one_run(tmp_path, case):
     assert same_bits(runs["host"][0], runs["host"][2]) == (settings.get("lr") == 0.0)
     if settings.get("inplace"):
         assert same_bits(runs["host"][2], replayed(tmp_path / "host", make, **settings))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pairs_end_to_end_against_the_plain_probe_axis(tmp_path, dtype):
+    values = []
+    compute = "fp32" if dtype == torch.float32 else "bf16"
+    for how in ("captured", "plain"):
+        trainer = build(
+            tmp_path / how, lambda: adapted("lora", dtype=dtype), how, data=examples(), steps=3, lr=0.0,
+            **{**PAIRS, "compute": compute, "q": 4, "probes_per_forward": 8},
+        )  # fmt: skip
+        if how == "captured":
+            (pack,) = trainer.axis.packs
+            assert (
+                len(pack.ids) == 8 and pack.decays and (pack.narrow is not None) == (dtype == torch.bfloat16)
+            )
+        trainer.run()
+        values.append([r.losses for r in trainer.ledger.records])
+    np.testing.assert_allclose(*values, atol=1e-5 if dtype == torch.float32 else 0.05)
 
 
 @pytest.mark.parametrize("storage,compute", [("fp32", "fp32"), ("fp16", "bf16")])

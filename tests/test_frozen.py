@@ -13,7 +13,7 @@ import transformers as hf
 from test_trainer import bert
 from typer.testing import CliRunner
 
-from zoft import evaluate, frozen, models, selfcheck, setup, space
+from zoft import adapters, evaluate, frozen, models, selfcheck, setup, space
 from zoft.cli import app
 from zoft.config import Config
 from zoft.ledger import read
@@ -119,6 +119,32 @@ def test_losses_are_those_without_the_cache(name, kind):
     with calls_of(inside(cached.model)) as calls:
         cached.at(PROBES, batch)
     assert not calls  # its rows are kept: the frozen block does not run
+
+
+@pytest.mark.parametrize(
+    "train, kept", [(r"layers\.1\..*norm", 1), (r"layers\.1\..*proj|^model\.norm", 1), ("norms", 0), ("head", 0), ("lora", 1)]
+)  # fmt: skip
+def test_other_trained_sets(train, kept):
+    """What is trained in or after the last block only has the cache; the losses are the same with it or without."""
+
+    def model():
+        if train != "lora":
+            return tiny.llama()
+        made = adapters.attach(tiny.llama(), Config(train="lora", lora_layers="last-1"))
+        for i, (_, p) in enumerate(adapters.named(made)):
+            p.data += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+        return made
+
+    examples = data("multi")
+    plain, cached = Made(model(), examples, train, cache=False), Made(model(), examples, train)
+    assert (cached.prefix is not None) == kept, cached.note
+    batch = collate([examples[i] for i in (0, 6, 13)])
+    want, got = plain.at(PROBES, batch), cached.at(PROBES, batch)
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+    assert (want[0] - want[1]).abs().max() > 1e-5
+    with calls_of(inside(cached.model)) as calls:
+        cached.at(PROBES, batch)
+    assert bool(calls) != kept
 
 
 @pytest.mark.parametrize("budget", [0, 6000, PLENTY])

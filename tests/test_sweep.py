@@ -33,6 +33,16 @@ def test_one_architecture(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("train, exact", [("lora", 146), ("prefix", 125), ("prompt", 120)])
+def test_adapters_on_all_architectures(tmp_path, train, exact):
+    """Where peft can make one, its stacked losses are those of moved tensors."""
+    done, found = sweep(tmp_path, "--kind", "causal", "--side", "right", "--train", train)
+    wrong = [r for r in found["results"] if r["outcome"] == "WRONG"]
+    assert not wrong and done.returncode == 0, wrong
+    assert found["totals"]["causal"]["exact"] >= exact, found["totals"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, exact", [("causal", 183), ("masked", 50), ("seq2seq", 35)])
 def test_all_architectures(tmp_path, kind, exact):
     done, found = sweep(tmp_path, "--kind", kind)

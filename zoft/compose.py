@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zoft.config import Config, Task, check, fields, nearest, unknown_key
+from zoft.config import Config, Task, check, fields, filled, nearest, unknown_key
 from zoft.errors import UserError
 from zoft.yamlfile import calls, check_file, strict_yaml, yaml_tree
 
@@ -65,7 +65,9 @@ def strict(tree: dict[str, Any], default_output: str = "run") -> Config:
 
     _known(tree)
     try:
-        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(tree)))
+        merged = OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(filled(tree)))
+        )
     except OmegaConfBaseException as error:
         where = getattr(error, "full_key", None) or "config"
         raise UserError(f"{where}: {str(error).splitlines()[0]}") from None

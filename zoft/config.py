@@ -18,6 +18,23 @@ from typing import Any
 from zoft.errors import UserError
 
 DTYPE_NAMES = ("auto", "fp32", "fp16", "bf16", "fp64")
+ADAPTERS = ("lora", "prefix", "prompt")  # values of `train` that add tensors to a frozen model
+# Defaults that depend on what is trained. LoRA, prefix: of the MeZO paper's grids (arXiv 2305.17333); prompt:
+# what those who compare on it use (SubZero, arXiv 2410.08989).
+BY_TRAIN: dict[str, dict[str, Any]] = {
+    "lora": {"lora_rank": 8, "lora_alpha": 16, "lr": 1e-4, "eps": 1e-2},
+    "prefix": {"virtual_tokens": 5, "lr": 1e-2, "eps": 1e-1},
+    "prompt": {"virtual_tokens": 10, "lr": 1e-3, "eps": 1e-2},
+}
+BY_RECIPE: dict[str, dict[str, Any]] = {"lora_zo": {"train": "lora"}}
+# Keys that say something of some trained sets only.
+ONLY = {
+    "lora_rank": ("lora",),
+    "lora_alpha": ("lora",),
+    "lora_targets": ("lora",),
+    "lora_layers": ("lora",),
+    "virtual_tokens": ("prefix", "prompt"),
+}
 
 
 def key(default: Any, doc: str, **limits: Any) -> Any:
@@ -66,9 +83,28 @@ class Config:
     model: str = key("", "a name of configs/model, a folder, a .gguf file, or a Hub id")
     task: Task = field(default_factory=Task, metadata={"doc": "a name of configs/task; its keys are task.…"})
     train: str = key(
-        "all", "trained tensors: all, last-2, norms, bias, head, or a pattern searched in their names"
+        "all",
+        "trained tensors: all, last-2, norms, bias, head, or a pattern searched in their names; "
+        "or lora, prefix, prompt: tensors added to a frozen model",
     )
-    lr: float = key(1e-6, "learning rate; full-parameter MeZO wants 1e-7 to 1e-5", least=0)
+    lora_rank: int | None = key(None, "rank of the LoRA pairs; null is 8", least=1)
+    lora_alpha: int | None = key(None, "a LoRA pair counts lora_alpha / lora_rank times; null is 16", least=1)
+    lora_targets: str | None = key(
+        None,
+        "modules that get a LoRA pair: ends of their names ('q_proj v_proj'), all-linear, or a pattern for whole names; "
+        "null: query and value projections, as peft has them for the model's type",
+    )
+    lora_layers: str | None = key(
+        None, "last-6: LoRA pairs in the last 6 blocks only", pattern=(r"last-[1-9]\d*", "last-1, last-2, …")
+    )
+    virtual_tokens: int | None = key(
+        None, "length of the prefix (null is 5) or the prompt (null is 10)", least=1
+    )
+    lr: float = key(
+        1e-6,
+        "learning rate; all weights want 1e-7 to 1e-5; not set: lora 1e-4, prefix 1e-2, prompt 1e-3",
+        least=0,
+    )
     schedule: str = key("constant", "learning rate over the steps", one_of=("constant", "linear", "cosine"))
     warmup: float = key(0, "warm-up steps; below 1, a fraction of all steps", least=0)
     clip: float | None = key(
@@ -86,7 +122,12 @@ class Config:
     )
     weight_decay: float = key(0.0, "decoupled decay, times lr, not for biases and norms", least=0)
     momentum: float = key(0.0, "0 keeps no buffer", least=0, below=1)
-    eps: float = key(1e-3, "probe size: the loss is asked at θ ± eps·z", above=0, most=1000)
+    eps: float = key(
+        1e-3,
+        "probe size: the loss is asked at θ ± eps·z; not set: lora 1e-2, prefix 1e-1, prompt 1e-2",
+        above=0,
+        most=1000,
+    )
     noise: str = key("gaussian", "distribution of z", one_of=("gaussian", "rademacher"))
     mask: str = key(
         "auto",
@@ -154,6 +195,14 @@ class Config:
     save_model: bool = key(True, "write model/ at the end")
     track: str = key("none", "log elsewhere too; metrics.jsonl is always written", one_of=("none", "wandb"))
     trust_remote_code: bool = key(False, "run code that comes with a model; only on the command line")
+
+
+def filled(tree: dict[str, Any]) -> dict[str, Any]:
+    """A tree of keys with the defaults of its recipe and of what it trains, where it does not set them."""
+    for defaults, by in ((BY_RECIPE, "recipe"), (BY_TRAIN, "train")):
+        unset = {k: v for k, v in defaults.get(str(tree.get(by)), {}).items() if tree.get(k) is None}
+        tree = {**tree, **unset}
+    return tree
 
 
 # Keys that do not decide the weights: where a run is, how it is watched and kept. A run may go on under others.
@@ -231,7 +280,30 @@ def check(config: Config) -> Config:
         raise UserError(f"warmup={config.warmup:g}: must not exceed steps={config.steps}")
     if re.fullmatch(r"last-0+", config.train):
         raise UserError(f"train={config.train}: that is no block; last-1 is the last one")
-    if not re.fullmatch(r"all|last-\d+|norms|bias|head", config.train):
+    for name, sets in ONLY.items():
+        if getattr(config, name) is not None and config.train not in sets:
+            raise UserError(
+                f"{name}={getattr(config, name)}: is for train={' or '.join(sets)}, not {config.train}; leave it out"
+            )
+    try:
+        re.compile(config.lora_targets or "")
+    except re.error as error:
+        raise UserError(
+            f"lora_targets={config.lora_targets}: use ends of names ('q_proj v_proj'), all-linear or a regular expression ({error})"
+        ) from None
+    if config.save_dtype != "auto" and config.train in ADAPTERS:
+        raise UserError(
+            f"save_dtype={config.save_dtype}: an adapter is saved as it is kept; leave it out, or set storage"
+        )
+    if config.recipe == "lora_zo" and config.train not in ADAPTERS:
+        raise UserError(
+            f"train={config.train}: recipe=lora_zo trains lora, prefix or prompt; use recipe=mezo"
+        )
+    if config.recipe == "sparse_mezo" and config.train in ADAPTERS:
+        raise UserError(
+            f"train={config.train}: how large an adapter's numbers start says nothing; use recipe=lora_zo"
+        )
+    if not re.fullmatch(rf"all|last-\d+|norms|bias|head|{'|'.join(ADAPTERS)}", config.train):
         try:
             re.compile(config.train)
         except re.error as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoft import noise, norms, precision
+from zoft import noise, norms, precision, routes_adapter
 from zoft.control import Control
 from zoft.noise import triton as kernels
 from zoft.probe import Probe, ProbeAxis
@@ -27,11 +28,25 @@ from zoft.space import Trained
 NARROW_COSINE = 0.99  # between z and the realised direction of a bias that is probed in 16 bits
 
 
+@dataclass
+class Pack:
+    """Small fp32 tensors that lie end to end and are probed in one launch a forward."""
+
+    theta: Tensor  # [N]
+    table: Tensor  # kernels.table_of
+    out: Tensor  # fp32 [2q, N], θ + s·z at a step's probes
+    narrow: Tensor | None  # the same in 16 bits, where some tensor is probed so
+    momentum: Tensor | None  # fp32 [N]
+    decays: bool
+    ids: set[int]  # of its tensors
+
+
 class DeviceAxis(ProbeAxis):
     """A probe axis whose steps, inside `stepping`, take everything that changes from device memory.
 
-    All 1-D tensors (kept in fp32) lie end to end and are probed in one launch a forward; norms over the last
-    dimension run as one kernel for all probes. Outside `stepping` it is an ordinary probe axis.
+    All 1-D tensors and LoRA pairs (kept in fp32) lie end to end and are probed in one launch a forward, or two where
+    only some decay; norms over the last dimension run as one kernel for all probes. Outside `stepping` it is an
+    ordinary probe axis.
     """
 
     def __init__(
@@ -43,29 +58,42 @@ class DeviceAxis(ProbeAxis):
         self.live = False
         self.ahead = False  # a step broke off after the update before it had reached every tensor
         self._done: set[int] = set()  # tensors that have the pending update, in the step under way
+        pairs = {t.id for s in self.sites if fast(s) is routes_adapter.lora for t in s.trained}
         small = [
-            t for t in self.trained if t.stored.ndim <= 1 and t.stored.dtype == t.compute == torch.float32
+            t
+            for t in self.trained
+            if (t.stored.ndim <= 1 or t.id in pairs) and t.stored.dtype == t.compute == torch.float32
         ]
         self.narrow = _narrowed(self.sites, small, eps, seed, kind)
-        self.small: dict[int, slice] = {}
-        if small:
-            sizes = [t.stored.numel() for t in small]
-            self.flat = torch.cat([t.stored.flatten() for t in small])
-            self.table = kernels.table_of(sizes, [t.id for t in small], device)
-            self.flat_out = torch.empty(2 * q, self.flat.numel(), dtype=torch.float32, device=device)
-            width = next(iter(self.narrow.values()), None)
-            self.flat_narrow = None if width is None else torch.empty_like(self.flat_out, dtype=width)
-            self.flat_momentum = torch.zeros_like(self.flat) if beta else None
-            for t, at, n in zip(small, np.cumsum([0, *sizes]).tolist(), sizes):
-                self.small[t.id] = slice(at, at + n)
-                t.param.data = t.stored = self.flat[at : at + n].view(t.stored.shape)
-                if self.flat_momentum is not None:
-                    t.momentum = self.flat_momentum[at : at + n].view(t.stored.shape)
+        self.small: dict[int, tuple[Pack, slice]] = {}
+        self.packs = [
+            self._packed(some, bool(beta))
+            for decays in (False, True)
+            if (some := [t for t in small if t.decays == decays])
+        ]
         self._blank = self._blanks()
         if beta:
             for t in self.trained:
                 if t.momentum is None:
                     t.momentum = torch.zeros_like(t.stored, dtype=torch.float32)
+
+    def _packed(self, some: list[Trained], momentum: bool) -> Pack:
+        """The tensors moved to one place, end to end."""
+        sizes = [t.stored.numel() for t in some]
+        theta = torch.cat([t.stored.flatten() for t in some])
+        out = torch.empty(2 * self.control.q, theta.numel(), dtype=torch.float32, device=theta.device)
+        width = next((self.narrow[t.id] for t in some if t.id in self.narrow), None)
+        pack = Pack(
+            theta, kernels.table_of(sizes, [t.id for t in some], theta.device), out,
+            None if width is None else torch.empty_like(out, dtype=width),
+            torch.zeros_like(theta) if momentum else None, some[0].decays, {t.id for t in some},
+        )  # fmt: skip
+        for t, at, n in zip(some, np.cumsum([0, *sizes]).tolist(), sizes):
+            self.small[t.id] = pack, slice(at, at + n)
+            t.param.data = t.stored = theta[at : at + n].view(t.stored.shape)
+            if pack.momentum is not None:
+                t.momentum = pack.momentum[at : at + n].view(t.stored.shape)
+        return pack
 
     def scratch(self) -> list[Tensor]:
         """The scratch in use, for whoever must keep it."""
@@ -104,9 +132,10 @@ class DeviceAxis(ProbeAxis):
         if t.id in self._done:
             return
         if t.id in self.small:
-            plan = self.control.plan(0, 0, True, False)
-            kernels.launch_small(self.flat, self.table, None, plan, self.kind, self.flat_momentum)
-            self._done |= self.small.keys()
+            pack = self.small[t.id][0]
+            plan = self.control.plan(0, 0, True, pack.decays)
+            kernels.launch_small(pack.theta, pack.table, None, plan, self.kind, pack.momentum)
+            self._done |= pack.ids
         else:
             plan = self.control.plan(0, 0, True, t.decays)
             kernels.launch(t.stored, t.id, None, plan, self.kind, t.momentum, floor=t.floor, mask=t.mask)
@@ -117,17 +146,19 @@ class DeviceAxis(ProbeAxis):
         with super().at(step, probes, rows):
             if self.live:
                 self.offset = self.control.probes.index(probes[0])
-                for i in range(0, len(probes), kernels.PROBES_MAX) if self.small else ():
-                    out = self.flat_out[i : min(i + kernels.PROBES_MAX, len(probes))]
-                    plan = self.control.plan(
-                        self.offset + i, len(out), not self._done & self.small.keys(), False
-                    )
-                    narrow = None if self.flat_narrow is None else self.flat_narrow[i : i + len(out)]
-                    kernels.launch_small(
-                        self.flat, self.table, out, plan, self.kind, self.flat_momentum, narrow
-                    )
-                    self._done |= self.small.keys()
+                for pack in self.packs:
+                    for i in range(0, len(probes), kernels.PROBES_MAX):
+                        self._probe(pack, i, min(i + kernels.PROBES_MAX, len(probes)))
             yield
+
+    def _probe(self, pack: Pack, start: int, end: int) -> None:
+        """Probes start to end of this forward of all of a pack's tensors, after the pending update if they lack it."""
+        plan = self.control.plan(self.offset + start, end - start, not self._done & pack.ids, pack.decays)
+        narrow = None if pack.narrow is None else pack.narrow[start:end]
+        kernels.launch_small(
+            pack.theta, pack.table, pack.out[start:end], plan, self.kind, pack.momentum, narrow
+        )
+        self._done |= pack.ids
 
     offset = 0  # index of this forward's first probe among the step's
 
@@ -140,9 +171,10 @@ class DeviceAxis(ProbeAxis):
 
     def _of_small(self, t: Trained, first: int, count: int) -> Tensor:
         at = self.first + first
-        out = self.flat_narrow if t.id in self.narrow else self.flat_out
+        pack, where = self.small[t.id]
+        out = pack.narrow if t.id in self.narrow else pack.out
         assert out is not None
-        return out[at : at + count, self.small[t.id]].unflatten(1, t.stored.shape or (1,))
+        return out[at : at + count, where].unflatten(1, t.stored.shape or (1,))
 
     def _fill(
         self, t: Trained, out: Tensor | None, group: list[Probe], first: int, rows: slice = slice(None)
@@ -190,9 +222,10 @@ class DeviceAxis(ProbeAxis):
 def _narrowed(
     sites: Sequence[Site], small: list[Trained], eps: float, seed: int, kind: str
 ) -> dict[int, torch.dtype]:
-    """Biases that may be probed in their matrix's dtype, so that the product adds them: where the probe survives that.
+    """Biases and LoRA pairs that may be probed in their matrix's dtype: where the probe survives that.
 
-    A bias of size 1 loses a bf16 probe of eps 1e-3 and stays in fp32, at a pass over the output of its own.
+    A product adds its bias then; a bias of size 1 loses a bf16 probe of eps 1e-3 and stays in fp32, at a pass over the
+    output of its own. A pair multiplies the layer's 16-bit inputs as they are; else these are widened first.
     """
     ours = {t.id for t in small}
     found: dict[int, torch.dtype] = {}
@@ -204,6 +237,15 @@ def _narrowed(
             for t in site.trained:
                 bias = t.param is module.bias and t.id in ours and dtype.itemsize == 2
                 if bias and precision.cosine(t, eps, seed, kind, dtype) >= NARROW_COSINE:
+                    t.compute = found[t.id] = dtype
+        elif fast(site) is routes_adapter.lora:
+            base: Any = site.module
+            dtype = base.base_layer.weight.dtype
+            fits = dtype.is_floating_point and dtype.itemsize == 2 and all(t.id in ours for t in site.trained)
+            if fits and all(
+                precision.cosine(t, eps, seed, kind, dtype) >= NARROW_COSINE for t in site.trained
+            ):
+                for t in site.trained:
                     t.compute = found[t.id] = dtype
     return found
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import footprint, models, routes, setup, space
-from zoft.config import Config
+from zoft import adapters, footprint, models, routes, setup, space
+from zoft.config import ADAPTERS, Config
 from zoft.data_order import batch_indices
 from zoft.encode import Example, encode
 from zoft.errors import UserError
@@ -48,13 +48,16 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
         notes += [note] if note else []
     longest = max(rows, key=lambda e: e.length)
     model = skeleton(config)
+    if config.train in ADAPTERS:
+        model = adapters.attach(model, config)
     names = space.train_names(model, config.train)
     load = sum(p.numel() * p.element_size() for p in model.parameters())
     config = setup.dtypes(config, model, names)
     inplace = config.perturb == "inplace"
     sizes = weights(model, names, config.storage, config.compute, uniform=inplace)
     total = sum(sizes.values())
-    compute = space.DTYPES[config.storage if inplace else config.compute]
+    # Moved in place, a model runs on its stored weights; an adapter's base does not.
+    compute = space.DTYPES[config.storage if inplace and config.train not in ADAPTERS else config.compute]
     for p in model.parameters():
         p.data = p.data.to(compute)
 
@@ -68,6 +71,9 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     trained = sum(p.numel() for n, p in model.named_parameters() if n in set(names))
     few = batch.tokens is not None  # of the output matrix only the candidates' rows are made
     scratch = 0 if inplace else _scratch(model, names, compute, min(probes, 2), few)
+    if config.train in ADAPTERS and not inplace:
+        packed = config.train == "lora" and config.device.startswith("cuda")  # device.Pack, in 32 and 16 bits
+        scratch = trained * (6 * 2 * config.q if packed else 4 * probes)
     momentum = (8 if compute == torch.float64 else 4) * trained if config.momentum else 0
     frozen, share = _frozen(config, model, names, rows)
     spaces = WORKSPACES if config.device.startswith("cuda") else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor
 
 from zoft import base as bases
-from zoft import models, replay, setup, space
+from zoft import adapters, models, replay, setup, space
 from zoft import run as runs
 from zoft.base import Base
-from zoft.config import Config
+from zoft.config import ADAPTERS, Config
 from zoft.errors import UserError
 
 TOLERANCE = 1e-3  # between the same logits of two loads in fp32, of the largest
@@ -26,7 +27,11 @@ def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
     Raises UserError where dtype holds none of the run's changes, or not its values.
     """
     config, log = replay.asked(setup.device(config), folder, replay.Ask())
+    if config.train in ADAPTERS:  # the base as it was loaded, whatever the run computed in
+        config = replace(config, compute="fp32")
     model, tokenizer, config = runs.recipe(config.recipe).rebuild(config, folder, log)
+    if config.train in ADAPTERS:
+        model = adapters.merge(model)
     result, facts = replay.told(config, folder, log, replay.Ask())
     word = config.save_dtype if dtype == "auto" else dtype
     kept = model.checkpoint_dtype if word == "auto" else space.DTYPES[word]
@@ -49,6 +54,30 @@ def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
         f"{out}: {changed:,} of {total:,} numbers differ from the base; loaded again, it gives the run's logits "
         f"(rounding to {setup.short(kept)} moves them by {apart:.2g} of their size)"
     )
+
+
+def adapter(config: Config, folder: Path, out: Path) -> str:
+    """Write the adapter of the run in `folder` to `out`, as peft loads it; returns a line about the check.
+
+    The folder gets its name when what it holds, loaded again beside the base, gives the run's logits.
+    """
+    config, log = replay.asked(setup.device(config), folder, replay.Ask())
+    config = replace(config, compute="fp32")  # so that the two differ by nothing but the adapter
+    model, tokenizer, config = runs.recipe(config.recipe).rebuild(config, folder, log)
+    result, facts = replay.told(config, folder, log, replay.Ask())
+    with models.whole(out) as draft:
+        adapters.save(model, draft / "peft", tokenizer=tokenizer, card=runs.card(config, result, **facts))
+        want = logits(model)
+        del model
+        base, _, _ = setup.model(runs.plain(config))
+        off = float(
+            (logits(adapters.load(widened(base, None), draft / "peft")) - want).abs().max() / want.abs().max()
+        )
+        assert off < TOLERANCE, f"logits of {out} are {off:.2g} from the run's"
+        for file in (draft / "peft").iterdir():
+            file.rename(draft / file.name)
+        (draft / "peft").rmdir()
+    return f"{out}: loaded again beside the base, it gives the run's logits"
 
 
 def widened(model: Any, dtype: torch.dtype | None) -> Any:

@@ -203,12 +203,18 @@ def project(
     Returns [N, V] or [N, C] in the dtype of the model's logits.
     """
     rows, width = inputs["input_ids"].shape
+    if front := prompt_columns(model):
+        positions = positions + (positions // width + 1) * front
+        width += front
     head = head_of(model)
     narrow = tokens is not None and head is not None and _narrows(head)
     extra = {"use_cache": False} if _takes_use_cache(_class(model)) else {}
     seen = [0]
     with ExitStack() as stack:
         stack.enter_context(uncached(model))
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            # peft makes the mask of a prefix on the default device, and a copy from the CPU cannot be captured.
+            stack.enter_context(inputs["input_ids"].device)
         if head is not None:
             stack.enter_context(_gathering(head, seen, rows, width, positions))
         if narrow and tokens is not None:
@@ -303,6 +309,12 @@ def head_of(model: Any) -> nn.Module | None:
         return model.get_output_embeddings()
     except (AttributeError, NotImplementedError):
         return None
+
+
+def prompt_columns(model: Any) -> int:
+    """Columns that the model itself puts in front of each row of hidden states: its prompt."""
+    settings: Any = getattr(model, "active_peft_config", None)
+    return settings.num_virtual_tokens if getattr(settings, "peft_type", "") == "PROMPT_TUNING" else 0
 
 
 def _class(model: Any) -> Any:

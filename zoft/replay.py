@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from zoft import base as bases
-from zoft import ledger, models, setup, shards, snapshot, space, sparse, tracking, update
+from zoft import adapters, ledger, models, setup, shards, snapshot, space, sparse, tracking, update
 from zoft import run as runs
 from zoft.base import Base
 from zoft.config import Config
@@ -190,10 +190,12 @@ def live(
 
     config, log: from `asked`. ready(model) is called before its tensors are placed. Raises UserError for another base.
     """
-    model, tokenizer, found = setup.model(config)
+    model, tokenizer, found = setup.model(config, folder)
     runs.agree(log.header, {"base": found}, folder)
     ready(model)
-    config, _, axis = setup.placed(config, model, space.adopt(model, list(log.header["trained"])))
+    config, trained, axis = setup.placed(config, model, space.adopt(model, list(log.header["trained"])))
+    if "adapter" in log.header and config.storage == log.header["storage"]:
+        runs.agree(log.header, {"adapter": adapters.fingerprint(trained)}, folder)
     trainer = Trainer(model, axis, lambda step: [], None, setup.settings(config))
     runs.catch_up(trainer, folder, config, log, setup.say)
     return model, tokenizer, config

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.pytorch_utils import Conv1D
 
+from zoft import routes_adapter
 from zoft.layout import COUNT, LIFT, NO_ROWS, ONE, PLAIN, Call, Unfit
 from zoft.noise import PART
 from zoft.sites import Site
@@ -29,7 +30,11 @@ def fast(site: Site) -> Callable | None:
     """A direct route for exact types with their own forward and rows in dim 0; None: the general one."""
     kind = type(site.module)
     way = {nn.Linear: linear, nn.Embedding: embedding, Conv1D: conv1d}.get(kind)
-    if way is None or "forward" in site.module.__dict__ or site.module._forward_hooks or not _owns(site):
+    if routes_adapter.pair(site) is not None:
+        way = routes_adapter.lora
+    elif not _owns(site):
+        return None
+    if way is None or "forward" in site.module.__dict__ or site.module._forward_hooks:
         return None
     if any(c.inputs != [0] or c.outputs != [0] for c in site.calls):
         return None
@@ -273,9 +278,20 @@ def _in_slabs(
 
 
 def embedding(axis: ProbeAxis, site: Site, input: torch.Tensor) -> torch.Tensor:
-    """Rows of W + s_p Z for each probe's own ids: noise is made for the gathered rows only."""
+    """Rows of W + s_p Z for each probe's own ids: noise is made for the gathered rows only.
+
+    A table of far fewer rows than are asked for (a prompt, once for every example) is made whole, once a probe.
+    """
     (t,) = site.trained
-    rows = axis.gathered(t, input.reshape(len(axis.probes), -1), list(axis.probes), 0)  # [P, n, D]
+    ids = input.reshape(len(axis.probes), -1)  # [P, n]
+    if ids.shape[1] < 4 * t.stored.shape[0]:
+        rows = axis.gathered(t, ids, list(axis.probes), 0)  # [P, n, D]
+    else:
+        rows = torch.empty(*ids.shape, t.stored.shape[1], dtype=t.compute, device=ids.device)
+        for first, group in axis.groups():
+            (table,) = axis.perturbed([t], group, first)  # [G, V, D]
+            for i in range(len(group)):
+                torch.index_select(table[i], 0, ids[first + i], out=rows[first + i])
     return rows.view(*input.shape, -1)
 
 

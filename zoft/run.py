@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from zoft import compose, guards, tracking
-from zoft.config import Config, changed
+from zoft.config import ADAPTERS, Config, changed
 from zoft.due import due, next_stop
 from zoft.errors import UserError, writing
 from zoft.folder import Presence, kept, refuse_unwritable, write
@@ -26,13 +26,24 @@ if TYPE_CHECKING:
     from zoft.ledger import Ledger, Log
     from zoft.trainer import Trainer
 
-OURS = ("config.yaml", "ledger", "metrics.jsonl", "result.json", "env.json", "model", "snapshots")
+OURS = (
+    "config.yaml",
+    "ledger",
+    "metrics.jsonl",
+    "result.json",
+    "env.json",
+    "model",
+    "adapter",
+    "start.safetensors",
+    "snapshots",
+)
 
 # What it means where a resumed run's ledger says something else.
 DIFFERS = {
     "base": "starts from other weights ({found}) than this model has ({value})",
     "data": "was begun on other training data: put back what was changed there",
     "noise_version": "has noise of version {found}, this zoft makes version {value}: use the zoft that wrote it",
+    "adapter": "starts from an adapter ({found}) that is not made here ({value}): put back start.safetensors",
 }
 
 
@@ -119,9 +130,14 @@ def export(
     if dtype is not None and dtype not in (known := ("fp32", "fp16", "bf16")):
         raise UserError(f"--dtype {dtype}: use {', '.join(known)}")
     config = of_run(folder, device)
-    if adapter:
+    if adapter and config.train not in ADAPTERS:
         raise UserError(f"{folder}: it trained the model's own weights, so there is no adapter; use --merge")
+    if adapter and dtype is not None:
+        raise UserError(f"--dtype {dtype}: an adapter is written as it is kept; leave it out")
     from zoft import export as exports
+
+    if adapter:
+        return exports.adapter(config, Path(folder), Path(out))
 
     return exports.merge(config, Path(folder), Path(out), dtype or config.save_dtype)
 
@@ -142,27 +158,44 @@ def of_run(folder: str | Path, device: str | None) -> Config:
 
 def evaluate(config: Config, folder: str | Path | None = None) -> dict[str, Any]:
     """Metrics of a run's saved model, or of the config's own model, on the config's evaluation data."""
+    adapter = None
     if folder is not None:
-        saved = Path(folder) / "model"
+        saved = Path(folder) / result_name(config)
         if not saved.is_dir():
             raise UserError(
-                f"{folder}: no model/ in it: finish the run with `zoft train --resume {folder}`, or rebuild what it has "
-                f"with `zoft replay {folder} --out DIR` and evaluate that with model=DIR"
+                f"{folder}: no {saved.name}/ in it: finish the run with `zoft train --resume {folder}`, or rebuild what it has "
+                f"with `zoft replay {folder} --out DIR`"
+                + (" and evaluate that with model=DIR" if saved.name == "model" else "")
             )
-        config = dataclasses.replace(config, model=str(saved))
+        if saved.name == "model":
+            config = dataclasses.replace(config, model=str(saved))
+        else:
+            adapter = saved
     from zoft import models, tasks
 
     models.check(models.resolve(config.model))
     tasks.look(config.task)
+    from zoft import adapters, setup
     from zoft import evaluate as evaluation
-    from zoft import setup
 
     with guards.memory(config):
         config = setup.device(config)
         data = tasks.load(config.task)
-        model, tokenizer, _ = setup.model(config)
+        model, tokenizer, _ = setup.model(plain(config))
+        if adapter is not None:
+            model = adapters.load(model, adapter)
         train, held_out = setup.examples(config, tokenizer, data)
         return evaluation.evaluate(model, held_out, train)
+
+
+def result_name(config: Config) -> str:
+    """What a run leaves: `model`, or `adapter` where one was trained beside a frozen model."""
+    return "adapter" if config.train in ADAPTERS else "model"
+
+
+def plain(config: Config) -> Config:
+    """The config of the base alone, without the adapter that it would train."""
+    return dataclasses.replace(config, train="all") if config.train in ADAPTERS else config
 
 
 def show_data(config: Config, count: int, say: Callable[[str], Any]) -> None:
@@ -386,7 +419,7 @@ def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> di
     """Save the model and, last of all, result.json: its presence says that the run is complete."""
     Presence(s.ledger, {"config.yaml": compose.to_yaml(s.config)}).look(now=True)
     if s.config.save_model:
-        save(s.config, model, tokenizer, s.folder / "model", result)
+        save(s.config, model, tokenizer, s.folder / result_name(s.config), result)
     result = {**result, "output_dir": str(s.folder)}
     write(s.folder / "result.json", json.dumps(result, indent=2) + "\n")
     return result
@@ -395,15 +428,22 @@ def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> di
 def save(
     config: Config, model: Any, tokenizer: Any, out: Path, result: Mapping[str, Any], **facts: Any
 ) -> None:
-    """Write a run's model as others load it, in the checkpoint's dtype or save_dtype; facts: more for its card."""
+    """Write a run's model as others load it, in the checkpoint's dtype or save_dtype; facts: more for its card.
+
+    Of a model with an adapter, the adapter alone.
+    """
     from safetensors import SafetensorError
 
-    from zoft import models, space
+    from zoft import adapters, models, space
 
+    text = card(config, result, **facts)
     dtype = model.checkpoint_dtype if config.save_dtype == "auto" else space.DTYPES[config.save_dtype]
     try:
         with writing(out):
-            models.save(model, tokenizer, out, dtype=dtype, card=card(config, result, **facts))
+            if config.train in ADAPTERS:
+                adapters.save(model, out, tokenizer=tokenizer, card=text)
+            else:
+                models.save(model, tokenizer, out, dtype=dtype, card=text)
     except SafetensorError as error:
         raise UserError(f"cannot write {out}: {error}") from OSError(str(error))
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from zoft import (
     __version__,
+    adapters,
     guards,
     models,
     noise,
@@ -27,7 +28,7 @@ from zoft import (
     tasks,
     update,
 )
-from zoft.config import Config, digests
+from zoft.config import ADAPTERS, Config, digests
 from zoft.data_order import batch_indices
 from zoft.encode import Example, encode
 from zoft.errors import UserError
@@ -65,12 +66,20 @@ def device(config: Config) -> Config:
     return replace(config, device=where, threads=threads)
 
 
-def model(config: Config) -> tuple[nn.Module, Any, str]:
-    """(model on its device in the checkpoint's dtype, tokenizer, fingerprint of the base)."""
+def model(config: Config, folder: str | Path | None = None) -> tuple[nn.Module, Any, str]:
+    """(model on its device in the checkpoint's dtype, tokenizer, fingerprint of the base).
+
+    With the adapter that config.train asks for, if any. folder: of a run that goes on or is replayed.
+    """
     say(f"loading {config.model}")
     loaded, tokenizer = models.load(config.model, dtype="auto", trust_remote_code=config.trust_remote_code)
     base = models.fingerprint(loaded)
-    return loaded.to(config.device), tokenizer, base
+    loaded = loaded.to(config.device)
+    if config.train in ADAPTERS:
+        loaded = adapters.attach(loaded, config, Path(folder) / adapters.START if folder else None)
+        source = models.resolve(config.model)
+        loaded.peft_config["default"].base_model_name_or_path = source.home or source.place
+    return loaded, tokenizer, base
 
 
 def tokenizer(config: Config) -> Any:
@@ -90,6 +99,11 @@ def examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[list[Examp
 def dtypes(config: Config, loaded: nn.Module, names: Sequence[str]) -> Config:
     """Resolve storage and compute."""
     kind = config.device.partition(":")[0]
+    if config.train in ADAPTERS:  # kept in fp32, beside a base that computes as it would without them
+        base = [n for n, p in loaded.named_parameters() if n not in set(names) and p.is_floating_point()]
+        _, compute = space.resolve_dtypes(loaded, base, "fp32", config.compute, kind)
+        wide = "fp64" if compute == "fp64" else "fp32"
+        return replace(config, storage=wide if config.storage == "auto" else config.storage, compute=compute)
     storage, compute = space.resolve_dtypes(loaded, list(names), config.storage, config.compute, kind)
     if config.perturb == "inplace" and storage != compute:
         # The model runs on its stored weights here, so there is one precision.
@@ -235,6 +249,8 @@ def placed(
     """The axis itself, tensors in their precision; without sites it can only apply updates (replay)."""
     inplace = config.perturb == "inplace"
     space.place(loaded, trained, config.storage, config.compute, uniform=inplace)
+    if config.train in ADAPTERS:
+        adapters.place(trained, space.DTYPES[config.compute])
     for line in sparse.mask(trained, config.mask, config.sparsity, config.seed):  # θ is the base, as stored
         say(line)
     refuse_denoise(config, trained)
@@ -380,6 +396,8 @@ def header(
     """The ledger's header: what the run is, all that replay needs beside the base, and how the run was made."""
     tensors = {t.name: [t.id, list(t.stored.shape), short(t.stored.dtype)] for t in trained}
     known = {k: getattr(config, k) for k in PLAN}
+    if config.train in ADAPTERS:
+        known["adapter"] = adapters.fingerprint(trained)
     found: dict[str, Any] = {
         "zoft": __version__,
         "noise_version": noise.VERSION,

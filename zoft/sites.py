@@ -19,6 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from zoft.layout import Call, Seen, compare, look
+from zoft.routes_adapter import is_layer
 from zoft.space import Trained
 
 # Questions about a tensor that never look at its values.
@@ -154,7 +155,11 @@ def watch(model: nn.Module, trained: Sequence[Trained], forward: Callable[[], An
 
     with torch.no_grad(), rerouted(list(model.modules()), enter), Watch():
         forward()
-    return Reads([(i, modules or (model,)) for (i, _), modules in seen.items()])
+    found: dict[tuple[int, tuple[nn.Module, ...]], None] = {}
+    for (i, _), modules in seen.items():
+        whole = next((k for k, m in enumerate(modules) if is_layer(m)), len(modules))
+        found[i, modules[: whole + 1] or (model,)] = None
+    return Reads(list(found))
 
 
 def calibrate(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from zoft.config import ADAPTERS
 from zoft.errors import UserError
 from zoft.noise import Mask, tensor_id
 
@@ -17,6 +18,7 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, 
 FP16_MAX = 65504.0
 # A trained set below this share of the model is kept in fp32: it costs nothing and needs no stochastic rounding.
 SMALL_SHARE = 0.02
+ADDED = re.compile(r"\.lora_|^prompt_encoder\.")  # names of the tensors that peft has added to a model
 
 
 @dataclass
@@ -44,7 +46,8 @@ def train_names(model: nn.Module, train: str) -> list[str]:
     """Canonical names of the tensors that `train` selects.
 
     train: `all`; `last-K` (the last K blocks and what follows them, head excluded); `norms`; `bias`;
-    `head` (the output matrix, tied or not); anything else is a regular expression searched in the names.
+    `head` (the output matrix, tied or not); `lora`, `prefix`, `prompt`: the adapter that the model has been given;
+    anything else is a regular expression searched in the names.
     Ties count once, under their first name. Raises UserError when nothing is selected.
     """
     params = dict(model.named_parameters())  # ties removed: first name wins
@@ -68,6 +71,8 @@ def train_names(model: nn.Module, train: str) -> list[str]:
         head = getattr(model, "get_output_embeddings", lambda: None)()
         own = {id(p) for p in head.parameters()} if head is not None else set()
         chosen = [n for n in floating if id(params[n]) in own]
+    elif train in ADAPTERS:
+        chosen = [n for n in floating if ADDED.search(n)]
     else:
         try:
             pattern = re.compile(train)
