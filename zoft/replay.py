@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from zoft import base as bases
 from zoft import adapters, ledger, models, setup, shards, snapshot, space, sparse, tracking, update
+from zoft import base as bases
 from zoft import run as runs
 from zoft.base import Base
 from zoft.config import Config
