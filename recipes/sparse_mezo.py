@@ -24,9 +24,8 @@ from zoft.replay import Ask
 
 def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = False) -> dict[str, Any]:
     """Train, from the start or from where `resume` stopped; returns result.json's content, or the plan of a dry run."""
-    return runs.recipe("mezo").run(
-        config, resume=resume, dry_run=dry_run
-    )  # with config.mask, which sparse.py makes
+    # config.mask says which numbers move; zoft/sparse.py makes the masks when the tensors have their precision.
+    return runs.recipe("mezo").run(config, resume=resume, dry_run=dry_run)
 
 
 def replay(config: Config, folder: Path, out: Path, ask: Ask) -> int:

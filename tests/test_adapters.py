@@ -446,6 +446,10 @@ def test_what_is_trained_says_the_defaults():
         (["train=lora", "lora_layers=6"], "lora_layers=6: use last-1"),
         (["train=lora", "lora_targets=("], r"lora_targets=\(: use ends of names"),
         (["train=lora", "save_dtype=bf16"], "save_dtype=bf16: an adapter is saved as it is kept"),
+        (
+            ["recipe=sparse_mezo", "train=lora"],
+            "train=lora: how large an adapter's numbers start says nothing",
+        ),
         (["recipe=lora_zo", "train=norms"], "train=norms: recipe=lora_zo trains lora, prefix or prompt"),
     ],
 )
@@ -522,7 +526,7 @@ def test_a_kept_start_is_taken_and_another_one_refused(place):
     assert torch.equal(dict(adapters.named(model))[name], table)
     save_file({name: table.nextafter(table + 1)}, "run/start.safetensors")
     done = zoft("replay", "run", "--out", "out")
-    assert done.exit_code == 2 and "adapter=blake2b" in done.stderr
+    assert done.exit_code == 2 and "put back start.safetensors" in done.stderr
     (place / "run" / "start.safetensors").unlink()
     assert zoft("replay", "run", "--out", "out").exit_code == 0  # made anew, on this machine to the same bits
     files = (
@@ -530,6 +534,30 @@ def test_a_kept_start_is_taken_and_another_one_refused(place):
         place / "run" / "adapter" / "adapter_model.safetensors",
     )
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("train", TRAINS)
+def test_export(place, train):
+    assert zoft("train", "--config", "mine.yaml", f"train={train}", "output_dir=run").exit_code == 0
+    done = zoft("export", "run", "--adapter", "--out", "adapter")
+    assert done.exit_code == 0 and "gives the run's logits" in done.stdout, done.stderr
+    saved = [(place / x / "adapter_model.safetensors").read_bytes() for x in ("adapter", "run/adapter")]
+    assert saved[0] == saved[1]
+    done = zoft("export", "run", "--merge", "--out", "merged")
+    if train != "lora":
+        assert done.exit_code == 2 and "it cannot be merged into weights" in done.stderr
+        return
+    assert done.exit_code == 0 and "numbers differ from the base" in done.stdout, done.stderr
+    whole = hf.AutoModelForCausalLM.from_pretrained("merged")
+    beside = peft.PeftModel.from_pretrained(hf.AutoModelForCausalLM.from_pretrained("tiny"), "adapter")
+    ids = torch.arange(12).view(2, 6) + 3
+    with torch.no_grad():
+        torch.testing.assert_close(whole(ids).logits, beside(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    metrics = [
+        json.loads(zoft("eval", *x, "--json").stdout)
+        for x in (["run"], ["--config", "mine.yaml", "model=merged"])
+    ]
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-3)
 
 
 def test_the_other_recipe_trains_adapters_too(place):

@@ -262,6 +262,9 @@ def test_a_mask_by_magnitude_goes_with_no_move_in_place():
     assert compose("sparse_mezo/reviews", ["perturb=inplace", "mask=random"]).mask == "random"
     assert compose("sparse_mezo/reviews").mask == "magnitude" and compose(REVIEWS).mask == "none"
     assert compose("sparse_mezo/reviews", ["mask=none"]).mask == "none"
+    assert "recipe=lora_zo" in refused("sparse_mezo/reviews", "train=lora")
+    assert "denoise_every=5" in refused("sparse_mezo/reviews", "denoise_every=5")
+    assert compose("sparse_mezo/reviews", ["denoise_every=5", "mask=random"]).denoise_every == 5
 
 
 def test_keys_are_documented_and_reachable():

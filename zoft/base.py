@@ -45,8 +45,9 @@ class Base:
 def find(config: Config, wanted: str, where: str) -> Base:
     """The base of the run in `where`, which has the fingerprint `wanted`.
 
-    Read from its files tensor by tensor (safetensors, GGUF) if they give the very tensors that the run loaded, which
-    the fingerprint tells; else, as for checkpoints that transformers converts while it loads, from the loaded model. Raises UserError for other weights.
+    Read from its files tensor by tensor (safetensors, GGUF) if they give the very tensors that the run loaded,
+    which the fingerprint tells; else, as for checkpoints that transformers converts while it loads, from the
+    loaded model. Raises UserError for other weights.
     """
     base = streamed(config)
     if base is None or base.fingerprint() != wanted:
@@ -60,16 +61,26 @@ def find(config: Config, wanted: str, where: str) -> Base:
 
 def loaded(config: Config) -> Base:
     """The base from the model as it is loaded for training: all of it in memory."""
-    model, tokenizer = models.load(config.model, trust_remote_code=config.trust_remote_code)
+    model, tokenizer = setup.load(config)
+    if any(p.device.type != "cpu" for p in model.parameters()):
+        model = model.cpu()
+    return of(model, lambda: tokenizer)
+
+
+def of(model: Any, tokenizer: Callable[[], Any]) -> Base:
+    """The base that a model in memory is."""
     tensors = models._tensors(model)
-    return Base(model, tensors, lambda name: tensors[name].clone(), lambda: tokenizer, whole=True)
+    return Base(model, tensors, lambda name: tensors[name].clone(), tokenizer, whole=True)
 
 
 def streamed(config: Config) -> Base | None:
     """The base from the model's files, or None where they do not hold every tensor under a name known here."""
-    if config.trust_remote_code:  # the model's own code may load as it likes
+    if (
+        config.trust_remote_code or config.bits is not None
+    ):  # loaded as its own code likes; quantised as it is loaded
         return None
     source = models.resolve(config.model)
+    models.check(source)
     with models._user_errors(source):
         held = _gguf(Path(source.place)) if source.kind == "gguf" else _files(_folder(source))
     if not held:

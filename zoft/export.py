@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoft import adapters, models, replay, setup, space
+from zoft import adapters, models, quant, replay, setup, space
 from zoft import base as bases
 from zoft import run as runs
 from zoft.base import Base
@@ -33,10 +33,12 @@ def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
     if config.train in ADAPTERS:  # the base as it was loaded, whatever the run computed in
         config = replace(config, compute="fp32")
     model, tokenizer, config = runs.recipe(config.recipe).rebuild(config, folder, log)
-    plain = logits(widened(model, None))
     if config.train in ADAPTERS:
+        own = logits(widened(model, None))
         model = adapters.merge(model)
-        agree(logits(model), plain, out)
+        agree(logits(model), own, out)
+    quant.make_plain(model)
+    plain = logits(widened(model, None))
     result, facts = replay.told(config, folder, log, replay.Ask())
     word = config.save_dtype if dtype == "auto" else dtype
     kept = model.checkpoint_dtype if word == "auto" else space.DTYPES[word]
@@ -46,7 +48,11 @@ def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
         del model
         again = reloaded(draft, config)
         agree(logits(again), rounded, out)
-        changed, total = differing(again, bases.find(config, log.header["base"], str(folder)), kept)
+        base = bases.find(config, log.header["base"], str(folder))
+        if quant.layers(base.model):
+            quant.make_plain(base.model)
+            base = bases.of(base.model, base.tokenizer)
+        changed, total = differing(again, base, kept)
         if not changed:
             raise UserError(
                 f"{folder}: in {setup.short(kept)} its model is the base: {len(log.records)} steps are too few, or "

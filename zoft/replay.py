@@ -14,7 +14,19 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from zoft import adapters, ledger, models, setup, shards, snapshot, space, sparse, tracking, update
+from zoft import (
+    adapters,
+    inspect_run,
+    ledger,
+    models,
+    setup,
+    shards,
+    snapshot,
+    space,
+    sparse,
+    tracking,
+    update,
+)
 from zoft import base as bases
 from zoft import run as runs
 from zoft.base import Base
@@ -47,7 +59,7 @@ def asked(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
 
     Raises UserError for steps that the ledger does not have, and for a wish that its storage makes void.
     """
-    header, records, events = ledger.read(folder / "ledger")
+    header, records, events = inspect_run.sound(folder, ledger.read(folder / "ledger"))
     trained = header["trained"]
     n = len(records) if ask.steps is None else ask.steps
     if n > len(records):
@@ -66,6 +78,10 @@ def asked(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
         if not any(dtype in SIXTEEN for _, _, dtype in trained.values()):
             raise UserError(
                 f"{word}: {folder} stores its weights in {config.storage}; there is no rounding to undo"
+            )
+        if config.mask == "magnitude":
+            raise UserError(
+                f"{word}: with mask=magnitude the rounded weights decide what moves; there is no sum without rounding"
             )
     events = [e for e in events if e.step <= n]
     if ask.denoise:
@@ -99,7 +115,9 @@ def replay(config: Config, folder: Path, out: Path, ask: Ask) -> int:
             for name, tensor in made:
                 if name in log.header["trained"]:
                     state[name].data = tensor.cpu()
-            models.save(base.model, tokenizer, out, dtype=dtype, card=text)
+            models.save(
+                base.model, tokenizer, out, dtype=dtype, card=text, dequantise=config.save_dequantised
+            )
         else:
             with models.whole(out) as draft:
                 stream(base, made, draft, dtype)
@@ -240,7 +258,8 @@ class Tensors:
 
     def _of(self, name: str, theta: Tensor, dtype: torch.dtype) -> Trained:
         t = space.one(name, nn.Parameter(theta.to(dtype), requires_grad=False))
-        sparse.mask([t], self.config.mask, self.config.sparsity, self.config.seed)  # θ is the base, as stored
+        sparse.one(t, self.config.mask, self.config.sparsity, self.config.seed)
+        t.floor = self.log.header.get("floors", {}).get(name)
         return t
 
     def _repeat(self, t: Trained, did: Callable[[int], None]) -> None:

@@ -60,6 +60,10 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
         return outcome(Path(resume))
     if resume is None and not dry_run:
         claim(Path(str(config.output_dir)))
+    if resume and (Path(resume) / "ledger").exists():  # damage shows before weights load
+        from zoft import inspect_run, ledger
+
+        inspect_run.sound(resume, ledger.read(Path(resume) / "ledger"))
     models.check(models.resolve(config.model))
     tasks.look(config.task)
     # A signal that comes while things load says "resume me", too.
@@ -168,7 +172,7 @@ def evaluate(config: Config, folder: str | Path | None = None) -> dict[str, Any]
                 + (" and evaluate that with model=DIR" if saved.name == "model" else "")
             )
         if saved.name == "model":
-            config = dataclasses.replace(config, model=str(saved))
+            config = dataclasses.replace(config, model=str(saved), bits=None, eps_mode="absolute")
         else:
             adapter = saved
     from zoft import models, tasks
@@ -443,7 +447,7 @@ def save(
             if config.train in ADAPTERS:
                 adapters.save(model, out, tokenizer=tokenizer, card=text)
             else:
-                models.save(model, tokenizer, out, dtype=dtype, card=text)
+                models.save(model, tokenizer, out, dtype=dtype, card=text, dequantise=config.save_dequantised)
     except SafetensorError as error:
         raise UserError(f"cannot write {out}: {error}") from OSError(str(error))
 
