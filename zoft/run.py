@@ -56,8 +56,9 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
 
     tracking.require(config.track)
     if resume and (Path(resume) / "result.json").exists():
+        found = outcome(Path(resume))
         print(f"{resume}: this run is finished; its result follows", file=sys.stderr)
-        return outcome(Path(resume))
+        return found
     if resume is None and not dry_run:
         claim(Path(str(config.output_dir)))
     if resume and (Path(resume) / "ledger").exists():  # damage shows before weights load
@@ -469,7 +470,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes() if path.is_file() else b"")
         summary(found)
         return found
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
