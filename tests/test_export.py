@@ -108,3 +108,62 @@ def test_an_export_that_is_not_the_run_is_a_bug_that_shows(place, tmp_path, monk
     with torch.no_grad(), pytest.raises(AssertionError, match="from the run's"):
         export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix", "prompt"])
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "opt"])
+def test_an_adapter_is_the_runs_in_plain_peft(place, tmp_path, kind, arch):  # noqa: F811
+    from peft import PeftModel
+
+    if not (place / arch).exists():
+        tiny.MODELS[arch]().bfloat16().save_pretrained(place / arch)
+        tiny.tokenizer().save_pretrained(place / arch)
+    run = train(
+        place, f"{arch}-{kind}", "recipe=lora_zo", f"train={kind}", "lr=1e-1", "steps=3", model=place / arch
+    )
+    line = runs.export(run, tmp_path / "out", merge=False, adapter=True)
+    assert "gives the run's logits" in line
+    weights, own = (load_file(p / "adapter_model.safetensors") for p in (tmp_path / "out", run / "adapter"))
+    assert weights.keys() == own.keys() and all(torch.equal(weights[n], own[n]) for n in own)
+    base = AutoModelForCausalLM.from_pretrained(place / arch, dtype=torch.float32)
+    ids = {"input_ids": torch.tensor([tiny.ids("a", "b", "no")]), "use_cache": False}
+    with torch.no_grad():
+        before = base(**ids).logits
+        model = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+        after = model(**ids, attention_mask=torch.ones(1, 3, dtype=torch.long)).logits
+        assert not torch.allclose(before, after[:, -3:], atol=1e-4)
+        if kind != "lora":
+            with pytest.raises(UserError, match="use --adapter"):
+                runs.export(run, tmp_path / "merged", merge=True, adapter=False)
+            return
+        line = runs.export(run, tmp_path / "merged", merge=True, adapter=False, dtype="fp32")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        assert merged.dtype == torch.float32 and "numbers differ from the base" in line
+        assert torch.allclose(merged(**ids).logits, after, atol=1e-5)
+    with pytest.raises(UserError, match="--dtype bf16: an adapter is written as it is kept"):
+        runs.export(run, tmp_path / "x", merge=False, adapter=True, dtype="bf16")
+
+
+def test_an_adapter_that_has_not_moved_is_not_written(place, tmp_path):  # noqa: F811
+    run = train(place, "still", "recipe=lora_zo", "lr=1e-1", "steps=2")
+    still = tmp_path / "still"
+    still.mkdir()
+    (still / "config.yaml").write_text((run / "config.yaml").read_text())
+    (still / "ledger").write_bytes((run / "ledger").read_bytes()[: -2 * 32])
+    for how, part in (
+        ({"merge": False, "adapter": True}, "as it started"),
+        ({"merge": True, "adapter": False}, "is the base"),
+    ):
+        with pytest.raises(UserError, match=part):
+            runs.export(still, tmp_path / "out", **how)
+    assert not (tmp_path / "out").exists()
+
+
+def test_steps_of_an_adapter_are_replayed_too(place, tmp_path):  # noqa: F811
+    short, long = (train(place, f"lora-{n}", "recipe=lora_zo", "lr=1e-1", f"steps={n}") for n in (2, 4))
+    assert "2 steps replayed" in runs.replay(long, tmp_path / "two", step=2)
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "two" / name).read_bytes() == (short / "adapter" / name).read_bytes()
+    assert "4 of 4 steps" in runs.replay(long)
+    with pytest.raises(UserError, match="stores its weights in fp32"):
+        runs.replay(long, tmp_path / "x", denoise=True)

@@ -199,7 +199,7 @@ def test_what_cannot_be_denoised_is_refused(place, tmp_path):
     for wish in ({"denoise": True}, {"storage": "fp32"}):
         with pytest.raises(UserError, match="what moves depends on the weights"):
             runs.replay(sparse, tmp_path / "x", **wish)
-    with pytest.raises(UserError, match="directions of recipe=sparse_mezo depend on the weights"):
+    with pytest.raises(UserError, match="mask=magnitude the rounded weights decide what moves"):
         train(place, "sparse-2", "denoise_every=1", "storage=bf16", "recipe=sparse_mezo")
     full = train(place, "full-storage", "steps=1", "storage=fp32")
     for wish in ({"denoise": True}, {"storage": "fp32"}):

@@ -22,28 +22,32 @@ TOLERANCE = 1e-3  # between the same logits of two loads in fp32, of the largest
 def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
     """Write the model of the run in `folder` to `out`, as transformers loads it; returns a line about the checks.
 
-    dtype: of the weights on disk; "auto" is the run's save_dtype. The folder gets its name when what it holds has been
-    loaded again, differs from the base, and gives the logits of the run's own model, rounded to dtype.
-    Raises UserError where dtype holds none of the run's changes, or not its values.
+    LoRA pairs are added to the base's matrices in fp32. dtype: of the weights on disk, rounded to once; "auto" is the
+    run's save_dtype. The folder gets its name when what it holds has been loaded again, differs from the base, and gives
+    the logits of the run's own model, rounded to dtype.
+    Raises UserError where dtype holds none of the run's changes, or not its values, and for a prefix or a prompt.
     """
+    if config.train in ("prefix", "prompt"):
+        raise UserError(f"train={config.train}: it cannot be merged into weights; use --adapter")
     config, log = replay.asked(setup.device(config), folder, replay.Ask())
     if config.train in ADAPTERS:  # the base as it was loaded, whatever the run computed in
         config = replace(config, compute="fp32")
     model, tokenizer, config = runs.recipe(config.recipe).rebuild(config, folder, log)
     if config.train in ADAPTERS:
+        own = logits(widened(model, None))
         model = adapters.merge(model)
+        agree(logits(model), own, out)
     quant.make_plain(model)
+    plain = logits(widened(model, None))
     result, facts = replay.told(config, folder, log, replay.Ask())
     word = config.save_dtype if dtype == "auto" else dtype
     kept = model.checkpoint_dtype if word == "auto" else space.DTYPES[word]
     with models.whole(out) as draft:
         models.save(model, tokenizer, draft, dtype=kept, card=runs.card(config, result, **facts))
-        plain = logits(widened(model, None))
         rounded = logits(widened(model, kept))
         del model
         again = reloaded(draft, config)
-        off = float((logits(again) - rounded).abs().max() / rounded.abs().max())
-        assert off < TOLERANCE, f"logits of {out} are {off:.2g} from the run's"
+        agree(logits(again), rounded, out)
         base = bases.find(config, log.header["base"], str(folder))
         if quant.layers(base.model):
             quant.make_plain(base.model)
@@ -65,23 +69,21 @@ def adapter(config: Config, folder: Path, out: Path) -> str:
     """Write the adapter of the run in `folder` to `out`, as peft loads it; returns a line about the check.
 
     The folder gets its name when what it holds, loaded again beside the base, gives the run's logits.
+    Raises UserError where the adapter is as it started.
     """
     config, log = replay.asked(setup.device(config), folder, replay.Ask())
     config = replace(config, compute="fp32")  # so that the two differ by nothing but the adapter
     model, tokenizer, config = runs.recipe(config.recipe).rebuild(config, folder, log)
     result, facts = replay.told(config, folder, log, replay.Ask())
+    trained = space.adopt(model, list(log.header["trained"]))
+    if adapters.fingerprint(trained) == log.header["adapter"]:
+        raise UserError(f"{folder}: its adapter is as it started: {len(log.records)} steps have not moved it")
     with models.whole(out) as draft:
-        adapters.save(model, draft / "peft", tokenizer=tokenizer, card=runs.card(config, result, **facts))
-        want = logits(model)
-        del model
+        adapters.save(model, draft, tokenizer=tokenizer, card=runs.card(config, result, **facts))
+        own = logits(model)
+        del model, trained
         base, _, _ = setup.model(runs.plain(config))
-        off = float(
-            (logits(adapters.load(widened(base, None), draft / "peft")) - want).abs().max() / want.abs().max()
-        )
-        assert off < TOLERANCE, f"logits of {out} are {off:.2g} from the run's"
-        for file in (draft / "peft").iterdir():
-            file.rename(draft / file.name)
-        (draft / "peft").rmdir()
+        agree(logits(adapters.load(widened(base, None), draft)), own, out)
     return f"{out}: loaded again beside the base, it gives the run's logits"
 
 
@@ -112,6 +114,12 @@ def logits(model: Any) -> Tensor:
     device = next(model.parameters()).device
     ids = torch.arange(16, device=device).view(2, 8) * 7 % model.get_input_embeddings().weight.shape[0]
     return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float().cpu()
+
+
+def agree(again: Tensor, own: Tensor, out: Path) -> None:
+    """What was written computes what the run's model computes."""
+    off = float((again - own).abs().max() / own.abs().max())
+    assert off < TOLERANCE, f"logits of {out} are {off:.2g} from the run's"
 
 
 def differing(model: Any, base: Base, dtype: torch.dtype) -> tuple[int, int]:
