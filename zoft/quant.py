@@ -22,9 +22,7 @@ BITS = (4, 8)
 FLOOR = 1e-7
 # Shares of a group's extreme that are tried as the largest number that is not cut off.
 CLIPS = tuple(1.0 - 0.04 * i for i in range(10))
-UNIT = (
-    128  # a zero point is a whole number of 128ths of a code: exact as a float, whatever a model is cast to
-)
+UNIT = 128  # a zero point is so many 128ths of a code: whole numbers, which no cast of a model touches
 FUSED_ROWS = 64  # of a probe: up to so many a GPU unpacks the codes within the product
 _CHUNK = 1 << 24  # numbers quantised at a time: some ten fp32 copies of them are alive
 
@@ -32,10 +30,10 @@ _CHUNK = 1 << 24  # numbers quantised at a time: some ten fp32 copies of them ar
 class Scales(nn.Parameter):
     """The scales of a quantised layer, whoever made it: stored and probed in fp32, without weight decay.
 
-    is_log: what is held is ln Δ, so that a step is relative and no scale can reach 0.
+    logged: what is held is ln Δ, so that a step is relative and no scale can reach 0.
     """
 
-    is_log = False
+    logged = False
 
 
 class QuantLinear(nn.Module):
@@ -133,7 +131,7 @@ def dequantise(layer: QuantLinear, scales: Tensor, dtype: torch.dtype, out: Tens
     assert out.shape == shape and out.dtype == dtype and out.is_contiguous(), (out.shape, out.dtype, shape)
     if scales.is_meta:
         return out
-    log = layer.scales.is_log
+    log = layer.scales.logged
     if scales.is_cuda and scales.dtype == torch.float32:
         from zoft import quant_triton
 
@@ -165,7 +163,7 @@ def product(
         from zoft import quant_triton
 
         bias = None if bias is None else bias.contiguous()
-        log = layer.scales.is_log
+        log = layer.scales.logged
         quant_triton.product(layer, x.contiguous(), scales.contiguous(), bias, y, log)
         return
     made = dequantise(layer, scales, x.dtype, w)
@@ -186,13 +184,15 @@ def fused(layer: QuantLinear, x: Tensor, scales: Tensor) -> bool:
 
 
 def quantise(
-    weight: Tensor, bits: int, group: int, zero_points: bool, clips: tuple[float, ...] = CLIPS
+    weight: Tensor, bits: int, group: int, zero_points: bool, clips: tuple[float, ...] | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Round a matrix [out, in] to the nearest codes: (codes [out, G, n], scales fp32 [out, G], zeros int16 or None).
 
-    Of the shares `clips` of each group's extreme the one with the least squared error is kept; the errors are summed
-    in fp64, so that every device finds the same. Padding is the code of 0.
+    Of the shares `clips` of each group's extreme (None: CLIPS with 4 bits, all of it with 8) the one with the least
+    squared error is kept; the errors are summed in fp64, so that every device finds the same. Padding is any code.
     """
+    if clips is None:
+        clips = CLIPS if bits == 4 else (1.0,)
     parts = [
         _quantise(rows.float(), bits, group, zero_points, clips)
         for rows in weight.split(max(1, _CHUNK // weight.shape[1]))
@@ -338,10 +338,10 @@ def set_log(model: nn.Module, log: bool) -> None:
     """Hold the scales of zoft's own layers as logarithms, or as they are, from now on; W stays what it is."""
     for layer in layers(model).values():
         scales = layer.scales
-        if scales.is_log != log:
+        if scales.logged != log:
             if log and not bool((scales.data > 0).all()):
                 raise UserError(
                     "eps_mode=relative: this model has scales that are not positive; use absolute"
                 )
             scales.data = scales.data.log() if log else scales.data.exp()
-            scales.is_log = log
+            scales.logged = log

@@ -209,7 +209,7 @@ def state(model: nn.Module, dequantise: bool) -> tuple[dict[str, Tensor], set[st
             tensors[f"{name}.weight"] = layer.weight.cpu()
         else:
             kept.add(f"{name}.scales")
-            if layer.scales.is_log:  # type: ignore[union-attr]
+            if layer.scales.logged:
                 tensors[f"{name}.scales"] = layer.scales.detach().exp()
     return tensors, kept
 

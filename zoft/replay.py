@@ -79,10 +79,6 @@ def asked(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
             raise UserError(
                 f"{word}: {folder} stores its weights in {config.storage}; there is no rounding to undo"
             )
-        if config.mask == "magnitude":
-            raise UserError(
-                f"{word}: with mask=magnitude the rounded weights decide what moves; there is no sum without rounding"
-            )
     events = [e for e in events if e.step <= n]
     if ask.denoise:
         events.append(Event("denoise", n))

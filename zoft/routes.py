@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from zoft.probe import ProbeAxis
 
 
-# Bytes of one probe of a linear layer's matrix that are made at one time. Matrices of the blocks of a 13B model fit;
-# output matrices over a whole vocabulary, and blocks of 30B and more, are made in slabs.
-SLAB = 1 << 28
+# Bytes of one probe of a linear layer's matrix that are made at one time. Matrices of the blocks of a 30B model fit;
+# output matrices over a whole vocabulary are made in slabs.
+SLAB = 1 << 29
 
 
 def fast(site: Site) -> Callable | None:

@@ -45,6 +45,8 @@ from zoft.tasks import TaskData
 from zoft.trainer import Settings, Trainer
 
 FROZEN_BYTES = 1 << 30  # kept outputs of frozen blocks; rows beyond it are computed again each time
+# Where a GPU works, a CPU only puts batches together; more threads spin while they wait, and take from runs beside it.
+CUDA_THREADS = 4
 # What a ledger's header says of the run, beside the base and the trained tensors.
 PLAN = (
     "seed",
@@ -76,6 +78,8 @@ def device(config: Config) -> Config:
                 f"device={where}: {count or 'no'} CUDA devices here; use device=cpu or device=auto"
             )
     threads = torch.get_num_threads() if config.threads == "auto" else int(config.threads)
+    if config.threads == "auto" and where.startswith("cuda"):
+        threads = min(threads, CUDA_THREADS)
     torch.set_num_threads(threads)
     return replace(config, device=where, threads=threads)
 

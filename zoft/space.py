@@ -157,7 +157,7 @@ def one(name: str, param: nn.Parameter) -> Trained:
     """A tensor as Trained, in the precision it has; its memory becomes contiguous."""
     param.data = param.data.contiguous()
     decays = param.ndim > 1 and not _no_decay(name)
-    floor = FLOOR if isinstance(param, Scales) and not param.is_log else None
+    floor = FLOOR if isinstance(param, Scales) and not param.logged else None
     return Trained(name, param, param.data, param.dtype, tensor_id(name), decays, floor=floor)
 
 
