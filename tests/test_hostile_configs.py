@@ -183,7 +183,6 @@ LINES = {
     "an escape sequence as verb": (["\x1b[31mred\x07"], "\\x1b"),
     "no such option": (["--frobnicate"], "--frobnicate"),
     "no such option of a verb": (["replay", "run", "--frobnicate"], "--frobnicate"),
-    "replay without --out": (["replay", "run"], "--out"),
     "replay of nothing": (["replay"], "RUN"),
     "replay of two": (["replay", "run", "run", "--out", "x"], ""),
     "replay of no folder": (["replay", "nowhere", "--out", "x"], "not a run's folder"),
