@@ -18,15 +18,21 @@ from typing import Any
 
 from zoft import run as runs
 from zoft.config import Config
+from zoft.ledger import Log
+from zoft.replay import Ask
 
 
 def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = False) -> dict[str, Any]:
     """Train, from the start or from where `resume` stopped; returns result.json's content, or the plan of a dry run."""
-    return runs.recipe("mezo").run(
-        config, resume=resume, dry_run=dry_run
-    )  # with config.mask, which sparse.py makes
+    # config.mask says which numbers move; zoft/sparse.py makes the masks when the tensors have their precision.
+    return runs.recipe("mezo").run(config, resume=resume, dry_run=dry_run)
 
 
-def replay(config: Config, folder: str | Path, out: str | Path) -> int:
-    """Base + ledger -> the run's final model in `out`; returns the number of steps."""
-    return runs.recipe("mezo").replay(config, folder, out)
+def replay(config: Config, folder: Path, out: Path, ask: Ask) -> int:
+    """Base + ledger -> a model of the run in `out`; returns its number of steps."""
+    return runs.recipe("mezo").replay(config, folder, out, ask)
+
+
+def rebuild(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
+    """(the run's model in memory after the log's steps, its tokenizer, the config)."""
+    return runs.recipe("mezo").rebuild(config, folder, log)

@@ -97,6 +97,7 @@ def _allocated(device: str) -> int:
 def release(device: str) -> None:
     gc.collect()
     if device.startswith("cuda"):
+        getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()  # of the streams of earlier runs
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 

@@ -2,6 +2,7 @@
 
 python scripts/bench_noise.py                      # elements per second on this machine's CPU, beside torch's normal_
 python scripts/bench_noise.py --device cuda        # the same on a GPU, beside a copy of the same bytes
+python scripts/bench_noise.py --updates 1000       # a replay: updates one a pass, and all in one pass (add --elements 28e6)
 python scripts/bench_noise.py --exhaustive         # largest error of the gaussian over every possible word (CPU)
 """
 
@@ -18,6 +19,10 @@ from zoft.noise import kernels
 
 UPDATE = noise.Update(step=1, seed=0, multipliers=(1e-6,))
 PROBES = [(0, 1e-3), (0, -1e-3)]
+SMALL, CHOSEN = (
+    noise.Mask(threshold=0.3186),
+    noise.Mask(share=2**14),
+)  # a quarter of standard normal weights each
 
 
 def seconds(call, device: str, repeats: int) -> float:
@@ -47,6 +52,8 @@ def row(dtype: torch.dtype, kind: str, device: str, n: int, repeats: int) -> str
         lambda: noise.perturb(theta, 7, out, PROBES, **at),
         lambda: noise.advance(theta, 7, [UPDATE], kind),
         lambda: noise.perturb(theta, 7, out, PROBES, updates=[UPDATE], **at),
+        lambda: noise.perturb(theta, 7, out, PROBES, updates=[UPDATE], mask=SMALL, **at),
+        lambda: noise.perturb(theta, 7, out, PROBES, updates=[UPDATE], mask=CHOSEN, **at),
         lambda: out[0].copy_(out[1]),
     )
     return " ".join(f"{n / seconds(call, device, repeats) / 1e6:9.0f}" for call in calls)
@@ -56,7 +63,16 @@ def rates(device: str, n: int, repeats: int) -> None:
     """Prints the rates of each storage and noise, beside torch's normal_'s and a plain copy's."""
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{n / 1e6:.0f} M elements, {name}, torch {torch.__version__}; M elements/s, median of {repeats}")
-    heads = ("normal_", "z alone", "2 probes", "update", "both", "copy")
+    heads = (
+        "normal_",
+        "z alone",
+        "2 probes",
+        "update",
+        "both",
+        "small",
+        "chosen",
+        "copy",
+    )  # both, under masks
     print(f"{'storage':>9} {'noise':>11} " + " ".join(f"{head:>9}" for head in heads))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for kind in (noise.GAUSSIAN, noise.RADEMACHER):
@@ -66,6 +82,32 @@ def rates(device: str, n: int, repeats: int) -> None:
     for _ in range(1000):
         noise.advance(small, 7, [UPDATE], noise.GAUSSIAN)
     print(f"one call for a tensor of 576 elements: {(time.perf_counter() - begin) * 1e3:.1f} µs")
+
+
+def replay(device: str, n: int, count: int) -> None:
+    """Prints the rate of many updates: one a pass over the weights, and all in one pass."""
+    updates = [noise.Update(step, 0, (1e-6,)) for step in range(count)]
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    print(
+        f"{count} updates of {n / 1e6:.0f} M elements, {name}; G numbers/s of wall time (of CPU time × threads)"
+    )
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for kind in (noise.GAUSSIAN, noise.RADEMACHER):
+            theta, some = torch.randn(n, device=device).to(dtype), updates[: min(count, 16)]
+            noise.advance(theta, 7, some[:1], kind)
+            rates = []
+            for parts in ([[u] for u in some], [updates]):
+                done = n * sum(map(len, parts)) / 1e9
+                wall, cpu = time.perf_counter(), time.process_time()
+                for part in parts:
+                    noise.advance(theta, 7, part, kind)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+                rates.append(f"{done / wall:7.2f} ({done / cpu * torch.get_num_threads():6.2f})")
+            print(
+                f"{str(dtype)[6:]:>9} {kind:>11}  one a pass {rates[0]}  in one pass {rates[1]}", flush=True
+            )
 
 
 @numba.njit
@@ -111,16 +153,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--elements", type=int, default=None, help="default: 2^24 on a CPU, 2^28 on a GPU")
+    parser.add_argument(
+        "--elements", type=lambda s: int(float(s)), default=None, help="default: 2^24 on a CPU, 2^28 on a GPU"
+    )
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--updates", type=int, default=0, help="rate of so many updates at once instead")
     parser.add_argument(
         "--exhaustive", action="store_true", help="check the gaussian over every word instead"
     )
     args = parser.parse_args()
+    elements = args.elements or (1 << 24 if args.device == "cpu" else 1 << 28)
     if args.exhaustive:
         exhaustive()
+    elif args.updates:
+        replay(args.device, elements, args.updates)
     else:
-        rates(args.device, args.elements or (1 << 24 if args.device == "cpu" else 1 << 28), args.repeats)
+        rates(args.device, elements, args.repeats)
 
 
 if __name__ == "__main__":

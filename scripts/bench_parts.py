@@ -255,7 +255,7 @@ def config_for(args: Any, rows: int, perturb: str, dtype: str) -> Config:
     return Config(
         model="random", task=Task(name="random"), train=args.train, lr=1e-7, eps=1e-3, noise=args.noise, q=args.q,
         steps=1 << 20, batch_size=rows, device=args.device, perturb=perturb,
-        storage=dtype if inplace else args.storage, compute=dtype if inplace else args.compute,
+        mask="none" if inplace and args.mask == "magnitude" else args.mask, storage=dtype if inplace else args.storage, compute=dtype if inplace else args.compute,
         probes_per_forward=1 if inplace else args.probes_per_forward,
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ With --q above 1, also one forward of the plain model over the rows of all probe
 python scripts/bench_step.py --model opt-125m --model opt-1.3b --shape 16x32 --shape 16x256
 python scripts/bench_step.py --model opt-13b --skip reference --json out.json --plot out.png
 python scripts/bench_step.py --model opt-1.3b --train lora --q 8 --probes-per-forward 16 --skip inplace
+python scripts/bench_step.py --model opt-1.3b --model opt-13b --shape 16x32 --mask magnitude --skip inplace --skip reference
 python scripts/bench_step.py --model tiny --shape 4x16 --steps 3 --device cpu
 """
 
@@ -261,6 +262,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--probes-per-forward", default="auto", help="auto or a number")
     parser.add_argument("--noise", default="gaussian", choices=("gaussian", "rademacher"))
+    parser.add_argument(
+        "--mask", default="none", choices=("none", "magnitude", "random"), help="Sparse-MeZO's, sparsity 0.75"
+    )
     parser.add_argument("--q", type=int, default=1, help="directions a step")
     parser.add_argument("--padded", action="store_true", help="half of the rows shorter than the shape says")
     parser.add_argument("--steps", type=int, default=100, help="timed steps of a cell at most")

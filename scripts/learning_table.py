@@ -53,6 +53,7 @@ def gradients(arguments: str) -> Row:
     return Row([*arguments.split(), *COMMON], 1, "first_order.py")
 
 
+QZO = "--config mezo/reviews recipe=qzo train=scales group=32"
 TABLES: dict[str, dict[str, Row]] = {
     "storage": {
         "fp16 / bf16": Row([*MEZO, "noise=gaussian", "storage=fp16", "compute=bf16"], 3),
@@ -72,21 +73,26 @@ TABLES: dict[str, dict[str, Row]] = {
             "2e-5",
             "4e-5",
         ),
-        "LoRA-ZO, rank 8": recipe("--config lora_zo/reviews train=lora eps=1e-2", "1e-4", "3e-4", "1e-3"),
-        "QZO, 4 bits": recipe("--config qzo/reviews train=scales bits=4 eps=1e-3", "1e-7", "1e-6", "1e-5"),
-        "QZO, 8 bits": recipe(
-            "--config qzo/reviews train=scales bits=8 eps=1e-3", "1e-8", "1e-7", "1e-6", seeds=1
+        "LoRA-ZO, rank 8": recipe(
+            "--config mezo/reviews recipe=lora_zo train=lora eps=1e-2", "1e-3", "3e-3", "1e-2"
         ),
-        "prefix of 5": recipe("--config lora_zo/reviews train=prefix eps=1e-1", "1e-3", "1e-2", seeds=1),
-        "prompt of 10": recipe("--config lora_zo/reviews train=prompt eps=1e-2", "1e-3", "1e-2", seeds=1),
+        "QZO, 4 bits": recipe(f"{QZO} bits=4 eps=1e-3", "1e-5", "3e-5", "1e-4"),
+        "AdamW, all weights": gradients("--config mezo/reviews train=all lr=2e-5 steps=500"),
+        "AdamW, LoRA of rank 8": gradients("--lora 8 --config mezo/reviews train=all lr=5e-4 steps=500"),
+        "QZO, 8 bits": recipe(f"{QZO} bits=8 eps=1e-4", "1e-6", "3e-6", "1e-5", seeds=1),
+        "QZO, 4 bits, relative": recipe(f"{QZO} bits=4 eps_mode=relative eps=1e-2", "1e-3", "1e-2", seeds=1),
+        "prompt of 10": recipe(
+            "--config mezo/reviews recipe=lora_zo train=prompt eps=1e-2", "1e-2", "3e-2", seeds=1
+        ),
+        "prefix of 5": recipe(
+            "--config mezo/reviews recipe=lora_zo train=prefix eps=1e-1", "1e-2", "1e-1", seeds=1
+        ),
         "Sparse-MeZO 0.5": recipe(
             "--config sparse_mezo/reviews train=all eps=1e-3 sparsity=0.5", "1e-5", "2e-5", "4e-5", seeds=1
         ),
         "Sparse-MeZO 0.8": recipe(
             "--config sparse_mezo/reviews train=all eps=1e-3 sparsity=0.8", "2e-5", "4e-5", "8e-5", seeds=1
         ),
-        "AdamW, all weights": gradients("--config mezo/reviews train=all lr=2e-5 steps=500"),
-        "AdamW, LoRA of rank 8": gradients("--lora 8 --config mezo/reviews train=all lr=5e-4 steps=500"),
     },
 }
 

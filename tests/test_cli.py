@@ -156,12 +156,14 @@ def test_ls_names_every_config_with_a_line():
 def test_cp_gives_a_file_that_works_where_it_lies(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in names():
-        assert "zoft train --config mine" in invoke("cp", name, f"mine/{name.split('/')[1]}.yaml").output
-        shown = invoke("validate", "--config", f"mine/{name.split('/')[1]}.yaml").output
+        file = f"mine/{name.replace('/', '-')}.yaml"
+        assert "zoft train --config mine" in invoke("cp", name, file).output
+        shown = invoke("validate", "--config", file).output
         own = invoke("validate", "--config", name).output
         assert [
             a for a, b in zip(shown.splitlines(), own.splitlines()) if a != b and "output_dir" not in a
         ] == []
+    invoke("cp", "mezo/reviews", "mine")
     assert "exists" in refused("cp", "mezo/reviews", "mine")
 
 

@@ -1,6 +1,7 @@
 """Configs: every shipped one composes; every mistake is one line that names the key and the fix."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -261,6 +262,9 @@ def test_a_mask_by_magnitude_goes_with_no_move_in_place():
     assert compose("sparse_mezo/reviews", ["perturb=inplace", "mask=random"]).mask == "random"
     assert compose("sparse_mezo/reviews").mask == "magnitude" and compose(REVIEWS).mask == "none"
     assert compose("sparse_mezo/reviews", ["mask=none"]).mask == "none"
+    assert "recipe=lora_zo" in refused("sparse_mezo/reviews", "train=lora")
+    assert "denoise_every=5" in refused("sparse_mezo/reviews", "denoise_every=5")
+    assert compose("sparse_mezo/reviews", ["denoise_every=5", "mask=random"]).denoise_every == 5
 
 
 def test_keys_are_documented_and_reachable():
@@ -269,9 +273,7 @@ def test_keys_are_documented_and_reachable():
     for name, f in fields().items():
         assert len(f.metadata["doc"]) > 5, name
         if name not in ("task", "task.choices"):
-            assert (
-                parse(f"{name}=1" if "int" in str(f.type) or f.type == "float" else f"{name}=true")[0] == name
-            )
+            assert parse(f"{name}=1" if re.search("int|float", str(f.type)) else f"{name}=true")[0] == name
     schema = {f.name for f in dataclasses.fields(Config)}
     assert schema == set(yaml.safe_load(to_yaml(compose(REVIEWS))))
     assert Path(packaged("recipes") / "mezo.py").is_file()

@@ -34,6 +34,7 @@ def finished(tmp_path_factory):
         model="m", task=Task(name="local"), steps=10, lr=1e-2, seed=7, storage="fp32", compute="fp32", perturb="probes",
         probes_per_forward=2, device="cpu", threads=1, eval_every=2, snapshot_every=4, output_dir=str(folder),
     )  # fmt: skip
+    config = compose.strict(dataclasses.asdict(config))
     trained = build(folder.parent, tiny.llama()).axis.trained
     with runs.session(config, setup.header(config, "blake2b:1", trained), None) as s:
         trainer = build(None, tiny.llama(), opened=s.ledger, steps=10)

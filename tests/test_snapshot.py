@@ -296,12 +296,9 @@ def test_the_header_tells_other_keys_data_and_noise_apart(tmp_path):
     )
     runs.agree(made, setup.header(free, "b", trained, examples()), tmp_path)
     other = dataclasses.replace(config, lr=2e-6)
-    # A ledger of a zoft that lacked some key: its default is what the run had.
+    # A ledger of a zoft that did not have some keys.
     elder = {**made, "config": {k: v for k, v in made["config"].items() if k not in ("clip", "meazo")}}
     runs.agree(elder, made, tmp_path)
-    clipped = setup.header(dataclasses.replace(config, clip=3.0), "b", trained, examples())
-    with pytest.raises(UserError, match="another clip than"):
-        runs.agree(elder, clipped, tmp_path)
     for wanted, line in (
         (setup.header(other, "b", trained, examples()), "another lr than config.yaml has"),
         (setup.header(config, "c", trained, examples()), "starts from other weights"),

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,3 +129,36 @@ def test_a_signal_while_a_resumed_run_loads_says_resume_me(place):
     process.send_signal(signal.SIGUSR1)
     _, said = process.communicate(timeout=60)
     assert process.returncode == RESUME and "zoft train --resume early" in said, said
+
+
+@pytest.mark.slow
+def test_the_batch_script_of_the_readme_asks_for_its_job_again(place):
+    """srun and scontrol stand in for Slurm's; everything else is as it is printed."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"```\n(#SBATCH.*?)```", text, re.S)
+    stubs = {
+        "srun": 'exec "$@"',
+        "zoft": f'exec {sys.executable} -m zoft "$@"',
+        "scontrol": 'echo "$@" > requeued',
+    }
+    (place / "bin").mkdir()
+    for name, line in stubs.items():
+        (place / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (place / "bin" / name).chmod(0o755)
+    shutil.copy(place / "mine.yaml", place / "my.yaml")
+    env = {**ENV, "PATH": f"{place / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+    job = {"cwd": place, "env": env, "stderr": subprocess.PIPE, "start_new_session": True}
+    batch = subprocess.Popen(["bash", "-c", script], **job)
+    metrics = place / "runs" / "mine" / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 20:
+        time.sleep(0.01)
+    children = subprocess.run(["pgrep", "-P", str(batch.pid)], capture_output=True, text=True).stdout.split()
+    assert len(children) == 1  # zoft itself: the stubs were replaced by it
+    os.kill(int(children[0]), signal.SIGUSR1)
+    batch.communicate(timeout=60)
+    assert (place / "requeued").read_text() == "requeue 77\n"
+    (place / "requeued").unlink()
+    subprocess.run(["bash", "-c", script], **job)
+    assert not (place / "requeued").exists()
+    for file in ("ledger", "model/model.safetensors"):
+        assert (place / "runs" / "mine" / file).read_bytes() == (place / "whole" / file).read_bytes(), file

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -46,9 +45,9 @@ class Base:
 def find(config: Config, wanted: str, where: str) -> Base:
     """The base of the run in `where`, which has the fingerprint `wanted`.
 
-    Read from its files tensor by tensor (safetensors, GGUF, PyTorch's zipped .bin) if they give the very
-    tensors that the run loaded, which the fingerprint tells; else, as for checkpoints that transformers converts
-    while it loads, from the loaded model. Raises UserError for other weights.
+    Read from its files tensor by tensor (safetensors, GGUF) if they give the very tensors that the run loaded,
+    which the fingerprint tells; else, as for checkpoints that transformers converts while it loads, from the
+    loaded model. Raises UserError for other weights.
     """
     base = streamed(config)
     if base is None or base.fingerprint() != wanted:
@@ -62,16 +61,26 @@ def find(config: Config, wanted: str, where: str) -> Base:
 
 def loaded(config: Config) -> Base:
     """The base from the model as it is loaded for training: all of it in memory."""
-    model, tokenizer = models.load(config.model, trust_remote_code=config.trust_remote_code)
+    model, tokenizer = setup.load(config)
+    if any(p.device.type != "cpu" for p in model.parameters()):
+        model = model.cpu()
+    return of(model, lambda: tokenizer)
+
+
+def of(model: Any, tokenizer: Callable[[], Any]) -> Base:
+    """The base that a model in memory is."""
     tensors = models._tensors(model)
-    return Base(model, tensors, lambda name: tensors[name].clone(), lambda: tokenizer, whole=True)
+    return Base(model, tensors, lambda name: tensors[name].clone(), tokenizer, whole=True)
 
 
 def streamed(config: Config) -> Base | None:
     """The base from the model's files, or None where they do not hold every tensor under a name known here."""
-    if config.trust_remote_code:  # the model's own code may load as it likes
+    if (
+        config.trust_remote_code or config.bits is not None
+    ):  # loaded as its own code likes; quantised as it is loaded
         return None
     source = models.resolve(config.model)
+    models.check(source)
     with models._user_errors(source):
         held = _gguf(Path(source.place)) if source.kind == "gguf" else _files(_folder(source))
     if not held:
@@ -132,42 +141,21 @@ def _folder(source: models.Source) -> Path | None:
 
 
 def _files(folder: Path | None) -> Held:
-    """The tensors of the checkpoint that transformers would take in this folder."""
-    for one, read, names in (
-        ("model.safetensors", _safetensors, _safetensors_names),
-        ("pytorch_model.bin", _bin, _bin_names),
-    ):
-        if folder is None:
-            break
-        index = folder / f"{one}.index.json"
-        if (folder / one).is_file():
-            where = dict.fromkeys(names(folder / one), folder / one)
-        elif index.is_file():
-            found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            where = {name: folder / Path(file).name for name, file in found.items()}
-        else:
-            continue
-        if read is _bin and not all(map(is_zipfile, set(where.values()))):
-            break  # of before PyTorch 1.6: it cannot be mapped
-        return {name: partial(read, path, name) for name, path in where.items()}
-    return {}
-
-
-def _safetensors_names(path: Path) -> list[str]:
-    with safe_open(path, framework="pt") as file:
-        return list(file.keys())
+    """The tensors of the safetensors files that transformers would take in this folder."""
+    if folder is None:
+        return {}
+    one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if one.is_file():
+        with safe_open(one, framework="pt") as file:
+            where = dict.fromkeys(file.keys(), one)
+    elif index.is_file():
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        where = {name: folder / Path(file).name for name, file in found.items()}
+    else:
+        return {}
+    return {name: partial(_safetensors, path, name) for name, path in where.items()}
 
 
 def _safetensors(path: Path, name: str) -> Tensor:
     with safe_open(path, framework="pt") as file:  # mapped: closed, its pages no longer count
         return file.get_tensor(name).clone()
-
-
-def _bin_names(path: Path) -> list[str]:
-    return (
-        list(torch.load(path, map_location="cpu", mmap=True, weights_only=True)) if is_zipfile(path) else []
-    )
-
-
-def _bin(path: Path, name: str) -> Tensor:
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)[name].clone().contiguous()

@@ -42,9 +42,11 @@ def check_config(name: str, config: dict[str, Any]) -> None:
     """Refuse what a config.json may not say: code or files from elsewhere, sizes that no model has."""
     for path, value in _leaves(config):
         key = path.rpartition(".")[2]
-        if "attn_implementation" in key or "experts_implementation" in key:
+        if "attn_implementation" in path or "experts_implementation" in path:
             if isinstance(value, str) and re.search(r"[/:@]", value):
-                raise UserError(f"model={name}: config.json: {key}={value} is code from elsewhere; remove it")
+                raise UserError(
+                    f"model={name}: config.json: {path.strip('.')}={value} is code from elsewhere; remove it"
+                )
         if key.startswith(("num_", "n_")) and isinstance(value, (int, float)) and "layer" in key:
             if not 0 <= value <= LAYERS_MAX:
                 raise UserError(f"model={name}: config.json: {key}={value} is no number of layers")

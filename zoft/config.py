@@ -84,7 +84,7 @@ class Config:
     task: Task = field(default_factory=Task, metadata={"doc": "a name of configs/task; its keys are task.…"})
     train: str = key(
         "all",
-        "trained tensors: all, last-2, norms, bias, head, or a pattern searched in their names; "
+        "trained tensors: all, last-2, norms, bias, head, scales, or a pattern searched in their names; "
         "or lora, prefix, prompt: tensors added to a frozen model",
     )
     lora_rank: int | None = key(None, "rank of the LoRA pairs; null is 8", least=1)
@@ -108,7 +108,9 @@ class Config:
     schedule: str = key("constant", "learning rate over the steps", one_of=("constant", "linear", "cosine"))
     warmup: float = key(0, "warm-up steps; below 1, a fraction of all steps", least=0)
     clip: float | None = key(
-        None, "largest projected gradient (l+ - l-)/2eps that a step may use; null: any", above=0
+        None,
+        "largest projected gradient (l+ - l-)/2eps that a step may use; null: any (recipe=qzo: 100)",
+        above=0,
     )
     meazo: float = key(
         0.0,
@@ -148,6 +150,17 @@ class Config:
         None, "evaluate on a fixed subset of this many examples; null takes all", least=1
     )
     max_length: int = key(512, "tokens an example, cut on the left of the prompt", least=2)
+    bits: int | None = key(
+        None, "quantise the linear layers, as the model is loaded, to whole numbers of 4 or 8 bits and scales"
+    )
+    group: int = key(128, "columns that share a scale: 32, 64 or 128 (a row that is shorter is one group)")
+    zero_points: bool = key(True, "a zero point for each scale; false: codes are symmetric about 0")
+    quantise_head: bool = key(False, "the output matrix, too, where it is not the embedding")
+    eps_mode: str = key(
+        "absolute",
+        "recipe=qzo: scales are probed and moved as they are, or relative: their logarithms, and none can reach 0",
+        one_of=("absolute", "relative"),
+    )
     storage: str = key("auto", "dtype trained tensors are kept in", one_of=DTYPE_NAMES)
     compute: str = key("auto", "dtype of the forward pass", one_of=DTYPE_NAMES)
     save_dtype: str = key(
@@ -193,6 +206,10 @@ class Config:
     )
     output_dir: str | None = key(None, "folder of the run; null is runs/<config>-seed<seed>")
     save_model: bool = key(True, "write model/ at the end")
+    save_dequantised: bool = key(
+        False,
+        "save a quantised model as plain weights, which any library opens; false keeps codes and scales",
+    )
     track: str = key("none", "log elsewhere too; metrics.jsonl is always written", one_of=("none", "wandb"))
     trust_remote_code: bool = key(False, "run code that comes with a model; only on the command line")
 
@@ -207,7 +224,8 @@ def filled(tree: dict[str, Any]) -> dict[str, Any]:
 
 # Keys that do not decide the weights: where a run is, how it is watched and kept. A run may go on under others.
 FREE = ("model", "output_dir", "device", "threads", "probes_per_forward", "cache_frozen", "eval_every", "eval_limit",
-        "sync", "snapshot_every", "keep_last", "keep_best", "best_by", "save_model", "save_dtype", "track",
+        "max_skipped", "on_divergence", "sync", "snapshot_every", "keep_last", "keep_best", "best_by", "save_model",
+        "save_dequantised", "save_dtype", "track",
         "trust_remote_code", "task.train", "task.eval")  # fmt: skip
 
 
@@ -225,9 +243,8 @@ def digests(config: Config) -> dict[str, str]:
 
 
 def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The keys in which two configs differ, from their `digests`; one that a side does not know has its default."""
-    usual = digests(Config())
-    return [k for k in {**before, **now} if before.get(k, usual.get(k)) != now.get(k, usual.get(k))]
+    """The keys in which two configs differ, from their `digests`; a key of another zoft, which one lacks, is none."""
+    return [k for k, value in before.items() if now.get(k, value) != value]
 
 
 def fields() -> dict[str, dataclasses.Field[Any]]:
@@ -263,7 +280,7 @@ def check(config: Config) -> Config:
     """Raise UserError for the first value that is out of range; returns config, label names made strings."""
     for name, f in fields().items():
         section, _, last = name.rpartition(".")
-        _check_value(name, getattr(config.task if section else config, last), f)
+        check_value(name, getattr(config.task if section else config, last), f)
     if config.output_dir is not None and not config.output_dir.strip():
         raise UserError("output_dir is empty: give the run's folder a name, or leave the key out")
     if not config.model.strip():
@@ -303,7 +320,7 @@ def check(config: Config) -> Config:
         raise UserError(
             f"train={config.train}: how large an adapter's numbers start says nothing; use recipe=lora_zo"
         )
-    if not re.fullmatch(rf"all|last-\d+|norms|bias|head|{'|'.join(ADAPTERS)}", config.train):
+    if not re.fullmatch(rf"all|last-\d+|norms|bias|head|scales|{'|'.join(ADAPTERS)}", config.train):
         try:
             re.compile(config.train)
         except re.error as error:
@@ -316,6 +333,7 @@ def check(config: Config) -> Config:
         )
     if config.eps < 1e-30:
         raise UserError(f"eps={config.eps:g}: it is 0 in fp32; use 1e-3 or so")
+    _check_quantised(config)
     # YAML reads `yes:` and `true:` as booleans, and `0:` as a number, where data files hold their names.
     choices: dict[Any, str] = {}
     for k, v in config.task.choices.items():
@@ -338,6 +356,15 @@ def _check_mask(config: Config) -> None:
         )
     if config.mask == "auto":
         config.mask = "magnitude" if ours else "none"
+    if ours and config.train in ADAPTERS:
+        raise UserError(
+            f"train={config.train}: recipe=sparse_mezo masks a model's own matrices; use recipe=lora_zo"
+        )
+    if config.mask == "magnitude" and config.denoise_every:
+        raise UserError(
+            f"denoise_every={config.denoise_every}: with mask=magnitude the rounded weights decide what moves, so that "
+            "there is no sum without rounding; leave it out"
+        )
     if config.mask == "magnitude" and config.perturb == "inplace":
         raise UserError(
             "mask=magnitude: perturb=inplace moves the weights whose size says which of them move; "
@@ -361,7 +388,21 @@ def _check_snapshots(config: Config) -> None:
         )
 
 
-def _check_value(name: str, value: Any, f: dataclasses.Field[Any]) -> None:
+def _check_quantised(config: Config) -> None:
+    for name, allowed in (("bits", (4, 8)), ("group", (32, 64, 128))):
+        value = getattr(config, name)
+        if value is not None and value not in allowed:
+            raise UserError(f"{name}={value}: use {', '.join(map(str, allowed))}")
+    for name in ("group", "zero_points", "quantise_head"):
+        value = getattr(config, name)
+        if config.bits is None and value != fields()[name].default:
+            raise UserError(f"{name}={value}: nothing is quantised here; set bits=4 or bits=8, too")
+    if config.eps_mode == "relative" and config.recipe != "qzo":
+        raise UserError(f"eps_mode=relative: is of recipe=qzo, not {config.recipe}; leave it out")
+
+
+def check_value(name: str, value: Any, f: dataclasses.Field[Any]) -> None:
+    """Raise UserError for a value, of its key's type, that is out of the key's limits."""
     m = f.metadata
     if isinstance(value, dict):
         for label, text in value.items():

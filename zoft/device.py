@@ -62,7 +62,9 @@ class DeviceAxis(ProbeAxis):
         small = [
             t
             for t in self.trained
-            if (t.stored.ndim <= 1 or t.id in pairs) and t.stored.dtype == t.compute == torch.float32
+            if (t.stored.ndim <= 1 or t.id in pairs)
+            and t.stored.dtype == t.compute == torch.float32
+            and t.floor is None
         ]
         self.narrow = _narrowed(self.sites, small, eps, seed, kind)
         self.small: dict[int, tuple[Pack, slice]] = {}
@@ -79,6 +81,7 @@ class DeviceAxis(ProbeAxis):
 
     def _packed(self, some: list[Trained], momentum: bool) -> Pack:
         """The tensors moved to one place, end to end."""
+        assert all(t.mask is None and t.floor is None for t in some), [t.name for t in some]
         sizes = [t.stored.numel() for t in some]
         theta = torch.cat([t.stored.flatten() for t in some])
         out = torch.empty(2 * self.control.q, theta.numel(), dtype=torch.float32, device=theta.device)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import adapters, footprint, models, routes, setup, space
+from zoft import adapters, footprint, models, quant, quant_files, routes, setup, space
 from zoft.config import ADAPTERS, Config
 from zoft.data_order import batch_indices
 from zoft.encode import Example, encode
@@ -48,18 +48,25 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
         notes += [note] if note else []
     longest = max(rows, key=lambda e: e.length)
     model = skeleton(config)
+    load = sum(p.numel() * p.element_size() for p in model.parameters())
+    quantised(config, model)
     if config.train in ADAPTERS:
         model = adapters.attach(model, config)
+    gradients = model
     names = space.train_names(model, config.train)
-    load = sum(p.numel() * p.element_size() for p in model.parameters())
+    if quant.layers(model):
+        gradients = skeleton(config)  # training with gradients wants the weights
+        if config.device != "cpu" or config.bits is None:
+            load = 0  # layer by layer, on the device; or they come quantised
     config = setup.dtypes(config, model, names)
     inplace = config.perturb == "inplace"
     sizes = weights(model, names, config.storage, config.compute, uniform=inplace)
     total = sum(sizes.values())
     # Moved in place, a model runs on its stored weights; an adapter's base does not.
     compute = space.DTYPES[config.storage if inplace and config.train not in ADAPTERS else config.compute]
-    for p in model.parameters():
-        p.data = p.data.to(compute)
+    for p in [*model.parameters(), *gradients.parameters()]:
+        if not isinstance(p, quant.Scales):
+            p.data = p.data.to(compute)
 
     auto = config.probes_per_forward == "auto"
     probes = 1 if inplace else 2 if auto else min(int(config.probes_per_forward), 2 * config.q)
@@ -91,9 +98,9 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
         "weights": sizes, "weights_bytes": total, "momentum_bytes": momentum, "scratch_bytes": scratch, "frozen_bytes": frozen,
         "activation_bytes": train.activations, "evaluation_bytes": evaluation, "peak_bytes": peak,
         "seconds_per_step": seconds, "seconds": seconds * config.steps, "flops_per_step": flops, "rates": speed,
-        "parameters": sum(p.numel() for p in model.parameters()), "trained": trained,
+        "parameters": quant.numbers(model), "trained": trained,
         "rows": batch.rows, "tokens": batch.inputs["input_ids"].shape[1],
-        **_with_gradients(model, batch, usual / probes / speed["flops"] * config.accumulate),
+        **_with_gradients(gradients, batch, usual / probes / speed["flops"] * config.accumulate),
         "config": {k: getattr(config, k) for k in ("storage", "compute", "device", "steps")}
         | {"perturb": "inplace" if inplace else "probes", "probes_per_forward": probes},
         "notes": list(dict.fromkeys(notes)),
@@ -126,6 +133,24 @@ def skeleton(config: Config) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def quantised(config: Config, model: Any) -> None:
+    """Quantise a skeleton as loading would: by the config's keys, or as the checkpoint says that it is."""
+    if config.bits is not None:
+        quant.quantise_model(
+            model,
+            bits=config.bits,
+            group=config.group,
+            zero_points=config.zero_points,
+            head=config.quantise_head,
+        )
+        return
+    source = models.resolve(config.model)
+    folder = Path(source.place) if source.kind == "folder" else None
+    found = quant_files.settings(source.name, model.config, folder)
+    if found:
+        quant.quantise_model(model, bits=found.bits, group=found.group or 1 << 30, zero_points=True)
+
+
 def weights(
     model: nn.Module, names: Sequence[str], storage: str, compute: str, *, uniform: bool = False
 ) -> dict[str, int]:
@@ -136,7 +161,9 @@ def weights(
     sizes: Counter[str] = Counter()
     for name, p in model.named_parameters():
         dtype = p.dtype
-        if name in chosen:
+        if isinstance(p, quant.Scales):
+            dtype = torch.float64 if store == torch.float64 and name in chosen else torch.float32
+        elif name in chosen:
             dtype = one_dim if p.ndim <= 1 else store
         elif dtype in space.DTYPES.values():
             dtype = space.DTYPES[compute]
@@ -233,8 +260,13 @@ def _scratch(model: Any, names: Sequence[str], compute: torch.dtype, probes: int
         min(size, routes.SLAB) if id(p) in linear else size
         for n, p in model.named_parameters()
         if n in chosen and all(p is not x for x in passed)
-        for size in [p.numel() * compute.itemsize]
+        for size in [p.numel() * (4 if isinstance(p, quant.Scales) else compute.itemsize)]
     ]
+    scales = {id(m.scales): m for m in quant.layers(model).values()}
+    if any(n in chosen and id(p) in scales for n, p in model.named_parameters()):
+        # One probe's matrix counts among the activations.
+        matrices = [m.in_features * m.out_features * compute.itemsize for m in scales.values()]
+        return probes * max(sizes) + (probes - 1) * max(matrices)
     return probes * max(sizes, default=0)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoft import adapters, models, replay, setup, space
+from zoft import adapters, models, quant, replay, setup, space
 from zoft import base as bases
 from zoft import run as runs
 from zoft.base import Base
@@ -32,6 +32,7 @@ def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
     model, tokenizer, config = runs.recipe(config.recipe).rebuild(config, folder, log)
     if config.train in ADAPTERS:
         model = adapters.merge(model)
+    quant.make_plain(model)
     result, facts = replay.told(config, folder, log, replay.Ask())
     word = config.save_dtype if dtype == "auto" else dtype
     kept = model.checkpoint_dtype if word == "auto" else space.DTYPES[word]
@@ -43,7 +44,11 @@ def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
         again = reloaded(draft, config)
         off = float((logits(again) - rounded).abs().max() / rounded.abs().max())
         assert off < TOLERANCE, f"logits of {out} are {off:.2g} from the run's"
-        changed, total = differing(again, bases.find(config, log.header["base"], str(folder)), kept)
+        base = bases.find(config, log.header["base"], str(folder))
+        if quant.layers(base.model):
+            quant.make_plain(base.model)
+            base = bases.of(base.model, base.tokenizer)
+        changed, total = differing(again, base, kept)
         if not changed:
             raise UserError(
                 f"{folder}: in {setup.short(kept)} its model is the base: {len(log.records)} steps are too few, or "

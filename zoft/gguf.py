@@ -146,8 +146,33 @@ def model(file: File, dtype: Any) -> Any | None:
     if settings is None or names is None:
         return None
     config = LlamaConfig(**settings, dtype=dtype)
+    _refuse_other_shapes(file, config, names)
     state = {target: weight(file, name, target, config).to(dtype) for target, name in names.items()}
     return LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+
+
+def _refuse_other_shapes(file: File, config: Any, names: dict[str, str]) -> None:
+    """Refuse a header whose numbers and tensors are not of one model: what lacks a tensor would get a random one."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    layers = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
+    if config.num_hidden_layers != len(layers):
+        raise UserError(
+            f"model={file.path}: its header tells of {config.num_hidden_layers} layers and {len(layers)} are in it; "
+            "fetch the file again"
+        )
+    with torch.device("meta"):
+        wanted = {n: tuple(t.shape) for n, t in LlamaForCausalLM(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        wanted.pop("lm_head.weight")
+    held = {target: file.tensors[name][0] for target, name in names.items()}
+    for name in sorted(wanted.keys() | held.keys()):
+        if wanted.get(name) != held.get(name):
+            raise UserError(
+                f"model={file.path}: tensor {name} has shape {held.get(name)} where its header tells of {wanted.get(name)}; "
+                "fetch the file again"
+            )
 
 
 def llama_names(file: File) -> dict[str, str] | None:

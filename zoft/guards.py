@@ -27,32 +27,29 @@ class Known:
     lr: tuple[float, float]
     eps: tuple[float, float]
     numbers: float
-    source: str = "MeZO's paper"
+    far: float  # times the highest lr, a run seldom survives
 
 
 # Malladi et al. 2023 (MeZO), grids of appendix E.3: RoBERTa-large and OPT, q = 1, no momentum. `numbers` are
 # RoBERTa-large's: all of it, LoRA of rank 8 on queries and values, prefixes of 5.
-WEIGHTS = Known("all weights", (1e-7, 1e-5), (1e-3, 1e-3), 3.5e8)
-# The highest lr of LoRA is what SmolLM2's last 2 blocks learn at, 5e-3 for 163 k numbers (docs/decisions.md).
-LORA = Known("LoRA", (1e-5, 1e-3), (1e-3, 1e-2), 7.9e5, "MeZO's paper and zoft's runs")
-PREFIX = Known("prefixes", (1e-3, 1e-1), (1e-1, 1e-1), 2.5e5)
-# Beyond the range by these factors is far: a run at 3 times the highest lr seldom survives, one at a tenth of the
-# lowest only wastes time (docs/decisions.md: SmolLM2's last 2 blocks learn at 1e-3 and are destroyed at 2e-3).
-FAR_ABOVE, FAR_BELOW, FAR_EPS = 3.0, 0.1, 10.0
+# far: SmolLM2's last 2 blocks learn at 1e-3 and are destroyed at 2e-3, 4 times what scaling by numbers gives
+# (docs/decisions.md); adapters of small models bear more: LoRA on its last 2 blocks learns at 10 times that.
+WEIGHTS = Known("all weights", (1e-7, 1e-5), (1e-3, 1e-3), 3.5e8, 3)
+LORA = Known("LoRA", (1e-5, 1e-4), (1e-3, 1e-2), 7.9e5, 30)
+PREFIX = Known("prefixes", (1e-3, 1e-1), (1e-1, 1e-1), 2.5e5, 30)
+FAR_BELOW, FAR_EPS = 0.1, 10.0  # a tenth of the lowest lr wastes time
 
 ZERO_STEPS = 20  # steps in a row with a projected gradient of exactly 0
 WINDOW = 100  # steps whose losses are compared with the first ones'
 
 
-def known(recipe: str, names: Sequence[str]) -> Known | None:
-    """What is known of training these tensors by this recipe; None: nothing."""
-    if recipe == "qzo":  # its lr and eps are those of quantisation scales
+def known(config: Config) -> Known | None:
+    """What is known of training what this config trains; None: nothing."""
+    if (
+        config.recipe == "qzo" or config.train == "prompt"
+    ):  # scales of a quantisation; in no grid of that paper
         return None
-    if any("lora_" in name for name in names):
-        return LORA
-    if any("prefix" in name or "prompt" in name for name in names):
-        return PREFIX
-    return WEIGHTS
+    return {"lora": LORA, "prefix": PREFIX}.get(config.train, WEIGHTS)
 
 
 def lr_range(config: Config, k: Known, numbers: int) -> tuple[float, float]:
@@ -68,13 +65,14 @@ def lr_range(config: Config, k: Known, numbers: int) -> tuple[float, float]:
 
 def at_start(config: Config, trained: Sequence[Trained]) -> list[str]:
     """A line for each of lr and eps that is far outside of what is known to work; lr=0 is taken as meant."""
-    k = known(config.recipe, [t.name for t in trained])
+    k = known(config)
     if k is None:
         return []
     numbers = sum(t.stored.numel() for t in trained)
     low, high = lr_range(config, k, numbers)
     lines = []
-    if config.lr and not FAR_BELOW * low <= config.lr <= FAR_ABOVE * high:
+    # With meazo, lr is the size of a step; nobody has searched that.
+    if config.lr and not config.meazo and not FAR_BELOW * low <= config.lr <= k.far * high:
         lines.append(
             f"lr={config.lr:g} is far {'above' if config.lr > high else 'below'} what is known to work: "
             f"{low:.1g} to {high:.1g} for {numbers:,} trained numbers ({_paper(k)})"
@@ -88,7 +86,7 @@ def at_start(config: Config, trained: Sequence[Trained]) -> list[str]:
 
 def _paper(k: Known) -> str:
     eps = f"{k.eps[0]:g}" if k.eps[0] == k.eps[1] else f"{k.eps[0]:g} to {k.eps[1]:g}"
-    return f"{k.source}, {k.what}: lr {k.lr[0]:g} to {k.lr[1]:g}, eps {eps}"
+    return f"MeZO's paper, {k.what}: lr {k.lr[0]:g} to {k.lr[1]:g}, eps {eps}"
 
 
 class Watch:
@@ -143,12 +141,12 @@ class Watch:
         return [line] if new else []
 
     def _diverged(self) -> str:
-        c, k = self.config, known(self.config.recipe, [t.name for t in self.trained])
+        c, k = self.config, known(self.config)
         text = (
             f"the loss has been above its start for {self.above} steps ({_median(self.first):.3g} → "
             f"{_median(self.last):.3g}, medians of {self.window}): start again with a lower lr than {c.lr:g}"
         )
-        if k is None:
+        if k is None or c.meazo:
             return text
         low, high = lr_range(c, k, sum(t.stored.numel() for t in self.trained))
         here = "" if (low, high) == k.lr else f", which means {low:.1g} to {high:.1g} here"

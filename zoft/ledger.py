@@ -23,6 +23,7 @@ def read(path: str | os.PathLike) -> Log:
 
     Raises UserError that names the byte offset of any damage.
     """
+    _refuse_devices(Path(path))
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -87,6 +88,7 @@ class Ledger:
         Raises UserError if it is missing, damaged (with the byte offset) or being written by a process.
         """
         path = Path(path)
+        _refuse_devices(path)
         fd = _open(path, os.O_RDWR)
         try:
             _lock(fd, path)
@@ -177,6 +179,12 @@ class Ledger:
 def _refuse_existing(path: Path) -> None:
     if path.exists():
         raise UserError(f"ledger: {path} exists: resume that run, or choose another name")
+
+
+def _refuse_devices(path: Path) -> None:
+    """A link to /dev/zero has no end, a pipe no beginning."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"ledger: {path} is no file, but a device, a pipe or a socket")
 
 
 def _open(path: Path, flags: int) -> int:

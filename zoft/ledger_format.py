@@ -227,8 +227,10 @@ def _decode_header(data: bytes, path: str | os.PathLike) -> tuple[dict, int, int
         )
     try:
         header = json.loads(data[16:end])
-    except ValueError:
+    except (ValueError, RecursionError):
         header = None
-    if not isinstance(header, dict):
-        raise UserError(f"ledger: {path} is no ledger of a run: its header (byte 16) is no JSON object")
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise UserError(
+            f"ledger: {path} is no ledger of a run: its header (byte 16) is no JSON object of format {FORMAT}"
+        )
     return header, end + 4, crc

@@ -148,11 +148,11 @@ def _load_gguf(source: Source, dtype: Any, trust_remote_code: bool) -> tuple[Any
     file = gguf.read(path)
     loaded: Any = gguf.model(file, dtype)
     tokenizer = gguf.tokenizer(file)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if loaded is None:
-        loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+        loaded = _whole(source, **where, dtype=dtype)
         # Its weights are plain ones by now; these marks would only stop it from being saved.
         loaded.hf_quantizer = None
         if hasattr(loaded.config, "quantization_config"):
@@ -165,34 +165,31 @@ def _load_gguf(source: Source, dtype: Any, trust_remote_code: bool) -> tuple[Any
 
 def _load_pretrained(source: Source, dtype: Any, trust_remote_code: bool) -> tuple[Any, Any]:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from huggingface_hub import snapshot_download
+    from transformers import AutoConfig, AutoTokenizer
+
+    from zoft import quant_files
 
     extra = {"trust_remote_code": trust_remote_code}
 
     def weights(dtype: Any) -> Any:
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            source.place, dtype=dtype, **extra, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )  # fmt: skip
-        loaded, info = found
-        # transformers draws at random what it does not find.
-        for what, names in (
-            ("is missing", info["missing_keys"]),
-            ("has another shape", info["mismatched_keys"]),
-        ):
-            if names:
-                first = min(n if isinstance(n, str) else n[0] for n in names)
-                more = f", as are {len(names) - 1} others" if len(names) > 1 else ""
-                raise UserError(
-                    f"model={source.name}: tensor {first} {what} in the checkpoint{more}; fetch it again"
-                )
-        return loaded
+        return _whole(
+            source, pretrained_model_name_or_path=source.place, dtype=dtype, **extra, use_safetensors=True
+        )
 
     config = AutoConfig.from_pretrained(source.place, **extra)
     if source.kind == "hub":
         checkpoint.check_config(source.name, config.to_dict())
     own = config.dtype
-    loaded = weights("auto" if own is None else dtype)
+    folder = Path(source.place) if source.kind == "folder" else None
+    found = quant_files.settings(source.name, config, folder)
+    if found:
+        place = folder or Path(snapshot_download(source.place, allow_patterns=["*.safetensors", "*.json"]))
+        wanted = None if dtype == "auto" else dtype
+        loaded = quant_files.load(source.name, place, config, found, wanted, trust_remote_code)
+        own = own or loaded.dtype
+    else:
+        loaded = weights("auto" if own is None else dtype)
     if own is None:  # the config does not say; "auto" has looked at the weights
         own = loaded.dtype
         if dtype not in ("auto", own):
@@ -200,6 +197,24 @@ def _load_pretrained(source: Source, dtype: Any, trust_remote_code: bool) -> tup
     tokenizer = AutoTokenizer.from_pretrained(source.place, **extra)
     loaded.checkpoint_dtype = getattr(torch, own) if isinstance(own, str) else own
     return loaded, tokenizer
+
+
+def _whole(source: Source, **where: Any) -> Any:
+    """The model that from_pretrained makes, if the checkpoint has all of it: the rest would be drawn at random."""
+    from transformers import AutoModelForCausalLM
+
+    found: Any = AutoModelForCausalLM.from_pretrained(
+        **where, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    loaded, info = found
+    for what, names in (("is missing", info["missing_keys"]), ("has another shape", info["mismatched_keys"])):
+        if names:
+            first = min(n if isinstance(n, str) else n[0] for n in names)
+            more = f", as are {len(names) - 1} others" if len(names) > 1 else ""
+            raise UserError(
+                f"model={source.name}: tensor {first} {what} in the checkpoint{more}; fetch it again"
+            )
+    return loaded
 
 
 @contextmanager
@@ -335,19 +350,34 @@ def _bytes(flat: torch.Tensor) -> Any:
     return flat.cpu().contiguous().view(torch.uint8).numpy()
 
 
-def save(model: Any, tokenizer: Any, out_dir: str | Path, *, dtype: Any = "auto", card: str = "") -> None:
+def save(
+    model: Any,
+    tokenizer: Any,
+    out_dir: str | Path,
+    *,
+    dtype: Any = "auto",
+    card: str = "",
+    dequantise: bool = False,
+) -> None:
     """Write model, tokenizer and model card as others read them; all or nothing.
 
     The files go to a folder beside out_dir that takes its name when it is whole (an older out_dir is
     replaced then). The model in memory is not changed.
 
     model: a transformers model. tokenizer: its tokenizer, chat template included. dtype: torch.dtype of the
-    floating tensors on disk, or "auto": each as it is. card: text of README.md, see model_card().
+    floating tensors on disk, or "auto": each as it is (scales of quantised layers stay in fp32). card: text of
+    README.md, see model_card(). dequantise: write quantised layers as plain weights, which every library reads.
     Errors: UserError where a value does not fit in dtype.
     """
+    from zoft import quant, quant_files, quant_other
+
     with whole(out_dir) as folder:
-        with _quiet():
-            model.save_pretrained(folder, state_dict=_cast(model, dtype))
+        # transformers cannot undo what it did to such a model while it loaded it; it loads this form as well.
+        form = {"save_original_format": False} if quant_other.alive(model) else {}
+        with _quiet(), quant_other.own_form(model):
+            model.save_pretrained(folder, state_dict=_cast(model, dtype, dequantise), **form)
+        if quant.layers(model) and not dequantise:
+            quant_files.mark(folder, model)
         finish_folder(folder, tokenizer, dtype, card)
 
 
@@ -398,11 +428,14 @@ def cast(name: str, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return made
 
 
-def _cast(model: nn.Module, dtype: Any) -> dict[str, torch.Tensor]:
+def _cast(model: nn.Module, dtype: Any, dequantise: bool = False) -> dict[str, torch.Tensor]:
+    from zoft import quant_files
+
+    tensors, kept = quant_files.state(model, dequantise)
     done: dict[tuple, torch.Tensor] = {}  # ties stay ties
     out = {}
-    for name, t in model.state_dict().items():
-        if dtype != "auto" and t.is_floating_point() and t.dtype != dtype:
+    for name, t in tensors.items():
+        if name not in kept and dtype != "auto" and t.is_floating_point() and t.dtype != dtype:
             if _place(t) not in done:
                 done[_place(t)] = cast(name, t, dtype)
             t = done[_place(t)]

@@ -7,6 +7,7 @@ the seed in a scratch buffer. θ itself is only read, or brought up to date by u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -143,6 +144,13 @@ class ProbeAxis:
             self._mark(t)
             made.append(out)
         return made
+
+    def room(self, shape: Sequence[int], dtype: torch.dtype, taken: int) -> torch.Tensor:
+        """Scratch of that shape, after the `taken` bytes that the last `perturbed` gave; the next call reuses both."""
+        size = math.prod(shape) * dtype.itemsize
+        if not self._arenas or self._arenas[-1].numel() < self.used + taken + size:
+            self.scratch_bytes = max(self.scratch_bytes, routes.dense_bytes(self.sites, dtype))
+        return self._room(taken + size)[taken : taken + size].view(dtype).view(*shape)
 
     def slabs(
         self, t: Trained, group: list[Probe], first: int

@@ -1,6 +1,6 @@
 """Quantised linear layers: whole-number codes, packed, and one fp32 scale for every group of a row.
 
-    W[o, i] = Δ[o, g]·(c[o, i] − zero[o, g]),  g the group of column i;  c, zero in 0 … 2^bits − 1
+    W[o, i] = Δ[o, g]·(c[o, i] − zero[o, g]),  g the group of column i;  c = 0, 1, … 2^bits − 1
 
 The codes stand still; the scales Δ are what QZO trains. Codes of a group lie together; with 4 bits byte j of a
 group of n holds column j in its lower half and column j + n/2 in its upper, so that both halves unpack in order.
@@ -8,7 +8,7 @@ group of n holds column j in its lower half and column j + n/2 in its upper, so 
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ BITS = (4, 8)
 FLOOR = 1e-7
 # Shares of a group's extreme that are tried as the largest number that is not cut off.
 CLIPS = tuple(1.0 - 0.04 * i for i in range(10))
+UNIT = 128  # a zero point is so many 128ths of a code: whole numbers, which no cast of a model touches
 FUSED_ROWS = 64  # of a probe: up to so many a GPU unpacks the codes within the product
 _CHUNK = 1 << 24  # numbers quantised at a time: some ten fp32 copies of them are alive
 
@@ -29,17 +30,17 @@ _CHUNK = 1 << 24  # numbers quantised at a time: some ten fp32 copies of them ar
 class Scales(nn.Parameter):
     """The scales of a quantised layer, whoever made it: stored and probed in fp32, without weight decay.
 
-    log: what is held is ln Δ, so that a step is relative and no scale can reach 0.
+    logged: what is held is ln Δ, so that a step is relative and no scale can reach 0.
     """
 
-    log = False
+    logged = False
 
 
 class QuantLinear(nn.Module):
     """y = x Wᵀ + b with W as above; an nn.Linear, or a Conv1D, whose weight is codes and scales.
 
     codes: uint8 [out, G·n·bits/8], n = group (padded to even, and to whole groups in a row). scales: fp32 [out, G].
-    zeros: uint8 [out, G], or None: 2^(bits−1) for all. order: int32 [in], which column stands where, or None.
+    zeros: int16 [out, G], in units of 1/UNIT, or None: 2^(bits−1) for all. order: int32 [in], which column stands where, or None.
     """
 
     codes: Tensor
@@ -58,7 +59,10 @@ class QuantLinear(nn.Module):
         made: dict[str, Any] = {"dtype": torch.uint8, "device": device}
         self.register_buffer("codes", torch.zeros(self.out_features, width * self.padded * bits // 8, **made))
         self.scales = Scales(torch.ones(self.out_features, width, device=device), requires_grad=False)
-        self.register_buffer("zeros", torch.zeros(self.out_features, width, **made) if zeros else None)
+        self.register_buffer(
+            "zeros",
+            torch.zeros(self.out_features, width, dtype=torch.int16, device=device) if zeros else None,
+        )
         order = torch.arange(self.in_features, dtype=torch.int32, device=device) if ordered else None
         self.register_buffer("order", order)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -77,10 +81,17 @@ class QuantLinear(nn.Module):
         return w.mT.contiguous() if self.transposed else w
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.new_empty(*x.shape[:-1], self.out_features)
-        rows = self.ordered(x).reshape(1, -1, self.in_features)
-        product(self, rows, self.scales.detach()[None], self.bias, y.view(1, -1, self.out_features))
-        return y
+        x, scales = self.ordered(x), self.scales.detach()[None]
+        if fused(self, x.reshape(1, -1, self.in_features), scales):
+            y = x.new_empty(*x.shape[:-1], self.out_features)
+            product(
+                self, x.reshape(1, -1, self.in_features), scales, self.bias, y.view(1, -1, self.out_features)
+            )
+            return y
+        w = dequantise(self, scales, x.dtype)[0]
+        if self.bias is None or self.bias.dtype == x.dtype:
+            return F.linear(x, w, self.bias)
+        return (F.linear(x, w) + self.bias).to(x.dtype)
 
     def ordered(self, x: Tensor) -> Tensor:
         """x [..., in] with its columns as the codes have them."""
@@ -118,7 +129,9 @@ def dequantise(layer: QuantLinear, scales: Tensor, dtype: torch.dtype, out: Tens
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=scales.device)
     assert out.shape == shape and out.dtype == dtype and out.is_contiguous(), (out.shape, out.dtype, shape)
-    log = cast(Scales, layer.scales).log
+    if scales.is_meta:
+        return out
+    log = layer.scales.logged
     if scales.is_cuda and scales.dtype == torch.float32:
         from zoft import quant_triton
 
@@ -132,7 +145,7 @@ def dequantise(layer: QuantLinear, scales: Tensor, dtype: torch.dtype, out: Tens
         quant_cpu.dequantise(layer, scales.contiguous(), out)
         return out
     whole = unpack(layer.codes, layer.bits, layer.padded)[..., : layer.group].to(scales.dtype)
-    zero = 2 ** (layer.bits - 1) if layer.zeros is None else layer.zeros[..., None].to(scales.dtype)
+    zero = 2 ** (layer.bits - 1) if layer.zeros is None else layer.zeros[..., None].to(scales.dtype) / UNIT
     w = scales[..., None] * (whole - zero)  # [P, out, G, n]
     return out.copy_(w.flatten(2)[..., : layer.in_features])
 
@@ -149,9 +162,9 @@ def product(
     if fused(layer, x, scales):
         from zoft import quant_triton
 
-        quant_triton.product(
-            layer, x.contiguous(), scales.contiguous(), bias, y, cast(Scales, layer.scales).log
-        )
+        bias = None if bias is None else bias.contiguous()
+        log = layer.scales.logged
+        quant_triton.product(layer, x.contiguous(), scales.contiguous(), bias, y, log)
         return
     made = dequantise(layer, scales, x.dtype, w)
     for p in range(len(x)):
@@ -171,13 +184,15 @@ def fused(layer: QuantLinear, x: Tensor, scales: Tensor) -> bool:
 
 
 def quantise(
-    weight: Tensor, bits: int, group: int, zero_points: bool, clips: tuple[float, ...] = CLIPS
+    weight: Tensor, bits: int, group: int, zero_points: bool, clips: tuple[float, ...] | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Round a matrix [out, in] to the nearest codes: (codes [out, G, n], scales fp32 [out, G], zeros uint8 or None).
+    """Round a matrix [out, in] to the nearest codes: (codes [out, G, n], scales fp32 [out, G], zeros int16 or None).
 
-    Of the shares `clips` of each group's extreme the one with the least squared error is kept; the errors are summed
-    in fp64, so that every device finds the same. Padding is the code of 0.
+    Of the shares `clips` of each group's extreme (None: CLIPS with 4 bits, all of it with 8) the one with the least
+    squared error is kept; the errors are summed in fp64, so that every device finds the same. Padding is any code.
     """
+    if clips is None:
+        clips = CLIPS if bits == 4 else (1.0,)
     parts = [
         _quantise(rows.float(), bits, group, zero_points, clips)
         for rows in weight.split(max(1, _CHUNK // weight.shape[1]))
@@ -198,11 +213,11 @@ def _quantise(
     for clip in clips:
         if zero_points:
             scale = ((high - low) * (clip / top)).clamp(min=FLOOR)
-            zero = (-low * clip / scale).round().clamp(0, top)
+            zero = (-low * clip / scale).clamp(0, top).mul_(UNIT).round_().div_(UNIT)
         else:
             scale = (torch.maximum(high, -low) * (clip / (half - 1))).clamp(min=FLOOR)
             zero = torch.full_like(scale, half)
-        codes = (w / scale).round_().add_(zero).clamp_(0, top)
+        codes = (w / scale).add_(zero).round_().clamp_(0, top)
         if len(clips) == 1:
             best = (codes, scale, zero)
             break
@@ -215,7 +230,11 @@ def _quantise(
             least = torch.minimum(error, least)
     assert best is not None
     codes, scale, zero = best
-    return codes.to(torch.uint8), scale[..., 0], zero[..., 0].to(torch.uint8) if zero_points else None
+    return (
+        codes.to(torch.uint8),
+        scale[..., 0],
+        (zero[..., 0] * UNIT).to(torch.int16) if zero_points else None,
+    )
 
 
 # ---- models --------------------------------------------------------------------------------------------------------
@@ -299,10 +318,30 @@ def numbers(model: nn.Module) -> int:
     return ours + sum(p.numel() for p in model.parameters() if not isinstance(p, Scales))
 
 
+def make_plain(model: nn.Module) -> None:
+    """Put nn.Linear and Conv1D with the dequantised weights, in fp32, where the quantised layers are."""
+    for name, layer in layers(model).items():
+        shape = (layer.in_features, layer.out_features)
+        with torch.device("meta"):
+            linear: Any = (
+                Conv1D(*reversed(shape))
+                if layer.transposed
+                else nn.Linear(*shape, bias=layer.bias is not None)
+            )
+        linear.weight = nn.Parameter(layer.weight, requires_grad=False)
+        linear.bias = layer.bias
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, linear.eval())
+
+
 def set_log(model: nn.Module, log: bool) -> None:
     """Hold the scales of zoft's own layers as logarithms, or as they are, from now on; W stays what it is."""
     for layer in layers(model).values():
-        scales = cast(Scales, layer.scales)
-        if scales.log != log:
+        scales = layer.scales
+        if scales.logged != log:
+            if log and not bool((scales.data > 0).all()):
+                raise UserError(
+                    "eps_mode=relative: this model has scales that are not positive; use absolute"
+                )
             scales.data = scales.data.log() if log else scales.data.exp()
-            scales.log = log
+            scales.logged = log

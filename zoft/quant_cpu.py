@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from zoft.quant import QuantLinear
 
 _PIECE = 1 << 17  # codes that are worth a hand-over to another thread
-_NONE = np.zeros((0, 0), np.uint8)
+_NONE = np.zeros((0, 0), np.int16)
 
 
 def dequantise(layer: QuantLinear, scales: Tensor, out: Tensor) -> None:
@@ -50,7 +50,7 @@ def _rows(codes, scales, zeros, out, bits, group, first, last):
         for g in range(groups):
             zero = np.float32(1 << (bits - 1))
             if zeros.shape[0] > 0:
-                zero = np.float32(zeros[r, g])
+                zero = np.float32(zeros[r, g]) / np.float32(128)  # quant.UNIT
             c = codes[r, g * held : (g + 1) * held]
             start = g * group
             n = min(group, width - start)

@@ -16,6 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from zoft.quant import QuantLinear
 
+UNIT = tl.constexpr(128.0)  # quant.UNIT; the division is exact
 _CODES = 4096  # that a program of `_dequantise` unpacks
 
 
@@ -29,7 +30,7 @@ def _scale(scales, at, inside, LOG: tl.constexpr):
 def _dequantise(
     codes,  # uint8 [out·G, HELD]
     scales,  # fp32 [PROBES, out·G]
-    zeros,  # uint8 [out·G], or none
+    zeros,  # int16 [out·G], or none
     out,  # [PROBES, out, width]
     count,  # out·G
     groups,  # G
@@ -51,7 +52,7 @@ def _dequantise(
     live = inside if HELD == BLOCK else inside & (j < HELD)
     c = tl.load(codes + at * HELD + j, mask=live, other=0)
     if HAS_ZEROS:
-        zero = tl.load(zeros + at, mask=inside, other=0).to(tl.float32)
+        zero = tl.load(zeros + at, mask=inside, other=0).to(tl.float32) / UNIT
     else:
         zero = 2.0 ** (BITS - 1)
     if BITS == 4:
@@ -77,7 +78,7 @@ def _product(
     x,  # [PROBES, rows, width]
     codes,  # uint8 [out, G·HELD]
     scales,  # fp32 [PROBES, out, G]
-    zeros,  # uint8 [out, G], or none
+    zeros,  # int16 [out, G], or none
     bias,  # [out], or [PROBES, out], or none
     y,  # [PROBES, rows, out]
     rows,
@@ -107,7 +108,7 @@ def _product(
     for g in range(groups):
         c = tl.load(code_at + g * HELD, mask=o_in[:, None], other=0)  # [OUTS, HELD]
         if HAS_ZEROS:
-            zero = tl.load(zeros + o * groups + g, mask=o_in, other=0).to(tl.float32)[:, None]
+            zero = tl.load(zeros + o * groups + g, mask=o_in, other=0).to(tl.float32)[:, None] / UNIT
         else:
             zero = 2.0 ** (BITS - 1)
         k = g * GROUP + j

@@ -14,7 +14,19 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from zoft import adapters, ledger, models, setup, shards, snapshot, space, tracking, update
+from zoft import (
+    adapters,
+    inspect_run,
+    ledger,
+    models,
+    setup,
+    shards,
+    snapshot,
+    space,
+    sparse,
+    tracking,
+    update,
+)
 from zoft import base as bases
 from zoft import run as runs
 from zoft.base import Base
@@ -47,7 +59,7 @@ def asked(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
 
     Raises UserError for steps that the ledger does not have, and for a wish that its storage makes void.
     """
-    header, records, events = ledger.read(folder / "ledger")
+    header, records, events = inspect_run.sound(folder, ledger.read(folder / "ledger"))
     trained = header["trained"]
     n = len(records) if ask.steps is None else ask.steps
     if n > len(records):
@@ -59,6 +71,10 @@ def asked(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
         )
     if ask.exact or ask.denoise:
         word = "--denoise" if ask.denoise else "--storage fp32"
+        if config.mask == "magnitude" and config.sparsity:
+            raise UserError(
+                f"{word}: what moves depends on the weights in {folder}, so base and ledger give no sum"
+            )
         if not any(dtype in SIXTEEN for _, _, dtype in trained.values()):
             raise UserError(
                 f"{word}: {folder} stores its weights in {config.storage}; there is no rounding to undo"
@@ -95,7 +111,9 @@ def replay(config: Config, folder: Path, out: Path, ask: Ask) -> int:
             for name, tensor in made:
                 if name in log.header["trained"]:
                     state[name].data = tensor.cpu()
-            models.save(base.model, tokenizer, out, dtype=dtype, card=text)
+            models.save(
+                base.model, tokenizer, out, dtype=dtype, card=text, dequantise=config.save_dequantised
+            )
         else:
             with models.whole(out) as draft:
                 stream(base, made, draft, dtype)
@@ -221,8 +239,8 @@ class Tensors:
                     t.momentum = file.get_tensor(f"{name}@momentum").clone()
         elif self.denoised and dtype.itemsize == 2:
             exact = self.summed(name, theta, self.denoised, did)
-            t = self._of(name, nearest(exact.stored, dtype), dtype)
-            t.step, t.momentum = self.denoised, exact.momentum
+            t = self._of(name, theta, dtype)
+            t.stored, t.step, t.momentum = nearest(exact.stored, dtype), self.denoised, exact.momentum
         else:
             t = self._of(name, theta, dtype)
         self._repeat(t, did)
@@ -235,7 +253,10 @@ class Tensors:
         return t
 
     def _of(self, name: str, theta: Tensor, dtype: torch.dtype) -> Trained:
-        return space.one(name, nn.Parameter(theta.to(dtype), requires_grad=False))
+        t = space.one(name, nn.Parameter(theta.to(dtype), requires_grad=False))
+        sparse.one(t, self.config.mask, self.config.sparsity, self.config.seed)
+        t.floor = self.log.header.get("floors", {}).get(name)
+        return t
 
     def _repeat(self, t: Trained, did: Callable[[int], None]) -> None:
         """The run's own steps from where t is, to the bit."""

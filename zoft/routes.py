@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.pytorch_utils import Conv1D
 
-from zoft import routes_adapter
+from zoft import quant, routes_adapter
 from zoft.layout import COUNT, LIFT, NO_ROWS, ONE, PLAIN, Call, Unfit
 from zoft.noise import PART
 from zoft.sites import Site
@@ -23,13 +23,16 @@ if TYPE_CHECKING:
     from zoft.probe import ProbeAxis
 
 
-SLAB = 1 << 27  # bytes of one probe of a linear layer's matrix that are made at one time
+# Bytes of one probe of a linear layer's matrix that are made at one time. Matrices of the blocks of a 30B model fit;
+# output matrices over a whole vocabulary are made in slabs.
+SLAB = 1 << 29
 
 
 def fast(site: Site) -> Callable | None:
     """A direct route for exact types with their own forward and rows in dim 0; None: the general one."""
     kind = type(site.module)
-    way = {nn.Linear: linear, nn.Embedding: embedding, Conv1D: conv1d}.get(kind)
+    ways = {nn.Linear: linear, nn.Embedding: embedding, Conv1D: conv1d, quant.QuantLinear: quantised}
+    way = ways.get(kind)
     if routes_adapter.pair(site) is not None:
         way = routes_adapter.lora
     elif not _owns(site):
@@ -42,6 +45,8 @@ def fast(site: Site) -> Callable | None:
 
 
 def _owns(site: Site) -> bool:
+    if isinstance(site.module, quant.QuantLinear):
+        return True
     weight = getattr(site.module, "weight", None)
     return any(t.param is weight for t in site.trained)
 
@@ -249,6 +254,26 @@ def _product(
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
+def quantised(axis: ProbeAxis, site: Site, x: torch.Tensor) -> torch.Tensor:
+    """y_p = x_p W_pᵀ + b_p, W_p the codes under probe p's scales; the codes are read once for a group of probes."""
+    layer: Any = site.module
+    xs = layer.ordered(x).reshape(len(axis.probes), -1, layer.in_features)  # [P, n, in]
+    y = x.new_empty(*xs.shape[:2], layer.out_features)  # [P, n, out]
+    for first, group in axis.groups():
+        end = first + len(group)
+        made = {id(t.param): p for t, p in zip(site.trained, axis.perturbed(site.trained, group, first))}
+        scales = made.get(id(layer.scales))
+        if scales is None:
+            scales = layer.scales.expand(len(group), -1, -1)  # [G, out, groups of a row]
+        bias = made.get(id(layer.bias), layer.bias)
+        w = None
+        if not quant.fused(layer, xs[first:end], scales):
+            taken = len(group) * sum(nbytes(t) for t in site.trained)
+            w = axis.room((len(group), layer.out_features, layer.in_features), x.dtype, taken)
+        quant.product(layer, xs[first:end], scales, bias, y[first:end], w)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
 def _in_slabs(
     axis: ProbeAxis, weight: Trained, bias: Trained | None, module: Any, xs: torch.Tensor
 ) -> torch.Tensor:
@@ -267,11 +292,9 @@ def _in_slabs(
         with closing(axis.slabs(weight, group, first)) as slabs:
             for rows, w in slabs:  # [G, r, in]
                 for i in range(len(group)):
-                    out = y[first + i][:, rows]
-                    if b is not None and alike:
-                        torch.addmm(b[i, rows], xs[first + i], w[i].T, out=out)
-                    else:
-                        torch.mm(xs[first + i], w[i].T, out=out)
+                    x, out = xs[first + i], y[first + i][:, rows]
+                    # By way of a contiguous product: one written with a stride takes several times as long on a GPU.
+                    out.copy_(torch.addmm(b[i, rows], x, w[i].T) if b is not None and alike else x @ w[i].T)
         if b is not None and not alike:
             y[first : first + len(group)] += b[:, None]
     return y
@@ -328,6 +351,22 @@ def scratch_bytes(sites: Sequence[Site]) -> int:
         return deep[module]
 
     return max((2 * own[s.module] + within(s.module) for s in sites), default=0)
+
+
+def dense_bytes(sites: Sequence[Site], dtype: torch.dtype) -> int:
+    """Bytes that two probes of any quantised site take: its trained tensors, and its matrix written out in dtype."""
+    return max(
+        (
+            2
+            * (
+                sum(nbytes(t) for t in s.trained)
+                + s.module.in_features * s.module.out_features * dtype.itemsize
+            )
+            for s in sites
+            if isinstance(s.module, quant.QuantLinear)
+        ),
+        default=0,
+    )
 
 
 def _scratch(site: Site, t: Trained) -> int:

@@ -56,10 +56,15 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
 
     tracking.require(config.track)
     if resume and (Path(resume) / "result.json").exists():
+        found = outcome(Path(resume))
         print(f"{resume}: this run is finished; its result follows", file=sys.stderr)
-        return outcome(Path(resume))
+        return found
     if resume is None and not dry_run:
         claim(Path(str(config.output_dir)))
+    if resume and (Path(resume) / "ledger").exists():  # damage shows before weights load
+        from zoft import inspect_run, ledger
+
+        inspect_run.sound(resume, ledger.read(Path(resume) / "ledger"))
     models.check(models.resolve(config.model))
     tasks.look(config.task)
     # A signal that comes while things load says "resume me", too.
@@ -168,7 +173,7 @@ def evaluate(config: Config, folder: str | Path | None = None) -> dict[str, Any]
                 + (" and evaluate that with model=DIR" if saved.name == "model" else "")
             )
         if saved.name == "model":
-            config = dataclasses.replace(config, model=str(saved))
+            config = dataclasses.replace(config, model=str(saved), bits=None, eps_mode="absolute")
         else:
             adapter = saved
     from zoft import models, tasks
@@ -443,7 +448,7 @@ def save(
             if config.train in ADAPTERS:
                 adapters.save(model, out, tokenizer=tokenizer, card=text)
             else:
-                models.save(model, tokenizer, out, dtype=dtype, card=text)
+                models.save(model, tokenizer, out, dtype=dtype, card=text, dequantise=config.save_dequantised)
     except SafetensorError as error:
         raise UserError(f"cannot write {out}: {error}") from OSError(str(error))
 
@@ -465,7 +470,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes() if path.is_file() else b"")
         summary(found)
         return found
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):

@@ -21,6 +21,8 @@ from zoft import (
     noise,
     objective,
     precision,
+    quant,
+    quant_other,
     routes,
     selfcheck,
     space,
@@ -43,10 +45,24 @@ from zoft.tasks import TaskData
 from zoft.trainer import Settings, Trainer
 
 FROZEN_BYTES = 1 << 30  # kept outputs of frozen blocks; rows beyond it are computed again each time
+# Where a GPU works, a CPU only puts batches together; more threads spin while they wait, and take from runs beside it.
+CUDA_THREADS = 4
 # What a ledger's header says of the run, beside the base and the trained tensors.
-PLAN = ("seed", "noise", "momentum", "eps", "q", "storage", "compute", "perturb", "mask", "sparsity")
+PLAN = (
+    "seed",
+    "noise",
+    "momentum",
+    "eps",
+    "q",
+    "storage",
+    "compute",
+    "perturb",
+    "mask",
+    "sparsity",
+    "eps_mode",
+)
 # What it says for people, of how the run began; another machine may go on with it otherwise.
-MADE = ("recipe", "train", "steps", "lr", "schedule", "warmup", "weight_decay", "batch_size", "accumulate",
+MADE = ("recipe", "train", "steps", "lr", "schedule", "warmup", "clip", "meazo", "weight_decay", "batch_size", "accumulate",
         "device", "threads", "probes_per_forward", "cache_frozen")  # fmt: skip
 
 
@@ -62,6 +78,8 @@ def device(config: Config) -> Config:
                 f"device={where}: {count or 'no'} CUDA devices here; use device=cpu or device=auto"
             )
     threads = torch.get_num_threads() if config.threads == "auto" else int(config.threads)
+    if config.threads == "auto" and where.startswith("cuda"):
+        threads = min(threads, CUDA_THREADS)
     torch.set_num_threads(threads)
     return replace(config, device=where, threads=threads)
 
@@ -72,14 +90,33 @@ def model(config: Config, folder: str | Path | None = None) -> tuple[nn.Module, 
     With the adapter that config.train asks for, if any. folder: of a run that goes on or is replayed.
     """
     say(f"loading {config.model}")
-    loaded, tokenizer = models.load(config.model, dtype="auto", trust_remote_code=config.trust_remote_code)
+    loaded, tokenizer = load(config)
     base = models.fingerprint(loaded)
-    loaded = loaded.to(config.device)
+    if next(loaded.parameters()).device != torch.device(
+        config.device
+    ):  # some quantised models cannot be moved
+        loaded = loaded.to(config.device)
     if config.train in ADAPTERS:
         loaded = adapters.attach(loaded, config, Path(folder) / adapters.START if folder else None)
         source = models.resolve(config.model)
         loaded.peft_config["default"].base_model_name_or_path = source.home or source.place
     return loaded, tokenizer, base
+
+
+def load(config: Config) -> tuple[Any, Any]:
+    """(model, tokenizer): the checkpoint, quantised layer by layer on config.device where `bits` asks for that."""
+    loaded, tokenizer = models.load(config.model, dtype="auto", trust_remote_code=config.trust_remote_code)
+    if config.bits is not None:
+        keys: dict[str, Any] = {k: getattr(config, k) for k in ("bits", "group", "zero_points")}
+        say(quant.quantise_model(loaded, **keys, head=config.quantise_head, device=config.device))
+    if config.recipe == "qzo" and not quant.layers(loaded) and (found := dict(quant_other.attach(loaded))):
+        say(f"{len(found)} quantised layers follow their scales")
+    if config.eps_mode == "relative" and not quant.layers(loaded):
+        raise UserError(
+            "eps_mode=relative: no layer of this model is quantised by zoft; set bits=4 or bits=8"
+        )
+    quant.set_log(loaded, config.eps_mode == "relative")
+    return loaded, tokenizer
 
 
 def tokenizer(config: Config) -> Any:
@@ -276,7 +313,7 @@ def refuse_denoise(config: Config, trained: Sequence[Trained]) -> None:
     if not config.denoise_every:
         return
     key = f"denoise_every={config.denoise_every}"
-    if any(t.floor is not None or getattr(t, "threshold", None) is not None for t in trained):
+    if any(t.floor is not None or t.threshold is not None for t in trained):
         raise UserError(
             f"{key}: the directions of recipe={config.recipe} depend on the weights, so that base and ledger give "
             "no sum; leave it out"
@@ -375,7 +412,7 @@ def plan(
     numbers = sum(t.stored.numel() for t in trained)
     realised = precision.realised(trained, config.eps, seed=config.seed, kind=config.noise)
     weakest = min(realised, key=lambda name: realised[name])
-    total = sum(p.numel() for p in loaded.parameters())
+    total = quant.numbers(loaded)
     return {
         "config": asdict(config),
         "train_examples": len(train),
@@ -406,6 +443,8 @@ def header(
     }
     if train:
         found["data"] = data_digest(train)
+    floors = {t.name: t.floor for t in trained if t.floor is not None}
+    found |= {"floors": floors} if floors else {}
     return {**found, **known, "trained": tensors, "plan": {k: getattr(config, k) for k in MADE}}
 
 

@@ -85,6 +85,8 @@ def newest(
 
 def fault_of(path: Path, header: Mapping[str, Any], event: Event) -> str:
     """What is wrong with a snapshot's file; "" where it is, to the bit, what the run has written."""
+    if path.exists() and not path.is_file():
+        return "is no file"
     try:
         if digest_of(path) == event.digest:
             return ""

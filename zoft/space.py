@@ -13,6 +13,7 @@ from torch import nn
 from zoft.config import ADAPTERS
 from zoft.errors import UserError
 from zoft.noise import Mask, tensor_id
+from zoft.quant import FLOOR, Scales
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP16_MAX = 65504.0
@@ -46,7 +47,8 @@ def train_names(model: nn.Module, train: str) -> list[str]:
     """Canonical names of the tensors that `train` selects.
 
     train: `all`; `last-K` (the last K blocks and what follows them, head excluded); `norms`; `bias`;
-    `head` (the output matrix, tied or not); `lora`, `prefix`, `prompt`: the adapter that the model has been given;
+    `head` (the output matrix, tied or not); `scales` (of quantised layers);
+    `lora`, `prefix`, `prompt`: the adapter that the model has been given;
     anything else is a regular expression searched in the names.
     Ties count once, under their first name. Raises UserError when nothing is selected.
     """
@@ -73,6 +75,12 @@ def train_names(model: nn.Module, train: str) -> list[str]:
         chosen = [n for n in floating if id(params[n]) in own]
     elif train in ADAPTERS:
         chosen = [n for n in floating if ADDED.search(n)]
+    elif train == "scales":
+        chosen = [n for n in floating if isinstance(params[n], Scales)]
+        if not chosen:
+            raise UserError(
+                "train=scales: no layer of this model is quantised; set bits=4, or take such a model"
+            )
     else:
         try:
             pattern = re.compile(train)
@@ -82,7 +90,9 @@ def train_names(model: nn.Module, train: str) -> list[str]:
             ) from None
         chosen = [n for n in floating if pattern.search(n)]
     if not chosen:
-        near = difflib.get_close_matches(train, ["all", "norms", "bias", "head", *floating], n=1, cutoff=0.3)
+        near = difflib.get_close_matches(
+            train, ["all", "norms", "bias", "head", "scales", *floating], n=1, cutoff=0.3
+        )
         hint = f"; nearest: {near[0]}" if near else ""
         raise UserError(
             f"train={train!r} selects no tensor of this model; use all, last-2, norms, bias, head or a pattern{hint}"
@@ -126,10 +136,14 @@ def resolve_dtypes(
     """`auto` made plain: (storage, compute) by name.
 
     fp32 both for an fp32 model or on a CPU; on a GPU a 16-bit model computes in bf16 and stores trained
-    matrices in fp16 (eight times bf16's grid in the same memory), or in fp32 where the set is small.
+    matrices in fp16 (eight times bf16's grid in the same memory), or in fp32 where the set is small. Scales of
+    quantised layers are fp32 whatever is said here, and do not count.
     """
-    params = dict(model.named_parameters())
-    widest = max((params[n].element_size() for n in names), default=4)
+    params = {n: p for n, p in model.named_parameters() if not isinstance(p, Scales)}
+    names = [n for n in names if n in params]
+    widest = max(
+        (params[n].element_size() for n in names or params if params[n].is_floating_point()), default=4
+    )
     full = widest >= 4 or device == "cpu"
     if compute == "auto":
         compute = "fp64" if widest == 8 else "fp32" if full else "bf16"
@@ -143,7 +157,8 @@ def one(name: str, param: nn.Parameter) -> Trained:
     """A tensor as Trained, in the precision it has; its memory becomes contiguous."""
     param.data = param.data.contiguous()
     decays = param.ndim > 1 and not _no_decay(name)
-    return Trained(name, param, param.data, param.dtype, tensor_id(name), decays)
+    floor = FLOOR if isinstance(param, Scales) and not param.logged else None
+    return Trained(name, param, param.data, param.dtype, tensor_id(name), decays, floor=floor)
 
 
 def adopt(model: nn.Module, names: list[str]) -> list[Trained]:
@@ -177,7 +192,8 @@ def place(
     """Give every tensor its precision: trained matrices stored in `storage`, everything else ready for `compute`.
 
     1-D trained tensors are stored in fp32 at least: a step of 1e-6 on a norm weight of size 1 is far below
-    what 16 bits can hold. Frozen tensors of another floating-point dtype are cast to `compute`.
+    what 16 bits can hold; so are scales of quantised layers, trained or not, and they are probed in it, too. Other
+    frozen tensors of another floating-point dtype are cast to `compute`.
     uniform: 1-D tensors follow the matrices, for a model that runs on its stored weights (perturb=inplace).
     Raises UserError for values outside fp16's range.
     """
@@ -185,7 +201,7 @@ def place(
     ours = {id(t.param) for t in trained}
     for t in trained:
         store(t, storage, uniform=uniform)
-        t.compute = comp
+        t.compute = t.stored.dtype if isinstance(t.param, Scales) else comp
     for param in model.parameters():
         if id(param) not in ours and frozen_dtype(param, compute, True) != param.dtype:
             _cast(param, comp)
@@ -196,8 +212,11 @@ def place(
 def frozen_dtype(tensor: torch.Tensor, compute: str, parameter: bool) -> torch.dtype:
     """The dtype that a tensor which is not trained has while the model runs in `compute`.
 
-    Rotary tables and the like are buffers that their models keep in fp32 on purpose; only 16-bit ones follow.
+    Rotary tables and the like are buffers that their models keep in fp32 on purpose; only 16-bit ones follow. Scales
+    of quantised layers are what their codes are worth: they keep their own.
     """
+    if isinstance(tensor, Scales):
+        return tensor.dtype
     follows = DTYPES.values() if parameter else (torch.bfloat16, torch.float16)
     return DTYPES[compute] if tensor.dtype in follows else tensor.dtype
 
@@ -205,7 +224,8 @@ def frozen_dtype(tensor: torch.Tensor, compute: str, parameter: bool) -> torch.d
 def store(t: Trained, storage: str, *, uniform: bool = False) -> None:
     """Keep one tensor in the dtype that `storage` has for it; see `place`."""
     dtype = DTYPES[storage]
-    if t.param.ndim <= 1 and not uniform and dtype != torch.float64:
+    wide = isinstance(t.param, Scales) or (t.param.ndim <= 1 and not uniform)
+    if wide and dtype != torch.float64:
         dtype = torch.float32
     if dtype == torch.float16 and t.param.numel() and _largest(t.param.data) > FP16_MAX:
         raise UserError(
@@ -248,7 +268,7 @@ def _shared(x: torch.Tensor) -> bool:
 
 
 def _no_decay(name: str) -> bool:
-    return bool(re.search(r"bias$|norm|(^|[._])ln[._\d]", name.lower()))
+    return bool(re.search(r"bias$|\.scales$|norm|(^|[._])ln[._\d]", name.lower()))
 
 
 def float_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:

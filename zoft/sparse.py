@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from zoft import noise
 from zoft.noise import Mask
 from zoft.space import Trained
 
@@ -26,29 +25,37 @@ def mask(trained: Sequence[Trained], kind: str, sparsity: float, seed: int) -> l
     trained: in their storage dtype, at the base. Source: Liu et al. 2024, Sparse MeZO, arXiv 2402.15751, section 3;
     there θ <= h is written in the algorithm and magnitude in the text: it is magnitude here.
     """
-    matrices = [t for t in trained if t.stored.ndim > 1 and t.stored.numel()]
-    if kind not in ("magnitude", "random") or sparsity == 0 or not matrices:
+    shares = {t.name: (one(t, kind, sparsity, seed), t.stored.numel()) for t in trained}
+    masked = {t.name: shares[t.name] for t in trained if t.mask is not None}
+    if not masked:
         return []
-    moves, numbers, uneven = 0, 0, []
-    for t in matrices:
-        n = t.stored.numel()
-        if kind == "random":
-            t.mask = Mask(seed=seed, share=round((1 - sparsity) * 2**16))
-            parts = enumerate(t.stored.flatten().split(CHUNK))
-            found = sum(int(noise.moving(x, t.id, t.mask, i * CHUNK).sum()) for i, x in parts)
-        else:
-            h, found = kth_smallest(t.stored, max(1, round((1 - sparsity) * n)))
-            t.mask = Mask(threshold=h)
-            if abs(found / n - (1 - sparsity)) > TOLERANCE:
-                uneven.append(f"{t.name} ({found / n:.1%})")
-        moves, numbers = moves + found, numbers + n
+    moves, numbers = (sum(both) for both in zip(*masked.values()))
     lines = [
-        f"mask={kind}: {moves / numbers:.1%} of the {numbers:,} numbers in {len(matrices)} matrices move, 1-D tensors whole"
+        f"mask={kind}: {moves / numbers:.1%} of the {numbers:,.0f} numbers in {len(masked)} matrices move, "
+        "1-D tensors whole"
+    ]
+    uneven = [
+        f"{name} ({found / n:.1%})"
+        for name, (found, n) in masked.items()
+        if found / n > 1 - sparsity + TOLERANCE
     ]
     if uneven:
         more = f" and {len(uneven) - 1} more" if len(uneven) > 1 else ""
         lines.append(f"more than {1 - sparsity:.1%} move where many numbers have one size: {uneven[0]}{more}")
     return lines
+
+
+def one(t: Trained, kind: str, sparsity: float, seed: int) -> float:
+    """Give one tensor its mask; returns how many of its numbers move."""
+    n, t.mask = t.stored.numel(), None
+    if kind not in ("magnitude", "random") or sparsity == 0 or t.stored.ndim < 2 or not n:
+        return n
+    if kind == "random":
+        t.mask = Mask(seed=seed, share=round((1 - sparsity) * 2**16))
+        return n * t.mask.share / 2**16
+    h, found = kth_smallest(t.stored, max(1, round((1 - sparsity) * n)))
+    t.mask = Mask(threshold=h)
+    return found
 
 
 def kth_smallest(theta: Tensor, k: int) -> tuple[float, int]:

@@ -166,7 +166,7 @@ def peak_memory_gb(device: str = "cpu") -> float:
 def logged(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics.jsonl; what is damaged is left out, for the ledger is the run."""
     rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):  # the last line of a killed run

@@ -119,6 +119,7 @@ _C0, _C1 = _f(-4.934795379638672), _f(4.058447360992432)
 _C2, _C3 = _f(-1.3320624828338623), _f(0.22000809013843536)
 # fmt: on
 _ONE, _THREE_HALVES, _MINUS_2, _MINUS_2LN2 = _f(1), _f(1.5), _f(-2), _f(-1.3862943611198906)
+_ZERO, _MINUS_0 = _f(0), _f(-0.0)
 _ONE_BITS, _SQRT_HALF_BITS = 0x3F800000, 0x3F3504F3
 _17_EXPONENTS = 17 << 23
 
@@ -371,32 +372,36 @@ def _add(a, s, n):
 @_jit
 def _add_scaled_where(keep, s, a, m, z, n):
     for i in range(n):
-        s[i] = a[i] + m * z[i] if keep[i] != 0 else a[i]
+        x = a[i]  # both values first, so that choosing is no branch
+        y = x + m * z[i]
+        s[i] = y if keep[i] != 0 else x
 
 
 @_jit
 def _smaller(keep, a, threshold, n):
     for i in range(n):
-        keep[i] = 1 if abs(a[i]) <= threshold else 0
+        keep[i] = _ONE if abs(a[i]) <= threshold else _ZERO
 
 
 @_jit
 def _drawn(keep, r, share, n):
     for i in range(n):
-        keep[i] = 1 if r[i] < share else 0
+        keep[i] = _ONE if np.int32(r[i]) < share else _ZERO
 
 
 @_jit
 def _where(keep, a, other, n):
     """a, where it moves, else other."""
     for i in range(n):
-        a[i] = a[i] if keep[i] != 0 else other[i]
+        x, y = a[i], other[i]
+        a[i] = x if keep[i] != 0 else y
 
 
 @_jit
 def _silence(keep, s, n):
     for i in range(n):
-        s[i] = s[i] if keep[i] != 0 else -0.0
+        x = s[i]
+        s[i] = x if keep[i] != 0 else _MINUS_0
 
 
 @_jit
@@ -425,7 +430,7 @@ def run(theta, code, start, end, tid, gaussian, momentum, rules, plan, out, shap
     a, s, m = np.empty(CHUNK, values.dtype), np.empty(CHUNK, values.dtype), np.empty(CHUNK, values.dtype)
     m[0], m[1], m[2] = rules[0], rules[1], rules[3]
     beta, floor, threshold = m[0], m[1], m[2]  # in the work dtype
-    kind, share, mask0, mask1 = int(rules[2]), int(rules[4]), np.uint32(rules[5]), np.uint32(rules[6])
+    kind, share, mask0, mask1 = int(rules[2]), np.int32(rules[4]), np.uint32(rules[5]), np.uint32(rules[6])
     size = CHUNK if kind != ALL else 1
     keep, old = np.empty(size, np.float32), np.empty(size, values.dtype)
     out_code, stride, origin = shape
