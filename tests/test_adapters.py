@@ -446,10 +446,6 @@ def test_what_is_trained_says_the_defaults():
         (["train=lora", "lora_layers=6"], "lora_layers=6: use last-1"),
         (["train=lora", "lora_targets=("], r"lora_targets=\(: use ends of names"),
         (["train=lora", "save_dtype=bf16"], "save_dtype=bf16: an adapter is saved as it is kept"),
-        (
-            ["recipe=sparse_mezo", "train=lora"],
-            "train=lora: how large an adapter's numbers start says nothing",
-        ),
         (["recipe=lora_zo", "train=norms"], "train=norms: recipe=lora_zo trains lora, prefix or prompt"),
     ],
 )
