@@ -42,7 +42,8 @@ NUMBERS = {
     "mezo/opt-13b-sst2": 12_853_473_280,
     "mezo/reviews": 2 * 3_540_096 + 576,
     "mezo/trec": 2 * 3_540_096 + 576,
-    "qzo/reviews": 3_000_000,
+    "qzo/opt-6.7b-sst2": 32 * 12 * 4096 * 4096 // 128,
+    "qzo/reviews": 2 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536) // 32,
     "sparse_mezo/7b-rte": 7_241_732_096,
     "sparse_mezo/reviews": 2 * 3_540_096 + 576,
 }

@@ -32,7 +32,7 @@ def zoft(words):
     if stand_in and "qzo/reviews" in words:
         stand_in.append("train=scales")  # a tiny model has no blocks of the numbers that the config names
     replaced = {key.partition("=")[0] for key in stand_in}  # a key is given once
-    words = [w for w in words if w.partition("=")[0] not in replaced]
+    words = [w for w in words if "=" not in w or w.partition("=")[0] not in replaced]
     result = CliRunner().invoke(app, words + stand_in)
     assert result.exit_code == 0, (words, result.output, result.stderr, result.exception)
     return result.output
