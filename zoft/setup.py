@@ -77,6 +77,8 @@ def device(config: Config) -> Config:
             raise UserError(
                 f"device={where}: {count or 'no'} CUDA devices here; use device=cpu or device=auto"
             )
+    if where.startswith("cuda:"):  # kernels and streams go to the current device
+        torch.cuda.set_device(where)
     threads = torch.get_num_threads() if config.threads == "auto" else int(config.threads)
     if config.threads == "auto" and where.startswith("cuda"):
         threads = min(threads, CUDA_THREADS)
