@@ -280,9 +280,9 @@ def estimate(overrides: Overrides = None, config: Source = None, as_json: Json =
 
     resolved = compose(config, overrides or [])
     from zoft import estimate as estimates
-    from zoft import tracking
+    from zoft import run, tracking
 
-    found = estimates.estimate(resolved)
+    found = estimates.estimate(run.within(resolved))
     typer.echo(json.dumps(tracking.finite(found)) if as_json else estimates.text(found))
 
 

@@ -84,8 +84,11 @@ def within(config: Config) -> Config:
         )
     if steps < config.steps:
         print(f"max_forwards={config.max_forwards}: {steps} steps of {each} forwards", file=sys.stderr)
-    if config.warmup > steps:
-        raise UserError(f"warmup={config.warmup:g}: more than the {steps} steps that max_forwards allows")
+    for name in ("warmup", "snapshot_every"):
+        if getattr(config, name) > steps:
+            raise UserError(
+                f"{name}={getattr(config, name):g}: more than the {steps} steps that max_forwards allows"
+            )
     return dataclasses.replace(config, steps=steps)
 
 
