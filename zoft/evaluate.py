@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from zoft.encode import Example
+from zoft.metrics import auc, macro_f1
 from zoft.objective import collate, losses, scores
 
 TOKENS = 8192  # a batch's rows × width at most
@@ -60,30 +61,6 @@ def evaluate(
     result["loss"] = float(-logp[np.arange(len(gold)), gold].mean())
     result["n"] = len(examples)
     return result
-
-
-def macro_f1(gold: np.ndarray, predicted: np.ndarray) -> float:
-    """Mean over labels of 2·TP / (2·TP + FP + FN), over the labels that occur in either.
-
-    gold, predicted: int [n].
-    """
-    labels = np.union1d(gold, predicted)
-    hits = [np.sum((gold == label) & (predicted == label)) for label in labels]
-    sizes = [np.sum(gold == label) + np.sum(predicted == label) for label in labels]
-    return float(np.mean([2 * h / s for h, s in zip(hits, sizes)]))
-
-
-def auc(positive: np.ndarray, score: np.ndarray) -> float:
-    """Area under the ROC curve: P(score of a positive > score of a negative), ties counted half.
-
-    positive: bool [n], holding both. score: [n]; a NaN ranks lowest.
-    Source: the Mann-Whitney statistic, from mid-ranks.
-    """
-    _, which, counts = np.unique(np.nan_to_num(score, nan=-np.inf), return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    rank = (last - (counts - 1) / 2)[which]  # [n], from 1, ties share their mean
-    p = int(positive.sum())
-    return float((rank[positive].sum() - p * (p + 1) / 2) / (p * (len(score) - p)))
 
 
 def spread(examples: Sequence[Example], n: int) -> list[Example]:
