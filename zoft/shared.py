@@ -89,7 +89,9 @@ def totals(
     seen = torch.ones(len(cuts), length, dtype=torch.int64)  # [E, L] mask of what the cache has
     if length:
         cache.batch_select_indices(torch.zeros(len(cuts), dtype=torch.int64, device=device))
-    single = examples[0].single and all(e.single and e.completions == examples[0].completions for e in examples)
+    single = examples[0].single and all(
+        e.single and e.completions == examples[0].completions for e in examples
+    )
     rest = [c.head[length:] for c in cuts]
     if single and length:  # the prompt's last token with the rest of it: nothing comes after
         rest, tails = [()] * len(cuts), [[r + c.tails[0]] for r, c in zip(rest, cuts)]
@@ -157,7 +159,7 @@ def fault(
         return str(error) if isinstance(error, Unusable) else f"{type(error).__name__}: {str(error)[:100]}"
     want = _mean(*plain(some))
     same = got.isfinite() == want.isfinite()
-    worst = float(((got - want).abs() / (1 + want.abs()))[got.isfinite() & same].max().nan_to_num(9))
+    worst = max([0.0, *((got - want).abs() / (1 + want.abs()))[got.isfinite() & same].tolist()])
     weights = {p.dtype for p in model.parameters() if p.is_floating_point()}
     tolerance = 1e-4 if weights <= {torch.float32, torch.float64} else 0.02
     return "" if bool(same.all()) and worst <= tolerance else f"scores differ by {worst:.2g}"
