@@ -53,7 +53,7 @@ def key(default: Any, doc: str, **limits: Any) -> Any:
 class Task:
     """Where examples come from and how each becomes a prompt and what is scored after it."""
 
-    name: str = key("", "a task of configs/task: reviews, trec, or local (your own data)")
+    name: str = key("", "a task of configs/task: sst2, squad, …, reviews, or local (your own data)")
     train: str | None = key(
         None, "training data: a .jsonl, .csv, .tsv, .json or .parquet file, or a Hub data set id[:split]"
     )
@@ -73,6 +73,22 @@ class Task:
     target: str | None = key(
         None, "template of the text to learn, where labels do not fit (LM loss)", template=True
     )
+    num_train: int | None = key(
+        None, "train on so many rows, the first of a permutation by data_seed; null takes all", least=1
+    )
+    num_dev: int | None = key(
+        None, "rows after them in that permutation, kept aside as the dev set; null has none", least=1
+    )
+    num_eval: int | None = key(
+        None, "evaluate on so many rows, the first of a permutation by data_seed; null takes all", least=1
+    )
+    k_shot: int | None = key(
+        None, "train on so many rows of each class, with as many more as the dev set", least=1
+    )
+    data_seed: int = key(
+        0, "of those permutations (the papers: 0; k_shot: 13, 21, 42, 87, 100)", least=0, below=1 << 32
+    )
+    balanced: bool = key(False, "as many rows of each class in num_train and num_dev")
 
 
 @dataclass
@@ -226,7 +242,7 @@ def filled(tree: dict[str, Any]) -> dict[str, Any]:
 FREE = ("model", "output_dir", "device", "threads", "probes_per_forward", "cache_frozen", "eval_every", "eval_limit",
         "max_skipped", "on_divergence", "sync", "snapshot_every", "keep_last", "keep_best", "best_by", "save_model",
         "save_dequantised", "save_dtype", "track",
-        "trust_remote_code", "task.train", "task.eval")  # fmt: skip
+        "trust_remote_code", "task.train", "task.eval", "task.num_eval")  # fmt: skip
 
 
 def digests(config: Config) -> dict[str, str]:

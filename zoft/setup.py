@@ -135,6 +135,11 @@ def examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[list[Examp
     )
 
 
+def dev_examples(config: Config, tokenizer: Any, data: TaskData) -> list[Example] | None:
+    """The rows that a model is chosen by, as token ids; None where task.num_dev and task.k_shot ask for none."""
+    return None if data.dev is None else encode(data.dev, tokenizer, data, config.max_length)
+
+
 def dtypes(config: Config, loaded: nn.Module, names: Sequence[str]) -> Config:
     """Resolve storage and compute."""
     kind = config.device.partition(":")[0]
@@ -459,7 +464,8 @@ def data_digest(train: Sequence[Example]) -> str:
     """A hash of the training examples' tokens, in their order."""
     h = hashlib.blake2b(digest_size=16)
     for e in train:
-        h.update(json.dumps([e.contexts, e.completions, e.gold]).encode())
+        rest = [e.after] if e.masked else []
+        h.update(json.dumps([e.contexts, e.completions, e.gold, *rest]).encode())
     return f"blake2b:{h.hexdigest()}"
 
 
