@@ -157,11 +157,32 @@ def train(
         from zoft import processes
 
         run.first_look(resolved, resume, dry_run)
-        given = [*(overrides or []), *(["--config", config] if config else []), *(["--resume", resume] if resume else [])]
-        raise typer.Exit(processes.start(nproc, ["train", *given], str(resume or resolved.output_dir)))
+        given = [
+            *(overrides or []),
+            *(["--config", config] if config else []),
+            *(["--resume", resume] if resume else []),
+        ]
+        begin = processes.start_elastic if resolved.elastic else processes.start
+        raise typer.Exit(begin(nproc, ["train", *given], str(resume or resolved.output_dir)))
     result = run.train(resolved, resume=resume, dry_run=dry_run)
     if int(os.environ.get("RANK", "0")) == 0:
         typer.echo(run.plan_text(result) if dry_run else run.summary(result))
+
+
+@app.command(cls=_Verb)
+def join(
+    place: Annotated[str, typer.Argument(metavar="RUN|HOST:PORT")],
+    secret: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A copy of the run's join.json, for HOST:PORT.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the run's model.")
+    ] = False,
+) -> None:
+    """Work for a run with elastic=true, from now until it ends: zoft join runs/mine."""
+    from zoft import elastic
+
+    typer.echo(elastic.work(place, secret, trust_remote_code))
 
 
 @app.command("eval", cls=_Verb, context_settings=_LOOSE)

@@ -58,6 +58,15 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
         print(f"{resume}: this run is finished; its result follows", file=sys.stderr)
         return found
     folder = str(resume or config.output_dir)
+    if config.elastic:
+        from zoft import elastic
+
+        elastic.refuse(config)
+        config = dataclasses.replace(
+            config, probes_per_forward=1
+        )  # a pair of a probe and a batch is a forward
+    elif config.listen != "127.0.0.1:0":
+        raise UserError(f"listen={config.listen}: is for elastic=true; leave it out")
     if int(os.environ.get("RANK", "0")) == 0:  # of several processes, the one that writes
         first_look(config, resume, dry_run)
     # A signal that comes while things load says "resume me", too.
@@ -385,7 +394,9 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
         if trainer.settings.probes_per_forward != s.config.probes_per_forward:  # a batch could not be stacked
             s.config = dataclasses.replace(s.config, probes_per_forward=trainer.settings.probes_per_forward)
             if world.rank == 0:
-                write(s.folder / "config.yaml", compose.to_yaml(s.config))  # on resume, too, for the same bits
+                write(
+                    s.folder / "config.yaml", compose.to_yaml(s.config)
+                )  # on resume, too, for the same bits
         if world.size == 1:  # else all stop after the same step, by trainer.halted
             s.stop.check()
 

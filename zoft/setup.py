@@ -356,6 +356,12 @@ def trainer(
     """The trainer of a run: on a GPU, one whose steps are captured."""
     for line in guards.at_start(config, made.trained) if ledger.last_step < 0 else ():
         say(line)
+    if config.elastic:
+        from zoft.elastic import ElasticTrainer
+
+        found = ElasticTrainer(loaded, made, batches(config, train), ledger, settings(config))
+        found.open(config)
+        return found
     at = batches(config, train)
     if not config.device.startswith("cuda") or config.storage == "fp64":
         return Trainer(loaded, made, at, ledger, settings(config))
