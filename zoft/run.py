@@ -190,6 +190,7 @@ def evaluate(config: Config, folder: str | Path | None = None) -> dict[str, Any]
         if adapter is not None:
             model = adapters.load(model, adapter)
         train, held_out = setup.examples(config, tokenizer, data)
+        models.refuse_other_kind(config.model, model, held_out[0].masked)
         return evaluation.evaluate(model, held_out, train)
 
 
