@@ -14,7 +14,7 @@ import transformers as hf
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from typer.testing import CliRunner
 
-from zoft import objective, setup, tasks
+from zoft import evaluate, objective, setup, tasks
 from zoft.cli import app
 from zoft.compose import compose, names
 from zoft.encode import encode, show
@@ -202,6 +202,26 @@ def test_candidates_that_a_row_brings_are_ranked_whatever_their_number(smollm):
                 np.mean([table[t - 1, ids[t]] for t in range(len(ids) - n, len(ids))])
             )
         assert (row[len(golden["candidates"]) :] == -np.inf).all()
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_what_is_learned_as_text_is_judged_by_candidates(name, smollm):
+    data = tasks.load(settings(name))
+    model = llama(len(smollm))
+    examples = encode(data.eval, smollm, data, 2048)
+    found = evaluate.evaluate(model, examples, encode(data.train, smollm, data, 2048))
+    hits, total, tokens = [], 0.0, 0
+    for golden in GOLDEN[name]:
+        means = []
+        for text, n in zip(golden["candidates"], golden["tokens"]):
+            ids = smollm(golden["prompt"] + text)["input_ids"]
+            table = log_probs(model, ids)
+            means.append(np.mean([table[t - 1, ids[t]] for t in range(len(ids) - n, len(ids))]))
+        hits.append(int(np.argmax(means)) in golden["golds"])
+        total -= means[golden["gold"]] * golden["tokens"][golden["gold"]]
+        tokens += golden["tokens"][golden["gold"]]
+    assert set(found) == {"accuracy", "loss", "n"}
+    assert found["accuracy"] == np.mean(hits) and found["loss"] == pytest.approx(total / tokens, rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)
