@@ -157,7 +157,11 @@ def train(
         from zoft import processes
 
         run.first_look(resolved, resume, dry_run)
-        given = [*(overrides or []), *(["--config", config] if config else []), *(["--resume", resume] if resume else [])]
+        given = [
+            *(overrides or []),
+            *(["--config", config] if config else []),
+            *(["--resume", resume] if resume else []),
+        ]
         raise typer.Exit(processes.start(nproc, ["train", *given], str(resume or resolved.output_dir)))
     result = run.train(resolved, resume=resume, dry_run=dry_run)
     if int(os.environ.get("RANK", "0")) == 0:

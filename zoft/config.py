@@ -158,9 +158,7 @@ class Config:
     )
     q: int = key(1, "directions a step, each probed at + and −", least=1, most=1 << 16)
     steps: int = key(1000, "updates in all", least=1, below=1 << 32)
-    batch_size: int = key(
-        16, "examples a batch, those of all processes together", least=1, most=1 << 20
-    )
+    batch_size: int = key(16, "examples a batch, those of all processes together", least=1, most=1 << 20)
     accumulate: int = key(1, "batches a step, under one set of directions", least=1, most=1 << 20)
     seed: int = key(0, "of noise and data order", least=0, below=1 << 64)
     eval_every: int = key(0, "steps between evaluations; 0 evaluates before and after only", least=0)
@@ -204,7 +202,9 @@ class Config:
         one_of=("auto", "data", "probes", "2d"),
     )
     check_every: int = key(
-        100, "steps between comparisons of the weights of several processes, by a checksum; 0 compares at both ends", least=0
+        100,
+        "steps between comparisons of the weights of several processes, by a checksum; 0 compares at both ends",
+        least=0,
     )
     max_skipped: int = key(
         20, "steps in a row whose loss is not finite, each of them skipped, that stop the run", least=1

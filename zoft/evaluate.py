@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -79,6 +79,7 @@ def evaluate(
     of always answering the training set's commonest label. Where examples have different numbers of candidates, or
     several right ones, only accuracy, loss, n.
     lm: {loss (a token), perplexity, tokens, n}; with answers and `write`, {exact_match, f1} of what it writes, first.
+    Where an example of lm has several candidates: {accuracy, loss (a token of the gold one), n}.
 
     examples, train: as encode() gives them. context(rows): entered around each forward. Evaluation is
     deterministic: batches are made by length, and no random number is drawn.
@@ -100,6 +101,12 @@ def judge(
     assert examples, "nothing to evaluate"
     gold = np.array([e.gold for e in examples])  # [n]
     golds = [tuple(getattr(e, "golds", ())) or (e.gold,) for e in examples]
+    if (
+        examples[0].objective == "lm" and len(examples[0].completions) > 1
+    ):  # learned as text, judged by candidates
+        total, count = totals(model, [replace(e, objective="choice") for e in examples], context)
+        own = np.arange(len(gold)), gold
+        return Judged(gold, golds, scores=total / count.clip(1), sums=-total[own], counts=count[own])
     if examples[0].objective == "lm":
         sums, counts = _run(model, examples, losses, context)
         found = Judged(gold, golds, sums=sums.numpy(), counts=counts.numpy())
@@ -138,7 +145,10 @@ def figures(j: Judged, pick: np.ndarray | None = None) -> dict[str, Any]:
             result["auc"] = auc(gold == 1, logp[:, 1] - logp[:, 0])
         result["calibrated_accuracy"] = float(((logp - j.bias).argmax(1) == gold).mean())
         result["majority"] = float((gold == j.majority).mean())
-    result["loss"] = float(-logp[np.arange(len(gold)), gold].mean())
+    if j.sums is not None and j.counts is not None:  # what is learned is the gold candidate's text
+        result["loss"] = float(j.sums[at].sum() / j.counts[at].sum())
+    else:
+        result["loss"] = float(-logp[np.arange(len(gold)), gold].mean())
     result["n"] = len(at)
     return result
 

@@ -46,7 +46,9 @@ def start(count: int, args: Sequence[str], folder: str) -> int:
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, forward)
-    failed: int | None = None  # the first that ended otherwise than well; of several at a time, one that was killed
+    failed: int | None = (
+        None  # the first that ended otherwise than well; of several at a time, one that was killed
+    )
     running = True
     while running:
         time.sleep(0.02)

@@ -204,6 +204,7 @@ def evaluate(config: Config, folder: str | Path | None = None) -> dict[str, Any]
         if adapter is not None:
             model = adapters.load(model, adapter)
         train, held_out = setup.examples(config, tokenizer, data)
+        models.refuse_other_kind(config.model, model, held_out[0].masked)
         return evaluation.evaluate(model, held_out, train)
 
 
@@ -385,7 +386,9 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
         if trainer.settings.probes_per_forward != s.config.probes_per_forward:  # a batch could not be stacked
             s.config = dataclasses.replace(s.config, probes_per_forward=trainer.settings.probes_per_forward)
             if world.rank == 0:
-                write(s.folder / "config.yaml", compose.to_yaml(s.config))  # on resume, too, for the same bits
+                write(
+                    s.folder / "config.yaml", compose.to_yaml(s.config)
+                )  # on resume, too, for the same bits
         if world.size == 1:  # else all stop after the same step, by trainer.halted
             s.stop.check()
 
