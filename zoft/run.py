@@ -42,6 +42,7 @@ OURS = (
 DIFFERS = {
     "base": "starts from other weights ({found}) than this model has ({value})",
     "data": "was begun on other training data: put back what was changed there",
+    "rows": "was begun on rows with other columns or answers: put back what was changed there",
     "noise_version": "has noise of version {found}, this zoft makes version {value}: use the zoft that wrote it",
     "adapter": "starts from an adapter ({found}) that is not made here ({value}): put back start.safetensors",
 }
@@ -55,6 +56,7 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
     from zoft import models, tasks
 
     tracking.require(config.track)
+    rewarded(config, resume)
     if resume and (Path(resume) / "result.json").exists():
         found = outcome(Path(resume))
         print(f"{resume}: this run is finished; its result follows", file=sys.stderr)
@@ -70,6 +72,18 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
     # A signal that comes while things load says "resume me", too.
     with listening(str(resume or config.output_dir)), guards.memory(config):
         return recipe(config.recipe).run(within(absolute(config)), resume=resume, dry_run=dry_run)
+
+
+def rewarded(config: Config, resume: str | Path | None) -> None:
+    """Refuse to train on a reward that is not named on the command line, or not there."""
+    if config.objective == "reward" and config.reward is None:
+        if resume:
+            raise compose.again(resume)
+        raise UserError("objective=reward: name the function: --reward my_reward.py:score")
+    if config.reward is not None:
+        from zoft import reward as rewards
+
+        rewards.look(config.reward)
 
 
 def within(config: Config) -> Config:
@@ -258,7 +272,11 @@ def absolute(config: Config) -> Config:
 
     task = dataclasses.replace(config.task, train=fixed(config.task.train), eval=fixed(config.task.eval))
     model = config.model if config.model in PACKAGED else str(fixed(config.model))
-    return dataclasses.replace(config, model=model, task=task)
+    reward = config.reward
+    if reward is not None:
+        place, _, function = reward.rpartition(":")
+        reward = f"{fixed(place)}:{function}"
+    return dataclasses.replace(config, model=model, task=task, reward=reward)
 
 
 @dataclass
@@ -314,7 +332,7 @@ def steps_of(ledger: Ledger, config: Config) -> list[dict[str, Any]]:
 def agree(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
     """Refuse to continue or replay a ledger on anything but what it was written on."""
     for name, value in wanted.items():
-        if name in ("zoft", "plan") or name not in found or found[name] == value:
+        if name in ("zoft", "plan", "reward") or name not in found or found[name] == value:
             continue
         other = DIFFERS.get(name, f"was written with {name}={found[name]}, not {value}")
         if name == "config":

@@ -20,7 +20,7 @@ class TaskData:
     """What a run trains on and is judged by.
 
     train, eval: rows {prompt: str, candidates: [str], gold: int, where: str, key: int}; key is a 64-bit hash
-    of the columns the prompt reads. objective: "choice" (candidates compete) | "lm" (one candidate: the text to
+    of the columns the prompt reads; columns: the row as it was read. objective: "choice" (candidates compete) | "lm" (one candidate: the text to
     learn). label: its column. choices: label -> candidate text, in the order of the candidates; empty for lm.
     notes: lines on where the rows came from and how they were split, for a person.
     """
@@ -191,6 +191,7 @@ def _render(where: str, row: dict, prompt: list, target: list | None, settings: 
         "where": where,
         "key": int.from_bytes(digest, "big"),
         "words": sum(len(c.split()) for c in content),
+        "columns": row,
     }
 
 
