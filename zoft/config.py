@@ -506,7 +506,13 @@ def describe_keys() -> str:
         elif f.default is dataclasses.MISSING:
             default = "{}"
         else:
-            default = "(choose)" if f.default == "" else "null" if f.default is None else str(f.default)
+            default = (
+                "(choose)"
+                if f.default == ""
+                else "null"
+                if f.default is None
+                else str(f.default).replace("\n", "\\n")
+            )
         if name != "task":
             kind = str(f.type).replace("dict[Any, str]", "map").replace(" | None", "").replace(" | str", "")
         else:
