@@ -23,7 +23,7 @@ from zoft.compose import load_run, names
 ROOT = Path(__file__).resolve().parent.parent
 # A user's scripts depend on these: a change here is a change of the interface.
 SURFACE = {
-    "train": ["--config", "--dry-run", "--help", "--resume", "-c", "overrides"],
+    "train": ["--config", "--dry-run", "--help", "--resume", "--reward", "-c", "overrides"],
     "eval": ["--config", "--help", "--json", "-c", "args"],
     "replay": ["--denoise", "--device", "--help", "--out", "--step", "--storage", "folder"],
     "ledger": ["--help", "--json", "--plot", "--verify", "folder"],

@@ -139,17 +139,22 @@ def train(
     nproc: Annotated[
         int, typer.Option(metavar="N", min=1, help="Processes that share each step (a GPU each, if any).")
     ] = 1,
+    reward: Annotated[
+        str | None, typer.Option(metavar="FILE.py:FUNCTION", help="Maximise a reward of your own; runs FILE.")
+    ] = None,
 ) -> None:
     """Fine-tune a model: zoft train --config mezo/reviews lr=1e-5."""
     from zoft import run
     from zoft.compose import compose, load_run
 
+    overrides = [*(overrides or []), *([f"reward={reward}"] if reward else [])]
     if resume is None:
         resolved = compose(config, overrides or [])
     elif config:
         raise UserError(f"--config {config}: a resumed run keeps its own config; leave --config out")
     else:
-        others = [text for text in overrides or [] if text != "trust_remote_code=true"]
+        mine = ("trust_remote_code=true", f"reward={reward}")  # what runs code is said again
+        others = [text for text in overrides or [] if text not in mine]
         if others:
             raise UserError(f"{others[0]}: a resumed run keeps its own config; leave {', '.join(others)} out")
         resolved = load_run(resume, overrides or [])

@@ -51,6 +51,10 @@ def compose(config: str | None, overrides: Sequence[str] = ()) -> Config:
         tree["task"] = _group("task", tree["task"], folder)["task"]
     if tree.get("trust_remote_code"):
         raise UserError("trust_remote_code: not from a file; put trust_remote_code=true on the command line")
+    if tree.get("reward"):
+        raise UserError(
+            f"reward: not from a file, for it runs code; put --reward {tree['reward']} on the command line"
+        )
     _assign(tree, assigned, folder)
     made = strict(tree, default_output=Path(str(config)).stem if _is_file(config) else (config or "run"))
     if tree.get("output_dir") is not None and "output_dir" not in dict(assigned):
@@ -101,8 +105,15 @@ def load_run(run: str | Path, overrides: Sequence[str] = ()) -> Config:
     tree = yaml_tree(path)
     if tree.pop("trust_remote_code", False) and ("trust_remote_code", True) not in assigned:
         raise UserError(f"{run}: its model brings code; put trust_remote_code=true on the command line again")
+    tree.pop("reward", None)  # it runs code; who trains on names it again (`again`)
     _assign(tree, assigned, None)
     return strict(tree)
+
+
+def again(run: str | Path) -> UserError:
+    """What a run says whose reward was not named on the command line."""
+    named = yaml_tree(Path(run) / "config.yaml").get("reward")
+    return UserError(f"{run}: its reward runs code; name it again, --reward {named}")
 
 
 def to_yaml(config: Config) -> str:
