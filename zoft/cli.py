@@ -174,18 +174,52 @@ def train(
 
 
 @app.command("eval", cls=_Verb, context_settings=_LOOSE)
-def evaluate(args: Args = None, config: Source = None, as_json: Json = False) -> None:
-    """Evaluate a run's saved model, or any model: zoft eval runs/mine; zoft eval --config mezo/reviews."""
-    from zoft import run
-    from zoft.compose import compose, load_run
+def evaluate(
+    args: Args = None,
+    config: Source = None,
+    as_json: Json = False,
+    examples: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.jsonl", help="Write a line an example: scores, prediction, right."),
+    ] = None,
+    resamples: Annotated[
+        int, typer.Option(min=0, help="Of the bootstrap that gives 95 % intervals; 0 gives none.")
+    ] = 1000,
+) -> None:
+    """Evaluate a run's model, any model or an adapter: zoft eval runs/mine; zoft eval DIR --config mezo/reviews."""
+    from zoft import eval_run
 
     folders = [a for a in args or [] if "=" not in a and not a.startswith("-")]
     overrides = [a for a in args or [] if a not in folders]
-    if bool(folders) == bool(config) or len(folders) > 1:
-        raise UserError("eval: give one run's folder, or --config NAME|FILE")
-    resolved = compose(config, overrides) if config else load_run(folders[0], overrides)
-    metrics = run.evaluate(resolved, folders[0] if folders else None)
-    typer.echo(json.dumps(metrics) if as_json else run.table({"": metrics}))
+    if len(folders) > 1:
+        raise UserError(f"eval: {eval_run.GIVE}")
+    resolved, adapter = eval_run.source(folders[0] if folders else None, config, overrides)
+    found = eval_run.judge(resolved, adapter, resamples=resamples, out=examples)
+    typer.echo(json.dumps(found) if as_json else eval_run.text(found))
+
+
+@app.command(cls=_Verb, context_settings=_LOOSE)
+def baseline(
+    overrides: Overrides = None,
+    config: Source = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            "-m",
+            help="zero-shot, icl, calibrated, sfc, linear-probe, first-order, first-order-lora.",
+        ),
+    ] = "zero-shot",
+    demos: Annotated[int | None, typer.Option(min=1, help="Demonstrations of icl; default: 32.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Of first-order; default: 3.")] = None,
+) -> None:
+    """What a model scores without zeroth-order training: zoft baseline --config mezo/reviews --method icl."""
+    from zoft import baseline as baselines
+
+    if epochs is not None and not epochs > 0:
+        raise UserError(f"--epochs {epochs:g}: must be > 0")
+    resolved, ask = baselines.settings(config, overrides or [], method, demos, epochs)
+    typer.echo(baselines.text(baselines.run(resolved, ask)))
 
 
 @app.command(cls=_Verb)
