@@ -260,7 +260,9 @@ class ElasticTrainer(Trainer):
         """Send the workers home."""
         self._tell("bye", why=why)
         self.server.close()
-        deadline = time.monotonic() + 5.0  # a connection that is torn down may take with it what was not read yet
+        deadline = (
+            time.monotonic() + 5.0
+        )  # a connection that is torn down may take with it what was not read yet
         while self.workers and time.monotonic() < deadline:
             try:
                 worker, facts, _ = self.events.get(timeout=0.2)
