@@ -533,6 +533,49 @@ def test_a_masked_model_trains_is_saved_and_judged_again(tmp_path, kind):
     assert code == 0, said
 
 
+def test_lora_beside_a_masked_model(tmp_path):
+    tokenizer = bpe()
+    model = folder(tmp_path / "m", roberta(len(tokenizer)), tokenizer)
+    place = DATA / "trec-mlm.jsonl"
+    words = ["--config", "mezo/reviews", model, "task=trec-mlm", f"task.train={place}", f"task.eval={place}"]
+    words += [
+        "task.k_shot=1",
+        "recipe=lora_zo",
+        "steps=3",
+        "batch_size=2",
+        "eval_every=0",
+        "max_length=96",
+        "threads=1",
+    ]
+    result = CliRunner().invoke(app, ["train", *words, "train=lora", f"output_dir={tmp_path / 'run'}"])
+    assert result.exit_code == 0, result.stderr
+    done = json.loads((tmp_path / "run" / "result.json").read_text())
+    code, said = zoft("eval", str(tmp_path / "run"), "--json")
+    assert code == 0 and json.JSONDecoder().raw_decode(said[said.index("{") :])[0]["loss"] == pytest.approx(
+        done["after"]["loss"], rel=1e-5
+    )
+    result = CliRunner().invoke(app, ["train", *words, "train=prompt", f"output_dir={tmp_path / 'other'}"])
+    assert result.exit_code == 2 and "use train=lora" in result.stderr
+
+
+def test_a_task_of_candidates_trains(tmp_path):
+    tokenizer = wordpiece()
+    config = hf.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    model = folder(tmp_path / "d", tiny.build(hf.LlamaForCausalLM, config), tokenizer)
+    place = DATA / "record.jsonl"
+    data = ["task=record", f"task.train={place}", f"task.eval={place}", *WHOLE[1:], "task.num_train=2"]
+    code, said = zoft("train", "--config", "mezo/reviews", model, *data, f"output_dir={tmp_path / 'run'}")
+    assert code == 0, said
+    after = json.loads((tmp_path / "run" / "result.json").read_text())["after"]
+    assert set(after) == {"accuracy", "loss", "n"} and after["n"] == 3
+
+
 def test_a_model_of_the_other_kind_is_refused(tmp_path):
     tokenizer = wordpiece()
     model = folder(tmp_path / "m", bert(len(tokenizer)), tokenizer)
