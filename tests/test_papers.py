@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import transformers as hf
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from typer.testing import CliRunner
 
-from zoft import evaluate, objective, setup, tasks
+from zoft import evaluate, goal, objective, setup, tasks
 from zoft.cli import app
 from zoft.compose import compose, names
 from zoft.encode import encode, show
@@ -220,7 +221,7 @@ def test_what_is_learned_as_text_is_judged_by_candidates(name, smollm):
         hits.append(int(np.argmax(means)) in golden["golds"])
         total -= means[golden["gold"]] * golden["tokens"][golden["gold"]]
         tokens += golden["tokens"][golden["gold"]]
-    assert set(found) == {"accuracy", "loss", "n"}
+    assert set(found) == {"accuracy", "loss", "perplexity", "tokens", "n"} and found["tokens"] == tokens
     assert found["accuracy"] == np.mean(hits) and found["loss"] == pytest.approx(total / tokens, rel=1e-9)
 
 
@@ -573,7 +574,28 @@ def test_a_task_of_candidates_trains(tmp_path):
     code, said = zoft("train", "--config", "mezo/reviews", model, *data, f"output_dir={tmp_path / 'run'}")
     assert code == 0, said
     after = json.loads((tmp_path / "run" / "result.json").read_text())["after"]
-    assert set(after) == {"accuracy", "loss", "n"} and after["n"] == 3
+    assert set(after) == {"accuracy", "loss", "perplexity", "tokens", "n"} and after["n"] == 3
+
+
+def test_objectives_that_rows_with_candidates_of_their_own_may_have(smollm):
+    data = tasks.load(settings("record"))
+    config = compose("mezo/reviews", ["task=record"])
+    examples = encode(data.train, smollm, data, 2048)
+    model = llama(len(smollm))
+    table = evaluate.scores(model, [replace(e, objective="choice") for e in examples])
+    for name in ("choice", "accuracy"):
+        assert goal.resolve(replace(config, objective=name), data).objective == name
+        aim = goal.Goal(name) if name == "choice" else goal.Goal(name, goal.accuracy)
+        sums, _ = aim.forward(model, objective.collate(aim.examples(examples)))
+        hits = [int(row.argmax() == g["gold"]) for row, g in zip(table, GOLDEN["record"])]
+        slow = [np.log(np.exp(row).sum()) - row[g["gold"]] for row, g in zip(table, GOLDEN["record"])]
+        np.testing.assert_allclose(sums.numpy(), slow if name == "choice" else -np.array(hits), rtol=1e-9)
+    with pytest.raises(UserError, match="no candidates"):
+        goal.resolve(replace(config, objective="macro_f1"), data)
+    with pytest.raises(UserError, match="no candidates"):
+        goal.resolve(replace(config, objective="choice"), tasks.load(settings("squad")))
+    with pytest.raises(UserError, match="objective=f1: a masked language model writes no text"):
+        goal.resolve(replace(config, objective="f1"), tasks.load(settings("sst2-mlm")))
 
 
 def test_a_model_of_the_other_kind_is_refused(tmp_path):
