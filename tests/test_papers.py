@@ -205,6 +205,18 @@ def test_candidates_that_a_row_brings_are_ranked_whatever_their_number(smollm):
         assert (row[len(golden["candidates"]) :] == -np.inf).all()
 
 
+def test_prompts_that_ask_about_nothing():
+    wanted = dict.fromkeys(CHOICE, "") | {"sst2": " It was", "record": "-"}
+    for name, text in wanted.items():
+        assert {row["null"] for row in tasks.load(settings(name)).eval} == {text}, name
+    assert [row["null"] for row in tasks.load(settings("copa")).eval] == ["so", "because", "so"]
+    assert "null" not in tasks.load(settings("squad")).eval[0]
+    with pytest.raises(
+        UserError, match=r"rte.jsonl:1: task.null_prompt: \{sentence\} is no column of it \(premise"
+    ):
+        tasks.load(settings("rte", "task.null_prompt={sentence}"))
+
+
 @pytest.mark.parametrize("name", RANKED)
 def test_what_is_learned_as_text_is_judged_by_candidates(name, smollm):
     data = tasks.load(settings(name))
