@@ -50,6 +50,11 @@ def place(tmp_path_factory):
     ]
     (folder / "my.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     shutil.copytree(ROOT / "scripts", folder / "scripts")
+    for task in ("squad", "copa"):  # data sets of the Hub's schema
+        (folder / task).mkdir()
+        rows_of = (ROOT / "tests" / "data" / "tasks" / f"{task}.jsonl").read_text(encoding="utf-8")
+        for split in ("train", "validation"):
+            (folder / task / f"{split}.jsonl").write_text(rows_of * 300, encoding="utf-8")
     return folder
 
 

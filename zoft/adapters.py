@@ -86,8 +86,9 @@ def _lora(model: nn.Module, config: Config) -> Any:
             targets = _names(model, targets, tuple(f"{prefix}.{i}." for i in last))
         else:
             layers = {"layers_to_transform": list(last), "layers_pattern": prefix.rpartition(".")[2]}
+    kind = None if models.is_masked(model) else "CAUSAL_LM"  # peft has none for masked models
     settings = LoraConfig(
-        task_type="CAUSAL_LM", r=config.lora_rank or 8, lora_alpha=config.lora_alpha or 16, lora_dropout=0.0,
+        task_type=kind, r=config.lora_rank or 8, lora_alpha=config.lora_alpha or 16, lora_dropout=0.0,
         target_modules=targets, fan_in_fan_out=False, **layers,
     )  # fmt: skip
     try:
@@ -163,6 +164,8 @@ def _prefix(model: Any, config: Config) -> Any:
 def _prompt(model: Any, config: Config) -> Any:
     from peft import PromptTuningConfig, get_peft_model
 
+    if models.is_masked(model):
+        raise UserError("train=prompt: peft puts no prompt before a masked language model; use train=lora")
     n, table, shape = (
         config.virtual_tokens or 10,
         model.get_input_embeddings(),

@@ -78,7 +78,7 @@ class Task:
     )
     null_prompt: str | None = key(
         None,
-        "the prompt without its columns, for `zoft baseline --method sfc`; null: the template, columns empty",
+        "the prompt without what it asks about, for `zoft baseline --method sfc`; null: the template, columns empty",
         template=True,
     )
     num_train: int | None = key(

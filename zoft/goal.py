@@ -51,9 +51,14 @@ class Goal:
     texts: Texts | None = None
 
     def examples(self, train: Sequence[Example]) -> list[Example]:
-        """The examples as training scores them: of `lm` on a task of candidates, the gold one's tokens alone."""
+        """The examples as training scores them: of `lm` on a task of candidates, the gold one's tokens alone.
+
+        Of choice or accuracy on a task that learns text: the candidates that each row brings (COPA, ReCoRD).
+        """
         if self.name == "lm" and train[0].objective == "choice":
             return [replace(e, objective="lm", single=False) for e in train]
+        if self.name in ("choice", "accuracy") and train[0].objective == "lm":
+            return [replace(e, objective="choice") for e in train]
         return list(train)
 
     def header(self) -> dict[str, Any]:
@@ -78,12 +83,15 @@ class Goal:
 def resolve(config: Config, data: TaskData) -> Config:
     """The config with its objective named. Raises UserError for one that this task's rows cannot have."""
     name = data.objective if config.objective == "auto" else config.objective
-    if name in ("choice", "accuracy", "macro_f1") and data.objective != "choice":
+    own = name != "macro_f1" and max(len(r["candidates"]) for r in data.train) > 1  # each row brings its own
+    if name in ("choice", "accuracy", "macro_f1") and data.objective != "choice" and not own:
         raise UserError(
             f"objective={name}: task={config.task.name} has text to learn, and no candidates; use lm, f1 or exact_match"
         )
     if name == "macro_f1" and len({len(r["candidates"]) for r in [*data.train, *data.eval]}) > 1:
         raise UserError("objective=macro_f1: rows differ in their number of candidates; use accuracy")
+    if name in GENERATED and "after" in data.train[0]:
+        raise UserError(f"objective={name}: a masked language model writes no text; use choice or accuracy")
     if name in GENERATED:
         config = replace(config, probes_per_forward=1, cache_frozen=False)
     return replace(config, objective=name)
