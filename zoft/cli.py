@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -138,6 +139,9 @@ def train(
     reward: Annotated[
         str | None, typer.Option(metavar="FILE.py:FUNCTION", help="Maximise a reward of your own; runs FILE.")
     ] = None,
+    nproc: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Processes that share each step (a GPU each, if any).")
+    ] = 1,
 ) -> None:
     """Fine-tune a model: zoft train --config mezo/reviews lr=1e-5."""
     from zoft import run
@@ -154,8 +158,15 @@ def train(
         if others:
             raise UserError(f"{others[0]}: a resumed run keeps its own config; leave {', '.join(others)} out")
         resolved = load_run(resume, overrides or [])
+    if nproc > 1 and not dry_run:
+        from zoft import processes
+
+        run.first_look(resolved, resume, dry_run)
+        given = [*(overrides or []), *(["--config", config] if config else []), *(["--resume", resume] if resume else [])]
+        raise typer.Exit(processes.start(nproc, ["train", *given], str(resume or resolved.output_dir)))
     result = run.train(resolved, resume=resume, dry_run=dry_run)
-    typer.echo(run.plan_text(result) if dry_run else run.summary(result))
+    if int(os.environ.get("RANK", "0")) == 0:
+        typer.echo(run.plan_text(result) if dry_run else run.summary(result))
 
 
 @app.command("eval", cls=_Verb, context_settings=_LOOSE)
@@ -285,9 +296,9 @@ def estimate(overrides: Overrides = None, config: Source = None, as_json: Json =
 
     resolved = compose(config, overrides or [])
     from zoft import estimate as estimates
-    from zoft import tracking
+    from zoft import run, tracking
 
-    found = estimates.estimate(resolved)
+    found = estimates.estimate(run.within(resolved))
     typer.echo(json.dumps(tracking.finite(found)) if as_json else estimates.text(found))
 
 
@@ -328,3 +339,7 @@ def _flat(value: Any) -> str:
 def main() -> None:
     """The console script."""
     sys.exit(app())
+
+
+if __name__ == "__main__":  # torchrun -m zoft.cli
+    main()

@@ -56,7 +56,7 @@ def key(default: Any, doc: str, **limits: Any) -> Any:
 class Task:
     """Where examples come from and how each becomes a prompt and what is scored after it."""
 
-    name: str = key("", "a task of configs/task: reviews, trec, or local (your own data)")
+    name: str = key("", "a task of configs/task: sst2, squad, …, reviews, or local (your own data)")
     train: str | None = key(
         None, "training data: a .jsonl, .csv, .tsv, .json or .parquet file, or a Hub data set id[:split]"
     )
@@ -76,6 +76,22 @@ class Task:
     target: str | None = key(
         None, "template of the text to learn, where labels do not fit (LM loss)", template=True
     )
+    num_train: int | None = key(
+        None, "train on so many rows, the first of a permutation by data_seed; null takes all", least=1
+    )
+    num_dev: int | None = key(
+        None, "rows after them in that permutation, kept aside as the dev set; null has none", least=1
+    )
+    num_eval: int | None = key(
+        None, "evaluate on so many rows, the first of a permutation by data_seed; null takes all", least=1
+    )
+    k_shot: int | None = key(
+        None, "train on so many rows of each class, with as many more as the dev set", least=1
+    )
+    data_seed: int = key(
+        0, "of those permutations (the papers: 0; k_shot: 13, 21, 42, 87, 100)", least=0, below=1 << 32
+    )
+    balanced: bool = key(False, "as many rows of each class in num_train and num_dev")
 
 
 @dataclass
@@ -166,7 +182,7 @@ class Config:
     )
     q: int = key(1, "directions a step, each probed at + and −", least=1, most=1 << 16)
     steps: int = key(1000, "updates in all", least=1, below=1 << 32)
-    batch_size: int = key(16, "examples a batch", least=1, most=1 << 20)
+    batch_size: int = key(16, "examples a batch, those of all processes together", least=1, most=1 << 20)
     accumulate: int = key(1, "batches a step, under one set of directions", least=1, most=1 << 20)
     seed: int = key(0, "of noise and data order", least=0, below=1 << 64)
     eval_every: int = key(0, "steps between evaluations; 0 evaluates before and after only", least=0)
@@ -200,7 +216,20 @@ class Config:
     device: str = key(
         "auto", "auto, cpu, cuda or cuda:N", pattern=(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda, cuda:0")
     )
-    threads: int | str = key("auto", "CPU threads", least=1, most=4096, one_of=("auto",))
+    threads: int | str = key(
+        "auto", "CPU threads; of each process, where there are several", least=1, most=4096, one_of=("auto",)
+    )
+    parallel: str = key(
+        "auto",
+        "what several processes (--nproc, torchrun) share out: the examples of each batch, the probes of each step, or both; "
+        "auto: the probes as far as they go, then the examples",
+        one_of=("auto", "data", "probes", "2d"),
+    )
+    check_every: int = key(
+        100,
+        "steps between comparisons of the weights of several processes, by a checksum; 0 compares at both ends",
+        least=0,
+    )
     max_skipped: int = key(
         20, "steps in a row whose loss is not finite, each of them skipped, that stop the run", least=1
     )
@@ -247,10 +276,11 @@ def filled(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 # Keys that do not decide the weights: where a run is, how it is watched and kept. A run may go on under others.
-FREE = ("model", "output_dir", "device", "threads", "probes_per_forward", "cache_frozen", "eval_every", "eval_limit",
+FREE = ("model", "output_dir", "device", "threads", "parallel", "check_every", "probes_per_forward", "cache_frozen", "eval_every", "eval_limit",
         "max_skipped", "on_divergence", "sync", "snapshot_every", "keep_last", "keep_best", "best_by", "save_model",
         "save_dequantised", "save_dtype", "track",
-        "trust_remote_code", "task.train", "task.eval", "reward", "reward_seconds", "hold_probe")  # fmt: skip
+        "trust_remote_code", "task.train", "task.eval", "task.num_eval",
+        "reward", "reward_seconds", "hold_probe")  # fmt: skip
 
 
 def digests(config: Config) -> dict[str, str]:

@@ -14,6 +14,7 @@ from torch import nn
 from zoft import adapters, footprint, models, quant, quant_files, routes, setup, space
 from zoft.config import ADAPTERS, Config
 from zoft.data_order import batch_indices
+from zoft.due import due
 from zoft.encode import Example, encode
 from zoft.errors import UserError
 from zoft.evaluate import TOKENS
@@ -94,10 +95,14 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     flops += usual * (1 - share) / probes / config.batch_size * _met(config, rows) / config.steps
     passes = config.q * (2 if inplace else 1)
     seconds = flops / speed["flops"] + passes * trained / speed["noise"]
+    # Each denoising draws all directions from the start again.
+    redrawn = sum(t for t in range(config.steps + 1) if "denoise" in due(config, t))
+    denoising = redrawn * config.q * trained / speed["noise"]
     return {
         "weights": sizes, "weights_bytes": total, "momentum_bytes": momentum, "scratch_bytes": scratch, "frozen_bytes": frozen,
         "activation_bytes": train.activations, "evaluation_bytes": evaluation, "peak_bytes": peak,
-        "seconds_per_step": seconds, "seconds": seconds * config.steps, "flops_per_step": flops, "rates": speed,
+        "seconds_per_step": seconds, "seconds": seconds * config.steps + denoising, "denoising_seconds": denoising,
+        "flops_per_step": flops, "rates": speed,
         "parameters": quant.numbers(model), "trained": trained,
         "rows": batch.rows, "tokens": batch.inputs["input_ids"].shape[1],
         **_with_gradients(gradients, batch, usual / probes / speed["flops"] * config.accumulate),
@@ -329,7 +334,12 @@ def text(found: dict[str, Any]) -> str:
         _line("this run", found),
         _line("AdamW, all weights", found["adamw"]),
         _line(f"AdamW, LoRA of rank {LORA_RANK}", found["lora"]),
-        f"{c['steps']} steps: about {_duration(found['seconds'])}, evaluation and start-up aside",
+        f"{c['steps']} steps: about {_duration(found['seconds'])}, evaluation and start-up aside"
+        + (
+            f"; {_duration(found['denoising_seconds'])} of it to denoise"
+            if found["denoising_seconds"]
+            else ""
+        ),
         *(
             ["memory is that of tensors; a process on a CPU takes 0.5 to 1 GB more"]
             if c["device"] == "cpu"

@@ -30,7 +30,8 @@ class Batch:
     """Rows of token ids and where they are scored.
 
     inputs: input_ids and attention_mask, each int64 [R, T], padded on the right.
-    positions: int64 [N], flat indices row·T + t; the logits at t score token t + 1. In the order of the rows.
+    positions: int64 [N], flat indices row·T + t; the logits at t score token t + 1 (at a mask: what fills it). In the
+        order of the rows.
     targets: int64 [N], the token scored at each position.
     slots: int64 [E, C, L], which of the N belong to candidate c of example e; -1 where there is none. An
         example with fewer than C candidates has no slot for the last ones.
@@ -111,7 +112,7 @@ def collate(examples: Sequence[Example], pad: int = 0) -> Batch:
             context, completion = e.contexts[c], e.completions[c]
             owners[-1].append(len(rows))
             # The last scored token itself need not be read.
-            rows.append(context + completion[:-1])
+            rows.append(context + completion[:-1] + e.after)
             spans.append((len(context) - 1, completion))
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad)

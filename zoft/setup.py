@@ -16,6 +16,7 @@ from torch import nn
 from zoft import (
     __version__,
     adapters,
+    distributed,
     guards,
     models,
     noise,
@@ -78,7 +79,10 @@ def device(config: Config) -> Config:
             raise UserError(
                 f"device={where}: {count or 'no'} CUDA devices here; use device=cpu or device=auto"
             )
-    threads = torch.get_num_threads() if config.threads == "auto" else int(config.threads)
+    if where.startswith("cuda:"):  # kernels and streams go to the current device
+        torch.cuda.set_device(where)
+    world = distributed.current()
+    threads = distributed.threads_each(world) if config.threads == "auto" else int(config.threads)
     if config.threads == "auto" and where.startswith("cuda"):
         threads = min(threads, CUDA_THREADS)
     torch.set_num_threads(threads)
@@ -132,6 +136,11 @@ def examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[list[Examp
         encode(data.train, tokenizer, data, config.max_length),
         encode(held_out, tokenizer, data, config.max_length),
     )
+
+
+def dev_examples(config: Config, tokenizer: Any, data: TaskData) -> list[Example] | None:
+    """The rows that a model is chosen by, as token ids; None where task.num_dev and task.k_shot ask for none."""
+    return None if data.dev is None else encode(data.dev, tokenizer, data, config.max_length)
 
 
 def dtypes(config: Config, loaded: nn.Module, names: Sequence[str]) -> Config:
@@ -205,7 +214,8 @@ def axis(
 
     if auto and group > 1 and isinstance(made, ProbeAxis):
         room = memory_left(config.device) // 2
-        config = replace(config, probes_per_forward=grouped(config, loaded, made, train, room))
+        group = distributed.current().least(grouped(config, loaded, made, train, room))
+        config = replace(config, probes_per_forward=group)
 
     def clean() -> torch.Tensor:
         with made.clean(small.rows):
@@ -370,7 +380,8 @@ def trainer(
     if goal.texts is not None:
 
         def at(step: int) -> list[Prompts]:
-            return [Prompts(tuple(picks)) for picks in picked(config, len(train), step)]
+            mine = distributed.current().examples
+            return [Prompts(tuple(mine(picks))) for picks in picked(config, len(train), step)]
 
     eager = goal.texts is not None or goal.value is not objective.mean
     if eager or not config.device.startswith("cuda") or config.storage == "fp64":
@@ -402,11 +413,13 @@ def mask_is_idle(
 
 
 def batches(config: Config, train: Sequence[Example]) -> Callable[[int], list[Batch]]:
-    """step -> its batches, a pure function of the step."""
+    """step -> its batches, a pure function of the step; of several processes, this one's examples of each."""
+    mine = distributed.current().examples
 
     def at(step: int) -> list[Batch]:
         return [
-            collate([train[i] for i in picks]).to(config.device) for picks in picked(config, len(train), step)
+            collate([train[i] for i in mine(picks)]).to(config.device)
+            for picks in picked(config, len(train), step)
         ]
 
     return at
@@ -483,7 +496,8 @@ def data_digest(train: Sequence[Example]) -> str:
     """A hash of the training examples' tokens, in their order."""
     h = hashlib.blake2b(digest_size=16)
     for e in train:
-        h.update(json.dumps([e.contexts, e.completions, e.gold]).encode())
+        rest = [e.after] if e.masked else []
+        h.update(json.dumps([e.contexts, e.completions, e.gold, *rest]).encode())
     return f"blake2b:{h.hexdigest()}"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import noise, update
+from zoft import distributed, noise, update
 from zoft.errors import UserError
 from zoft.estimator import Moment, finite, two_sided
 from zoft.layout import Unfit
@@ -51,7 +51,7 @@ class Trainer:
 
     axis: how the model is run at a probe (probe.ProbeAxis or probe.InPlace). batches(step) -> the step's
     microbatches, all of which see the same directions. ledger: open for appending, it is the run; None only to replay.
-    forward(model, batch) -> K numbers an example; value(their totals over a step's examples [P, K]) -> what is
+    forward(model, batch) -> K numbers an example, the last of them a count; value(their totals over a step's examples [P, K]) -> what is
     minimised, [P]: so an objective may be no mean of rows, and still see its microbatches one at a time.
     Source: MeZO (arXiv 2305.17333), Algorithm 1 and, for q > 1, Algorithm 2 with one batch for all directions.
     """
@@ -78,6 +78,7 @@ class Trainer:
         self.forwards = 0  # examples × probes so far
         self.skipped_in_a_row = 0
         self.moment = Moment(settings.meazo)
+        self.world = distributed.current()
 
     def step(self) -> dict[str, Any] | None:
         """One update of θ from 2q losses; returns what a log line wants."""
@@ -119,16 +120,21 @@ class Trainer:
             )
         return metrics_of(record, s.eps)
 
+    halted = False  # some process of the run was asked to stop; all of them know it after the same step
+
     @torch.no_grad()
     def losses_at(self, step: int, probes: Sequence[Probe], batches: Sequence[Batch]) -> list[float]:
         """The objective at each probe [len(probes)], of the totals over all microbatches in fp64: Σ sums / Σ counts."""
         group = self.settings.probes_per_forward
-        parts = []
-        for i in range(0, len(probes), group):
-            here = probes[i : i + group]
+        mine, parts = probes[self.world.probes(len(probes))], []
+        for i in range(0, len(mine), group):
+            here = mine[i : i + group]
             parts.append(reduce(torch.add, [self.sums_at(step, here, batch) for batch in batches]))
         self.axis.settle()
-        totals = torch.cat(parts)  # [len(probes), K]
+        totals = torch.cat(parts)  # [len(mine), K]
+        if self.world.size > 1:
+            totals, asked = self.world.exchange(totals)
+            self.halted = self.halted or bool(asked)
         return self.value(totals).tolist()
 
     def sums_at(self, step: int, probes: Sequence[Probe], batch: Batch) -> torch.Tensor:
@@ -157,7 +163,7 @@ class Trainer:
     ) -> None:
         """Steps until `until` (default: settings.steps); the weights are up to date on return and on exceptions."""
         try:
-            while self.next < (self.settings.steps if until is None else until):
+            while self.next < (self.settings.steps if until is None else until) and not self.halted:
                 metrics = self.step()
                 assert metrics is not None
                 on_step(metrics)
