@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from zoft.errors import UserError
 from zoft.yamlfile import calls, check_file, strict_yaml, yaml_tree
 
 GROUPS = ("model", "task")
-_SWEEP = "one value expected; a comma list is a sweep, so run one command per value"
+_SWEEP = "one value expected; a list of values is a sweep: use zoft sweep, or quotes around the text"
 
 
 def packaged(folder: str) -> Path:
@@ -266,7 +268,30 @@ def _group(group: str, name: str, folder: Path | None) -> dict[str, Any]:
     return _compose(root, f"{group}/{name}")
 
 
+_kept: dict[tuple[Path, str], dict[str, Any]] | None = None  # files composed so far, within `once_each`
+
+
+@contextmanager
+def once_each() -> Iterator[None]:
+    """Compositions in this context read each file once: Hydra takes 30 ms for it, and a sweep has many configs."""
+    global _kept
+    _kept = {}
+    try:
+        yield
+    finally:
+        _kept = None
+
+
 def _compose(root: Path, name: str) -> dict[str, Any]:
+    """Hydra's composition of root/name.yaml, as a plain tree of the caller's own."""
+    if _kept is None:
+        return _composed(root, name)
+    if (root, name) not in _kept:
+        _kept[root, name] = _composed(root, name)
+    return copy.deepcopy(_kept[root, name])
+
+
+def _composed(root: Path, name: str) -> dict[str, Any]:
     """Hydra's composition of root/name.yaml, packaged groups within reach, as a plain tree."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir

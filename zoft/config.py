@@ -76,6 +76,11 @@ class Task:
     target: str | None = key(
         None, "template of the text to learn, where labels do not fit (LM loss)", template=True
     )
+    null_prompt: str | None = key(
+        None,
+        "the prompt without its columns, for `zoft baseline --method sfc`; null: the template, columns empty",
+        template=True,
+    )
     num_train: int | None = key(
         None, "train on so many rows, the first of a permutation by data_seed; null takes all", least=1
     )
@@ -279,8 +284,8 @@ def filled(tree: dict[str, Any]) -> dict[str, Any]:
 FREE = ("model", "output_dir", "device", "threads", "parallel", "check_every", "probes_per_forward", "cache_frozen", "eval_every", "eval_limit",
         "max_skipped", "on_divergence", "sync", "snapshot_every", "keep_last", "keep_best", "best_by", "save_model",
         "save_dequantised", "save_dtype", "track",
-        "trust_remote_code", "task.train", "task.eval", "task.num_eval",
-        "reward", "reward_seconds", "hold_probe")  # fmt: skip
+        "trust_remote_code", "task.train", "task.eval", "task.num_eval", "reward", "reward_seconds", "hold_probe",
+        "task.null_prompt")  # fmt: skip
 
 
 def digests(config: Config) -> dict[str, str]:

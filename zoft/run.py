@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from zoft import compose, guards, tracking
+from zoft import baseline, compose, guards, tracking
 from zoft.config import ADAPTERS, Config, changed
 from zoft.due import due, next_stop
 from zoft.errors import UserError, writing
@@ -32,6 +32,7 @@ OURS = (
     "ledger",
     "metrics.jsonl",
     "result.json",
+    "baseline.json",
     "env.json",
     "model",
     "adapter",
@@ -58,6 +59,11 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
         found = outcome(Path(resume))
         print(f"{resume}: this run is finished; its result follows", file=sys.stderr)
         return found
+    if resume and (Path(resume) / baseline.ASKED).exists():
+        raise UserError(
+            f"{resume}: a baseline, which is not resumed; delete it and start `zoft baseline` again"
+        )
+    rewarded(config, resume)
     folder = str(resume or config.output_dir)
     if int(os.environ.get("RANK", "0")) == 0:  # of several processes, the one that writes
         first_look(config, resume, dry_run)
@@ -187,38 +193,6 @@ def of_run(folder: str | Path, device: str | None) -> Config:
                 "and weights within 1e-5 with gaussian and storage=fp32"
             )
     return dataclasses.replace(config, threads="auto")  # they change no bit of a replay
-
-
-def evaluate(config: Config, folder: str | Path | None = None) -> dict[str, Any]:
-    """Metrics of a run's saved model, or of the config's own model, on the config's evaluation data."""
-    adapter = None
-    if folder is not None:
-        saved = Path(folder) / result_name(config)
-        if not saved.is_dir():
-            raise UserError(
-                f"{folder}: no {saved.name}/ in it: finish the run with `zoft train --resume {folder}`, or rebuild what it has "
-                f"with `zoft replay {folder} --out DIR`"
-                + (" and evaluate that with model=DIR" if saved.name == "model" else "")
-            )
-        if saved.name == "model":
-            config = dataclasses.replace(config, model=str(saved), bits=None, eps_mode="absolute")
-        else:
-            adapter = saved
-    from zoft import models, tasks
-
-    models.check(models.resolve(config.model))
-    tasks.look(config.task)
-    from zoft import adapters, setup
-    from zoft import evaluate as evaluation
-
-    with guards.memory(config):
-        config = setup.device(config)
-        data = tasks.load(config.task)
-        model, tokenizer, _ = setup.model(plain(config))
-        if adapter is not None:
-            model = adapters.load(model, adapter)
-        train, held_out = setup.examples(config, tokenizer, data)
-        return evaluation.evaluate(model, held_out, train)
 
 
 def result_name(config: Config) -> str:
@@ -403,7 +377,9 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
         if trainer.settings.probes_per_forward != s.config.probes_per_forward:  # a batch could not be stacked
             s.config = dataclasses.replace(s.config, probes_per_forward=trainer.settings.probes_per_forward)
             if world.rank == 0:
-                write(s.folder / "config.yaml", compose.to_yaml(s.config))  # on resume, too, for the same bits
+                write(
+                    s.folder / "config.yaml", compose.to_yaml(s.config)
+                )  # on resume, too, for the same bits
         if world.size == 1:  # else all stop after the same step, by trainer.halted
             s.stop.check()
 

@@ -175,6 +175,7 @@ def axis(
 
     Returns (config with perturb and probes_per_forward resolved, tensors that are really trained, axis).
     """
+    models.refuse_other_kind(config.model, loaded, train[0].masked)
     if update.decay_is_lost(config.lr, config.weight_decay):
         say(
             f"weight_decay={config.weight_decay:g}: times lr={config.lr:g} it is lost in fp32; nothing decays"

@@ -65,7 +65,9 @@ class Tracker:
         self._started = self._shown = time.monotonic()
         self._rate_from = (resume_step, self._started)  # the first step compiles kernels: leave it out
         self._live = _live(self.stream) if self.stream.isatty() else None
-        self._wandb = _wandb(Path(run_dir), config or {}) if track == "wandb" and run_dir is not None else None
+        self._wandb = (
+            _wandb(Path(run_dir), config or {}) if track == "wandb" and run_dir is not None else None
+        )
 
     def __enter__(self) -> Tracker:
         return self

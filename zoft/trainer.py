@@ -126,7 +126,8 @@ class Trainer:
     def losses_at(self, step: int, probes: Sequence[Probe], batches: Sequence[Batch]) -> list[float]:
         """The objective at each probe [len(probes)], of the totals over all microbatches in fp64: Σ sums / Σ counts."""
         group = self.settings.probes_per_forward
-        mine, parts = probes[self.world.probes(len(probes))], []
+        mine = probes[self.world.probes(len(probes))]
+        parts = []
         for i in range(0, len(mine), group):
             here = mine[i : i + group]
             parts.append(reduce(torch.add, [self.sums_at(step, here, batch) for batch in batches]))
