@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -135,6 +136,9 @@ def train(
     config: Source = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; train nothing.")] = False,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Continue a stopped run.")] = None,
+    nproc: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Processes that share each step (a GPU each, if any).")
+    ] = 1,
 ) -> None:
     """Fine-tune a model: zoft train --config mezo/reviews lr=1e-5."""
     from zoft import run
@@ -149,8 +153,19 @@ def train(
         if others:
             raise UserError(f"{others[0]}: a resumed run keeps its own config; leave {', '.join(others)} out")
         resolved = load_run(resume, overrides or [])
+    if nproc > 1 and not dry_run:
+        from zoft import processes
+
+        run.first_look(resolved, resume, dry_run)
+        given = [
+            *(overrides or []),
+            *(["--config", config] if config else []),
+            *(["--resume", resume] if resume else []),
+        ]
+        raise typer.Exit(processes.start(nproc, ["train", *given], str(resume or resolved.output_dir)))
     result = run.train(resolved, resume=resume, dry_run=dry_run)
-    typer.echo(run.plan_text(result) if dry_run else run.summary(result))
+    if int(os.environ.get("RANK", "0")) == 0:
+        typer.echo(run.plan_text(result) if dry_run else run.summary(result))
 
 
 @app.command("eval", cls=_Verb, context_settings=_LOOSE)
@@ -267,6 +282,22 @@ def ledger(
         typer.echo(inspect_run.plot(folder, plot), err=as_json)
 
 
+@app.command(cls=_Verb)
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...")],
+    metrics: Annotated[str, typer.Option(help="Which metrics: accuracy,auc; default: all there are.")] = "",
+    csv: Annotated[str | None, typer.Option(metavar="FILE.csv", help="Write the table there too.")] = None,
+    png: Annotated[
+        str | None, typer.Option(metavar="FILE.png", help="Draw metrics against forwards.")
+    ] = None,
+) -> None:
+    """One table of runs, or of all below a folder, mean ± sd over seeds: zoft report runs --png curve.png."""
+    from zoft import report as reports
+
+    asked = [m for m in metrics.replace(",", " ").split() if m]
+    typer.echo(reports.report(runs, asked, csv_to=csv, png_to=png))
+
+
 @app.command("ls", cls=_Verb)
 def list_configs() -> None:
     """List the packaged configs."""
@@ -314,9 +345,9 @@ def estimate(overrides: Overrides = None, config: Source = None, as_json: Json =
 
     resolved = compose(config, overrides or [])
     from zoft import estimate as estimates
-    from zoft import tracking
+    from zoft import run, tracking
 
-    found = estimates.estimate(resolved)
+    found = estimates.estimate(run.within(resolved))
     typer.echo(json.dumps(tracking.finite(found)) if as_json else estimates.text(found))
 
 
@@ -357,3 +388,7 @@ def _flat(value: Any) -> str:
 def main() -> None:
     """The console script."""
     sys.exit(app())
+
+
+if __name__ == "__main__":  # torchrun -m zoft.cli
+    main()

@@ -163,7 +163,7 @@ class Config:
     )
     q: int = key(1, "directions a step, each probed at + and −", least=1, most=1 << 16)
     steps: int = key(1000, "updates in all", least=1, below=1 << 32)
-    batch_size: int = key(16, "examples a batch", least=1, most=1 << 20)
+    batch_size: int = key(16, "examples a batch, those of all processes together", least=1, most=1 << 20)
     accumulate: int = key(1, "batches a step, under one set of directions", least=1, most=1 << 20)
     seed: int = key(0, "of noise and data order", least=0, below=1 << 64)
     eval_every: int = key(0, "steps between evaluations; 0 evaluates before and after only", least=0)
@@ -197,7 +197,20 @@ class Config:
     device: str = key(
         "auto", "auto, cpu, cuda or cuda:N", pattern=(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda, cuda:0")
     )
-    threads: int | str = key("auto", "CPU threads", least=1, most=4096, one_of=("auto",))
+    threads: int | str = key(
+        "auto", "CPU threads; of each process, where there are several", least=1, most=4096, one_of=("auto",)
+    )
+    parallel: str = key(
+        "auto",
+        "what several processes (--nproc, torchrun) share out: the examples of each batch, the probes of each step, or both; "
+        "auto: the probes as far as they go, then the examples",
+        one_of=("auto", "data", "probes", "2d"),
+    )
+    check_every: int = key(
+        100,
+        "steps between comparisons of the weights of several processes, by a checksum; 0 compares at both ends",
+        least=0,
+    )
     max_skipped: int = key(
         20, "steps in a row whose loss is not finite, each of them skipped, that stop the run", least=1
     )
@@ -244,7 +257,7 @@ def filled(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 # Keys that do not decide the weights: where a run is, how it is watched and kept. A run may go on under others.
-FREE = ("model", "output_dir", "device", "threads", "probes_per_forward", "cache_frozen", "eval_every", "eval_limit",
+FREE = ("model", "output_dir", "device", "threads", "parallel", "check_every", "probes_per_forward", "cache_frozen", "eval_every", "eval_limit",
         "max_skipped", "on_divergence", "sync", "snapshot_every", "keep_last", "keep_best", "best_by", "save_model",
         "save_dequantised", "save_dtype", "track",
         "trust_remote_code", "task.train", "task.eval", "task.num_eval", "task.null_prompt")  # fmt: skip

@@ -104,6 +104,7 @@ def judge(
         data = tasks.load(config.task)
         config, model, tokenizer = load(config, adapter)
         train, held_out = setup.examples(config, tokenizer, data)
+        models.refuse_other_kind(config.model, model, held_out[0].masked)
         found = evaluate.judge(model, held_out, train, write=writer(config, model, tokenizer))
     if out is not None:
         rows = tasks.subset(data.eval, config.eval_limit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -53,17 +54,28 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
 
     Returns result.json's content. Raises UserError before anything heavy where a mistake shows early.
     """
-    from zoft import models, tasks
-
-    tracking.require(config.track)
     if resume and (Path(resume) / "result.json").exists():
         found = outcome(Path(resume))
         print(f"{resume}: this run is finished; its result follows", file=sys.stderr)
         return found
+    folder = str(resume or config.output_dir)
+    if int(os.environ.get("RANK", "0")) == 0:  # of several processes, the one that writes
+        first_look(config, resume, dry_run)
+    # A signal that comes while things load says "resume me", too.
+    with listening(folder), guards.memory(config):
+        from zoft import distributed
+
+        with distributed.joined(config, folder):
+            return recipe(config.recipe).run(within(absolute(config)), resume=resume, dry_run=dry_run)
+
+
+def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None:
+    """Raise UserError for what can be seen before anything heavy loads."""
+    from zoft import models, tasks
+
+    tracking.require(config.track)
     if resume and (Path(resume) / baseline.ASKED).exists():
-        raise UserError(
-            f"{resume}: a baseline, which is not resumed; delete it and start `zoft baseline` again"
-        )
+        raise UserError(f"{resume}: a baseline, which is not resumed; start `zoft baseline` anew")
     if resume is None and not dry_run:
         claim(Path(str(config.output_dir)))
     if resume and (Path(resume) / "ledger").exists():  # damage shows before weights load
@@ -72,9 +84,6 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
         inspect_run.sound(resume, ledger.read(Path(resume) / "ledger"))
     models.check(models.resolve(config.model))
     tasks.look(config.task)
-    # A signal that comes while things load says "resume me", too.
-    with listening(str(resume or config.output_dir)), guards.memory(config):
-        return recipe(config.recipe).run(within(absolute(config)), resume=resume, dry_run=dry_run)
 
 
 def within(config: Config) -> Config:
@@ -89,8 +98,11 @@ def within(config: Config) -> Config:
         )
     if steps < config.steps:
         print(f"max_forwards={config.max_forwards}: {steps} steps of {each} forwards", file=sys.stderr)
-    if config.warmup > steps:
-        raise UserError(f"warmup={config.warmup:g}: more than the {steps} steps that max_forwards allows")
+    for name in ("warmup", "snapshot_every"):
+        if getattr(config, name) > steps:
+            raise UserError(
+                f"{name}={getattr(config, name):g}: more than the {steps} steps that max_forwards allows"
+            )
     return dataclasses.replace(config, steps=steps)
 
 
@@ -252,11 +264,15 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
     config: with nothing `auto` left; a new run's config.yaml keeps it. header: of the ledger; a resumed run's
     must agree with it. Raises UserError for another base, another plan, or a damaged ledger; Stopped on a signal.
     """
+    from zoft import distributed
     from zoft.env import environment
     from zoft.ledger import Ledger
 
-    folder = Path(resume or str(config.output_dir))
-    if resume and (folder / "ledger").exists():
+    world = distributed.current()
+    folder, first = Path(resume or str(config.output_dir)), world.rank == 0
+    if not first:
+        ledger = world.ledger(None)
+    elif resume and (folder / "ledger").exists():
         ledger = Ledger.open(folder / "ledger", sync=config.sync)
     else:
         with writing(folder):
@@ -265,9 +281,12 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
         write(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
         ledger = Ledger.create(folder / "ledger", dict(header), sync=config.sync)
     with kept(ledger), ledger, listening(str(folder)) as stop:
+        if first:
+            world.ledger(ledger)
+        world.stop = stop
         agree(ledger.header, header, folder)
         with tracking.Tracker(
-            folder, config.steps, track=config.track, config=dataclasses.asdict(config),
+            folder if first else None, config.steps, track=config.track, config=dataclasses.asdict(config),
             resume_step=ledger.last_step + 1, known=steps_of(ledger, config), device=config.device,
         ) as tracker:  # fmt: skip
             try:
@@ -306,17 +325,21 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
 
     evaluate() -> metrics of the weights as they are. `before` is the base's, kept by metrics.jsonl on resume.
     """
-    from zoft import replay, snapshot
+    from zoft import distributed, replay, snapshot
     from zoft.ledger import Event, Log
+    from zoft.stop import Stopped
 
-    config, t = s.config, s.tracker
-    seen = logged(s.folder / "metrics.jsonl")
-    evals = {row["step"]: row["eval"] for row in seen if "eval" in row}
+    config, t, world = s.config, s.tracker, distributed.current()
+    known, past = world.told(lambda: before(s.folder))
+    evals: dict[int, dict[str, Any]] = dict(known)
+
+    def scored() -> dict[str, Any]:
+        return world.told(evaluate)  # by rank 0; the others wait
+
     if 0 not in evals:
-        evals[0] = evaluate()
+        evals[0] = scored()
         t.evaluation(0, evals[0])
     snapshot.check_metric(config, evals[0])
-    past = next((row["seconds"] for row in reversed(seen) if "seconds" in row), 0.0)
     log = Log(s.ledger.header, s.ledger.records, s.ledger.events)  # the ledger's own lists: they grow
     catch_up(trainer, s.folder, config, log, t.note)
     watch = guards.Watch(config, trainer.axis.trained, steps_of(s.ledger, config))
@@ -328,11 +351,16 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
         t.step(metrics.pop("step"), **metrics, seconds=round(seconds, 3))
         for line in lines:
             t.note(line)
-        folder.look()
+        if world.rank == 0:
+            folder.look()
         if trainer.settings.probes_per_forward != s.config.probes_per_forward:  # a batch could not be stacked
             s.config = dataclasses.replace(s.config, probes_per_forward=trainer.settings.probes_per_forward)
-            write(s.folder / "config.yaml", compose.to_yaml(s.config))  # on resume, too, for the same bits
-        s.stop.check()
+            if world.rank == 0:
+                write(
+                    s.folder / "config.yaml", compose.to_yaml(s.config)
+                )  # on resume, too, for the same bits
+        if world.size == 1:  # else all stop after the same step, by trainer.halted
+            s.stop.check()
 
     def at_stop(step: int) -> None:
         s.ledger.sync()  # nothing durable is ever ahead of the ledger
@@ -342,22 +370,32 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
                 s.ledger.note(Event("denoise", step))  # first, as with steps: from here on it is a fact
                 t.note(replay.denoise(s.folder, config, log, step, trainer.axis.trained))
             elif what == "eval" and step not in evals:
-                evals[step] = evaluate()
+                evals[step] = scored()
                 t.evaluation(step, evals[step])
+            elif what == "snapshot" and what not in noted and world.rank:
+                s.ledger.note(Event("snapshot", step))
             elif what == "snapshot" and what not in noted:
                 t.note(snapshot.take(s.folder, s.ledger, trainer.axis.trained))
                 snapshot.prune(s.folder, config, s.ledger.events, evals)
 
+    world.check(trainer.next, trainer.axis.trained)
     at_stop(trainer.next)
     began, paused = time.monotonic(), 0.0
     while trainer.next < config.steps:
         with s.stop.finishing():
-            trainer.run(on_step, until=next_stop(config, trainer.next))
+            trainer.run(on_step, until=next_stop(config, trainer.next, world.size))
+        if trainer.halted:
+            raise Stopped(0, str(s.folder))
         pause = time.monotonic()
-        at_stop(trainer.next)
+        if trainer.next == config.steps or (config.check_every and not trainer.next % config.check_every):
+            world.check(trainer.next, trainer.axis.trained)
+        if due(config, trainer.next):
+            at_stop(trainer.next)
         paused += time.monotonic() - pause
     seconds = past + time.monotonic() - began - paused
+    several = {"processes": world.size, "wire_bytes": world.sent} if world.size > 1 else {}
     return {
+        **several,
         "steps": config.steps,
         "skipped": sum(r.skipped for r in s.ledger.records),
         "forwards": config.steps * 2 * config.q * config.batch_size * config.accumulate,
@@ -366,6 +404,13 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
         "before": evals[0],
         "after": evals[config.steps],
     }
+
+
+def before(folder: Path) -> tuple[list[tuple[int, dict[str, Any]]], float]:
+    """Of a run's metrics.jsonl: its evaluations with their steps, and the seconds that training took so far."""
+    seen = logged(folder / "metrics.jsonl")
+    past = next((row["seconds"] for row in reversed(seen) if "seconds" in row), 0.0)
+    return [(row["step"], row["eval"]) for row in seen if "eval" in row], past
 
 
 def catch_up(trainer: Trainer, folder: Path, config: Config, log: Log, say: Callable[[str], Any]) -> None:
@@ -394,7 +439,11 @@ def catch_up(trainer: Trainer, folder: Path, config: Config, log: Log, say: Call
 
 
 def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> dict[str, Any]:
-    """Save the model and, last of all, result.json: its presence says that the run is complete."""
+    """Save the model and, last of all, result.json: its presence says that the run is complete. Rank 0 alone does."""
+    from zoft import distributed
+
+    if distributed.current().rank:
+        return result
     Presence(s.ledger, {"config.yaml": compose.to_yaml(s.config)}).look(now=True)
     if s.config.save_model:
         save(s.config, model, tokenizer, s.folder / result_name(s.config), result)

@@ -16,6 +16,7 @@ from torch import nn
 from zoft import (
     __version__,
     adapters,
+    distributed,
     guards,
     models,
     noise,
@@ -77,7 +78,10 @@ def device(config: Config) -> Config:
             raise UserError(
                 f"device={where}: {count or 'no'} CUDA devices here; use device=cpu or device=auto"
             )
-    threads = torch.get_num_threads() if config.threads == "auto" else int(config.threads)
+    if where.startswith("cuda:"):  # kernels and streams go to the current device
+        torch.cuda.set_device(where)
+    world = distributed.current()
+    threads = distributed.threads_each(world) if config.threads == "auto" else int(config.threads)
     if config.threads == "auto" and where.startswith("cuda"):
         threads = min(threads, CUDA_THREADS)
     torch.set_num_threads(threads)
@@ -170,6 +174,7 @@ def axis(
 
     Returns (config with perturb and probes_per_forward resolved, tensors that are really trained, axis).
     """
+    models.refuse_other_kind(config.model, loaded, train[0].masked)
     if update.decay_is_lost(config.lr, config.weight_decay):
         say(
             f"weight_decay={config.weight_decay:g}: times lr={config.lr:g} it is lost in fp32; nothing decays"
@@ -209,7 +214,8 @@ def axis(
 
     if auto and group > 1 and isinstance(made, ProbeAxis):
         room = memory_left(config.device) // 2
-        config = replace(config, probes_per_forward=grouped(config, loaded, made, train, room))
+        group = distributed.current().least(grouped(config, loaded, made, train, room))
+        config = replace(config, probes_per_forward=group)
 
     def clean() -> torch.Tensor:
         with made.clean(small.rows):
@@ -381,11 +387,13 @@ def mask_is_idle(
 
 
 def batches(config: Config, train: Sequence[Example]) -> Callable[[int], list[Batch]]:
-    """step -> its batches, a pure function of the step."""
+    """step -> its batches, a pure function of the step; of several processes, this one's examples of each."""
+    mine = distributed.current().examples
 
     def at(step: int) -> list[Batch]:
         return [
-            collate([train[i] for i in picks]).to(config.device) for picks in picked(config, len(train), step)
+            collate([train[i] for i in mine(picks)]).to(config.device)
+            for picks in picked(config, len(train), step)
         ]
 
     return at

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import noise, update
+from zoft import distributed, noise, update
 from zoft.errors import UserError
 from zoft.estimator import Moment, finite, two_sided
 from zoft.layout import Unfit
@@ -74,6 +74,7 @@ class Trainer:
         self.forwards = 0  # examples × probes so far
         self.skipped_in_a_row = 0
         self.moment = Moment(settings.meazo)
+        self.world = distributed.current()
 
     def step(self) -> dict[str, Any] | None:
         """One update of θ from 2q losses; returns what a log line wants."""
@@ -115,15 +116,21 @@ class Trainer:
             )
         return metrics_of(record, s.eps)
 
+    halted = False  # some process of the run was asked to stop; all of them know it after the same step
+
     @torch.no_grad()
     def losses_at(self, step: int, probes: Sequence[Probe], batches: Sequence[Batch]) -> list[float]:
         """Mean loss of the microbatches at each probe, as Σ sums / Σ counts in fp64; [len(probes)]."""
         group = self.settings.probes_per_forward
-        totals = torch.zeros(len(probes), 2, dtype=torch.float64)
-        for i in range(0, len(probes), group):
+        mine = probes[self.world.probes(len(probes))]
+        totals = torch.zeros(len(mine), 2, dtype=torch.float64)
+        for i in range(0, len(mine), group):
             for batch in batches:
-                totals[i : i + group] += self.sums_at(step, probes[i : i + group], batch)
+                totals[i : i + group] += self.sums_at(step, mine[i : i + group], batch)
         self.axis.settle()
+        if self.world.size > 1:
+            totals, asked = self.world.exchange(totals)
+            self.halted = self.halted or bool(asked)
         return (totals[:, 0] / totals[:, 1]).tolist()
 
     def sums_at(self, step: int, probes: Sequence[Probe], batch: Batch) -> torch.Tensor:
@@ -152,7 +159,7 @@ class Trainer:
     ) -> None:
         """Steps until `until` (default: settings.steps); the weights are up to date on return and on exceptions."""
         try:
-            while self.next < (self.settings.steps if until is None else until):
+            while self.next < (self.settings.steps if until is None else until) and not self.halted:
                 metrics = self.step()
                 assert metrics is not None
                 on_step(metrics)
