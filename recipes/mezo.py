@@ -10,13 +10,15 @@ Source: Malladi et al. 2023, Fine-Tuning Language Models with Just Forward Passe
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from zoft import adapters, evaluate, setup, space, tasks
+from zoft import adapters, eval_run, evaluate, setup, space, tasks
 from zoft import replay as replays
 from zoft import run as runs
 from zoft.config import Config
+from zoft.encode import Example
 from zoft.ledger import Log
 
 
@@ -32,13 +34,16 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
     if dry_run:
         return setup.plan(config, model, trained, train, held_out)
 
-    def score() -> dict[str, Any]:
-        return evaluate.evaluate(model, held_out, train, context=axis.clean)
+    dev = setup.dev_examples(config, tokenizer, data)
+    write = eval_run.writer(config, model, tokenizer, axis.clean)
+
+    def score(rows: list[Example]) -> dict[str, Any]:
+        return evaluate.evaluate(model, rows, train, context=axis.clean, write=write)
 
     with runs.session(config, setup.header(config, base, trained, train), resume) as s:
         adapters.keep(config, trained, s.folder)
         trainer = setup.trainer(config, model, axis, train, s.ledger)
-        result = runs.fit(trainer, s, score)
+        result = runs.fit(trainer, s, partial(score, held_out), partial(score, dev) if dev else None)
         return runs.finish(s, model, tokenizer, result)
 
 
