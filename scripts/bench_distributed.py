@@ -143,7 +143,11 @@ def cell_of(text: str) -> tuple[str, str, int, int]:
     name, _, rest = text.partition(":")
     how, _, shape = rest.partition(":")
     batch, x, tokens = shape.partition("x")
-    if name not in MODELS or how not in ("data", "probes") or not (x and batch.isdigit() and tokens.isdigit()):
+    if (
+        name not in MODELS
+        or how not in ("data", "probes")
+        or not (x and batch.isdigit() and tokens.isdigit())
+    ):
         raise argparse.ArgumentTypeError(
             f"{text}: give MODEL:data:BxT or MODEL:probes:BxT, MODEL of {', '.join(MODELS)}"
         )
@@ -176,7 +180,10 @@ def main(argv: list[str] | None = None) -> None:
     rows: list[dict[str, Any]] = [
         dict(zip(keys, c)) | {"one": a, "many": b} for c, a, b in zip(args.cell, one, many)
     ]
-    found = {"command": shlex.join(["python", "scripts/bench_distributed.py", *argv]), "environment": environment()}
+    found = {
+        "command": shlex.join(["python", "scripts/bench_distributed.py", *argv]),
+        "environment": environment(),
+    }
     if args.json:
         Path(args.json).write_text(json.dumps(found | {"rows": rows}, indent=2) + "\n", encoding="utf-8")
     print(f"`{found['command']}`\n\n{table(rows, args.nproc)}")

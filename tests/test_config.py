@@ -102,7 +102,7 @@ def test_labels_that_yaml_reads_as_something_else():
         ("prompt=x", ["prompt", "task.prompt"]),
         ("zzz=1", ["zzz", "zoft keys"]),
         ("task.promt=x", ["task.promt", "task.prompt"]),
-        ("lr=1,2", ["lr=1,2", "sweep", "one command per value"]),
+        ("lr=1,2", ["lr=1,2", "sweep", "zoft sweep"]),
         ("noise=gaussian,rademacher", ["noise", "sweep"]),
         ("task=reviews,trec", ["task", "sweep"]),
         ("seed=range(3)", ["seed", "sweep"]),

@@ -48,9 +48,13 @@ def test_probes_over_two_gpus_are_the_run_of_one_to_the_bit(place):
 def test_examples_over_two_gpus(place):
     keys = [*KEYS, "lr=0", "save_model=false"]
     assert ranks.zoft(place, "output_dir=still", *keys, timeout=300) == [0], said(place)
-    assert ranks.zoft(place, "output_dir=data", "parallel=data", *keys, size=2, timeout=300) == [0, 0], said(place)
+    assert ranks.zoft(place, "output_dir=data", "parallel=data", *keys, size=2, timeout=300) == [0, 0], said(
+        place
+    )
     np.testing.assert_allclose(losses(place / "data"), losses(place / "still"), rtol=0.03)
-    assert ranks.zoft(place, "output_dir=moves", "parallel=data", *KEYS, size=2, timeout=300) == [0, 0], said(place)
+    assert ranks.zoft(place, "output_dir=moves", "parallel=data", *KEYS, size=2, timeout=300) == [0, 0], said(
+        place
+    )
 
 
 def eager(rank):
@@ -66,7 +70,9 @@ def eager(rank):
 
 
 def test_a_process_that_cannot_capture_steps_beside_one_that_can(place):
-    assert ranks.zoft(place, "output_dir=mixed", *KEYS, size=2, hook=eager, timeout=300) == [0, 0], said(place)
+    assert ranks.zoft(place, "output_dir=mixed", *KEYS, size=2, hook=eager, timeout=300) == [0, 0], said(
+        place
+    )
     assert same(place, "mixed")
 
 
@@ -88,7 +94,9 @@ def stop_one(rank):
 
 def test_a_signal_to_one_stops_both_after_the_same_step_and_one_goes_on(place):
     keys = [*KEYS, "check_every=0"]
-    assert ranks.zoft(place, "output_dir=stopped", *keys, size=2, hook=stop_one, timeout=300) == [75, 75], said(place)
+    assert ranks.zoft(place, "output_dir=stopped", *keys, size=2, hook=stop_one, timeout=300) == [75, 75], (
+        said(place)
+    )
     assert len(read(place / "stopped" / "ledger").records) == 17 + 5  # BEHIND + 1 steps were on their way
     assert ranks.zoft(place, "--resume", "stopped", timeout=300) == [0], said(place)
     assert same(place, "stopped")

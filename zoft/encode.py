@@ -140,6 +140,20 @@ def encode_masked(rows: Sequence[dict], tokenizer: Any, max_length: int) -> list
     return out
 
 
+def prompts(rows: Sequence[dict], tokenizer: Any, most: int) -> list[tuple[int, ...]]:
+    """The prompts alone as token ids, to write after: at most so many tokens, cut on the left (after BOS).
+
+    rows: as for `encode`. Raises UserError naming a row without any token.
+    """
+    front = _front(tokenizer)
+    found = _tokenise(tokenizer, [row["prompt"] for row in rows])
+    out = [front + tuple(ids[max(0, len(ids) + len(front) - most) :]) for ids in found]
+    for row, ids in zip(rows, out):
+        if not ids:
+            raise UserError(f"{row['where']}: there is nothing to write after: lengthen task.prompt")
+    return out
+
+
 def show(example: Example, tokenizer: Any) -> str:
     """What the model reads, decoded: the context, then a line a candidate, its scored tokens in ⟦ ⟧.
 

@@ -118,10 +118,15 @@ def writer(config: Config, model: Any, tokenizer: Any, context: Any = None) -> A
     """contexts -> the text that the model writes after each, by the config's max_new_tokens and stop."""
     from zoft.generate import generate
 
-    stop, most = getattr(config, "stop", "\n"), getattr(config, "max_new_tokens", 50)
-
     def write(contexts: Sequence[tuple[int, ...]]) -> list[str]:
-        return generate(model, tokenizer, contexts, max_new_tokens=most, stop=stop, context=context)
+        return generate(
+            model,
+            tokenizer,
+            contexts,
+            max_new_tokens=config.max_new_tokens,
+            stop=config.stop,
+            context=context,
+        )
 
     return write
 

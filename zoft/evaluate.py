@@ -78,8 +78,8 @@ def evaluate(
     mean of log softmax(scores) over 128 fixed training inputs, whose labels are not looked at. majority is the accuracy
     of always answering the training set's commonest label. Where examples have different numbers of candidates, or
     several right ones, only accuracy, loss, n.
-    lm: {loss (a token), perplexity, tokens, n}; with answers and `write`, {exact_match, f1} of what it writes, first.
-    Where an example of lm has several candidates: {accuracy, loss (a token of the gold one), n}.
+    lm: {loss (a token), perplexity, tokens, n}; with answers and `write`, {exact_match, f1} of what it writes, first;
+    where examples have several candidates, accuracy of the one of highest score, first.
 
     examples, train: as encode() gives them. context(rows): entered around each forward. Evaluation is
     deterministic: batches are made by length, and no random number is drawn.
@@ -101,14 +101,17 @@ def judge(
     assert examples, "nothing to evaluate"
     gold = np.array([e.gold for e in examples])  # [n]
     golds = [e.golds or (e.gold,) for e in examples]
-    if examples[0].objective == "lm" and min(len(e.completions) for e in examples) > 1:
-        # Learned as text, judged by candidates.
-        total, count = totals(model, [replace(e, objective="choice") for e in examples], context)
-        own = np.arange(len(gold)), gold
-        return Judged(gold, golds, scores=total / count.clip(1), sums=-total[own], counts=count[own])
     if examples[0].objective == "lm":
-        sums, counts = _run(model, examples, losses, context)
-        found = Judged(gold, golds, sums=sums.numpy(), counts=counts.numpy())
+        if (
+            min(len(e.completions) for e in examples) > 1
+        ):  # learned as text, judged by candidates: one pass for both
+            total, count = totals(model, [replace(e, objective="choice") for e in examples], context)
+            own = np.arange(len(gold)), gold
+            means = np.where(count > 0, total / count.clip(1), -np.inf)
+            found = Judged(gold, golds, scores=means, sums=-total[own], counts=count[own])
+        else:
+            sums, counts = _run(model, examples, losses, context)
+            found = Judged(gold, golds, sums=sums.numpy(), counts=counts.numpy())
         if write is not None and all(e.answers for e in examples):
             found.texts = write([e.contexts[0] for e in examples])
             answers = [e.answers for e in examples]
@@ -127,14 +130,17 @@ def figures(j: Judged, pick: np.ndarray | None = None) -> dict[str, Any]:
     """The metrics of evaluate(); pick: int [m], the examples they are of (all)."""
     at = np.arange(len(j.gold)) if pick is None else pick
     result: dict[str, Any] = {}
-    if j.scores is None:
-        assert j.sums is not None and j.counts is not None
+    if j.sums is not None:
+        assert j.counts is not None
+        if j.scores is not None:
+            result["accuracy"] = float(np.mean(hits(j.scores[at].argmax(1), [j.golds[i] for i in at])))
         if j.exact is not None and j.f1 is not None:
             result |= {"exact_match": float(j.exact[at].mean()), "f1": float(j.f1[at].mean())}
         tokens = int(j.counts[at].sum())
         loss = float(j.sums[at].sum()) / tokens
         perplexity = math.exp(min(loss, 700.0))
         return {**result, "loss": loss, "perplexity": perplexity, "tokens": tokens, "n": len(at)}
+    assert j.scores is not None
     gold, logp = j.gold[at], log_softmax(j.scores[at])
     predicted = j.scores[at].argmax(1)
     result["accuracy"] = float(np.mean(hits(predicted, [j.golds[i] for i in at])))
@@ -144,10 +150,7 @@ def figures(j: Judged, pick: np.ndarray | None = None) -> dict[str, Any]:
             result["auc"] = auc(gold == 1, logp[:, 1] - logp[:, 0])
         result["calibrated_accuracy"] = float(((logp - j.bias).argmax(1) == gold).mean())
         result["majority"] = float((gold == j.majority).mean())
-    if j.sums is not None and j.counts is not None:  # what is learned is the gold candidate's text
-        result["loss"] = float(j.sums[at].sum() / j.counts[at].sum())
-    else:
-        result["loss"] = float(-logp[np.arange(len(gold)), gold].mean())
+    result["loss"] = float(-logp[np.arange(len(gold)), gold].mean())
     result["n"] = len(at)
     return result
 

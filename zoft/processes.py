@@ -52,7 +52,7 @@ def start(count: int, args: Sequence[str], folder: str) -> int:
     running = True
     while running:
         time.sleep(0.02)
-        running = any([child.poll() is None for child in children])
+        running = None in [child.poll() for child in children]
         ended = [r for r, c in enumerate(children) if c.returncode]
         if ended and failed is None:
             failed = min(ended, key=lambda r: children[r].returncode > 0)

@@ -44,6 +44,7 @@ OURS = (
 DIFFERS = {
     "base": "starts from other weights ({found}) than this model has ({value})",
     "data": "was begun on other training data: put back what was changed there",
+    "rows": "was begun on rows with other columns or answers: put back what was changed there",
     "noise_version": "has noise of version {found}, this zoft makes version {value}: use the zoft that wrote it",
     "adapter": "starts from an adapter ({found}) that is not made here ({value}): put back start.safetensors",
 }
@@ -58,6 +59,11 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
         found = outcome(Path(resume))
         print(f"{resume}: this run is finished; its result follows", file=sys.stderr)
         return found
+    if resume and (Path(resume) / baseline.ASKED).exists():
+        raise UserError(
+            f"{resume}: a baseline, which is not resumed; delete it and start `zoft baseline` again"
+        )
+    rewarded(config, resume)
     folder = str(resume or config.output_dir)
     if int(os.environ.get("RANK", "0")) == 0:  # of several processes, the one that writes
         first_look(config, resume, dry_run)
@@ -74,8 +80,6 @@ def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None
     from zoft import models, tasks
 
     tracking.require(config.track)
-    if resume and (Path(resume) / baseline.ASKED).exists():
-        raise UserError(f"{resume}: a baseline, which is not resumed; start `zoft baseline` anew")
     if resume is None and not dry_run:
         claim(Path(str(config.output_dir)))
     if resume and (Path(resume) / "ledger").exists():  # damage shows before weights load
@@ -84,6 +88,18 @@ def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None
         inspect_run.sound(resume, ledger.read(Path(resume) / "ledger"))
     models.check(models.resolve(config.model))
     tasks.look(config.task)
+
+
+def rewarded(config: Config, resume: str | Path | None) -> None:
+    """Refuse to train on a reward that is not named on the command line, or not there."""
+    if config.objective == "reward" and config.reward is None:
+        if resume:
+            raise compose.again(resume)
+        raise UserError("objective=reward: name the function: --reward my_reward.py:score")
+    if config.reward is not None:
+        from zoft import reward as rewards
+
+        rewards.look(config.reward)
 
 
 def within(config: Config) -> Config:
@@ -245,7 +261,11 @@ def absolute(config: Config) -> Config:
 
     task = dataclasses.replace(config.task, train=fixed(config.task.train), eval=fixed(config.task.eval))
     model = config.model if config.model in PACKAGED else str(fixed(config.model))
-    return dataclasses.replace(config, model=model, task=task)
+    reward = config.reward
+    if reward is not None:
+        place, _, function = reward.rpartition(":")
+        reward = f"{fixed(place)}:{function}"
+    return dataclasses.replace(config, model=model, task=task, reward=reward)
 
 
 @dataclass
@@ -308,7 +328,7 @@ def steps_of(ledger: Ledger, config: Config) -> list[dict[str, Any]]:
 def agree(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
     """Refuse to continue or replay a ledger on anything but what it was written on."""
     for name, value in wanted.items():
-        if name in ("zoft", "plan") or name not in found or found[name] == value:
+        if name in ("zoft", "plan", "reward") or name not in found or found[name] == value:
             continue
         other = DIFFERS.get(name, f"was written with {name}={found[name]}, not {value}")
         if name == "config":

@@ -111,6 +111,13 @@ class Tracker:
             else:
                 print(text, file=self.stream, flush=True)
 
+    def under_way(self, text: str) -> None:
+        """Show how far a long step or evaluation is, where nothing has been shown for a while."""
+        now = time.monotonic()
+        if now - self._shown >= (LIVE_SECONDS if self._live else QUIET_SECONDS):
+            self._shown = now
+            self._show(f"step {self.next + 1}/{self.steps}: {text}")
+
     def close(self, failed: bool = False) -> None:
         """Flush and close everything; twice does no harm."""
         if self._live:

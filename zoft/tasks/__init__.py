@@ -20,7 +20,7 @@ class TaskData:
     """What a run trains on and is judged by.
 
     train, eval: rows {prompt: str, candidates: [str], gold: int, where: str, key: int}; key is a 64-bit hash
-    of the columns the prompt reads. Further fields where they apply: after (str: the prompt goes on behind the mask
+    of the columns the prompt reads; columns: the row as it was read. Further fields where they apply: after (str: the prompt goes on behind the mask
     that the candidates fill), golds ([int]: all right candidates, gold being the first), answers ([str]: texts that
     count as right where one is generated). objective: "choice" (candidates compete) | "lm" (the gold candidate is the
     text to learn; where there are others, they are for evaluation). label: its column. choices: label -> candidate
@@ -254,6 +254,7 @@ def _render(
         "where": where,
         "key": int.from_bytes(digest, "big"),
         "words": sum(len(c.split()) for c in content),
+        "columns": row,
     }
 
 
