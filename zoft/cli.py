@@ -215,6 +215,13 @@ def evaluate(
     resamples: Annotated[
         int, typer.Option(min=0, help="Of the bootstrap that gives 95 % intervals; 0 gives none.")
     ] = 1000,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(metavar="TASKS", help="Tasks of lm-evaluation-harness instead: arc_easy,boolq."),
+    ] = None,
+    lm_eval_path: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where task files of your own are.")
+    ] = None,
 ) -> None:
     """Evaluate a run's model, any model or an adapter: zoft eval runs/mine; zoft eval DIR --config mezo/reviews."""
     from zoft import eval_run
@@ -224,6 +231,14 @@ def evaluate(
     if len(folders) > 1:
         raise UserError(f"eval: {eval_run.GIVE}")
     resolved, adapter = eval_run.source(folders[0] if folders else None, config, overrides)
+    if lm_eval is not None:
+        if examples is not None:
+            raise UserError(f"--examples {examples}: is not of --lm-eval; leave one of them out")
+        results, shown = eval_run.harness(resolved, adapter, lm_eval, lm_eval_path)
+        typer.echo(json.dumps(results) if as_json else shown)
+        return
+    if lm_eval_path is not None:
+        raise UserError(f"--lm-eval-path {lm_eval_path}: does nothing without --lm-eval TASKS")
     found = eval_run.judge(resolved, adapter, resamples=resamples, out=examples)
     typer.echo(json.dumps(found) if as_json else eval_run.text(found))
 

@@ -445,7 +445,10 @@ def _check_objective(config: Config) -> None:
                 f"{name}={getattr(config, name)}: objective={config.objective} asks no reward; leave one out"
             )
     for name in ("max_new_tokens", "stop", "hold_probe"):
-        if not written and getattr(config, name) != found[name].default:
+        evaluated = (
+            name != "hold_probe" and not config.task.choices
+        )  # text to learn is judged by what is written
+        if not (written or evaluated) and getattr(config, name) != found[name].default:
             raise UserError(
                 f"{name}={getattr(config, name)!r}: no text is written with objective={config.objective}; leave it out"
             )

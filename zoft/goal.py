@@ -187,9 +187,9 @@ class Texts:
         """{exact_match, f1}, or {reward}, of held-out rows."""
         done, contexts = 0, prompts(rows, self.tokenizer, self.room)
 
-        def did(rows: int) -> None:
+        def did(count: int) -> None:
             nonlocal done
-            done += rows
+            done += count
             self.progress(f"evaluation, {done} of {len(rows)} texts")
 
         texts = generate.generate(model, self.tokenizer, contexts, context=context, progress=did, **self.how)
