@@ -265,8 +265,14 @@ class Config:
     keep_best: int = key(0, "snapshots to keep besides, the best ones by best_by", least=0)
     best_by: str = key(
         "loss",
-        "metric of the evaluations that keep_best goes by",
+        "metric that keep_best, save_best and early_stop go by, on the dev set where there is one",
         one_of=("loss", "perplexity", "accuracy", "macro_f1", "auc", "calibrated_accuracy", *GENERATED),
+    )
+    save_best: bool = key(
+        False, "model/ holds the weights of the best evaluation by best_by, not the last ones"
+    )
+    early_stop: int = key(
+        0, "evaluations in a row without a better best_by that end the run; 0 goes on", least=0
     )
     output_dir: str | None = key(None, "folder of the run; null is runs/<config>-seed<seed>")
     save_model: bool = key(True, "write model/ at the end")
@@ -287,8 +293,9 @@ def filled(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 # Keys that do not decide the weights: where a run is, how it is watched and kept. A run may go on under others.
-FREE = ("model", "output_dir", "device", "threads", "parallel", "elastic", "listen", "check_every", "probes_per_forward", "cache_frozen", "eval_every", "eval_limit",
-        "max_skipped", "on_divergence", "sync", "snapshot_every", "keep_last", "keep_best", "best_by", "save_model",
+FREE = ("model", "output_dir", "device", "threads", "parallel", "elastic", "listen", "check_every",
+        "probes_per_forward", "cache_frozen", "eval_every", "eval_limit",
+        "max_skipped", "on_divergence", "sync", "snapshot_every", "keep_last", "keep_best", "best_by", "save_best", "save_model",
         "save_dequantised", "save_dtype", "track",
         "trust_remote_code", "task.train", "task.eval", "task.num_eval", "reward", "reward_seconds", "hold_probe",
         "task.null_prompt")  # fmt: skip
@@ -445,7 +452,10 @@ def _check_objective(config: Config) -> None:
                 f"{name}={getattr(config, name)}: objective={config.objective} asks no reward; leave one out"
             )
     for name in ("max_new_tokens", "stop", "hold_probe"):
-        if not written and getattr(config, name) != found[name].default:
+        evaluated = (
+            name != "hold_probe" and not config.task.choices
+        )  # text to learn is judged by what is written
+        if not (written or evaluated) and getattr(config, name) != found[name].default:
             raise UserError(
                 f"{name}={getattr(config, name)!r}: no text is written with objective={config.objective}; leave it out"
             )
@@ -469,10 +479,21 @@ def _check_objective(config: Config) -> None:
 
 def _check_snapshots(config: Config) -> None:
     every, found = config.snapshot_every, fields()
-    unused = ("keep_last", "keep_best", "best_by") if not every else () if config.keep_best else ("best_by",)
+    for name in ("save_best", "early_stop"):
+        if getattr(config, name) and not config.eval_every:
+            raise UserError(
+                f"{name}={getattr(config, name)}: goes by evaluations on the way; set eval_every, too"
+            )
+    if config.early_stop and config.denoise_every and config.eval_every % config.denoise_every:
+        raise UserError(
+            f"early_stop={config.early_stop}: a run may end at any evaluation, each of which must follow a denoising: "
+            f"set eval_every to a multiple of denoise_every={config.denoise_every}"
+        )
+    unused: tuple[str, ...] = ("keep_last", "keep_best") if not every else ()
+    unused += () if config.keep_best or config.save_best or config.early_stop else ("best_by",)
     for name in unused:
         if getattr(config, name) != found[name].default:
-            wanted = "keep_best" if every else "snapshot_every"
+            wanted = "snapshot_every" if name != "best_by" else "keep_best, save_best or early_stop"
             raise UserError(f"{name}={getattr(config, name)}: does nothing without {wanted}; set that too")
     if every > config.steps:
         raise UserError(f"snapshot_every={every}: must not exceed steps={config.steps}")

@@ -114,14 +114,31 @@ def judge(
     return result | ({"ci95": evaluate.bootstrap(found, resamples=resamples)} if resamples else {})
 
 
+def harness(config: Config, adapter: Path | None, tasks: str, path: str | None) -> tuple[dict[str, Any], str]:
+    """(results of lm-evaluation-harness's tasks, the same as text); config.eval_limit examples of each."""
+    from zoft import lm_eval_tasks, models
+
+    names = lm_eval_tasks.require(tasks, path)
+    models.check(models.resolve(config.model))
+    with guards.memory(config):
+        config, model, tokenizer = load(config, adapter)
+        found = lm_eval_tasks.run(config, model, tokenizer, names, path, config.eval_limit)
+    return found, lm_eval_tasks.text(found)
+
+
 def writer(config: Config, model: Any, tokenizer: Any, context: Any = None) -> Any:
     """contexts -> the text that the model writes after each, by the config's max_new_tokens and stop."""
     from zoft.generate import generate
 
-    stop, most = getattr(config, "stop", "\n"), getattr(config, "max_new_tokens", 50)
-
     def write(contexts: Sequence[tuple[int, ...]]) -> list[str]:
-        return generate(model, tokenizer, contexts, max_new_tokens=most, stop=stop, context=context)
+        return generate(
+            model,
+            tokenizer,
+            contexts,
+            max_new_tokens=config.max_new_tokens,
+            stop=config.stop,
+            context=context,
+        )
 
     return write
 

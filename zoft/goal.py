@@ -71,9 +71,11 @@ class Goal:
         if self.texts is not None:
             self.texts.progress = tracker.under_way
 
-    def evaluate(self, model: Any, context: Callable[[int], AbstractContextManager]) -> dict[str, float]:
-        """Metrics of texts written after the evaluation's prompts; nothing where the objective writes none."""
-        return {} if self.texts is None else self.texts.evaluate(model, context)
+    def evaluate(
+        self, model: Any, context: Callable[[int], AbstractContextManager], rows: Sequence[dict[str, Any]]
+    ) -> dict[str, float]:
+        """Metrics of texts written after the prompts of rows; nothing where the objective writes none."""
+        return {} if self.texts is None else self.texts.evaluate(model, context, rows)
 
 
 def resolve(config: Config, data: TaskData) -> Config:
@@ -160,10 +162,10 @@ class Texts:
     def __init__(self, config: Config, data: TaskData, tokenizer: Any) -> None:
         self.name, self.tokenizer = config.objective, tokenizer
         self.how: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "stop": config.stop}
-        room = config.max_length - config.max_new_tokens
-        self.train, self.held_out = data.train, subset(data.eval, config.eval_limit)
-        self.contexts = prompts(self.train, tokenizer, room)
-        self.eval_contexts = prompts(self.held_out, tokenizer, room)
+        self.room = config.max_length - config.max_new_tokens
+        self.train = data.train
+        self.contexts = prompts(self.train, tokenizer, self.room)
+        prompts(subset(data.eval, config.eval_limit), tokenizer, self.room)  # a mistake shows before training
         self.reward = None if config.reward is None else rewards.load(config.reward, config.reward_seconds)
         assert (self.reward is None) == (self.name != "reward"), (config.reward, self.name)
         self.progress: Callable[[str], Any] = lambda text: None
@@ -191,20 +193,20 @@ class Texts:
         scores = self.scores(self.name, [self.train[i] for i in batch.picks], [text for text, _ in made])
         return 0 - torch.tensor(scores, dtype=torch.float64), ones
 
-    def evaluate(self, model: Any, context: Callable[[int], AbstractContextManager]) -> dict[str, float]:
-        """{exact_match, f1}, or {reward}, of the held-out rows."""
-        done = 0
+    def evaluate(
+        self, model: Any, context: Callable[[int], AbstractContextManager], rows: Sequence[dict[str, Any]]
+    ) -> dict[str, float]:
+        """{exact_match, f1}, or {reward}, of held-out rows."""
+        done, contexts = 0, prompts(rows, self.tokenizer, self.room)
 
-        def did(rows: int) -> None:
+        def did(count: int) -> None:
             nonlocal done
-            done += rows
-            self.progress(f"evaluation, {done} of {len(self.held_out)} texts")
+            done += count
+            self.progress(f"evaluation, {done} of {len(rows)} texts")
 
-        texts = generate.generate(
-            model, self.tokenizer, self.eval_contexts, context=context, progress=did, **self.how
-        )
+        texts = generate.generate(model, self.tokenizer, contexts, context=context, progress=did, **self.how)
         names = ("reward",) if self.reward else ("exact_match", "f1")
-        return {n: sum(self.scores(n, self.held_out, texts)) / len(texts) for n in names}
+        return {n: sum(self.scores(n, rows, texts)) / len(texts) for n in names}
 
     def scores(self, name: str, rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[float]:
         """A number a row, the larger the better."""
