@@ -70,7 +70,7 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
 
 def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None:
     """Raise UserError for what can be seen before anything heavy loads."""
-    from zoft import models, tasks
+    from zoft import checkpoint, models, tasks
 
     tracking.require(config.track)
     if resume is None and not dry_run:
@@ -80,6 +80,8 @@ def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None
 
         inspect_run.sound(resume, ledger.read(Path(resume) / "ledger"))
     models.check(models.resolve(config.model))
+    if config.adapter:
+        checkpoint.adapter(config.adapter, Path(config.adapter).expanduser())
     tasks.look(config.task)
 
 
@@ -187,9 +189,11 @@ def evaluate(config: Config, folder: str | Path | None = None) -> dict[str, Any]
                 + (" and evaluate that with model=DIR" if saved.name == "model" else "")
             )
         if saved.name == "model":
-            config = dataclasses.replace(config, model=str(saved), bits=None, eps_mode="absolute")
+            config = dataclasses.replace(
+                config, model=str(saved), bits=None, eps_mode="absolute", adapter=None
+            )
         else:
-            adapter = saved
+            adapter, config = saved, dataclasses.replace(config, adapter=None)
     from zoft import models, tasks
 
     models.check(models.resolve(config.model))
@@ -213,7 +217,7 @@ def result_name(config: Config) -> str:
 
 
 def plain(config: Config) -> Config:
-    """The config of the base alone, without the adapter that it would train."""
+    """The config of the base alone, without the adapter that it would train (but with one that it starts from)."""
     return dataclasses.replace(config, train="all") if config.train in ADAPTERS else config
 
 
@@ -272,7 +276,7 @@ def absolute(config: Config) -> Config:
 
     task = dataclasses.replace(config.task, train=fixed(config.task.train), eval=fixed(config.task.eval))
     model = config.model if config.model in PACKAGED else str(fixed(config.model))
-    return dataclasses.replace(config, model=model, task=task)
+    return dataclasses.replace(config, model=model, adapter=fixed(config.adapter), task=task)
 
 
 @dataclass
