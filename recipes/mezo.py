@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from zoft import adapters, eval_run, evaluate, goal, setup, space, tasks
+from zoft import adapter_beside, adapters, eval_run, evaluate, goal, setup, space, tasks
 from zoft import replay as replays
 from zoft import run as runs
 from zoft.config import Config
@@ -57,7 +57,7 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
 
 def replay(config: Config, folder: Path, out: Path, ask: replays.Ask) -> int:
     """Base + ledger -> a model of the run in `out`, or its adapter; returns its number of steps."""
-    if config.train in adapters.ADAPTERS:
+    if config.train in adapters.ADAPTERS or adapter_beside.folder_of(config):
         return replays.in_memory(config, folder, out, ask, rebuild)
     return replays.replay(config, folder, out, ask)
 

@@ -142,6 +142,11 @@ class Config:
     lora_layers: str | None = key(
         None, "last-6: LoRA pairs in the last 6 blocks only", pattern=(r"last-[1-9]\d*", "last-1, last-2, …")
     )
+    adapter: str | None = key(
+        None,
+        "folder of a saved LoRA adapter that is put in place, frozen, and stays there while other tensors are trained; "
+        "train=lora trains on from it",
+    )
     virtual_tokens: int | None = key(
         None, "length of the prefix (null is 5) or the prompt (null is 10)", least=1
     )
@@ -288,12 +293,14 @@ def filled(tree: dict[str, Any]) -> dict[str, Any]:
     """A tree of keys with the defaults of its recipe and of what it trains, where it does not set them."""
     for defaults, by in ((BY_RECIPE, "recipe"), (BY_TRAIN, "train")):
         unset = {k: v for k, v in defaults.get(str(tree.get(by)), {}).items() if tree.get(k) is None}
+        if tree.get("adapter"):  # which has a rank and an alpha of its own
+            unset = {k: v for k, v in unset.items() if not k.startswith("lora_")}
         tree = {**tree, **unset}
     return tree
 
 
 # Keys that do not decide the weights: where a run is, how it is watched and kept. A run may go on under others.
-FREE = ("model", "output_dir", "device", "threads", "parallel", "elastic", "listen", "check_every",
+FREE = ("model", "adapter", "output_dir", "device", "threads", "parallel", "elastic", "listen", "check_every",
         "probes_per_forward", "cache_frozen", "eval_every", "eval_limit",
         "max_skipped", "on_divergence", "sync", "snapshot_every", "keep_last", "keep_best", "best_by", "save_best", "save_model",
         "save_dequantised", "save_dtype", "track",
@@ -374,6 +381,7 @@ def check(config: Config) -> Config:
             raise UserError(
                 f"{name}={getattr(config, name)}: is for train={' or '.join(sets)}, not {config.train}; leave it out"
             )
+    _check_adapter(config)
     try:
         re.compile(config.lora_targets or "")
     except re.error as error:
@@ -412,6 +420,25 @@ def check(config: Config) -> Config:
         choices[name] = v
     config.task.choices = choices
     return config
+
+
+def _check_adapter(config: Config) -> None:
+    """Refuse what does not go with an adapter in place."""
+    if config.adapter is None:
+        return
+    if not config.adapter.strip():
+        raise UserError("adapter is empty: give a folder, or leave the key out")
+    for name in ("lora_rank", "lora_alpha", "lora_targets", "lora_layers"):
+        if getattr(config, name) is not None:
+            raise UserError(f"{name}={getattr(config, name)}: the adapter has its own; leave it out")
+    if config.train in ("prefix", "prompt"):
+        raise UserError(
+            f"train={config.train}: does not go with adapter; use train=lora to train on from it, or scales, norms, all, …"
+        )
+    if config.denoise_every:
+        raise UserError(
+            f"denoise_every={config.denoise_every}: rebuilds weights from the model's own files, without an adapter in place; leave it out"
+        )
 
 
 def _check_mask(config: Config) -> None:

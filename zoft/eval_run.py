@@ -60,8 +60,10 @@ def of_run(folder: Path, config: Config) -> tuple[Config, Path | None]:
             + (" and evaluate that with model=DIR" if saved.name == "model" else "")
         )
     if name == "adapter":
-        return config, saved
-    return dataclasses.replace(config, model=str(saved), bits=None, eps_mode="absolute"), None
+        return dataclasses.replace(config, adapter=None), saved
+    return dataclasses.replace(
+        config, model=str(saved), bits=None, eps_mode="absolute", adapter=None
+    ), None
 
 
 def _base(adapter: Path) -> str:

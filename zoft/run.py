@@ -86,7 +86,7 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
 
 def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None:
     """Raise UserError for what can be seen before anything heavy loads."""
-    from zoft import models, tasks
+    from zoft import checkpoint, models, tasks
 
     tracking.require(config.track)
     rewarded(config, resume)
@@ -97,6 +97,8 @@ def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None
 
         inspect_run.sound(resume, ledger.read(Path(resume) / "ledger"))
     models.check(models.resolve(config.model))
+    if config.adapter:
+        checkpoint.adapter(config.adapter, Path(config.adapter).expanduser())
     tasks.look(config.task)
 
 
@@ -212,7 +214,7 @@ def result_name(config: Config) -> str:
 
 
 def plain(config: Config) -> Config:
-    """The config of the base alone, without the adapter that it would train."""
+    """The config of the base alone, without the adapter that it would train (but with one that it starts from)."""
     return dataclasses.replace(config, train="all") if config.train in ADAPTERS else config
 
 
@@ -275,7 +277,7 @@ def absolute(config: Config) -> Config:
     if reward is not None:
         place, _, function = reward.rpartition(":")
         reward = f"{fixed(place)}:{function}"
-    return dataclasses.replace(config, model=model, task=task, reward=reward)
+    return dataclasses.replace(config, model=model, adapter=fixed(config.adapter), task=task, reward=reward)
 
 
 @dataclass
