@@ -32,7 +32,7 @@ SURFACE = {
     "cp": ["--help", "dest", "name"],
     "validate": ["--config", "--help", "-c", "overrides"],
     "estimate": ["--config", "--help", "--json", "-c", "overrides"],
-    "data": ["--config", "--help", "-c", "-n", "overrides"],
+    "data": ["--config", "--help", "--json", "-c", "-n", "overrides"],
     "keys": ["--help"],
     "env": ["--help", "--json"],
 }

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zoft.errors import UserError
-from zoft.tasks import local, named, template
+from zoft.tasks import formats, local, named, template
 
 HELD_OUT = 0.15  # share of the data that a hash puts aside where no evaluation data is given
 
@@ -23,6 +23,9 @@ class TaskData:
     of the columns the prompt reads. objective: "choice" (candidates compete) | "lm" (one candidate: the text to
     learn). label: its column. choices: label -> candidate text, in the order of the candidates; empty for lm.
     notes: lines on where the rows came from and how they were split, for a person.
+    reading: what a recognised layout of a file is and what is learned of it, "" where templates name the columns;
+    its rows hold `messages` (turns {role, content, scored}) or `pieces` (text). chat: "auto" | "template" |
+    "plain"; pack: short texts share rows; joint: what stands between prompt and completion in plain text.
     """
 
     name: str
@@ -33,6 +36,10 @@ class TaskData:
     train: list[dict[str, Any]] = field(repr=False)
     eval: list[dict[str, Any]] = field(repr=False)
     notes: list[str] = field(default_factory=list)
+    reading: str = ""
+    chat: str = "auto"
+    pack: bool = False
+    joint: str = ""
 
 
 def load(task: Any) -> TaskData:
@@ -47,6 +54,7 @@ def load(task: Any) -> TaskData:
     Errors: UserError in one line naming file, line, key, value and fix.
     """
     settings = _settings(task)
+    laid_out = formats.wanted(task)
     prompt = template.parse("task.prompt", settings["prompt"])
     target = template.parse("task.target", task.target) if task.target else None
     if task.name in named.READERS:
@@ -56,15 +64,29 @@ def load(task: Any) -> TaskData:
     else:
         rows = local.read("task.train", task.train, task.subset)
         same = task.eval is None and not local.is_file(task.train)
-        place = task.train.partition(":")[0] if same else task.eval
-        held = local.read("task.eval", place, task.subset, held_out=True) if place else []
+        whole = local.is_folder(task.train)
+        place = task.train if same and whole else task.train.partition(":")[0] if same else task.eval
+        held = local.read("task.train" if whole and same else "task.eval", place, task.subset, held_out=True) if place else []
         notes = [f"{task.train}: {len(rows):,} rows"]
         if held:
             notes.append(f"{place}: {len(held):,} rows for evaluation")
 
+    if laid_out:
+        reading = formats.recognise("task.train", rows, task)
+        notes.append(reading.line)
+        pack = getattr(task, "pack", False)
+        settings |= {"reading": reading.line, "chat": getattr(task, "chat", "auto"), "pack": pack}
+        if pack and reading.format != "text":
+            raise UserError(
+                f"task.pack: is for format text, not {reading.format}: other examples must not see each other"
+            )
+
     def rendered(key: str, rows: local.Rows) -> list[dict[str, Any]]:
-        _check_columns(key, rows, prompt, target, settings["label"])
-        made = [_render(where, row, prompt, target, settings) for where, row in rows]
+        if laid_out:
+            made = [formats.make(where, row, reading) for where, row in rows]
+        else:
+            _check_columns(key, rows, prompt, target, settings["label"])
+            made = [_render(where, row, prompt, target, settings) for where, row in rows]
         limit = getattr(task, "max_words", None)
         kept = [r for r in made if r.pop("words") <= (math.inf if limit is None else limit)]
         if not kept:
@@ -72,6 +94,8 @@ def load(task: Any) -> TaskData:
         return kept
 
     train = rendered("task.train", rows)
+    if laid_out:
+        settings["joint"] = formats.joined(train)
     if held:
         train = subset(train, task.train_limit)
         return TaskData(task.name, **settings, train=train, eval=rendered("task.eval", held), notes=notes)
@@ -115,6 +139,7 @@ def _settings(task: Any) -> dict[str, Any]:
         prompt, choices = named.PROMPTS[task.name]
         prompt, choices = task.prompt or prompt, {} if task.target else dict(task.choices or choices)
         label = None if task.target else "label"
+        formats.wanted(task)  # refuses its keys
         if choices and set(choices) != set(named.PROMPTS[task.name][1]):
             raise UserError(
                 f"task.choices: task={task.name} has the labels {', '.join(named.PROMPTS[task.name][1])}"
@@ -125,6 +150,8 @@ def _settings(task: Any) -> dict[str, Any]:
     else:
         if not task.train:
             raise UserError("task.train is not set: a .jsonl, .csv or .parquet file, or a Hub data set id")
+        if formats.wanted(task):
+            return {"objective": "lm", "prompt": "", "label": None, "choices": {}}
         prompt, label, choices = task.prompt, task.label, {str(k): v for k, v in task.choices.items()}
         if prompt is None:
             raise UserError("task.prompt is not set: a template such as 'Review: {text}\\nSentiment:'")
@@ -171,12 +198,7 @@ def _render(where: str, row: dict, prompt: list, target: list | None, settings: 
         value = row.get(column)
         if template.missing(value):
             raise UserError(f"{where}: column {column} is empty; fill it or leave the row out")
-        if isinstance(value, (list, dict)):
-            raise UserError(f"{where}: column {column} holds a {type(value).__name__}, not text")
-        if isinstance(value, (bytes, bytearray)):
-            raise UserError(f"{where}: column {column} holds bytes, not text")
-        if isinstance(value, str) and (bad := _no_text(value)):
-            raise UserError(f"{where}: column {column} holds {bad}; give it plain text")
+        template.refuse_cell(where, column, value)
     content = [template.as_text(row[c]) for c in read] or [template.fill(target or [], row, strip=False)]
     digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).digest()
     text = template.fill(prompt, row, strip=True)
@@ -192,15 +214,6 @@ def _render(where: str, row: dict, prompt: list, target: list | None, settings: 
         "key": int.from_bytes(digest, "big"),
         "words": sum(len(c.split()) for c in content),
     }
-
-
-def _no_text(value: str) -> str:
-    """What is in a text that no tokenizer takes, or nothing."""
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return "half of a character (a lone surrogate)"
-    return "a zero byte" if "\0" in value else ""
 
 
 def _gold(where: str, column: str, value: Any, labels: list[str]) -> int:

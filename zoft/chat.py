@@ -1,0 +1,290 @@
+"""Conversations as a model reads them: its tokenizer's chat template, and which tokens the assistant has to say.
+
+Where a turn lies in the text is never guessed from the text. The template is rendered with a marker for each
+turn's content, so that what stands between the markers is the template's own; that skeleton, filled with the
+real contents, must be the real rendering, letter by letter. What is scored, decoded, must be what was to be said.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from os.path import commonprefix
+from typing import Any
+
+from zoft.encode import Example, front_of
+from zoft.errors import UserError
+
+# Turns as plain text, for tokenizers without a template of their own.
+PLAIN = (
+    "{% for m in messages %}{{ m['role'][:1].upper() + m['role'][1:] + ': ' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token or '' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+# Some templates write today's date. A run's data must be the same tomorrow, so it is always the same day there.
+FIXED = {"%d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri",
+         "%H": "12", "%M": "00", "%S": "00", "%p": "PM", "%I": "12", "%j": "208"}  # fmt: skip
+DATE = (
+    "{%- macro strftime_now(f) -%}{{ f"
+    + "".join(f"|replace('{code}', '{value}')" for code, value in FIXED.items())
+    + " }}{%- endmacro %}{{ '' }}"
+)
+BATCH = 512  # rows tokenised together
+
+
+@dataclass
+class Chat:
+    """A chat template at work. special: pattern of the tokenizer's special tokens, or None."""
+
+    tokenizer: Any
+    template: str
+    special: re.Pattern[str] | None
+    front: list[int]  # token ids before a row, where the template does not write them itself
+    skeletons: dict[tuple, Skeleton] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What a template writes around the contents of turns of some roles.
+
+    pieces: n + 1 texts around n contents. ends: for each turn that can be scored, how much of the piece after it
+    belongs to it: up to the end of the token that ends a turn, 0 if the template has none; -1 for other turns.
+    """
+
+    pieces: tuple[str, ...]
+    ends: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Spans:
+    """A rendered conversation. contents: (start, end) of each turn's; says: the end of what is scored after it, or 0."""
+
+    text: str
+    contents: tuple[tuple[int, int], ...]
+    says: tuple[int, ...]
+
+
+def of(tokenizer: Any, kind: str) -> Chat:
+    """The template that conversations of a task are written with.
+
+    kind: "auto" or "template" (the tokenizer's own) | "plain". Errors: UserError where the tokenizer has none, or
+    does not say where its tokens stand in a text.
+    """
+    own = tokenizer.chat_template
+    own = own.get("default") if isinstance(own, dict) else own
+    if kind != "plain" and not own:
+        raise UserError(
+            "task.chat: this model's tokenizer has no chat template to write turns with; task.chat=plain writes "
+            "'User: …' and 'Assistant: …', or take a model that was made for chat"
+        )
+    if not tokenizer.is_fast:
+        raise UserError(
+            "task.chat: this model's tokenizer does not say where its tokens stand in a text (no fast tokenizer), so "
+            "that turns cannot be told apart; give prompts and completions with task.chat=plain"
+        )
+    tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    tokens += [tokenizer.eos_token] if tokenizer.eos_token and tokenizer.eos_token not in tokens else []
+    special = re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True))) if tokens else None
+    template = PLAIN if kind == "plain" else DATE + own if "strftime_now" in own else own
+    front = list(front_of(tokenizer)) if kind == "plain" else []
+    return Chat(tokenizer, template, special, front)
+
+
+def encode(rows: Sequence[dict], chat: Chat, max_length: int) -> list[Example]:
+    """Conversations as token ids, the assistant's turns scored.
+
+    Scored are the tokens of each turn {role: assistant, scored: True}, from the first one that has a letter of it
+    to the token with which the template ends a turn. What follows the last scored token is left out. A row longer
+    than max_length loses its oldest exchanges (system turns stay), then the beginning of what the assistant answers
+    last; an answer is never cut.
+
+    rows: dicts {messages: [{role, content, scored}], where}. Returns one "lm" Example a row, in order.
+    Errors: UserError naming the row where the template refuses it, writes it otherwise than it would when asked to
+    answer, or leaves a turn out; where what is scored, decoded, is not what was to be said; where an answer does
+    not fit in max_length.
+    """
+    out = []
+    for at in range(0, len(rows), BATCH):
+        part = rows[at : at + BATCH]
+        spans = [_spans(row["messages"], chat, row["where"]) for row in part]
+        for row, span, (ids, offsets) in zip(part, spans, _tokenise([s.text for s in spans], chat)):
+            out.append(_example(row, span, ids, offsets, chat, max_length))
+    return out
+
+
+def _tokenise(texts: list[str], chat: Chat) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    made = chat.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return list(zip(made["input_ids"], made["offset_mapping"]))
+
+
+def _example(row: dict, span: Spans, ids: list[int], offsets: list, chat: Chat, max_length: int) -> Example:
+    where, messages, dropped = row["where"], row["messages"], 0
+    whole = len(ids)
+    while True:
+        scored = _scored(span, ids, offsets, chat, where)
+        last = max(i for i, s in enumerate(scored) if s) + 1
+        excess = len(chat.front) + last - max_length
+        if excess <= 0 or (shorter := _without_oldest(messages)) is None:
+            break
+        messages = shorter
+        span = _spans(messages, chat, where)
+        ((ids, offsets),) = _tokenise([span.text], chat)
+    keep = set(range(last))
+    if excess > 0:
+        keep -= set(_beginning(span, messages, offsets[:last], excess, where, max_length))
+    dropped = whole - len(ids) + max(excess, 0)
+    kept = [i for i in range(last) if i in keep]
+    tokens = chat.front + [ids[i] for i in kept]
+    marks = [False] * len(chat.front) + [scored[i] for i in kept]
+    first = max(marks.index(True), 1)
+    completion, mask = tuple(tokens[first:]), tuple(marks[first:])
+    if not any(mask):
+        raise UserError(f"{where}: no token is left to learn; leave the row out")
+    return Example((tuple(tokens[:first]),), (completion,), 0, "lm", scored=None if all(mask) else mask, cut=dropped)
+
+
+def _scored(span: Spans, ids: list[int], offsets: list, chat: Chat, where: str) -> list[bool]:
+    """Which tokens are scored, checked: decoded they are what was to be said."""
+    marks = [False] * len(ids)
+    for number, ((start, _), end) in enumerate(zip(span.contents, span.says), 1):
+        if not end:
+            continue
+        inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
+        wanted = span.text[start:end]
+        said = chat.tokenizer.decode([ids[i] for i in inside], clean_up_tokenization_spaces=False)
+        if bare(said) != bare(wanted):
+            again = chat.tokenizer(wanted, add_special_tokens=False, verbose=False)["input_ids"]
+            again = chat.tokenizer.decode(again, clean_up_tokenization_spaces=False)  # of one that changes letters
+            if bare(said) != bare(again):
+                raise UserError(
+                    f"{where}: turn {number}: its tokens read {_short(said)} where {_short(wanted)} is to be said; "
+                    "the tokenizer joins the template with the text: task.chat=plain, or leave the row out"
+                )
+        for i in inside:
+            marks[i] = True
+    return marks
+
+
+def bare(text: str) -> str:
+    """A text without its blanks, which tokenizers add and take away at the seams."""
+    return "".join(text.split())
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:30]}…{text[-30:]}")
+
+
+def _without_oldest(messages: list[dict]) -> list[dict] | None:
+    """The conversation without its first exchange, system turns kept; None where only one question is left."""
+    start = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
+    for i in range(start + 1, len(messages)):
+        if messages[i]["role"] == "user" and any(m["scored"] for m in messages[i:]):
+            return messages[:start] + messages[i:]
+    return None
+
+
+def _beginning(span: Spans, messages: list[dict], offsets: list, n: int, where: str, max_length: int) -> list[int]:
+    """The first n tokens that are nothing but the content of turns which are neither system nor scored."""
+    found: list[int] = []
+    for message, (start, end), says in zip(messages, span.contents, span.says):
+        if message["role"] != "system" and not says:
+            found += [i for i, (a, b) in enumerate(offsets) if start <= a < b <= end]
+    if len(found) <= n:  # something of the question must stay
+        raise UserError(
+            f"{where}: the last exchange has {n} tokens more than max_length={max_length} leaves room for; raise "
+            "max_length (task.max_words leaves long rows out)"
+        )
+    return found[:n]
+
+
+def _spans(messages: list[dict], chat: Chat, where: str) -> Spans:
+    """Render a conversation and find each turn in it."""
+    turns = [{"role": m["role"], "content": m["content"]} for m in messages]
+    for number, turn in enumerate(turns, 1):
+        if chat.special and (found := chat.special.search(turn["content"])):
+            raise UserError(
+                f"{where}: turn {number} holds {found[0]}, a special token of this tokenizer; take it out of the text"
+            )
+    wanted = tuple(m["scored"] for m in messages)
+    key = (tuple(m["role"] for m in messages), tuple(not m["content"] for m in messages), wanted)
+    if key not in chat.skeletons:
+        chat.skeletons[key] = _skeleton(turns, wanted, chat, where)
+    skeleton = chat.skeletons[key]
+    text = _render(turns, chat, where)
+    at, contents, says = len(skeleton.pieces[0]), [], []
+    fits = text.startswith(skeleton.pieces[0])
+    for turn, piece, end in zip(turns, skeleton.pieces[1:], skeleton.ends):
+        content = turn["content"]
+        forms = (content, content.strip(), content.lstrip(), content.rstrip())
+        form = next((f for f in forms if text.startswith(f + piece, at)), None)
+        if form is None:
+            fits = False
+            break
+        contents.append((at, at + len(form)))
+        says.append(at + len(form) + end if end >= 0 else 0)
+        at += len(form) + len(piece)
+    if not fits or at != len(text):
+        number = len(contents) + 1
+        raise UserError(
+            f"{where}: the chat template changes the text of turn {min(number, len(turns))}, so that its tokens cannot be "
+            "told from the template's; task.chat=plain, or leave the row out"
+        )
+    return Spans(text, tuple(contents), tuple(says))
+
+
+def _skeleton(turns: list[dict], wanted: tuple[bool, ...], chat: Chat, where: str) -> Skeleton:
+    """What the template writes around turns like these."""
+    marked = [t | {"content": _marker(i) if t["content"] else ""} for i, t in enumerate(turns)]
+    text = _render(marked, chat, where)
+    pieces, at = [], 0
+    for i, turn in enumerate(marked):
+        found = text.find(turn["content"], at)
+        if found < 0 or turn["content"] and text.count(turn["content"]) > 1:
+            how = "leaves out" if found < 0 else "repeats or moves"
+            raise UserError(
+                f"{where}: the chat template {how} turn {i + 1} ({turn['role']}); task.chat=plain, or leave the turn out"
+            )
+        pieces.append(text[at:found])
+        at = found + len(turn["content"])
+    pieces.append(text[at:])
+    ends = []
+    for i, scored in enumerate(wanted):
+        ends.append(_end(marked[: i + 1], pieces[i + 1], chat, where) if scored else -1)
+        if scored and i:
+            asked = _render(marked[:i], chat, where, ask=True)
+            if not text.startswith(asked):
+                raise UserError(
+                    f"{where}: turn {i + 1}: the chat template writes what stands before it otherwise than when it asks "
+                    "for an answer there; task.chat=plain, or weight 0 for all but the last answer"
+                )
+    return Skeleton(tuple(pieces), tuple(ends))
+
+
+def _end(turns: list[dict], after: str, chat: Chat, where: str) -> int:
+    """How much of what follows the last of these turns ends it: up to its first special token, 0 if there is none."""
+    alone = _render(turns, chat, where).partition(turns[-1]["content"])[2]
+    found = chat.special.search(commonprefix([alone, after])) if chat.special else None
+    return found.end() if found else 0
+
+
+def ends_turns(chat: Chat, row: dict) -> bool:
+    """Whether the template ends each answer of a row with a token of its own, which is scored."""
+    span = _spans(row["messages"], chat, row["where"])
+    return all(end > stop for (_, stop), end in zip(span.contents, span.says) if end)
+
+
+def _marker(i: int) -> str:
+    return f"Q{i:05d}zoft"
+
+
+def _render(turns: list[dict], chat: Chat, where: str, ask: bool = False) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return chat.tokenizer.apply_chat_template(
+            turns, chat_template=chat.template, tokenize=False, add_generation_prompt=ask
+        )
+    except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        said = " ".join(str(error).split())[:160]
+        raise UserError(f"{where}: the chat template refuses this conversation: {said}") from None
