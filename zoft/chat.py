@@ -48,21 +48,28 @@ class Chat:
 class Skeleton:
     """What a template writes around the contents of turns of some roles.
 
-    pieces: n + 1 texts around n contents. ends: for each turn that can be scored, how much of the piece after it
+    pieces: n + 1 texts around n contents. ends: for each turn that is scored, how much of the piece after it
     belongs to it: up to the end of the token that ends a turn, 0 if the template has none; -1 for other turns.
+    gaps: how much of the piece before it is not there yet when the model is asked for it.
     """
 
     pieces: tuple[str, ...]
     ends: tuple[int, ...]
+    gaps: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Spans:
-    """A rendered conversation. contents: (start, end) of each turn's; says: the end of what is scored after it, or 0."""
+    """A rendered conversation, by letters.
+
+    contents: (start, end) of each turn's. says: the end of what is scored of it, or 0. seams: where the model is
+    asked for the turns that are scored.
+    """
 
     text: str
     contents: tuple[tuple[int, int], ...]
     says: tuple[int, ...]
+    seams: tuple[int, ...]
 
 
 def of(tokenizer: Any, kind: str) -> Chat:
@@ -85,8 +92,10 @@ def of(tokenizer: Any, kind: str) -> Chat:
         )
     tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     tokens += [tokenizer.eos_token] if tokenizer.eos_token and tokenizer.eos_token not in tokens else []
-    special = re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True))) if tokens else None
-    template = PLAIN if kind == "plain" else DATE + own if "strftime_now" in own else own
+    special = (
+        re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True))) if tokens else None
+    )
+    template = PLAIN if kind == "plain" else (DATE if "strftime_now" in str(own) else "") + str(own)
     front = list(front_of(tokenizer)) if kind == "plain" else []
     return Chat(tokenizer, template, special, front)
 
@@ -108,14 +117,40 @@ def encode(rows: Sequence[dict], chat: Chat, max_length: int) -> list[Example]:
     for at in range(0, len(rows), BATCH):
         part = rows[at : at + BATCH]
         spans = [_spans(row["messages"], chat, row["where"]) for row in part]
-        for row, span, (ids, offsets) in zip(part, spans, _tokenise([s.text for s in spans], chat)):
+        for row, span, (ids, offsets) in zip(part, spans, _tokenise(spans, chat)):
             out.append(_example(row, span, ids, offsets, chat, max_length))
     return out
 
 
-def _tokenise(texts: list[str], chat: Chat) -> list[tuple[list[int], list[tuple[int, int]]]]:
+Tokens = tuple[list[int], list[tuple[int, int]]]  # ids, and where each stands in the text
+
+
+def _tokenise(spans: Sequence[Spans], chat: Chat) -> list[Tokens]:
+    """Each text as the model meets it: a token that lies across a seam is none that it could be asked after."""
+    found = _with_offsets([span.text for span in spans], chat)
+    return [_seamed(span, *tokens, chat) for span, tokens in zip(spans, found)]
+
+
+def _with_offsets(texts: list[str], chat: Chat) -> list[Tokens]:
     made = chat.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return list(zip(made["input_ids"], made["offset_mapping"]))
+
+
+def _seamed(span: Spans, ids: list[int], offsets: list[tuple[int, int]], chat: Chat) -> Tokens:
+    """The tokens of a text, those before and after each seam by themselves where one would lie across it."""
+    inside = {at for a, b in offsets for at in range(a + 1, b)} if span.seams else set()
+    cuts = [seam for seam in span.seams if seam in inside]
+    if not cuts:
+        return ids, offsets
+    bounds = [0, *cuts, len(span.text)]
+    parts = [span.text[a:b] for a, b in zip(bounds, bounds[1:])]
+    found = _with_offsets(parts, chat)
+    if any(
+        chat.tokenizer.decode(t, clean_up_tokenization_spaces=False) != p for (t, _), p in zip(found, parts)
+    ):
+        return ids, offsets  # a tokenizer that begins every text with a blank: as one text after all
+    ids = [i for part, _ in found for i in part]
+    return ids, [(a + at, b + at) for (_, part), at in zip(found, bounds) for a, b in part]
 
 
 def _example(row: dict, span: Spans, ids: list[int], offsets: list, chat: Chat, max_length: int) -> Example:
@@ -129,7 +164,7 @@ def _example(row: dict, span: Spans, ids: list[int], offsets: list, chat: Chat, 
             break
         messages = shorter
         span = _spans(messages, chat, where)
-        ((ids, offsets),) = _tokenise([span.text], chat)
+        ((ids, offsets),) = _tokenise([span], chat)
     keep = set(range(last))
     if excess > 0:
         keep -= set(_beginning(span, messages, offsets[:last], excess, where, max_length))
@@ -141,7 +176,9 @@ def _example(row: dict, span: Spans, ids: list[int], offsets: list, chat: Chat, 
     completion, mask = tuple(tokens[first:]), tuple(marks[first:])
     if not any(mask):
         raise UserError(f"{where}: no token is left to learn; leave the row out")
-    return Example((tuple(tokens[:first]),), (completion,), 0, "lm", scored=None if all(mask) else mask, cut=dropped)
+    return Example(
+        (tuple(tokens[:first]),), (completion,), 0, "lm", scored=None if all(mask) else mask, cut=dropped
+    )
 
 
 def _scored(span: Spans, ids: list[int], offsets: list, chat: Chat, where: str) -> list[bool]:
@@ -155,7 +192,9 @@ def _scored(span: Spans, ids: list[int], offsets: list, chat: Chat, where: str) 
         said = chat.tokenizer.decode([ids[i] for i in inside], clean_up_tokenization_spaces=False)
         if bare(said) != bare(wanted):
             again = chat.tokenizer(wanted, add_special_tokens=False, verbose=False)["input_ids"]
-            again = chat.tokenizer.decode(again, clean_up_tokenization_spaces=False)  # of one that changes letters
+            again = chat.tokenizer.decode(
+                again, clean_up_tokenization_spaces=False
+            )  # of one that changes letters
             if bare(said) != bare(again):
                 raise UserError(
                     f"{where}: turn {number}: its tokens read {_short(said)} where {_short(wanted)} is to be said; "
@@ -184,7 +223,9 @@ def _without_oldest(messages: list[dict]) -> list[dict] | None:
     return None
 
 
-def _beginning(span: Spans, messages: list[dict], offsets: list, n: int, where: str, max_length: int) -> list[int]:
+def _beginning(
+    span: Spans, messages: list[dict], offsets: list, n: int, where: str, max_length: int
+) -> list[int]:
     """The first n tokens that are nothing but the content of turns which are neither system nor scored."""
     found: list[int] = []
     for message, (start, end), says in zip(messages, span.contents, span.says):
@@ -212,9 +253,12 @@ def _spans(messages: list[dict], chat: Chat, where: str) -> Spans:
         chat.skeletons[key] = _skeleton(turns, wanted, chat, where)
     skeleton = chat.skeletons[key]
     text = _render(turns, chat, where)
-    at, contents, says = len(skeleton.pieces[0]), [], []
+    at = len(skeleton.pieces[0])
+    contents: list[tuple[int, int]] = []
+    says: list[int] = []
+    seams: list[int] = []
     fits = text.startswith(skeleton.pieces[0])
-    for turn, piece, end in zip(turns, skeleton.pieces[1:], skeleton.ends):
+    for turn, piece, end, gap in zip(turns, skeleton.pieces[1:], skeleton.ends, skeleton.gaps):
         content = turn["content"]
         forms = (content, content.strip(), content.lstrip(), content.rstrip())
         form = next((f for f in forms if text.startswith(f + piece, at)), None)
@@ -223,6 +267,7 @@ def _spans(messages: list[dict], chat: Chat, where: str) -> Spans:
             break
         contents.append((at, at + len(form)))
         says.append(at + len(form) + end if end >= 0 else 0)
+        seams += [at - gap] if end >= 0 and at > gap else []
         at += len(form) + len(piece)
     if not fits or at != len(text):
         number = len(contents) + 1
@@ -230,7 +275,7 @@ def _spans(messages: list[dict], chat: Chat, where: str) -> Spans:
             f"{where}: the chat template changes the text of turn {min(number, len(turns))}, so that its tokens cannot be "
             "told from the template's; task.chat=plain, or leave the row out"
         )
-    return Spans(text, tuple(contents), tuple(says))
+    return Spans(text, tuple(contents), tuple(says), tuple(seams))
 
 
 def _skeleton(turns: list[dict], wanted: tuple[bool, ...], chat: Chat, where: str) -> Skeleton:
@@ -248,7 +293,7 @@ def _skeleton(turns: list[dict], wanted: tuple[bool, ...], chat: Chat, where: st
         pieces.append(text[at:found])
         at = found + len(turn["content"])
     pieces.append(text[at:])
-    ends = []
+    ends, gaps = [], [0] * len(turns)
     for i, scored in enumerate(wanted):
         ends.append(_end(marked[: i + 1], pieces[i + 1], chat, where) if scored else -1)
         if scored and i:
@@ -258,7 +303,8 @@ def _skeleton(turns: list[dict], wanted: tuple[bool, ...], chat: Chat, where: st
                     f"{where}: turn {i + 1}: the chat template writes what stands before it otherwise than when it asks "
                     "for an answer there; task.chat=plain, or weight 0 for all but the last answer"
                 )
-    return Skeleton(tuple(pieces), tuple(ends))
+            gaps[i] = text.index(_marker(i)) - len(asked)
+    return Skeleton(tuple(pieces), tuple(ends), tuple(gaps))
 
 
 def _end(turns: list[dict], after: str, chat: Chat, where: str) -> int:

@@ -41,7 +41,7 @@ def key(default: Any, doc: str, **limits: Any) -> Any:
     """A dataclass field with its documentation and limits.
 
     limits: one_of (allowed words), pattern (a regular expression and its description), least (≥), above (>),
-    below (<), most (≤), template (True: a backslash and n typed in a shell is a line break).
+    below (<), most (≤), template (True: a backslash and n typed in a shell is a line break), example (of a map).
     """
     metadata = {"doc": doc, **limits}
     if isinstance(default, dict):
@@ -73,7 +73,11 @@ class Task:
         None, "template with column names in braces: 'Review: {text}\\nSentiment:'", template=True
     )
     label: str | None = key(None, "column that holds the label")
-    choices: dict[Any, str] = key({}, "label -> the text that stands for it: {negative: ' terrible', …}")
+    choices: dict[Any, str] = key(
+        {},
+        "label -> the text that stands for it: {negative: ' terrible', …}",
+        example='{label: " text", other: " text"}',
+    )
     target: str | None = key(
         None, "template of the text to learn, where labels do not fit (LM loss)", template=True
     )
@@ -83,7 +87,9 @@ class Task:
         one_of=("auto", "text", "completion", "instruction", "messages", "sharegpt", "label"),
     )
     columns: dict[Any, str] = key(
-        {}, "what a layout calls a column -> your column: {prompt: question, completion: reply}"
+        {},
+        "what a layout calls a column -> your column: {prompt: question, completion: reply}",
+        example="{prompt: question, completion: reply}",
     )
     chat: str = key(
         "auto",

@@ -80,10 +80,12 @@ def how(tokenizer: Any, data: Any) -> str:
 
     made = chat.of(tokenizer, kind)
     source = "as 'User: …', 'Assistant: …'" if kind == "plain" else "with the tokenizer's chat template"
-    ends = "and the token that ends each" if chat.ends_turns(made, row) else "alone: no token ends a turn here"
+    ends = (
+        "and the token that ends each" if chat.ends_turns(made, row) else "alone (no token ends a turn here)"
+    )
     dated = ", under a date that stays the same" if made.template.startswith(chat.DATE) else ""
     other = "" if kind == "plain" else "; task.chat=plain does without it"
-    return f"turns are written {source}{dated}; scored are the assistant's {ends}{other}"
+    return f"turns are written {source}{dated}; the loss is on the assistant's words {ends}{other}"
 
 
 def paired(rows: Sequence[dict], tokenizer: Any, task: Any, max_length: int) -> list[Example]:

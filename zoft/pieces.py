@@ -24,7 +24,9 @@ def encode(rows: Sequence[dict], tokenizer: Any, max_length: int, *, pack: bool 
     Errors: UserError naming a row that leaves no token to score; for pack without an EOS.
     """
     if pack and tokenizer.eos_token_id is None:
-        raise UserError("task.pack=true: this tokenizer has no end-of-text token to put between texts; leave it out")
+        raise UserError(
+            "task.pack=true: this tokenizer has no end-of-text token to put between texts; leave it out"
+        )
     front = list(front_of(tokenizer))
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream: list[int] = []

@@ -132,7 +132,9 @@ def examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[list[Examp
     for line in reading(tokenizer, data):
         say(line)
     if cut := sum(e.cut > 0 for e in train):
-        say(f"{cut} of {len(train)} training examples are cut to max_length={config.max_length} (see `zoft data`)")
+        say(
+            f"{cut} of {len(train)} training examples are cut to max_length={config.max_length} (see `zoft data`)"
+        )
     return made
 
 

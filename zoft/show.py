@@ -12,7 +12,7 @@ SCORED, DIM, OFF = "\033[32m", "\033[2m", "\033[0m"
 
 
 def show(example: Example, tokenizer: Any, *, colour: bool = False, fold: bool = False) -> str:
-    """What the model reads, decoded, with each scored token in ⟦ ⟧.
+    """What the model reads, decoded, with each scored token in ⟦ ⟧, a line break in it as ↵.
 
     One text where there is one completion; else the context, then a line a candidate, `*` before the gold one.
     example: as encode() gives it. tokenizer: the one that encoded it. colour: for a terminal; scored tokens green,
@@ -29,15 +29,22 @@ def show(example: Example, tokenizer: Any, *, colour: bool = False, fold: bool =
 
 
 def _marked(tokens: Sequence[int], scored: Any, tokenizer: Any, colour: bool, fold: bool) -> str:
-    parts, plain = [], []
-    for token, counts in zip(tokens, scored or [True] * len(tokens)):
+    parts: list[str] = []
+    plain: list[int] = []
+    held: list[int] = []
+    marks = list(scored or [True] * len(tokens))
+    for token, counts, last in zip(tokens, marks, [not m for m in marks[1:]] + [True]):
         if not counts:
             plain.append(token)
             continue
         if plain:
             parts.append(_plain(plain, tokenizer, colour, fold))
             plain = []
-        text = f"⟦{tokenizer.decode([token])}⟧"
+        held.append(token)
+        text = tokenizer.decode(held)
+        if text.endswith("\ufffd") and len(held) < 4 and not last:  # a character of several tokens
+            continue
+        text, held = f"⟦{text.replace(chr(10), '↵')}⟧" + "\n" * text.count("\n"), []
         parts.append(f"{SCORED}{text}{OFF}" if colour else text)
     return "".join(parts)
 

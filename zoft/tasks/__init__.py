@@ -66,7 +66,11 @@ def load(task: Any) -> TaskData:
         same = task.eval is None and not local.is_file(task.train)
         whole = local.is_folder(task.train)
         place = task.train if same and whole else task.train.partition(":")[0] if same else task.eval
-        held = local.read("task.train" if whole and same else "task.eval", place, task.subset, held_out=True) if place else []
+        held = (
+            local.read("task.train" if whole and same else "task.eval", place, task.subset, held_out=True)
+            if place
+            else []
+        )
         notes = [f"{task.train}: {len(rows):,} rows"]
         if held:
             notes.append(f"{place}: {len(held):,} rows for evaluation")

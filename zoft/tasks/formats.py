@@ -17,7 +17,18 @@ PROMPT = ("prompt", "question", "query", "input")
 COMPLETION = ("completion", "response", "answer", "output")
 CONTEXT = ("input", "context")
 DIALOGUE = ("messages", "conversations", "conversation")
-NAMES = ("text", "prompt", "completion", "instruction", "input", "output", "system", "messages", "role", "content")
+NAMES = (
+    "text",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "system",
+    "messages",
+    "role",
+    "content",
+)
 # Columns that say that a file is more than its format takes: left unread, they would change what is learned.
 SIGNS = {
     "text": {*PROMPT, *COMPLETION, "instruction", "target", "summary", "label", "labels", "chosen", "rejected"},
@@ -82,8 +93,9 @@ def wanted(task: Any) -> bool:
         )
     else:
         why = "templates (task.prompt, …) name the columns themselves"
-    for name, default in (("format", "auto"), ("columns", {}), ("chat", "auto"), ("pack", False)):
-        value = getattr(task, name, default)
+    defaults: dict[str, Any] = {"format": "auto", "columns": {}, "chat": "auto", "pack": False}
+    for name, default in defaults.items():
+        value: Any = getattr(task, name, default)
         if value != default and (name, value, task.name) != ("format", "label", "local"):
             raise UserError(f"task.{name}: {why}; leave it out")
     return False
@@ -163,11 +175,16 @@ def _readings(first: dict[str, Any], named: dict[str, str]) -> dict[str, Reading
         if sharegpt:
             turn = ("from", "value")
         columns["sharegpt" if sharegpt else "messages"] = {"messages": dialogue, "system": find("system")}
-    elif prompt and completion and _turns(first[prompt]) and _turns(first[completion]):
-        columns["messages"] = {"prompt": prompt, "completion": completion}
+    if prompt and completion and _turns(first[prompt]) and _turns(first[completion]):
+        columns.setdefault("messages", {"prompt": prompt, "completion": completion})
     elif instruction and (output := find("output", *COMPLETION[::-1])):
         given = find("input", *CONTEXT)
-        columns["instruction"] = {"instruction": instruction, "input": given, "output": output, "system": find("system")}
+        columns["instruction"] = {
+            "instruction": instruction,
+            "input": given,
+            "output": output,
+            "system": find("system"),
+        }
     elif prompt and completion:
         columns["completion"] = {"prompt": prompt, "completion": completion, "system": find("system")}
     if text := find("text"):
@@ -233,7 +250,7 @@ def make(where: str, row: dict[str, Any], reading: Reading) -> dict[str, Any]:
 
 def _conversation(where: str, row: dict[str, Any], reading: Reading) -> dict[str, Any]:
     c = reading.columns
-    turns = []
+    turns: list[dict[str, Any]] = []
     for name in ("prompt", "completion") if "prompt" in c else ("messages",):
         held = row.get(c[name])
         if empty(held):
@@ -272,7 +289,9 @@ def _turn(where: str, turn: Any, reading: Reading, learned: bool) -> dict[str, A
     role = ROLES.get(str(turn[of]).strip().lower())
     if role is None:
         known = ", ".join(ROLES)
-        raise UserError(f"{where} has {of}={turn[of]}, which is none of {known}{template.near(str(turn[of]), ROLES)}")
+        raise UserError(
+            f"{where} has {of}={turn[of]}, which is none of {known}{template.near(str(turn[of]), ROLES)}"
+        )
     content = turn[says]
     if isinstance(content, list):  # parts, as of models that see pictures
         if other := [p for p in content if not (isinstance(p, dict) and isinstance(p.get("text"), str))]:

@@ -78,7 +78,9 @@ def _files(key: str, folder: Path) -> list[Path]:
     texts = [f for f in found if f.suffix.lower() == ".txt"]
     tables = [f for f in found if f.suffix.lower() in FORMATS]
     if texts and tables:
-        raise UserError(f"{key}={folder}: is a folder of both {texts[0].name} and {tables[0].name}; give one kind a folder")
+        raise UserError(
+            f"{key}={folder}: is a folder of both {texts[0].name} and {tables[0].name}; give one kind a folder"
+        )
     if not texts and not tables:
         raise UserError(f"{key}={folder}: is a folder without data files ({', '.join(FORMATS)}, .txt)")
     return texts or tables
