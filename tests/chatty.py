@@ -1,7 +1,7 @@
 """Tokenizers for tests of conversations: every byte a token, and chat templates of the kinds that models have."""
 
 import transformers as hf
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -35,6 +35,8 @@ THINKING = (
     "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# What is asked last is marked.
+HASTY = CHATML.replace("m.content +", "m.content + (' !' if loop.last and m.role == 'user' else '') +")
 DATED = "{{ 'Today is ' + strftime_now('%d %b %Y') + '.\n' }}" + CHATML
 DEAF = CHATML.replace("in messages %}", "in messages if m.role != 'system' %}")
 SHOUTING = CHATML.replace("m.content", "m.content | upper")
@@ -51,16 +53,35 @@ GENERATION = (
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<turn>", "<end>"]
 
 
-def tokenizer(template=CHATML, eos="<|im_end|>", merges=()):
-    """Byte-level: reads any text, and knows where each token stands in it."""
+def tokenizer(template=CHATML, eos="<|im_end|>", merges=(), bos=False, lower=False):
+    """Byte-level: reads any text, and knows where each token stands in it. bos: put before every text."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*SPECIAL, *letters, *(a + b for a, b in merges)]
     core = Tokenizer(models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=list(merges)))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(SPECIAL)
+    if lower:
+        core.normalizer = normalizers.Lowercase()
+    if bos:
+        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return hf.PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token=eos, pad_token="<s>", chat_template=template
+    )
+
+
+def spaced(template):
+    """Letters and words that begin with a blank, as of SentencePiece; every text begins with one."""
+    letters = sorted(map(chr, range(33, 127)))
+    words = ["<s>", "</s>", "▁", "\n", *letters, *("▁" + c for c in letters)]
+    core = Tokenizer(
+        models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=[("▁", c) for c in letters])
+    )
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    core.decoder = decoders.Metaspace(prepend_scheme="first")
+    core.add_special_tokens(["<s>", "</s>"])
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", chat_template=template
     )
 
 

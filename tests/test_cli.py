@@ -382,6 +382,15 @@ def test_data_marks_what_is_scored(place):
     assert done.stdout.count("⟦a⟧") == 2 and done.stdout.count("⟦b⟧") == 2
 
 
+def test_data_counts_what_is_scored(place):
+    done = zoft("data", "--config", "mine.yaml", "-n", 1, "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["scored"] == found["examples"] > 10 and len(found["shown"]) == 1
+    shown = zoft("data", "--config", "mine.yaml", cwd=place).stdout
+    assert f"{found['tokens']:,} tokens, {found['scored']:,} scored" in shown
+
+
 def test_estimate_says_what_a_run_takes(place, monkeypatch):
     from zoft import rates
 

@@ -8,6 +8,7 @@ real contents, must be the real rendering, letter by letter. What is scored, dec
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os.path import commonprefix
@@ -138,8 +139,9 @@ def _with_offsets(texts: list[str], chat: Chat) -> list[Tokens]:
 
 def _seamed(span: Spans, ids: list[int], offsets: list[tuple[int, int]], chat: Chat) -> Tokens:
     """The tokens of a text, those before and after each seam by themselves where one would lie across it."""
-    inside = {at for a, b in offsets for at in range(a + 1, b)} if span.seams else set()
-    cuts = [seam for seam in span.seams if seam in inside]
+    starts = [a for a, _ in offsets]
+    before = [bisect_left(starts, seam) - 1 for seam in span.seams]  # the last token that begins before each
+    cuts = [seam for seam, i in zip(span.seams, before) if i >= 0 and offsets[i][1] > seam]
     if not cuts:
         return ids, offsets
     bounds = [0, *cuts, len(span.text)]
@@ -188,26 +190,29 @@ def _scored(span: Spans, ids: list[int], offsets: list, chat: Chat, where: str) 
         if not end:
             continue
         inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
-        wanted = span.text[start:end]
+        if not inside:
+            raise UserError(
+                f"{where}: turn {number}: the tokenizer says of none of its tokens that it is there"
+            )
+        first, last = min(start, offsets[inside[0]][0]), max(end, offsets[inside[-1]][1])
         said = chat.tokenizer.decode([ids[i] for i in inside], clean_up_tokenization_spaces=False)
-        if bare(said) != bare(wanted):
-            again = chat.tokenizer(wanted, add_special_tokens=False, verbose=False)["input_ids"]
-            again = chat.tokenizer.decode(
-                again, clean_up_tokenization_spaces=False
-            )  # of one that changes letters
-            if bare(said) != bare(again):
-                raise UserError(
-                    f"{where}: turn {number}: its tokens read {_short(said)} where {_short(wanted)} is to be said; "
-                    "the tokenizer joins the template with the text: task.chat=plain, or leave the row out"
-                )
+        wanted = span.text[first:last]  # with the blank before it that its first token may hold
+        joins = bool((span.text[first:start] + span.text[end:last]).strip())
+        if joins or said != wanted and not _says(said, wanted, chat):
+            raise UserError(
+                f"{where}: turn {number}: its tokens read {_short(said)} where {_short(span.text[start:end])} is to be "
+                "said; the tokenizer joins the template with the text: leave the row out, or task.chat=plain"
+            )
         for i in inside:
             marks[i] = True
     return marks
 
 
-def bare(text: str) -> str:
-    """A text without its blanks, which tokenizers add and take away at the seams."""
-    return "".join(text.split())
+def _says(said: str, wanted: str, chat: Chat) -> bool:
+    """Whether tokens read as a text does that the tokenizer does not give back as it was: one that changes letters."""
+    again = chat.tokenizer(wanted, add_special_tokens=False, verbose=False)["input_ids"]
+    read = chat.tokenizer.decode(again, clean_up_tokenization_spaces=False)
+    return read != wanted and "".join(said.split()) == "".join(read.split())
 
 
 def _short(text: str) -> str:
@@ -286,7 +291,7 @@ def _skeleton(turns: list[dict], wanted: tuple[bool, ...], chat: Chat, where: st
     for i, turn in enumerate(marked):
         found = text.find(turn["content"], at)
         if found < 0 or turn["content"] and text.count(turn["content"]) > 1:
-            how = "leaves out" if found < 0 else "repeats or moves"
+            how = "repeats or moves" if turn["content"] in text else "leaves out"
             raise UserError(
                 f"{where}: the chat template {how} turn {i + 1} ({turn['role']}); task.chat=plain, or leave the turn out"
             )
