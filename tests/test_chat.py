@@ -10,7 +10,7 @@ from chatty import runs, whole
 from test_formats import real
 
 from zoft import chat, objective
-from zoft.encode import encode, how
+from zoft.encode import encode, how, prompts
 from zoft.errors import UserError
 
 END = "<|im_end|>"
@@ -269,6 +269,21 @@ def test_prompts_and_completions_are_cut_as_ever():
     pair |= row("u:a question", "a: so")
     (e,) = encode([pair], tokenizer, Data(), 8)
     assert whole(e, tokenizer) == "tion so" + END and e.cut == len("a question so") + 1 - 8
+
+
+def test_what_a_model_is_asked_is_what_it_learned_to_answer():
+    """Prompts to write after: those of the examples, cut alike; a row of several answers has none."""
+    tokenizer = chatty.tokenizer()
+    rows = [row("s:be", "u:question", "a:r"), row("u:q", "A:r", "u:s", "a:t")]
+    found = prompts(rows, tokenizer, 1 << 20, Data())
+    for made, ids in zip(rows, found):
+        turns = [{"role": m["role"], "content": m["content"]} for m in made["messages"][:-1]]
+        asked = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        assert tokenizer.decode(list(ids)) == asked
+    (short,) = prompts(rows[:1], tokenizer, len(found[0]) - 3, Data())
+    assert tokenizer.decode(list(short)) == tokenizer.decode(list(found[0])).replace("question", "stion")
+    with pytest.raises(UserError, match="f:1: texts are written after a question"):
+        prompts([row("u:q", "a:r", "u:s", "a:t")], tokenizer, 99, Data())
 
 
 # --- the loss ---------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 from test_chat import masks, slow
 
 from zoft import objective, pieces
-from zoft.encode import encode
+from zoft.encode import encode, rows_of
 from zoft.errors import UserError
 
 TEXTS = ["ab no yes", "c", "the end: a note on nets, no date", "d e", "yes no " * 9]
@@ -70,6 +70,17 @@ def test_the_loss_of_pieces_is_that_of_a_slow_twin():
         sums, counts = objective.losses(model, objective.collate(packed))
         assert abs(float(sums.sum()) - total) < 1e-8 and int(counts.sum()) == n
         assert abs(sum(slow(model, e)[0] for e in packed) - total) < 1e-8
+
+
+def test_the_row_of_each_piece():
+    made = rows(TEXTS)
+    examples = pieces.encode(made, tiny.tokenizer(), 9)
+    texts = {r["where"]: "" for r in made}
+    for r, e in zip(rows_of(made, examples), examples):
+        texts[r["where"]] += "".join(tiny.WORDS[t] for t, m in zip(*masks(e)) if m)
+    assert [t.removesuffix("<eos>") for t in texts.values()] == [
+        "".join(c for c in t if c in tiny.WORDS) for t in TEXTS
+    ]
 
 
 def test_texts_that_cannot_be_learned():

@@ -226,8 +226,10 @@ def keep(config: Config, trained: Sequence[Trained], folder: Path) -> None:
     """Write a prefix's start beside the ledger: another machine's forward pass would round otherwise."""
     from safetensors.torch import save_file
 
+    from zoft import distributed
+
     path = folder / START
-    if config.train == "prefix" and not path.exists():
+    if config.train == "prefix" and distributed.current().rank == 0 and not path.exists():
         draft = path.with_name(f".{path.name}.new")
         save_file({t.name: t.stored.detach().cpu().contiguous() for t in trained}, draft)
         draft.replace(path)

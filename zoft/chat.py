@@ -123,6 +123,23 @@ def encode(rows: Sequence[dict], chat: Chat, max_length: int) -> list[Example]:
     return out
 
 
+def prompts(rows: Sequence[dict], chat: Chat, most: int) -> list[tuple[int, ...]]:
+    """What stands before the answer of each row, at most so many tokens of it, cut as in `encode`.
+
+    Raises UserError naming a row that has more than one answer.
+    """
+    out = []
+    for row, e in zip(rows, encode(rows, chat, 1 << 30)):
+        if not row["messages"][-1]["scored"] or sum(m["scored"] for m in row["messages"]) > 1:
+            raise UserError(
+                f"{row['where']}: texts are written after a question; this row has several answers, or goes on"
+            )
+        if len(e.contexts[0]) > most:
+            (e,) = encode([row], chat, most + len(e.completions[0]))
+        out.append(e.contexts[0])
+    return out
+
+
 Tokens = tuple[list[int], list[tuple[int, int]]]  # ids, and where each stands in the text
 
 
@@ -178,8 +195,9 @@ def _example(row: dict, span: Spans, ids: list[int], offsets: list, chat: Chat, 
     completion, mask = tuple(tokens[first:]), tuple(marks[first:])
     if not any(mask):
         raise UserError(f"{where}: no token is left to learn; leave the row out")
+    more: dict = {"answers": tuple(row.get("answers", ())), "cut": dropped}
     return Example(
-        (tuple(tokens[:first]),), (completion,), 0, "lm", scored=None if all(mask) else mask, cut=dropped
+        (tuple(tokens[:first]),), (completion,), 0, "lm", scored=None if all(mask) else mask, **more
     )
 
 

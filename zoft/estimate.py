@@ -14,6 +14,7 @@ from torch import nn
 from zoft import adapters, footprint, models, quant, quant_files, routes, setup, space
 from zoft.config import ADAPTERS, Config
 from zoft.data_order import batch_indices
+from zoft.due import due
 from zoft.encode import Example, encode
 from zoft.errors import UserError
 from zoft.evaluate import TOKENS
@@ -94,10 +95,14 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     flops += usual * (1 - share) / probes / config.batch_size * _met(config, rows) / config.steps
     passes = config.q * (2 if inplace else 1)
     seconds = flops / speed["flops"] + passes * trained / speed["noise"]
+    # Each denoising draws all directions from the start again.
+    redrawn = sum(t for t in range(config.steps + 1) if "denoise" in due(config, t))
+    denoising = redrawn * config.q * trained / speed["noise"]
     return {
         "weights": sizes, "weights_bytes": total, "momentum_bytes": momentum, "scratch_bytes": scratch, "frozen_bytes": frozen,
         "activation_bytes": train.activations, "evaluation_bytes": evaluation, "peak_bytes": peak,
-        "seconds_per_step": seconds, "seconds": seconds * config.steps, "flops_per_step": flops, "rates": speed,
+        "seconds_per_step": seconds, "seconds": seconds * config.steps + denoising, "denoising_seconds": denoising,
+        "flops_per_step": flops, "rates": speed,
         "parameters": quant.numbers(model), "trained": trained,
         "rows": batch.rows, "tokens": batch.inputs["input_ids"].shape[1],
         **_with_gradients(gradients, batch, usual / probes / speed["flops"] * config.accumulate),
@@ -109,7 +114,7 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
 
 def skeleton(config: Config) -> Any:
     """The config's model on the meta device, in the dtype of its checkpoint: names, shapes and no memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     source = models.resolve(config.model)
     models.check(source)
@@ -127,7 +132,7 @@ def skeleton(config: Config) -> Any:
             shape = AutoConfig.from_pretrained(source.place, trust_remote_code=config.trust_remote_code)
             dtype = getattr(shape, "dtype", None) or torch.float32
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = models.auto_class(source.name, shape).from_config(
                 shape, dtype=dtype, trust_remote_code=config.trust_remote_code
             )
     return model.eval().requires_grad_(False)
@@ -217,7 +222,9 @@ def _frozen(config: Config, model: Any, names: Sequence[str], rows: Sequence[Exa
     inside = f"{space.blocks_of(model)[0]}."
     if not {n for n in names if not n.startswith(inside)} <= set(space.train_names(model, "last-1")):
         return 0, 1.0  # something is trained that may come before the blocks
-    states = sum(len(row) for row in {c + t[:-1] for e in rows for c, t in zip(e.contexts, e.completions)})
+    states = sum(
+        len(row) for row in {c + t[:-1] + e.after for e in rows for c, t in zip(e.contexts, e.completions)}
+    )
     states = states * _met(config, rows) // len(rows)
     size = states * _width(model) * next(model.parameters()).element_size()
     if auto and size > setup.FROZEN_BYTES:
@@ -330,7 +337,12 @@ def text(found: dict[str, Any]) -> str:
         _line("this run", found),
         _line("AdamW, all weights", found["adamw"]),
         _line(f"AdamW, LoRA of rank {LORA_RANK}", found["lora"]),
-        f"{c['steps']} steps: about {_duration(found['seconds'])}, evaluation and start-up aside",
+        f"{c['steps']} steps: about {_duration(found['seconds'])}, evaluation and start-up aside"
+        + (
+            f"; {_duration(found['denoising_seconds'])} of it to denoise"
+            if found["denoising_seconds"]
+            else ""
+        ),
         *(
             ["memory is that of tensors; a process on a CPU takes 0.5 to 1 GB more"]
             if c["device"] == "cpu"

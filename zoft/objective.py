@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from zoft.encode import Example, encode
 from zoft.show import show
 
-__all__ = ["Batch", "Example", "collate", "encode", "losses", "project", "scores", "show"]
+__all__ = ["Batch", "Example", "collate", "encode", "losses", "mean", "project", "scores", "show"]
 
 CHUNK = 1 << 25  # logits that are in fp32 at one time: 128 MiB
 
@@ -32,7 +32,8 @@ class Batch:
     """Rows of token ids and where they are scored.
 
     inputs: input_ids and attention_mask, each int64 [R, T], padded on the right.
-    positions: int64 [N], flat indices row·T + t; the logits at t score token t + 1. In the order of the rows.
+    positions: int64 [N], flat indices row·T + t; the logits at t score token t + 1 (at a mask: what fills it). In the
+        order of the rows.
     targets: int64 [N], the token scored at each position.
     slots: int64 [E, C, L], which of the N belong to candidate c of example e; -1 where there is none. An
         example with fewer than C candidates has no slot for the last ones.
@@ -113,8 +114,8 @@ def collate(examples: Sequence[Example], pad: int = 0) -> Batch:
             context, completion = e.contexts[c], e.completions[c]
             owners[-1].append(len(rows))
             # The last scored token itself need not be read.
-            rows.append(context + completion[:-1])
-            said = zip(range(len(context) - 1, len(rows[-1])), completion)
+            rows.append(context + completion[:-1] + e.after)
+            said = zip(range(len(context) - 1, len(context) + len(completion) - 1), completion)
             spans.append(list(said if e.scored is None else compress(said, e.scored)))
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad)
@@ -152,6 +153,11 @@ def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         return sums, torch.ones_like(sums)
     total, count = _per_slot(model, batch)
     return -total[:, 0], count[:, 0]
+
+
+def mean(totals: Tensor) -> Tensor:
+    """[P] from totals [P, 2] over examples: the sum of what each has, over their number."""
+    return totals[:, 0] / totals[:, 1]
 
 
 def scores(model: nn.Module, batch: Batch) -> Tensor:

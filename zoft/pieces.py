@@ -50,6 +50,7 @@ def encode(rows: Sequence[dict], tokenizer: Any, max_length: int, *, pack: bool 
 
 def _cut(tokens: list[int], marks: list[bool], max_length: int) -> Iterator[Example]:
     """Rows of max_length, each from the last token of the one before."""
+    part = 0
     for start in range(0, max(len(tokens) - 1, 1), max_length - 1):
         row, mask = tokens[start : start + max_length], marks[start : start + max_length]
         while mask and not mask[-1]:
@@ -57,7 +58,6 @@ def _cut(tokens: list[int], marks: list[bool], max_length: int) -> Iterator[Exam
         first = next((i for i, m in enumerate(mask) if m and i), 0)
         if first:
             # A first token of a row is context; so are those that are not scored before the first that is.
-            rest = tuple(mask[first:])
-            yield Example(
-                (tuple(row[:first]),), (tuple(row[first:]),), 0, "lm", scored=None if all(rest) else rest
-            )
+            rest = None if all(mask[first:]) else tuple(mask[first:])
+            yield Example((tuple(row[:first]),), (tuple(row[first:]),), 0, "lm", scored=rest, part=part)
+            part += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from zoft import compose, guards, tracking
+from zoft import baseline, compose, guards, tracking
 from zoft.config import ADAPTERS, Config, changed
 from zoft.due import due, next_stop
 from zoft.errors import UserError, writing
@@ -31,6 +32,7 @@ OURS = (
     "ledger",
     "metrics.jsonl",
     "result.json",
+    "baseline.json",
     "env.json",
     "model",
     "adapter",
@@ -42,6 +44,7 @@ OURS = (
 DIFFERS = {
     "base": "starts from other weights ({found}) than this model has ({value})",
     "data": "was begun on other training data: put back what was changed there",
+    "rows": "was begun on rows with other columns or answers: put back what was changed there",
     "noise_version": "has noise of version {found}, this zoft makes version {value}: use the zoft that wrote it",
     "adapter": "starts from an adapter ({found}) that is not made here ({value}): put back start.safetensors",
 }
@@ -52,13 +55,31 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
 
     Returns result.json's content. Raises UserError before anything heavy where a mistake shows early.
     """
-    from zoft import models, tasks
-
-    tracking.require(config.track)
     if resume and (Path(resume) / "result.json").exists():
         found = outcome(Path(resume))
         print(f"{resume}: this run is finished; its result follows", file=sys.stderr)
         return found
+    if resume and (Path(resume) / baseline.ASKED).exists():
+        raise UserError(
+            f"{resume}: a baseline, which is not resumed; delete it and start `zoft baseline` again"
+        )
+    rewarded(config, resume)
+    folder = str(resume or config.output_dir)
+    if int(os.environ.get("RANK", "0")) == 0:  # of several processes, the one that writes
+        first_look(config, resume, dry_run)
+    # A signal that comes while things load says "resume me", too.
+    with listening(folder), guards.memory(config):
+        from zoft import distributed
+
+        with distributed.joined(config, folder):
+            return recipe(config.recipe).run(within(absolute(config)), resume=resume, dry_run=dry_run)
+
+
+def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None:
+    """Raise UserError for what can be seen before anything heavy loads."""
+    from zoft import models, tasks
+
+    tracking.require(config.track)
     if resume is None and not dry_run:
         claim(Path(str(config.output_dir)))
     if resume and (Path(resume) / "ledger").exists():  # damage shows before weights load
@@ -67,9 +88,18 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
         inspect_run.sound(resume, ledger.read(Path(resume) / "ledger"))
     models.check(models.resolve(config.model))
     tasks.look(config.task)
-    # A signal that comes while things load says "resume me", too.
-    with listening(str(resume or config.output_dir)), guards.memory(config):
-        return recipe(config.recipe).run(within(absolute(config)), resume=resume, dry_run=dry_run)
+
+
+def rewarded(config: Config, resume: str | Path | None) -> None:
+    """Refuse to train on a reward that is not named on the command line, or not there."""
+    if config.objective == "reward" and config.reward is None:
+        if resume:
+            raise compose.again(resume)
+        raise UserError("objective=reward: name the function: --reward my_reward.py:score")
+    if config.reward is not None:
+        from zoft import reward as rewards
+
+        rewards.look(config.reward)
 
 
 def within(config: Config) -> Config:
@@ -84,8 +114,11 @@ def within(config: Config) -> Config:
         )
     if steps < config.steps:
         print(f"max_forwards={config.max_forwards}: {steps} steps of {each} forwards", file=sys.stderr)
-    if config.warmup > steps:
-        raise UserError(f"warmup={config.warmup:g}: more than the {steps} steps that max_forwards allows")
+    for name in ("warmup", "snapshot_every"):
+        if getattr(config, name) > steps:
+            raise UserError(
+                f"{name}={getattr(config, name):g}: more than the {steps} steps that max_forwards allows"
+            )
     return dataclasses.replace(config, steps=steps)
 
 
@@ -159,38 +192,6 @@ def of_run(folder: str | Path, device: str | None) -> Config:
                 "and weights within 1e-5 with gaussian and storage=fp32"
             )
     return dataclasses.replace(config, threads="auto")  # they change no bit of a replay
-
-
-def evaluate(config: Config, folder: str | Path | None = None) -> dict[str, Any]:
-    """Metrics of a run's saved model, or of the config's own model, on the config's evaluation data."""
-    adapter = None
-    if folder is not None:
-        saved = Path(folder) / result_name(config)
-        if not saved.is_dir():
-            raise UserError(
-                f"{folder}: no {saved.name}/ in it: finish the run with `zoft train --resume {folder}`, or rebuild what it has "
-                f"with `zoft replay {folder} --out DIR`"
-                + (" and evaluate that with model=DIR" if saved.name == "model" else "")
-            )
-        if saved.name == "model":
-            config = dataclasses.replace(config, model=str(saved), bits=None, eps_mode="absolute")
-        else:
-            adapter = saved
-    from zoft import models, tasks
-
-    models.check(models.resolve(config.model))
-    tasks.look(config.task)
-    from zoft import adapters, setup
-    from zoft import evaluate as evaluation
-
-    with guards.memory(config):
-        config = setup.device(config)
-        data = tasks.load(config.task)
-        model, tokenizer, _ = setup.model(plain(config))
-        if adapter is not None:
-            model = adapters.load(model, adapter)
-        train, held_out = setup.examples(config, tokenizer, data)
-        return evaluation.evaluate(model, held_out, train)
 
 
 def result_name(config: Config) -> str:
@@ -270,7 +271,11 @@ def absolute(config: Config) -> Config:
 
     task = dataclasses.replace(config.task, train=fixed(config.task.train), eval=fixed(config.task.eval))
     model = config.model if config.model in PACKAGED else str(fixed(config.model))
-    return dataclasses.replace(config, model=model, task=task)
+    reward = config.reward
+    if reward is not None:
+        place, _, function = reward.rpartition(":")
+        reward = f"{fixed(place)}:{function}"
+    return dataclasses.replace(config, model=model, task=task, reward=reward)
 
 
 @dataclass
@@ -291,11 +296,15 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
     config: with nothing `auto` left; a new run's config.yaml keeps it. header: of the ledger; a resumed run's
     must agree with it. Raises UserError for another base, another plan, or a damaged ledger; Stopped on a signal.
     """
+    from zoft import distributed
     from zoft.env import environment
     from zoft.ledger import Ledger
 
-    folder = Path(resume or str(config.output_dir))
-    if resume and (folder / "ledger").exists():
+    world = distributed.current()
+    folder, first = Path(resume or str(config.output_dir)), world.rank == 0
+    if not first:
+        ledger = world.ledger(None)
+    elif resume and (folder / "ledger").exists():
         ledger = Ledger.open(folder / "ledger", sync=config.sync)
     else:
         with writing(folder):
@@ -304,9 +313,12 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
         write(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
         ledger = Ledger.create(folder / "ledger", dict(header), sync=config.sync)
     with kept(ledger), ledger, listening(str(folder)) as stop:
+        if first:
+            world.ledger(ledger)
+        world.stop = stop
         agree(ledger.header, header, folder)
         with tracking.Tracker(
-            folder, config.steps, track=config.track, config=dataclasses.asdict(config),
+            folder if first else None, config.steps, track=config.track, config=dataclasses.asdict(config),
             resume_step=ledger.last_step + 1, known=steps_of(ledger, config), device=config.device,
         ) as tracker:  # fmt: skip
             try:
@@ -326,7 +338,7 @@ def steps_of(ledger: Ledger, config: Config) -> list[dict[str, Any]]:
 def agree(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
     """Refuse to continue or replay a ledger on anything but what it was written on."""
     for name, value in wanted.items():
-        if name in ("zoft", "plan") or name not in found or found[name] == value:
+        if name in ("zoft", "plan", "reward") or name not in found or found[name] == value:
             continue
         other = DIFFERS.get(name, f"was written with {name}={found[name]}, not {value}")
         if name == "config":
@@ -345,17 +357,21 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
 
     evaluate() -> metrics of the weights as they are. `before` is the base's, kept by metrics.jsonl on resume.
     """
-    from zoft import replay, snapshot
+    from zoft import distributed, replay, snapshot
     from zoft.ledger import Event, Log
+    from zoft.stop import Stopped
 
-    config, t = s.config, s.tracker
-    seen = logged(s.folder / "metrics.jsonl")
-    evals = {row["step"]: row["eval"] for row in seen if "eval" in row}
+    config, t, world = s.config, s.tracker, distributed.current()
+    known, past = world.told(lambda: before(s.folder))
+    evals: dict[int, dict[str, Any]] = dict(known)
+
+    def scored() -> dict[str, Any]:
+        return world.told(evaluate)  # by rank 0; the others wait
+
     if 0 not in evals:
-        evals[0] = evaluate()
+        evals[0] = scored()
         t.evaluation(0, evals[0])
     snapshot.check_metric(config, evals[0])
-    past = next((row["seconds"] for row in reversed(seen) if "seconds" in row), 0.0)
     log = Log(s.ledger.header, s.ledger.records, s.ledger.events)  # the ledger's own lists: they grow
     catch_up(trainer, s.folder, config, log, t.note)
     watch = guards.Watch(config, trainer.axis.trained, steps_of(s.ledger, config))
@@ -367,11 +383,16 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
         t.step(metrics.pop("step"), **metrics, seconds=round(seconds, 3))
         for line in lines:
             t.note(line)
-        folder.look()
+        if world.rank == 0:
+            folder.look()
         if trainer.settings.probes_per_forward != s.config.probes_per_forward:  # a batch could not be stacked
             s.config = dataclasses.replace(s.config, probes_per_forward=trainer.settings.probes_per_forward)
-            write(s.folder / "config.yaml", compose.to_yaml(s.config))  # on resume, too, for the same bits
-        s.stop.check()
+            if world.rank == 0:
+                write(
+                    s.folder / "config.yaml", compose.to_yaml(s.config)
+                )  # on resume, too, for the same bits
+        if world.size == 1:  # else all stop after the same step, by trainer.halted
+            s.stop.check()
 
     def at_stop(step: int) -> None:
         s.ledger.sync()  # nothing durable is ever ahead of the ledger
@@ -381,22 +402,32 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
                 s.ledger.note(Event("denoise", step))  # first, as with steps: from here on it is a fact
                 t.note(replay.denoise(s.folder, config, log, step, trainer.axis.trained))
             elif what == "eval" and step not in evals:
-                evals[step] = evaluate()
+                evals[step] = scored()
                 t.evaluation(step, evals[step])
+            elif what == "snapshot" and what not in noted and world.rank:
+                s.ledger.note(Event("snapshot", step))
             elif what == "snapshot" and what not in noted:
                 t.note(snapshot.take(s.folder, s.ledger, trainer.axis.trained))
                 snapshot.prune(s.folder, config, s.ledger.events, evals)
 
+    world.check(trainer.next, trainer.axis.trained)
     at_stop(trainer.next)
     began, paused = time.monotonic(), 0.0
     while trainer.next < config.steps:
         with s.stop.finishing():
-            trainer.run(on_step, until=next_stop(config, trainer.next))
+            trainer.run(on_step, until=next_stop(config, trainer.next, world.size))
+        if trainer.halted:
+            raise Stopped(0, str(s.folder))
         pause = time.monotonic()
-        at_stop(trainer.next)
+        if trainer.next == config.steps or (config.check_every and not trainer.next % config.check_every):
+            world.check(trainer.next, trainer.axis.trained)
+        if due(config, trainer.next):
+            at_stop(trainer.next)
         paused += time.monotonic() - pause
     seconds = past + time.monotonic() - began - paused
+    several = {"processes": world.size, "wire_bytes": world.sent} if world.size > 1 else {}
     return {
+        **several,
         "steps": config.steps,
         "skipped": sum(r.skipped for r in s.ledger.records),
         "forwards": config.steps * 2 * config.q * config.batch_size * config.accumulate,
@@ -405,6 +436,13 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
         "before": evals[0],
         "after": evals[config.steps],
     }
+
+
+def before(folder: Path) -> tuple[list[tuple[int, dict[str, Any]]], float]:
+    """Of a run's metrics.jsonl: its evaluations with their steps, and the seconds that training took so far."""
+    seen = logged(folder / "metrics.jsonl")
+    past = next((row["seconds"] for row in reversed(seen) if "seconds" in row), 0.0)
+    return [(row["step"], row["eval"]) for row in seen if "eval" in row], past
 
 
 def catch_up(trainer: Trainer, folder: Path, config: Config, log: Log, say: Callable[[str], Any]) -> None:
@@ -433,7 +471,11 @@ def catch_up(trainer: Trainer, folder: Path, config: Config, log: Log, say: Call
 
 
 def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> dict[str, Any]:
-    """Save the model and, last of all, result.json: its presence says that the run is complete."""
+    """Save the model and, last of all, result.json: its presence says that the run is complete. Rank 0 alone does."""
+    from zoft import distributed
+
+    if distributed.current().rank:
+        return result
     Presence(s.ledger, {"config.yaml": compose.to_yaml(s.config)}).look(now=True)
     if s.config.save_model:
         save(s.config, model, tokenizer, s.folder / result_name(s.config), result)

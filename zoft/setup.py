@@ -16,6 +16,7 @@ from torch import nn
 from zoft import (
     __version__,
     adapters,
+    distributed,
     guards,
     models,
     noise,
@@ -30,13 +31,14 @@ from zoft import (
     tasks,
     update,
 )
-from zoft.config import ADAPTERS, Config, digests
+from zoft.config import ADAPTERS, GENERATED, Config, digests
 from zoft.data_order import batch_indices
 from zoft.encode import Example, encode, how
 from zoft.errors import UserError
 from zoft.evaluate import CALIBRATION, spread
 from zoft.footprint import Live
 from zoft.frozen import Row, prefix_of, rows_of
+from zoft.goal import Goal, Prompts
 from zoft.ledger import Ledger
 from zoft.objective import Batch, collate, losses
 from zoft.probe import InPlace, ProbeAxis
@@ -77,7 +79,10 @@ def device(config: Config) -> Config:
             raise UserError(
                 f"device={where}: {count or 'no'} CUDA devices here; use device=cpu or device=auto"
             )
-    threads = torch.get_num_threads() if config.threads == "auto" else int(config.threads)
+    if where.startswith("cuda:"):  # kernels and streams go to the current device
+        torch.cuda.set_device(where)
+    world = distributed.current()
+    threads = distributed.threads_each(world) if config.threads == "auto" else int(config.threads)
     if config.threads == "auto" and where.startswith("cuda"):
         threads = min(threads, CUDA_THREADS)
     torch.set_num_threads(threads)
@@ -127,7 +132,7 @@ def tokenizer(config: Config) -> Any:
 def examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[list[Example], list[Example]]:
     """Training rows and the evaluation rows that eval_limit keeps, as token ids."""
     held_out = tasks.subset(data.eval, config.eval_limit)
-    train = encode(data.train, tokenizer, data, config.max_length, pack=data.pack)
+    train = encode(data.train, tokenizer, data, config.max_length, pack=getattr(data, "pack", False))
     made = train, encode(held_out, tokenizer, data, config.max_length)
     for line in reading(tokenizer, data):
         say(line)
@@ -140,9 +145,14 @@ def examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[list[Examp
 
 def reading(tokenizer: Any, data: TaskData) -> list[str]:
     """What was recognised in the user's own data, and how it is written for the model; none where templates say."""
-    if not data.reading:
+    if not getattr(data, "reading", ""):
         return []
     return [data.reading, how(tokenizer, data)]
+
+
+def dev_examples(config: Config, tokenizer: Any, data: TaskData) -> list[Example] | None:
+    """The rows that a model is chosen by, as token ids; None where task.num_dev and task.k_shot ask for none."""
+    return None if data.dev is None else encode(data.dev, tokenizer, data, config.max_length)
 
 
 def dtypes(config: Config, loaded: nn.Module, names: Sequence[str]) -> Config:
@@ -177,6 +187,7 @@ def axis(
 
     Returns (config with perturb and probes_per_forward resolved, tensors that are really trained, axis).
     """
+    models.refuse_other_kind(config.model, loaded, train[0].masked)
     if update.decay_is_lost(config.lr, config.weight_decay):
         say(
             f"weight_decay={config.weight_decay:g}: times lr={config.lr:g} it is lost in fp32; nothing decays"
@@ -216,13 +227,31 @@ def axis(
 
     if auto and group > 1 and isinstance(made, ProbeAxis):
         room = memory_left(config.device) // 2
-        config = replace(config, probes_per_forward=grouped(config, loaded, made, train, room))
+        group = distributed.current().least(grouped(config, loaded, made, train, room))
+        config = replace(config, probes_per_forward=group)
 
     def clean() -> torch.Tensor:
         with made.clean(small.rows):
             return run(small)
 
-    return cached(config, loaded, trained, train, clean), trained, made
+    return held(cached(config, loaded, trained, train, clean), made), trained, made
+
+
+def held(config: Config, made: ProbeAxis | InPlace) -> Config:
+    """Resolve hold_probe where text is written: a probe's weights once beside θ, where half of the free memory has room.
+
+    Either way they are the same numbers and θ is only read; what differs is noise for each probe, or for each token.
+    """
+    if config.objective not in GENERATED or not isinstance(made, ProbeAxis):
+        return config
+    need, auto = made.held_bytes(), config.hold_probe == "auto"
+    made.hold = need <= memory_left(config.device) // 2 if auto else bool(config.hold_probe)
+    if auto and not made.hold:
+        say(
+            f"hold_probe: a probe's weights take {need / 1e9:.2g} GB more, so each token makes them anew; "
+            "perturb=inplace makes them once in place, with a little rounding each step"
+        )
+    return replace(config, hold_probe=made.hold)
 
 
 @torch.no_grad()
@@ -353,14 +382,22 @@ def calibration(train: Sequence[Example]) -> tuple[Batch, Batch]:
 
 
 def trainer(
-    config: Config, loaded: nn.Module, made: ProbeAxis | InPlace, train: Sequence[Example], ledger: Ledger
-) -> Trainer:
-    """The trainer of a run: on a GPU, one whose steps are captured."""
+    config: Config, loaded: nn.Module, made: ProbeAxis | InPlace, train: Sequence[Example], ledger: Ledger,
+    goal: Goal | None = None,
+) -> Trainer:  # fmt: skip
+    """The trainer of a run: on a GPU, one whose steps are captured where the objective is a mean over rows."""
+    goal = goal or Goal(train[0].objective)
     for line in guards.at_start(config, made.trained) if ledger.last_step < 0 else ():
         say(line)
-    at = batches(config, train)
-    if not config.device.startswith("cuda") or config.storage == "fp64":
-        return Trainer(loaded, made, at, ledger, settings(config))
+    at: Callable[[int], Sequence[Any]] = batches(config, train)
+    if goal.texts is not None:
+
+        def at(step: int) -> list[Prompts]:
+            return [Prompts(tuple(picks)) for picks in picked(config, len(train), step)]
+
+    eager = goal.texts is not None or goal.value is not objective.mean
+    if eager or not config.device.startswith("cuda") or config.storage == "fp64":
+        return Trainer(loaded, made, at, ledger, settings(config), goal.forward, goal.value)
     from zoft.captured import CapturedTrainer
     from zoft.device import DeviceAxis
     from zoft.device_inplace import DeviceInPlace
@@ -369,7 +406,7 @@ def trainer(
     why = "cache_frozen looks rows up on the CPU" if config.cache_frozen else ""
     if not why and mask_is_idle(config, loaded, made, train):
         plain, at = at, lambda step: [b.unmasked() for b in plain(step)]
-    return CapturedTrainer(loaded, made, at, ledger, settings(config), capture=why)
+    return CapturedTrainer(loaded, made, at, ledger, settings(config), goal.forward, capture=why)
 
 
 @torch.no_grad()
@@ -388,11 +425,13 @@ def mask_is_idle(
 
 
 def batches(config: Config, train: Sequence[Example]) -> Callable[[int], list[Batch]]:
-    """step -> its batches, a pure function of the step."""
+    """step -> its batches, a pure function of the step; of several processes, this one's examples of each."""
+    mine = distributed.current().examples
 
     def at(step: int) -> list[Batch]:
         return [
-            collate([train[i] for i in picks]).to(config.device) for picks in picked(config, len(train), step)
+            collate([train[i] for i in mine(picks)]).to(config.device)
+            for picks in picked(config, len(train), step)
         ]
 
     return at
@@ -469,8 +508,8 @@ def data_digest(train: Sequence[Example]) -> str:
     """A hash of the training examples' tokens, in their order."""
     h = hashlib.blake2b(digest_size=16)
     for e in train:
-        mask = [] if e.scored is None else [e.scored]
-        h.update(json.dumps([e.contexts, e.completions, e.gold, *mask]).encode())
+        rest: list[Any] = [e.after] if e.masked else [e.scored] if e.scored is not None else []
+        h.update(json.dumps([e.contexts, e.completions, e.gold, *rest]).encode())
     return f"blake2b:{h.hexdigest()}"
 
 

@@ -20,7 +20,11 @@ def show(example: Example, tokenizer: Any, *, colour: bool = False, fold: bool =
     """
     shared = len(set(example.contexts)) == 1
     single = example.objective == "lm" and shared
-    lines = [] if single or not shared else [_plain(example.contexts[0], tokenizer, colour, fold)]
+    lines = (
+        []
+        if single or not shared
+        else [_plain([*example.contexts[0], *example.after], tokenizer, colour, fold)]
+    )
     for c, (context, completion) in enumerate(zip(example.contexts, example.completions)):
         lead = "" if shared and not single else _plain(context, tokenizer, colour, fold)
         mark = "" if single else "* " if c == example.gold else "  "
@@ -62,7 +66,10 @@ def _plain(tokens: Sequence[int], tokenizer: Any, colour: bool, fold: bool) -> s
 
 def counts(examples: Sequence[Example]) -> dict[str, Any]:
     """{examples, tokens, scored, cut (examples that max_length shortened), longest}, the gold row of each counted."""
-    rows = [(len(e.contexts[e.gold]) + len(e.completions[e.gold]), _scored(e)) for e in examples]
+    rows = [
+        (len(e.contexts[e.gold]) + len(e.completions[e.gold]) + len(e.after) - e.masked, _scored(e))
+        for e in examples
+    ]
     return {
         "examples": len(rows),
         "tokens": sum(length for length, _ in rows),
@@ -93,7 +100,9 @@ def as_tree(example: Example, tokenizer: Any) -> dict[str, Any]:
         rows.append(
             [
                 {"token": token, "text": tokenizer.decode([token]), "scored": mark}
-                for token, mark in zip([*context, *completion], marks)
+                for token, mark in zip(
+                    [*context, *completion, *example.after], [*marks, *[False] * len(example.after)]
+                )
             ]
         )
     return {"rows": rows, "gold": example.gold}

@@ -10,6 +10,11 @@ from typing import Any
 
 from zoft.errors import UserError
 
+MASK = (
+    "[MASK]"  # in a template: the place that a masked language model fills, whatever its tokenizer calls it
+)
+Piece = tuple[str, str | None]  # text, and the column that follows it
+
 
 def parse(key: str, template: str) -> list[tuple[str, str | None]]:
     """Split a template into (text, column or None) pieces; `{{` and `}}` stand for braces.
@@ -32,6 +37,18 @@ def parse(key: str, template: str) -> list[tuple[str, str | None]]:
                 f"{key}: {{{column}{tail}}} is more than a column's name; write {{{plain(column)}}}"
             )
     return [(text, column) for text, column, _, _ in pieces]
+
+
+def at_mask(key: str, pieces: list[Piece]) -> tuple[list[Piece], list[Piece] | None]:
+    """What a template has before and after `[MASK]`; None after it where there is no mask. Errors: UserError."""
+    found = [i for i, (text, _) in enumerate(pieces) if MASK in text]
+    if not found:
+        return pieces, None
+    text, column = pieces[found[0]]
+    before, _, after = text.partition(MASK)
+    if len(found) > 1 or MASK in after:
+        raise UserError(f"{key}: {MASK} is there twice; a masked language model fills one")
+    return [*pieces[: found[0]], (before, None)], [(after, column), *pieces[found[0] + 1 :]]
 
 
 def plain(column: str) -> str:
