@@ -45,7 +45,16 @@ def place(tmp_path_factory):
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("reader")
     tiny.llama().save_pretrained(folder / "tiny")
-    tiny.tokenizer().save_pretrained(folder / "tiny")
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '') + ':' }}{% endfor %}"
+    tokenizer.save_pretrained(folder / "tiny")
+    turns = [
+        [{"role": "user", "content": f"{i} yes"}, {"role": "assistant", "content": f"no {i % 7}"}]
+        for i in range(40)
+    ]
+    (folder / "chats.jsonl").write_text(
+        "\n".join(json.dumps({"messages": t}) for t in turns), encoding="utf-8"
+    )
     rows = [
         {"text": "bad no " * (i % 3) + str(i), "label": ("negative", "positive")[i % 2]} for i in range(60)
     ]

@@ -174,6 +174,10 @@ def demonstrated(config: Config, k: int, data: Any, tokenizer: Any) -> Any:
     """
     from zoft.encode import encode
 
+    if getattr(data, "reading", ""):
+        raise UserError(
+            "--method icl: demonstrations stand before a prompt: write task.prompt and task.target (or task.label)"
+        )
     drawn = random.Random(config.seed).sample(range(len(data.train)), min(k, len(data.train)))
     shown = [
         (data.train[i]["prompt"] + data.train[i]["candidates"][data.train[i]["gold"]]).rstrip() for i in drawn

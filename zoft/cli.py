@@ -423,12 +423,14 @@ def data(
     overrides: Overrides = None,
     config: Source = None,
     count: Annotated[int, typer.Option("-n", min=1, help="How many examples.")] = 3,
+    as_json: Json = False,
 ) -> None:
-    """Show training examples as the model reads them, scored tokens marked."""
+    """Show training examples as the model reads them, scored tokens marked, and counts of them all."""
     from zoft import run
     from zoft.compose import compose
 
-    run.show_data(compose(config, overrides or []), count, typer.echo)
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    run.show_data(compose(config, overrides or []), count, typer.echo, as_json=as_json, colour=colour)
 
 
 @app.command(cls=_Verb)

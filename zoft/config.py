@@ -44,7 +44,7 @@ def key(default: Any, doc: str, **limits: Any) -> Any:
     """A dataclass field with its documentation and limits.
 
     limits: one_of (allowed words), pattern (a regular expression and its description), least (≥), above (>),
-    below (<), most (≤), template (True: a backslash and n typed in a shell is a line break).
+    below (<), most (≤), template (True: a backslash and n typed in a shell is a line break), example (of a map).
     """
     metadata = {"doc": doc, **limits}
     if isinstance(default, dict):
@@ -58,7 +58,9 @@ class Task:
 
     name: str = key("", "a task of configs/task: sst2, squad, …, reviews, or local (your own data)")
     train: str | None = key(
-        None, "training data: a .jsonl, .csv, .tsv, .json or .parquet file, or a Hub data set id[:split]"
+        None,
+        "training data: a .jsonl, .csv, .tsv, .json or .parquet file, a folder of such or of .txt files, or a Hub "
+        "data set id[:split]",
     )
     eval: str | None = key(None, "evaluation data, like train; null holds a fixed part of train out, by hash")
     subset: str | None = key(None, "configuration of a Hub data set that has several (glue has sst2, rte, …)")
@@ -66,16 +68,39 @@ class Task:
         None, "train on a fixed subset of this many examples; null takes all", least=1
     )
     max_words: int | None = key(
-        None, "leave out rows with more words in the prompt's columns; null takes all", least=1
+        None,
+        "leave out rows with more words in the prompt's columns (of a recognised layout: in all it reads); null takes all",
+        least=1,
     )
     prompt: str | None = key(
         None, "template with column names in braces: 'Review: {text}\\nSentiment:'", template=True
     )
     label: str | None = key(None, "column that holds the label")
-    choices: dict[Any, str] = key({}, "label -> the text that stands for it: {negative: ' terrible', …}")
+    choices: dict[Any, str] = key(
+        {},
+        "label -> the text that stands for it: {negative: ' terrible', …}",
+        example='{label: " text", other: " text"}',
+    )
     target: str | None = key(
         None, "template of the text to learn, where labels do not fit (LM loss)", template=True
     )
+    format: str = key(
+        "auto",
+        "layout of your own data, where no template names its columns; auto goes by their names and says what it found",
+        one_of=("auto", "text", "completion", "instruction", "messages", "sharegpt", "label"),
+    )
+    columns: dict[Any, str] = key(
+        {},
+        "what a layout calls a column -> your column: {prompt: question, completion: reply}",
+        example="{prompt: question, completion: reply}",
+    )
+    chat: str = key(
+        "auto",
+        "how turns are written: with the tokenizer's chat template, or plain, as text; auto is plain where prompt and "
+        "completion are all there is and the tokenizer has no template",
+        one_of=("auto", "template", "plain"),
+    )
+    pack: bool = key(False, "format=text: texts follow each other in rows of max_length, not one text a row")
     null_prompt: str | None = key(
         None,
         "the prompt without what it asks about, for `zoft baseline --method sfc`; null: the template, columns empty",

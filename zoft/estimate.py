@@ -201,7 +201,8 @@ def _examples(config: Config) -> tuple[list[Example], int, str]:
     try:
         data = tasks.load(config.task)
         tested = len(tasks.subset(data.eval, config.eval_limit))
-        return encode(data.train, setup.tokenizer(config), data, config.max_length), tested, ""
+        rows = encode(data.train, setup.tokenizer(config), data, config.max_length, pack=data.pack)
+        return rows, tested, ""
     except UserError as error:
         context = (0,) * config.max_length
         made = Example((context, context), ((1,), (2,)), 0, "choice", True)

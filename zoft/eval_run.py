@@ -61,9 +61,7 @@ def of_run(folder: Path, config: Config) -> tuple[Config, Path | None]:
         )
     if name == "adapter":
         return dataclasses.replace(config, adapter=None), saved
-    return dataclasses.replace(
-        config, model=str(saved), bits=None, eps_mode="absolute", adapter=None
-    ), None
+    return dataclasses.replace(config, model=str(saved), bits=None, eps_mode="absolute", adapter=None), None
 
 
 def _base(adapter: Path) -> str:
@@ -101,6 +99,7 @@ def judge(
     models.check(models.resolve(config.model))
     tasks.look(config.task)
     from zoft import evaluate, setup
+    from zoft.encode import rows_of
 
     with guards.memory(config):
         data = tasks.load(config.task)
@@ -109,7 +108,7 @@ def judge(
         models.refuse_other_kind(config.model, model, held_out[0].masked)
         found = evaluate.judge(model, held_out, train, write=writer(config, model, tokenizer))
     if out is not None:
-        rows = tasks.subset(data.eval, config.eval_limit)
+        rows = rows_of(tasks.subset(data.eval, config.eval_limit), held_out)
         with writing(out):
             Path(out).write_text("".join(lines(rows, found)), encoding="utf-8")
     result = evaluate.figures(found)

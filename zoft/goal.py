@@ -162,10 +162,12 @@ class Texts:
     def __init__(self, config: Config, data: TaskData, tokenizer: Any) -> None:
         self.name, self.tokenizer = config.objective, tokenizer
         self.how: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "stop": config.stop}
-        self.room = config.max_length - config.max_new_tokens
+        self.room, self.data = config.max_length - config.max_new_tokens, data
         self.train = data.train
-        self.contexts = prompts(self.train, tokenizer, self.room)
-        prompts(subset(data.eval, config.eval_limit), tokenizer, self.room)  # a mistake shows before training
+        self.contexts = prompts(self.train, tokenizer, self.room, data)
+        prompts(
+            subset(data.eval, config.eval_limit), tokenizer, self.room, data
+        )  # a mistake shows before training
         self.reward = None if config.reward is None else rewards.load(config.reward, config.reward_seconds)
         assert (self.reward is None) == (self.name != "reward"), (config.reward, self.name)
         self.progress: Callable[[str], Any] = lambda text: None
@@ -197,7 +199,7 @@ class Texts:
         self, model: Any, context: Callable[[int], AbstractContextManager], rows: Sequence[dict[str, Any]]
     ) -> dict[str, float]:
         """{exact_match, f1}, or {reward}, of held-out rows."""
-        done, contexts = 0, prompts(rows, self.tokenizer, self.room)
+        done, contexts = 0, prompts(rows, self.tokenizer, self.room, self.data)
 
         def did(count: int) -> None:
             nonlocal done

@@ -218,21 +218,33 @@ def plain(config: Config) -> Config:
     return dataclasses.replace(config, train="all") if config.train in ADAPTERS else config
 
 
-def show_data(config: Config, count: int, say: Callable[[str], Any]) -> None:
-    """Print the first examples of training as the model reads them, scored tokens in ⟦ ⟧."""
+def show_data(
+    config: Config, count: int, say: Callable[[str], Any], *, as_json: bool = False, colour: bool = False
+) -> None:
+    """Print the first examples of training as the model reads them, scored tokens in ⟦ ⟧, and counts of them all.
+
+    colour: for a terminal, where long stretches that are not scored are folded, too.
+    """
     from zoft import models, tasks
-    from zoft.encode import encode, show
 
     models.check(models.resolve(config.model))
     tasks.look(config.task)
-    from zoft import setup
+    from zoft import setup, show
+    from zoft.encode import encode
 
     data = tasks.load(config.task)
-    for note in data.notes:
-        say(note)
     tokenizer = setup.tokenizer(config)
-    for example in encode(data.train[:count], tokenizer, data, config.max_length):
-        say(f"\n{show(example, tokenizer)}")
+    examples = encode(data.train, tokenizer, data, config.max_length, pack=data.pack)
+    found = show.counts(examples)
+    notes = [n for n in data.notes if n != data.reading] + setup.reading(tokenizer, data)
+    if as_json:
+        shown = [show.as_tree(e, tokenizer) for e in examples[:count]]
+        say(json.dumps({"notes": notes, **found, "shown": shown}))
+        return
+    for line in [*notes, show.counted(found)]:
+        say(line)
+    for example in examples[:count]:
+        say(f"\n{show.show(example, tokenizer, colour=colour, fold=True)}")
 
 
 def recipe(name: str) -> ModuleType:
@@ -434,9 +446,7 @@ def fit(
             at_stop(trainer.next)
         paused += time.monotonic() - pause
     seconds = past + time.monotonic() - began - paused
-    several: dict[str, Any] = (
-        {"processes": world.size, "wire_bytes": world.sent} if world.size > 1 else {}
-    )
+    several: dict[str, Any] = {"processes": world.size, "wire_bytes": world.sent} if world.size > 1 else {}
     last = trainer.next
     if not selection.tested(evals[last]):  # an early end, judged on the dev set so far
         evals[last] = {**world.told(evaluate), **evals[last]}

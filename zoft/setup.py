@@ -34,7 +34,7 @@ from zoft import (
 )
 from zoft.config import ADAPTERS, GENERATED, Config, digests
 from zoft.data_order import batch_indices
-from zoft.encode import Example, encode
+from zoft.encode import Example, encode, how
 from zoft.errors import UserError
 from zoft.evaluate import CALIBRATION, spread
 from zoft.footprint import Live
@@ -142,10 +142,22 @@ def tokenizer(config: Config) -> Any:
 def examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[list[Example], list[Example]]:
     """Training rows and the evaluation rows that eval_limit keeps, as token ids."""
     held_out = tasks.subset(data.eval, config.eval_limit)
-    return (
-        encode(data.train, tokenizer, data, config.max_length),
-        encode(held_out, tokenizer, data, config.max_length),
-    )
+    train = encode(data.train, tokenizer, data, config.max_length, pack=getattr(data, "pack", False))
+    made = train, encode(held_out, tokenizer, data, config.max_length)
+    for line in reading(tokenizer, data):
+        say(line)
+    if cut := sum(e.cut > 0 for e in train):
+        say(
+            f"{cut} of {len(train)} training examples are cut to max_length={config.max_length} (see `zoft data`)"
+        )
+    return made
+
+
+def reading(tokenizer: Any, data: TaskData) -> list[str]:
+    """What was recognised in the user's own data, and how it is written for the model; none where templates say."""
+    if not getattr(data, "reading", ""):
+        return []
+    return [data.reading, how(tokenizer, data)]
 
 
 def dev_examples(config: Config, tokenizer: Any, data: TaskData) -> list[Example] | None:
@@ -515,7 +527,7 @@ def data_digest(train: Sequence[Example]) -> str:
     """A hash of the training examples' tokens, in their order."""
     h = hashlib.blake2b(digest_size=16)
     for e in train:
-        rest = [e.after] if e.masked else []
+        rest: list[Any] = [e.after] if e.masked else [e.scored] if e.scored is not None else []
         h.update(json.dumps([e.contexts, e.completions, e.gold, *rest]).encode())
     return f"blake2b:{h.hexdigest()}"
 
