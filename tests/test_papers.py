@@ -608,7 +608,7 @@ def test_objectives_that_rows_with_candidates_of_their_own_may_have(smollm):
             goal.resolve(replace(config, objective=name), tasks.load(settings("record")))
     with pytest.raises(UserError, match="no candidates"):
         goal.resolve(replace(config, objective="choice"), tasks.load(settings("squad")))
-    with pytest.raises(UserError, match="objective=f1: task=sst2-mlm fills a mask"):
+    with pytest.raises(UserError, match="objective=f1: .* fills a mask"):
         goal.resolve(replace(config, objective="f1"), tasks.load(settings("sst2-mlm")))
 
 
