@@ -254,3 +254,22 @@ def test_digest_sees_one_bit_and_an_exchange(dtype):
 
 def test_alone_nothing_is_said_or_sent():
     assert distributed.current().size == 1 and distributed.current().told(lambda: 3) == 3
+
+
+@pytest.mark.slow
+def test_the_benchmark_on_a_tiny_model(tmp_path):
+    out = tmp_path / "out.json"
+    script = str(ROOT / "scripts" / "bench_distributed.py")
+    cells = ["--cell", "tiny:data:4x16", "--cell", "tiny:probes:4x16"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, script, *cells, "--device", "cpu", "--steps", "3", "--json", str(out)],
+        env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    data, probes = json.loads(out.read_text())["rows"]
+    assert data["many"]["agree"] and probes["many"]["agree"]
+    assert (data["one"]["batch"], data["many"]["batch"], probes["many"]["batch"]) == (4, 8, 4)
+    assert (data["many"]["wire_bytes_per_step"], probes["many"]["wire_bytes_per_step"]) == (32, 16)
+    assert probes["one"]["losses"] == pytest.approx(probes["many"]["losses"], rel=1e-5)
+    assert "| tiny data 4×16 |" in done.stdout

@@ -6,7 +6,10 @@ import re
 import signal
 import socket
 import stat
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import ranks
@@ -18,7 +21,7 @@ from zoft.errors import UserError
 from zoft.ledger import Record, read
 from zoft.wire import Closed, Line, address
 
-KEYS = ["q=2", "accumulate=2", "steps=400", "check_every=100"]
+KEYS = ["q=2", "accumulate=2", "steps=100", "check_every=25"]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def slow(rank):
     plain = Trainer.sums_at
 
     def sums_at(self, *args):
-        time.sleep(0.0 if Path("go").exists() else 0.1)
+        time.sleep(0.0 if Path("go").exists() else 0.25)
         return plain(self, *args)
 
     Trainer.sums_at = sums_at
@@ -79,7 +82,7 @@ def test_one_worker_killed_another_joining(place):
     ranks.until(lambda: said(place, 0).count(" joins, ") == 3)
     joined = int(re.findall(r"step (\d+): worker \S+ joins", said(place, 0))[-1])
     (place / "go").touch()
-    assert 0 < began < joined < 400
+    assert 0 < began < joined < 100
     assert ranks.ended([run, second, late]) == [0, 0, 0], [said(place, r) for r in range(4)]
     assert same(place, "accident")
     digests = {re.search(r"weights(?: at the end)?: ([0-9a-f]{16})", said(place, r))[1] for r in (0, 2, 3)}
@@ -197,3 +200,17 @@ def test_join_says_what_is_wrong(tmp_path):
         work(str(tmp_path), None, False)
     with pytest.raises(UserError, match="no address"):
         address("here")
+
+
+@pytest.mark.slow
+def test_workers_as_ray_tasks(place):
+    pytest.importorskip("ray", reason="ray is not installed")
+    run = coordinator(place, "rays")
+    script = str(Path(__file__).parent.parent / "scripts" / "ray_workers.py")
+    tasks = subprocess.Popen(
+        [sys.executable, script, "rays", "--workers", "2"], cwd=place, stdout=subprocess.PIPE, text=True
+    )
+    ranks.until(lambda: said(place, 0).count(" joins, ") == 2)
+    (place / "go").touch()
+    assert ranks.ended([run]) == [0] and same(place, "rays")
+    assert tasks.communicate(timeout=60)[0].count("pairs were mine") == 2

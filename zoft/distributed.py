@@ -78,12 +78,12 @@ class World:
             mine = mine * mine.new_tensor([*[1.0] * (mine.shape[1] - 1), -1.0])
         self.sent += mine.numel() * mine.element_size()
         gathered = mine.new_empty(self.size, *mine.shape)
-        with self.together():
-            if mine.is_cuda:
-                dist.all_gather_into_tensor(gathered.flatten(0, 1), mine.contiguous(), group=self.wire)
-            else:
-                dist.all_gather(list(gathered), mine.contiguous(), group=self.wire)
-        asked = torch.signbit(gathered[..., -1]).any()
+        if mine.is_cuda:
+            dist.all_gather_into_tensor(gathered.flatten(0, 1), mine.contiguous(), group=self.wire)
+        else:
+            with self.together():
+                dist.all_gather(list(gathered), mine.contiguous())
+        asked = (torch.signbit(gathered[..., -1]) & ~gathered[..., -1].isnan()).any()
         gathered[..., -1].abs_()
         grid = gathered.view(self.parts, self.shards, *mine.shape)
         total = grid[:, 0].clone()

@@ -19,13 +19,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from zoft import __version__, distributed, noise, processes
-from zoft.config import Config, Task
+from zoft.config import GENERATED, Config, Task
 from zoft.errors import UserError, writing
 from zoft.ledger import Record
 from zoft.ledger_format import decode
@@ -38,7 +39,7 @@ from zoft.wire import Closed, Line, address
 JOIN = "join.json"  # in the run's folder: where workers connect, and the secret
 LAG = 8  # steps that a worker may lack when it is given its first pairs
 PATIENCE = 60.0  # seconds that the others may take longer than the coordinator's own share, at least
-PAIR = struct.Struct("<IIdd")  # probe, batch, sum, count
+PAIR = struct.Struct("<II")  # probe, batch; then come the pair's K totals, fp64 (K = 2: loss sum, count)
 
 
 class Worker:
@@ -107,7 +108,7 @@ class ElasticTrainer(Trainer):
         """Mean loss at each probe, [len(probes)]: pairs dealt out, and again where a worker is lost."""
         while not self.events.empty():
             self._take(*self.events.get())
-        found: dict[tuple[int, int], tuple[float, float]] = {}
+        found: dict[tuple[int, int], torch.Tensor] = {}  # [K] of each pair
         todo = [(p, b) for p in range(len(probes)) for b in range(len(batches))]
         began = time.monotonic()
         own = 0.0  # seconds of this process's share
@@ -117,8 +118,7 @@ class ElasticTrainer(Trainer):
             start = time.monotonic()
             for p, b in mine:
                 with torch.no_grad():
-                    total, count = self.sums_at(step, [probes[p]], batches[b])[0].tolist()
-                found[p, b] = (total, count)
+                    found[p, b] = self.sums_at(step, [probes[p]], batches[b])[0]
             own += time.monotonic() - start
             while not todo and any(w.owes for w in self.workers):
                 late = time.monotonic() - began > PATIENCE + 20 * own
@@ -130,18 +130,15 @@ class ElasticTrainer(Trainer):
                             todo += self._lose(w, "does not answer")
                     continue
                 if facts is not None and facts["kind"] == "pairs" and facts["step"] == step:
-                    for at in range(0, len(data), PAIR.size):
-                        p, b, total, count = PAIR.unpack_from(data, at)
+                    for p, b, totals in pairs_of(data, facts["columns"]):
                         worker.owes.discard((p, b))
-                        found[p, b] = (total, count)
+                        found[p, b] = totals
                 else:
                     todo += self._take(worker, facts, data)
         self.axis.settle()
-        totals = torch.zeros(len(probes), 2, dtype=torch.float64)
-        for p in range(len(probes)):
-            for b in range(len(batches)):  # in the order that one process adds them up in
-                totals[p] += torch.tensor(found[p, b], dtype=torch.float64)
-        return (totals[:, 0] / totals[:, 1]).tolist()
+        # In the order that one process adds them up in.
+        rows = [reduce(torch.add, [found[p, b] for b in range(len(batches))]) for p in range(len(probes))]
+        return self.value(torch.stack(rows)).tolist()
 
     def _deal(self, step: int, todo: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Send each worker its pairs; returns this process's."""
@@ -273,6 +270,19 @@ class ElasticTrainer(Trainer):
         (self.folder / JOIN).unlink(missing_ok=True)
 
 
+def pairs_of(data: bytes, columns: int) -> list[tuple[int, int, torch.Tensor]]:
+    """(probe, batch, totals fp64 [K]) of each pair that a worker answers."""
+    size = PAIR.size + 8 * columns
+    assert len(data) % size == 0, (len(data), columns)
+    return [
+        (
+            *PAIR.unpack_from(data, at),
+            torch.frombuffer(bytearray(data[at + PAIR.size : at + size]), dtype=torch.float64),
+        )
+        for at in range(0, len(data), size)
+    ]
+
+
 def packed(record: Record) -> bytes:
     """A step as the ledger keeps it, all fp32 bits: 13 bytes and 12 a direction."""
     q = len(record.multipliers)
@@ -339,10 +349,10 @@ def _serve(trainer: Trainer, line: Line, inbox: queue.Queue[tuple[dict | None, b
                 batches, answer = trainer.batches(t), b""
                 for p, b in facts["pairs"]:
                     with torch.no_grad():
-                        total, count = trainer.sums_at(t, [probes[p]], batches[b])[0].tolist()
-                    answer += PAIR.pack(p, b, total, count)
+                        totals = trainer.sums_at(t, [probes[p]], batches[b])[0]
+                    answer += PAIR.pack(p, b) + totals.numpy().tobytes()
                     pairs += 1
-                line.send("pairs", answer, step=t)
+                line.send("pairs", answer, step=t, columns=len(totals))
             elif facts["kind"] == "commit":
                 record = unpacked(data)
                 if record.step >= trainer.next:  # else the ledger that came first had it
@@ -384,8 +394,8 @@ def _invitation(place: str, secret_file: str | None) -> tuple[str, bytes]:
 
 def _built(tree: dict[str, Any], data: bytes, trust_remote_code: bool) -> Trainer:
     """The run's trainer at the ledger's last step: base and replay, nothing else."""
+    from zoft import goal, setup, space, tasks
     from zoft import run as runs
-    from zoft import setup, space, tasks
 
     log, _, _ = decode(data, "the run's ledger")
     config = Config(**{**tree, "task": Task(**tree["task"])})
@@ -395,13 +405,17 @@ def _built(tree: dict[str, Any], data: bytes, trust_remote_code: bool) -> Traine
         )
     config = setup.device(config)
     loaded = tasks.load(config.task)
+    refuse(config)  # whoever sends a config does not choose what code runs here
     model, tokenizer, base = setup.model(config)
     train, _ = setup.examples(config, tokenizer, loaded)
+    aim = goal.make(config, loaded, tokenizer)
+    scored = aim.examples(train)
     names = space.train_names(model, config.train)
     config = setup.dtypes(config, model, names)
-    config, trained, axis = setup.axis(config, model, space.adopt(model, names), train)
+    config, trained, axis = setup.axis(config, model, space.adopt(model, names), scored)
     runs.agree(log.header, setup.header(config, base, trained, train), Path("the run"))
-    trainer = Trainer(model, axis, setup.batches(config, train), None, setup.settings(config))
+    at = setup.batches(config, scored)
+    trainer = Trainer(model, axis, at, None, setup.settings(config), aim.forward, aim.value)
     trainer.replay(log.records)
     return trainer
 
@@ -414,6 +428,10 @@ def refuse(config: Config) -> None:
         )
     if config.perturb == "inplace":
         raise UserError("elastic=true: perturb=inplace moves weights as it probes; use perturb=probes")
+    if config.objective in GENERATED:
+        raise UserError(
+            f"elastic=true: objective={config.objective} scores texts; use `zoft train --nproc N`"
+        )
     if config.denoise_every:
         raise UserError(f"elastic=true: denoise_every={config.denoise_every} rebuilds weights; leave it out")
     if config.probes_per_forward not in ("auto", 1):

@@ -62,7 +62,8 @@ def start(count: int, args: Sequence[str], folder: str) -> int:
             f"continue with `zoft train --resume {folder} --nproc {count}`",
             file=sys.stderr,
         )
-    elif failed and code != RESUME and children[0].returncode in (0, RESUME):
+        return RESUME
+    if failed and code != RESUME and children[0].returncode in (0, RESUME):
         said[failed].seek(0)
         sys.stderr.write(said[failed].read().decode(errors="replace"))
     codes = [c.returncode for c in children]
