@@ -282,7 +282,7 @@ def test_a_long_row_keeps_its_mask():
 
     def words(**cut):
         e = at_mask("the lawn is empty", ". the letter was late", tokenizer=tokenizer, **cut)
-        assert e.length == len(e.contexts[0] + e.after)
+        assert e.length == len(e.contexts[0] + e.after) == 12 - e.cut
         return tokenizer.convert_ids_to_tokens([*e.contexts[0], *e.after])
 
     whole = ["[CLS]", "the", "lawn", "is", "empty", "[MASK]", ".", "the", "letter", "was", "late", "[SEP]"]

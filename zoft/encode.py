@@ -199,7 +199,7 @@ def encode_masked(rows: Sequence[dict], tokenizer: Any, max_length: int) -> list
         context = front + tuple(ids[left : at + 1])
         after = tuple(ids[at + 1 : right]) + back
         contexts = (context,) * len(completions)
-        out.append(Example(contexts, completions, row["gold"], masked=True, after=after))
+        out.append(Example(contexts, completions, row["gold"], masked=True, after=after, cut=over))
     return out
 
 
