@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoft import distributed, generate, metrics, objective
-from zoft import reward as rewards
 from zoft.config import GENERATED, Config
 from zoft.encode import Example, prompts
 from zoft.errors import UserError
 from zoft.objective import Batch
+from zoft.reward import Reward, load
 from zoft.tasks import TaskData, subset
 
 if TYPE_CHECKING:
@@ -99,15 +99,20 @@ def resolve(config: Config, data: TaskData) -> Config:
     return replace(config, objective=name)
 
 
-def make(config: Config, data: TaskData, tokenizer: Any) -> Goal:
-    """The objective of a resolved config. Raises UserError for a prompt or a reward that it cannot use."""
+def reward(config: Config) -> Reward | None:
+    """The reward that the command line names; its file is run here. Raises UserError."""
+    return None if config.reward is None else load(config.reward, config.reward_seconds)
+
+
+def make(config: Config, data: TaskData, tokenizer: Any, mine: Reward | None = None) -> Goal:
+    """The objective of a resolved config; mine: the reward, where it is one. Raises UserError for a prompt it cannot use."""
     name = config.objective
     if name == "accuracy":
         return Goal(name, accuracy)
     if name == "macro_f1":
         return Goal(name, label_counts, minus_macro_f1)
     if name in GENERATED:
-        texts = Texts(config, data, tokenizer)
+        texts = Texts(config, data, tokenizer, mine)
         return Goal(name, texts.forward, objective.mean, texts)
     return Goal(name)
 
@@ -157,14 +162,14 @@ class Prompts:
 class Texts:
     """Texts that the model writes after prompts, and their scores: of training rows at a probe, of held-out ones at θ."""
 
-    def __init__(self, config: Config, data: TaskData, tokenizer: Any) -> None:
+    def __init__(self, config: Config, data: TaskData, tokenizer: Any, reward: Reward | None) -> None:
         self.name, self.tokenizer = config.objective, tokenizer
         self.how: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "stop": config.stop}
         room = config.max_length - config.max_new_tokens
         self.train, self.held_out = data.train, subset(data.eval, config.eval_limit)
         self.contexts = prompts(self.train, tokenizer, room)
         self.eval_contexts = prompts(self.held_out, tokenizer, room)
-        self.reward = None if config.reward is None else rewards.load(config.reward, config.reward_seconds)
+        self.reward = reward
         assert (self.reward is None) == (self.name != "reward"), (config.reward, self.name)
         self.progress: Callable[[str], Any] = lambda text: None
         each = 2 * config.q * config.batch_size * config.accumulate  # texts of a step
