@@ -45,12 +45,26 @@ def place(tmp_path_factory):
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("reader")
     tiny.llama().save_pretrained(folder / "tiny")
-    tiny.tokenizer().save_pretrained(folder / "tiny")
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '') + ':' }}{% endfor %}"
+    tokenizer.save_pretrained(folder / "tiny")
+    turns = [
+        [{"role": "user", "content": f"{i} yes"}, {"role": "assistant", "content": f"no {i % 7}"}]
+        for i in range(40)
+    ]
+    (folder / "chats.jsonl").write_text(
+        "\n".join(json.dumps({"messages": t}) for t in turns), encoding="utf-8"
+    )
     rows = [
         {"text": "bad no " * (i % 3) + str(i), "label": ("negative", "positive")[i % 2]} for i in range(60)
     ]
     (folder / "my.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     shutil.copytree(ROOT / "scripts", folder / "scripts")
+    for task in ("squad", "copa"):  # data sets of the Hub's schema
+        (folder / task).mkdir()
+        rows_of = (ROOT / "tests" / "data" / "tasks" / f"{task}.jsonl").read_text(encoding="utf-8")
+        for split in ("train", "validation"):
+            (folder / task / f"{split}.jsonl").write_text(rows_of * 300, encoding="utf-8")
     (folder / "my_reward.py").write_text(REWARD, encoding="utf-8")
     return folder
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import adapters, footprint, models, quant, quant_files, routes, setup, space
+from zoft import adapter_beside, adapters, footprint, models, quant, quant_files, routes, setup, space
 from zoft.config import ADAPTERS, GENERATED, Config
 from zoft.data_order import batch_indices
 from zoft.due import due
@@ -53,6 +53,8 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     quantised(config, model)
     if config.train in ADAPTERS:
         model = adapters.attach(model, config)
+    elif place := adapter_beside.folder_of(config):
+        model = adapters.load(model, place)
     gradients = model
     names = space.train_names(model, config.train)
     if quant.layers(model):
@@ -199,7 +201,8 @@ def _examples(config: Config) -> tuple[list[Example], int, str]:
     try:
         data = tasks.load(config.task)
         tested = len(tasks.subset(data.eval, config.eval_limit))
-        return encode(data.train, setup.tokenizer(config), data, config.max_length), tested, ""
+        rows = encode(data.train, setup.tokenizer(config), data, config.max_length, pack=data.pack)
+        return rows, tested, ""
     except UserError as error:
         context = (0,) * config.max_length
         made = Example((context, context), ((1,), (2,)), 0, "choice", True)

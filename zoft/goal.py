@@ -53,7 +53,11 @@ class Goal:
 
     def examples(self, train: Sequence[Example]) -> list[Example]:
         """The examples as training scores them: of `lm` the gold candidate's tokens alone, else all candidates'."""
-        if self.name in GENERATED or train[0].objective == (kind := "lm" if self.name == "lm" else "choice"):
+        if self.texts is not None and len(train) != len(self.texts.train):
+            raise UserError(
+                f"objective={self.name}: writes a text after each row's prompt, and rows of plain text are cut into pieces; use lm"
+            )
+        if self.texts is not None or train[0].objective == (kind := "lm" if self.name == "lm" else "choice"):
             return list(train)
         return [replace(e, objective=kind, single=False) for e in train]
 
@@ -71,9 +75,11 @@ class Goal:
         if self.texts is not None:
             self.texts.progress = tracker.under_way
 
-    def evaluate(self, model: Any, context: Callable[[int], AbstractContextManager]) -> dict[str, float]:
-        """Metrics of texts written after the evaluation's prompts; nothing where the objective writes none."""
-        return {} if self.texts is None else self.texts.evaluate(model, context)
+    def evaluate(
+        self, model: Any, context: Callable[[int], AbstractContextManager], rows: Sequence[dict[str, Any]]
+    ) -> dict[str, float]:
+        """Metrics of texts written after the prompts of rows; nothing where the objective writes none."""
+        return {} if self.texts is None else self.texts.evaluate(model, context, rows)
 
 
 def resolve(config: Config, data: TaskData) -> Config:
@@ -165,10 +171,12 @@ class Texts:
     def __init__(self, config: Config, data: TaskData, tokenizer: Any, reward: Reward | None) -> None:
         self.name, self.tokenizer = config.objective, tokenizer
         self.how: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "stop": config.stop}
-        room = config.max_length - config.max_new_tokens
-        self.train, self.held_out = data.train, subset(data.eval, config.eval_limit)
-        self.contexts = prompts(self.train, tokenizer, room)
-        self.eval_contexts = prompts(self.held_out, tokenizer, room)
+        self.room, self.data = config.max_length - config.max_new_tokens, data
+        self.train = data.train
+        self.contexts = prompts(self.train, tokenizer, self.room, data)
+        prompts(
+            subset(data.eval, config.eval_limit), tokenizer, self.room, data
+        )  # a mistake shows before training
         self.reward = reward
         assert (self.reward is None) == (self.name != "reward"), (config.reward, self.name)
         self.progress: Callable[[str], Any] = lambda text: None
@@ -196,20 +204,20 @@ class Texts:
         scores = self.scores(self.name, [self.train[i] for i in batch.picks], [text for text, _ in made])
         return 0 - torch.tensor(scores, dtype=torch.float64), ones
 
-    def evaluate(self, model: Any, context: Callable[[int], AbstractContextManager]) -> dict[str, float]:
-        """{exact_match, f1}, or {reward}, of the held-out rows."""
-        done = 0
+    def evaluate(
+        self, model: Any, context: Callable[[int], AbstractContextManager], rows: Sequence[dict[str, Any]]
+    ) -> dict[str, float]:
+        """{exact_match, f1}, or {reward}, of held-out rows."""
+        done, contexts = 0, prompts(rows, self.tokenizer, self.room, self.data)
 
-        def did(rows: int) -> None:
+        def did(count: int) -> None:
             nonlocal done
-            done += rows
-            self.progress(f"evaluation, {done} of {len(self.held_out)} texts")
+            done += count
+            self.progress(f"evaluation, {done} of {len(rows)} texts")
 
-        texts = generate.generate(
-            model, self.tokenizer, self.eval_contexts, context=context, progress=did, **self.how
-        )
+        texts = generate.generate(model, self.tokenizer, contexts, context=context, progress=did, **self.how)
         names = ("reward",) if self.reward else ("exact_match", "f1")
-        return {n: sum(self.scores(n, self.held_out, texts)) / len(texts) for n in names}
+        return {n: sum(self.scores(n, rows, texts)) / len(texts) for n in names}
 
     def scores(self, name: str, rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[float]:
         """A number a row, the larger the better."""
