@@ -26,10 +26,10 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
     """Train, from the start or from where `resume` stopped; returns result.json's content, or the plan of a dry run."""
     config = setup.device(config)
     data = tasks.load(config.task)  # a mistake in the data shows before weights load
-    config = goal.resolve(config, data)
+    config, mine = goal.resolve(config, data), goal.reward(config)
     model, tokenizer, base = setup.model(config, resume)
     train, held_out = setup.examples(config, tokenizer, data)
-    aim = goal.make(config, data, tokenizer)
+    aim = goal.make(config, data, tokenizer, mine)
     scored = aim.examples(train)
     names = space.train_names(model, config.train)
     config = setup.dtypes(config, model, names)

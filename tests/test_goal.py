@@ -74,7 +74,7 @@ def build(tmp_path, objective, *, name="ledger", model=None, made=None, reward=V
     if objective == "reward":
         (tmp_path / "mine.py").write_text(reward, encoding="utf-8")
         config.reward = f"{tmp_path}/mine.py:vowels"
-    aim = goal.make(config, data, tokenizer)
+    aim = goal.make(config, data, tokenizer, goal.reward(config))
     scored = aim.examples(encode(made, tokenizer, data, config.max_length))
     names = space.train_names(model, config.train)
     config = setup.dtypes(config, model, names)

@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoft import distributed, generate, metrics, objective
-from zoft import reward as rewards
 from zoft.config import GENERATED, Config
 from zoft.encode import Example, prompts
 from zoft.errors import UserError
 from zoft.objective import Batch
+from zoft.reward import Reward, load
 from zoft.tasks import TaskData, subset
 
 if TYPE_CHECKING:
@@ -53,7 +53,11 @@ class Goal:
 
     def examples(self, train: Sequence[Example]) -> list[Example]:
         """The examples as training scores them: of `lm` the gold candidate's tokens alone, else all candidates'."""
-        if self.name in GENERATED or train[0].objective == (kind := "lm" if self.name == "lm" else "choice"):
+        if self.texts is not None and len(train) != len(self.texts.train):
+            raise UserError(
+                f"objective={self.name}: writes a text after each row's prompt, and rows of plain text are cut into pieces; use lm"
+            )
+        if self.texts is not None or train[0].objective == (kind := "lm" if self.name == "lm" else "choice"):
             return list(train)
         return [replace(e, objective=kind, single=False) for e in train]
 
@@ -101,15 +105,20 @@ def resolve(config: Config, data: TaskData) -> Config:
     return replace(config, objective=name)
 
 
-def make(config: Config, data: TaskData, tokenizer: Any) -> Goal:
-    """The objective of a resolved config. Raises UserError for a prompt or a reward that it cannot use."""
+def reward(config: Config) -> Reward | None:
+    """The reward that the command line names; its file is run here. Raises UserError."""
+    return None if config.reward is None else load(config.reward, config.reward_seconds)
+
+
+def make(config: Config, data: TaskData, tokenizer: Any, mine: Reward | None = None) -> Goal:
+    """The objective of a resolved config; mine: the reward, where it is one. Raises UserError for a prompt it cannot use."""
     name = config.objective
     if name == "accuracy":
         return Goal(name, accuracy)
     if name == "macro_f1":
         return Goal(name, label_counts, minus_macro_f1)
     if name in GENERATED:
-        texts = Texts(config, data, tokenizer)
+        texts = Texts(config, data, tokenizer, mine)
         return Goal(name, texts.forward, objective.mean, texts)
     return Goal(name)
 
@@ -159,7 +168,7 @@ class Prompts:
 class Texts:
     """Texts that the model writes after prompts, and their scores: of training rows at a probe, of held-out ones at θ."""
 
-    def __init__(self, config: Config, data: TaskData, tokenizer: Any) -> None:
+    def __init__(self, config: Config, data: TaskData, tokenizer: Any, reward: Reward | None) -> None:
         self.name, self.tokenizer = config.objective, tokenizer
         self.how: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "stop": config.stop}
         self.room, self.data = config.max_length - config.max_new_tokens, data
@@ -168,7 +177,7 @@ class Texts:
         prompts(
             subset(data.eval, config.eval_limit), tokenizer, self.room, data
         )  # a mistake shows before training
-        self.reward = None if config.reward is None else rewards.load(config.reward, config.reward_seconds)
+        self.reward = reward
         assert (self.reward is None) == (self.name != "reward"), (config.reward, self.name)
         self.progress: Callable[[str], Any] = lambda text: None
         each = 2 * config.q * config.batch_size * config.accumulate  # texts of a step
