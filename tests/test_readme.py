@@ -32,6 +32,10 @@ def zoft(words):
     )
     if stand_in and "qzo/reviews" in words:
         stand_in.append("train=scales")  # a tiny model has no blocks of the numbers that the config names
+    if words[0] == "baseline":
+        stand_in = ["model=tiny", "eval_limit=8", "threads=1"]
+    if words[0] == "eval" and "--config" in words:
+        stand_in = ["eval_limit=8", "threads=1"]
     replaced = {key.partition("=")[0] for key in stand_in}  # a key is given once
     words = [w for w in words if "=" not in w or w.partition("=")[0] not in replaced]
     result = CliRunner().invoke(app, words + stand_in)
@@ -76,6 +80,8 @@ def test_the_readme_has_the_commands_it_is_for():
         "make test",
         "zoft train",
         "zoft eval",
+        "zoft baseline",
+        "zoft report",
         "zoft replay",
         "zoft export",
         "zoft data",
@@ -124,7 +130,7 @@ def test_every_config_says_commands_that_work():
         assert lines, path
         for line in lines:
             words = shlex.split(line)[1:]
-            assert words[0] in ("train", "data", "eval", "estimate"), line
+            assert words[0] in ("train", "data", "eval", "estimate", "baseline"), line
             if words[0] != "eval":
                 words = [w for i, w in enumerate(words) if w != "-n" and words[i - 1] != "-n"]
                 zoft(["validate", *words[1:]])

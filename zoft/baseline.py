@@ -254,7 +254,11 @@ def _choice(examples: Sequence[Any]) -> list[Any]:
 
 def _refuse(method: str, data: Any) -> None:
     """Raise UserError where a method says nothing of a task."""
-    several = len(data.eval[0]["candidates"]) > 1
+    if method == "icl" and "candidates" not in data.eval[0]:
+        raise UserError(
+            "--method icl: needs a prompt and an answer in each row, not conversations or plain text; use zero-shot"
+        )
+    several = len(data.eval[0].get("candidates", ())) > 1
     if method == "sfc" and not several:
         raise UserError(
             "--method sfc: needs candidates to choose from, and this task has text to learn; use zero-shot or icl"

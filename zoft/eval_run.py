@@ -149,13 +149,16 @@ def lines(rows: Sequence[Mapping[str, Any]], found: Judged) -> list[str]:
     from zoft.tracking import finite
 
     made = []
-    for i, row in enumerate(rows):
-        about = {"row": row["where"], "prompt": row["prompt"], "gold": row["candidates"][int(found.gold[i])]}
+    for i in range(len(found.gold)):
+        # Long texts become several examples, packed ones share one, and conversations have no prompt.
+        row = rows[i] if len(rows) == len(found.gold) else {}
+        about: dict[str, Any] = {"row": row.get("where", str(i))}
+        if "candidates" in row:
+            about |= {"prompt": row["prompt"], "gold": row["candidates"][int(found.gold[i])]}
         if len(found.golds[i]) > 1:
             about["golds"] = [row["candidates"][g] for g in found.golds[i]]
         if found.scores is not None:
-            pairs = zip(row["candidates"], found.scores[i].tolist())
-            about["scores"] = dict(pairs)
+            about["scores"] = dict(zip(row["candidates"], found.scores[i].tolist()))
             about["prediction"] = row["candidates"][int(found.predicted[i])]
             about["right"] = bool(found.right[i])
         if found.sums is not None and found.counts is not None:
