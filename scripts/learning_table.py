@@ -72,9 +72,7 @@ TABLES: dict[str, dict[str, Row]] = {
             "4e-5",
             "8e-5",
         ),
-        "LoRA-ZO, rank 8": recipe(
-            "--config mezo/reviews recipe=lora_zo train=lora eps=1e-2", "3e-4", "1e-3"
-        ),
+        "LoRA-ZO, rank 8": recipe("--config mezo/reviews recipe=lora_zo train=lora eps=1e-2", "3e-4", "1e-3"),
         "QZO, 4 bits": recipe(f"{QZO} bits=4 eps_mode=relative eps=1e-2", "1e-2", "3e-2"),
         "QZO, 4 bits, absolute": recipe(f"{QZO} bits=4 eps=1e-3", "3e-6", "1e-5", "3e-5", seeds=1),
         "AdamW, all weights": gradients("--config mezo/reviews train=all lr=2e-5 steps=500"),
