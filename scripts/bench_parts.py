@@ -260,14 +260,20 @@ def config_for(args: Any, rows: int, perturb: str, dtype: str) -> Config:
     )  # fmt: skip
 
 
-def random_rows(model: Any, count: int, tokens: int, padded: bool) -> list[Example]:
-    """Rows of random tokens, exactly `tokens` long, two single-token candidates; padded: half of them shorter."""
+def random_rows(model: Any, count: int, tokens: int, padded: bool, targets: int = 0) -> list[Example]:
+    """Rows of random tokens, exactly `tokens` long, two single-token candidates; padded: half of them shorter.
+
+    targets: no candidates, but so many tokens at the end of each row to learn, over the whole vocabulary."""
     rng = np.random.default_rng(0)
     vocab = model.config.vocab_size
     made = []
     for i in range(count):
         n = int(rng.integers(tokens // 2, tokens + 1)) if padded and i % 2 else tokens
         context = tuple(int(t) for t in rng.integers(4, vocab, n))
+        if targets:
+            ends = (*context[n + 1 - targets :], int(rng.integers(4, vocab)))  # the last is not an input
+            made.append(Example((context[: n + 1 - targets],), (ends,), 0, "lm"))
+            continue
         made.append(Example((context, context), ((5,), (9,)), i % 3 % 2, "choice", True))
     return made
 

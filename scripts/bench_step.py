@@ -9,6 +9,7 @@ python scripts/bench_step.py --model opt-125m --model opt-1.3b --shape 16x32 --s
 python scripts/bench_step.py --model opt-13b --skip reference --json out.json --plot out.png
 python scripts/bench_step.py --model opt-1.3b --train lora --q 8 --probes-per-forward 16 --skip inplace
 python scripts/bench_step.py --model opt-1.3b --model opt-13b --shape 16x32 --mask magnitude --skip inplace --skip reference
+python scripts/bench_step.py --model opt-1.3b --shape 16x256 --targets 64 --skip inplace --skip reference
 python scripts/bench_step.py --model tiny --shape 4x16 --steps 3 --device cpu
 """
 
@@ -93,7 +94,7 @@ def steps_of(
     """The three ways to take a step."""
     device, seconds, steps = args.device, args.seconds, args.steps
     row["trained"] = parts.trained_numbers(model, args.train)
-    examples = parts.random_rows(model, 8 * batch, tokens, args.padded)
+    examples = parts.random_rows(model, 8 * batch, tokens, args.padded, args.targets)
     for part, perturb in (("probe", "auto"), ("inplace", "inplace")):
         config = parts.config_for(args, batch, perturb, args.dtype)
         run(part, lambda config=config: parts.trainer_step(model, config, examples, seconds, steps))
@@ -267,6 +268,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--q", type=int, default=1, help="directions a step")
     parser.add_argument("--padded", action="store_true", help="half of the rows shorter than the shape says")
+    parser.add_argument(
+        "--targets",
+        type=int,
+        default=0,
+        help="tokens a row to learn over the whole vocabulary; 0: two candidates",
+    )
     parser.add_argument("--steps", type=int, default=100, help="timed steps of a cell at most")
     parser.add_argument(
         "--seconds",

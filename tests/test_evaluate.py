@@ -2,6 +2,7 @@
 
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -74,7 +75,7 @@ def test_calibration_takes_a_label_bias_off_without_looking_at_labels():
     model = tiny.llama()
     examples, train = make(200, ["yes", "no"]), make(200, ["yes", "no"], seed=1)
     # Gold is what the model itself would say without the bias.
-    clean = evaluate._scores(model, examples, None)
+    clean = evaluate.scores(model, examples)
     middle = np.median(clean[:, 1] - clean[:, 0])
     examples = [objective.Example(e.contexts, e.completions, int(s[1] - s[0] > middle), "choice", True)
                 for e, s in zip(examples, clean)]  # fmt: skip
@@ -121,7 +122,9 @@ def test_text_to_learn_has_a_loss_per_token():
 def test_each_forward_runs_inside_the_context():
     rows, depth = [], [0]
     model = tiny.llama()
-    model.register_forward_pre_hook(lambda *a: rows.append(depth[0]))
+    model.register_forward_pre_hook(
+        lambda m, args, kwargs: rows.append((depth[0], len(kwargs["input_ids"]))), with_kwargs=True
+    )
 
     @contextmanager
     def context(n):
@@ -131,7 +134,7 @@ def test_each_forward_runs_inside_the_context():
 
     examples = make(9, ["no 1", "yes"])
     evaluate.evaluate(model, examples, examples, context=context)
-    assert rows and all(rows) and sum(rows) == 2 * 2 * 9
+    assert len(rows) > 4 and all(said == there > 0 for said, there in rows), rows
 
 
 def test_a_broken_model_is_reported_not_crashed_on():
@@ -145,3 +148,64 @@ def test_a_fixed_spread():
     examples = make(10, ["yes", "no"])
     assert evaluate.spread(examples, 99) == examples
     assert evaluate.spread(examples, 3) == [examples[0], examples[3], examples[6]]
+
+
+# ---- several right candidates, generated text, intervals -----------------------------------------------------------
+
+
+def test_with_several_right_candidates_any_of_them_is_a_hit():
+    candidates = ["b", "no 1", "d"]
+    examples = [replace(e, gold=0, golds=(0, 2)) for e in make(40, candidates)]
+    model = tiny.llama()
+    table = evaluate.scores(model, examples)
+    got = evaluate.evaluate(model, examples, examples)
+    assert got["accuracy"] == np.mean(np.isin(table.argmax(1), [0, 2])) and "macro_f1" not in got
+    assert evaluate.judge(model, examples, examples).right.mean() == got["accuracy"]
+
+
+def test_generated_text_is_judged_by_its_answers():
+    right = ("The cat.", "a dog")
+    examples = [replace(e, objective="lm", single=False, answers=right) for e in make(4, ["yes"])]
+    texts = ["cat", "the  DOG", "black cat", "no"]
+    seen = []
+
+    def write(contexts):
+        seen.extend(contexts)
+        return texts
+
+    judged = evaluate.judge(tiny.llama(), examples, examples, write=write)
+    got = evaluate.figures(judged)
+    assert seen == [e.contexts[0] for e in examples] and judged.right.tolist() == [True, True, False, False]
+    assert (got["exact_match"], got["f1"]) == (0.5, pytest.approx((1 + 1 + 2 / 3 + 0) / 4))
+    plain = evaluate.evaluate(tiny.llama(), examples, examples)
+    assert plain == {k: v for k, v in got.items() if k not in ("exact_match", "f1")}
+
+
+def judged_at_random(n=400, seed=0):
+    rng = np.random.default_rng(seed)
+    gold = rng.integers(0, 2, n)
+    scores = rng.normal(size=(n, 2)) + 0.8 * np.eye(2)[gold]
+    return evaluate.Judged(gold, [(int(g),) for g in gold], scores=scores, bias=np.zeros(2), majority=0)
+
+
+def test_bootstrap_of_a_mean_has_the_width_of_the_closed_form():
+    """Accuracy and loss are means: the interval is mean ± 1.96 sd / sqrt(n), the sd of the examples' own values."""
+    j = judged_at_random()
+    got, at = evaluate.figures(j), evaluate.bootstrap(j, resamples=4000)
+    logp = j.scores - np.log(np.exp(j.scores).sum(1, keepdims=True))
+    for name, values in (("accuracy", j.right), ("loss", -logp[np.arange(400), j.gold])):
+        half = 1.959964 * values.std() / math.sqrt(400)
+        assert at[name] == pytest.approx([got[name] - half, got[name] + half], abs=0.15 * half), name
+    assert "n" not in at and "majority" not in at
+
+
+def test_bootstrap_is_the_same_each_time_and_of_the_plain_resamples():
+    j = judged_at_random(60)
+    at = evaluate.bootstrap(j, resamples=200, seed=3)
+    assert at == evaluate.bootstrap(j, resamples=200, seed=3) != evaluate.bootstrap(j, resamples=200, seed=4)
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng, values = np.random.default_rng(3), []
+    for _ in range(200):
+        i = rng.integers(0, 60, 60)
+        values.append(metrics.roc_auc_score(j.gold[i], (j.scores[:, 1] - j.scores[:, 0])[i]))
+    assert at["auc"] == pytest.approx(np.percentile(values, [2.5, 97.5]).tolist(), abs=1e-12)

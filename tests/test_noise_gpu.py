@@ -56,8 +56,10 @@ def same_bits(a, b):
     return torch.equal(a[number].view(torch.uint8), b[number].view(torch.uint8))
 
 
-def agrees(a, b, kind):
-    """Rademacher: bit for bit. Gaussian: within its bound, so that a rare rounding may fall to the other side."""
+def agrees(a, b, kind, reach=0.0):
+    """Rademacher: bit for bit. Gaussian: within its bound, so that a rare rounding may fall to the other side.
+
+    reach: how far a number has been from where it ended, when it was rounded on the way."""
     if kind == RADEMACHER:
         return same_bits(a, b)
     a, b = a.cpu(), b.cpu()
@@ -65,14 +67,14 @@ def agrees(a, b, kind):
     # Multipliers and scales in this file are at most 3.
     step = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}.get(a.dtype, 1e-6)
     off = (a.double() - b.double()).abs()
-    far = float((off - 3 * step * b.double().abs()).max()) if len(off) else 0.0
+    far = float((off - 3 * step * (b.double().abs() + reach * (off > 0))).max()) if len(off) else 0.0
     equal = float((a == b).double().mean()) if a.dtype.itemsize == 2 and a.numel() > 500 else 1.0
     assert far <= 5 * noise.GAUSSIAN_BOUND_GPU and equal > 0.95, (far, equal, a.dtype)
     return True
 
 
-def agree(device, sizes, dtypes, out_dtypes, kinds=KINDS):
-    """Directions, updates, probes and gathers of both backends."""
+def agree(device, sizes, dtypes, out_dtypes, kinds=KINDS, more=True):
+    """Directions, updates, probes and gathers of both backends; more: restores and masks, too."""
     from zoft.noise import triton
 
     for n in sizes:
@@ -87,7 +89,7 @@ def agree(device, sizes, dtypes, out_dtypes, kinds=KINDS):
                     _agree_on_rows(triton, device, n, kind, dtype, out_dtype)
                 if dtype in out_dtypes:
                     _agree_in_place(triton, device, n, kind, dtype)
-            for dtype in dtypes:
+            for dtype in dtypes if more else ():
                 _agree_on_restores(triton, device, n, kind, dtype)
                 for mask in MASKS:
                     _agree_on_masks(triton, device, n, kind, dtype, out_dtypes[0], mask)
@@ -136,7 +138,10 @@ def _agree_on_restores(triton, device, n, kind, dtype):
             end = (theta[None], PROBES[2:3]) if len(updates) == 1 and place_rounds else (None, ())
             backend.perturb(theta, TID, *end, SEED, 9, kind, live, buffer, beta or 0.0)
             results.append((theta,) if buffer is None else (theta, buffer))
-        assert all(agrees(a, b, kind) for a, b in zip(*results[::-1])), (n, kind, dtype, len(updates), beta)
+        case = (n, kind, dtype, len(updates), beta)
+        # A 16-bit weight is rounded after each move: there and back by 1, say, is a step at 1 off or not off at all.
+        reach = 4.0 if dtype.itemsize == 2 else 0.0
+        assert all(agrees(a, b, kind, reach) for a, b in zip(*results[::-1])), case
 
 
 def _agree_on_masks(triton, device, n, kind, dtype, out_dtype, mask):
@@ -300,7 +305,8 @@ def test_compiles_for_gpus(tmp_path):
 @pytest.mark.parametrize("out_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gpu_and_cpu_agree(dtype, out_dtype, kind):
-    agree("cuda", (1, 3, 127, 1000, 1024, 1025, 4096, 70001), [dtype], [out_dtype], [kind])
+    more = out_dtype in (dtype, torch.bfloat16)  # each kernel takes a second to compile
+    agree("cuda", (1, 3, 127, 1000, 1024, 1025, 4096, 70001), [dtype], [out_dtype], [kind], more)
 
 
 @pytest.mark.gpu

@@ -41,7 +41,7 @@ class CapturedTrainer(Trainer):
 
     def __init__(
         self, model: nn.Module, axis: DeviceAxis | DeviceInPlace, batches: Callable[[int], Sequence[Batch]], ledger: Ledger | None,
-        settings: Settings, forward: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]] = losses, capture: str = "",
+        settings: Settings, forward: Callable[[nn.Module, Batch], tuple[Tensor, ...]] = losses, capture: str = "",
     ) -> None:  # fmt: skip
         super().__init__(model, axis, batches, ledger, settings, forward)
         self.axis: DeviceAxis | DeviceInPlace = axis
@@ -56,6 +56,7 @@ class CapturedTrainer(Trainer):
         self.pending: noise.Update | None = None  # the last landed update, which the weights still lack
         self.under_way = False  # the device has begun a step since the weights were last brought up to date
         self.scratch: list[Any] = []  # graphs point into it, however much the axis may need later
+        self.halt_at: int | None = None  # the step that no process of the run takes any more
 
     def step(self) -> dict[str, Any] | None:
         """Send a step to the device; returns the metrics of the step that has landed meanwhile, if one had to."""
@@ -89,6 +90,7 @@ class CapturedTrainer(Trainer):
                 shape.graph.replay()
             else:
                 self._forward(shape.batches)
+            self._exchange()
         except BaseException:
             self.under_way = self.under_way or self.axis.ahead
             raise
@@ -96,18 +98,31 @@ class CapturedTrainer(Trainer):
 
     @torch.no_grad()
     def _forward(self, batches: Sequence[Batch]) -> None:
-        """What is captured: the step's losses at all probes, then its multipliers."""
+        """What is captured: the step's losses at this process's probes; then, alone, its multipliers."""
         control, group = self.axis.control, self.settings.probes_per_forward
+        mine = self.world.probes(len(control.probes))
         with self.axis.stepping():
             control.totals.zero_()
-            for i in range(0, len(control.probes), group):
-                here = control.probes[i : i + group]
+            for i in range(mine.start, mine.stop, group):
+                here = control.probes[i : min(i + group, mine.stop)]
                 for batch in batches:
                     with self.axis.at(0, here, batch.rows):
                         sums, counts = self.forward(self.model, batch.repeat(len(here)))  # [P·E], [P·E]
                     both = torch.stack([sums, counts], -1).view(len(here), -1, 2)
-                    control.totals[i : i + group] += both.double().sum(1)
-        control.close()
+                    control.totals[i : i + len(here)] += both.double().sum(1)
+        if self.world.size == 1:
+            control.close()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """With other processes: all losses, then the step's multipliers. Outside of the graph: each process captures its
+        own shapes when it meets them, and a collective has to be met by all at once."""
+        if self.world.size > 1:
+            control = self.axis.control
+            totals, asked = self.world.exchange(control.totals[self.world.probes(len(control.probes))])
+            control.totals.copy_(totals)
+            control.record[-1].copy_(asked)
+            control.close()
 
     def _land(self) -> dict[str, Any]:
         """Wait for the oldest step under way and write it down: from here on it is a fact."""
@@ -115,6 +130,9 @@ class CapturedTrainer(Trainer):
         done.synchronize()
         s, q = self.settings, self.settings.q
         values, good = tuple(record[: 2 * q].tolist()), bool(record[3 * q])
+        if record[3 * q + 1] and self.halt_at is None:
+            # Others land this step earlier or later; all have sent this many when the last one knows.
+            self.halt_at = t + BEHIND + 1
         multipliers = tuple(record[2 * q : 3 * q].tolist()) if good else (0.0,) * q
         decay = update.make_update(t, s.seed, (), lr=lr, weight_decay=s.weight_decay).decay if good else 1.0
         self.pending = noise.Update(t, s.seed, multipliers, decay) if good else None
@@ -151,7 +169,9 @@ class CapturedTrainer(Trainer):
                     self._forward(batches)
                     control.forget()
             torch.cuda.current_stream().wait_stream(self.side)
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.side):
+            # NCCL's watchdog asks after its events meanwhile, from another thread.
+            mode = "thread_local" if self.world.size > 1 else "global"
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.side, capture_error_mode=mode):
                 self._forward(batches)
             self.scratch.append(self.axis.scratch())
             return graph
@@ -189,8 +209,9 @@ class CapturedTrainer(Trainer):
         self.landed: list[dict[str, Any]] = []
         self.axis.control.configure(self.settings.clip, self.moment)
         try:
-            while self.next < (self.settings.steps if until is None else until):
+            while self.next < (self.settings.steps if until is None else until) and not self.halted:
                 metrics = self.step()
+                self.halted = self.halt_at is not None and self.next >= self.halt_at
                 for m in [*self.landed, *([metrics] if metrics else [])]:
                     on_step(m)
                 self.landed.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -135,22 +136,58 @@ def train(
     config: Source = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; train nothing.")] = False,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Continue a stopped run.")] = None,
+    nproc: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Processes that share each step (a GPU each, if any).")
+    ] = 1,
+    reward: Annotated[
+        str | None, typer.Option(metavar="FILE.py:FUNCTION", help="Maximise a reward of your own; runs FILE.")
+    ] = None,
 ) -> None:
     """Fine-tune a model: zoft train --config mezo/reviews lr=1e-5."""
     from zoft import run
     from zoft.compose import compose, load_run
 
+    overrides = [*(overrides or []), *([f"reward={reward}"] if reward else [])]
     if resume is None:
         resolved = compose(config, overrides or [])
     elif config:
         raise UserError(f"--config {config}: a resumed run keeps its own config; leave --config out")
     else:
-        others = [text for text in overrides or [] if text != "trust_remote_code=true"]
+        mine = ("trust_remote_code=true", f"reward={reward}")  # what runs code is said again
+        others = [text for text in overrides or [] if text not in mine]
         if others:
             raise UserError(f"{others[0]}: a resumed run keeps its own config; leave {', '.join(others)} out")
         resolved = load_run(resume, overrides or [])
+    if nproc > 1 and not dry_run:
+        from zoft import processes
+
+        run.first_look(resolved, resume, dry_run)
+        given = [
+            *(overrides or []),
+            *(["--config", config] if config else []),
+            *(["--resume", resume] if resume else []),
+        ]
+        begin = processes.start_elastic if resolved.elastic else processes.start
+        raise typer.Exit(begin(nproc, ["train", *given], str(resume or resolved.output_dir)))
     result = run.train(resolved, resume=resume, dry_run=dry_run)
-    typer.echo(run.plan_text(result) if dry_run else run.summary(result))
+    if int(os.environ.get("RANK", "0")) == 0:
+        typer.echo(run.plan_text(result) if dry_run else run.summary(result))
+
+
+@app.command(cls=_Verb)
+def join(
+    place: Annotated[str, typer.Argument(metavar="RUN|HOST:PORT")],
+    secret: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A copy of the run's join.json, for HOST:PORT.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the run's model.")
+    ] = False,
+) -> None:
+    """Work for a run with elastic=true, from now until it ends: zoft join runs/mine."""
+    from zoft import elastic
+
+    typer.echo(elastic.work(place, secret, trust_remote_code))
 
 
 @app.command(cls=_Verb, context_settings=_LOOSE)
@@ -184,18 +221,67 @@ def sweep(
 
 
 @app.command("eval", cls=_Verb, context_settings=_LOOSE)
-def evaluate(args: Args = None, config: Source = None, as_json: Json = False) -> None:
-    """Evaluate a run's saved model, or any model: zoft eval runs/mine; zoft eval --config mezo/reviews."""
-    from zoft import run
-    from zoft.compose import compose, load_run
+def evaluate(
+    args: Args = None,
+    config: Source = None,
+    as_json: Json = False,
+    examples: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.jsonl", help="Write a line an example: scores, prediction, right."),
+    ] = None,
+    resamples: Annotated[
+        int, typer.Option(min=0, help="Of the bootstrap that gives 95 % intervals; 0 gives none.")
+    ] = 1000,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(metavar="TASKS", help="Tasks of lm-evaluation-harness instead: arc_easy,boolq."),
+    ] = None,
+    lm_eval_path: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where task files of your own are.")
+    ] = None,
+) -> None:
+    """Evaluate a run's model, any model or an adapter: zoft eval runs/mine; zoft eval DIR --config mezo/reviews."""
+    from zoft import eval_run
 
     folders = [a for a in args or [] if "=" not in a and not a.startswith("-")]
     overrides = [a for a in args or [] if a not in folders]
-    if bool(folders) == bool(config) or len(folders) > 1:
-        raise UserError("eval: give one run's folder, or --config NAME|FILE")
-    resolved = compose(config, overrides) if config else load_run(folders[0], overrides)
-    metrics = run.evaluate(resolved, folders[0] if folders else None)
-    typer.echo(json.dumps(metrics) if as_json else run.table({"": metrics}))
+    if len(folders) > 1:
+        raise UserError(f"eval: {eval_run.GIVE}")
+    resolved, adapter = eval_run.source(folders[0] if folders else None, config, overrides)
+    if lm_eval is not None:
+        if examples is not None:
+            raise UserError(f"--examples {examples}: is not of --lm-eval; leave one of them out")
+        results, shown = eval_run.harness(resolved, adapter, lm_eval, lm_eval_path)
+        typer.echo(json.dumps(results) if as_json else shown)
+        return
+    if lm_eval_path is not None:
+        raise UserError(f"--lm-eval-path {lm_eval_path}: does nothing without --lm-eval TASKS")
+    found = eval_run.judge(resolved, adapter, resamples=resamples, out=examples)
+    typer.echo(json.dumps(found) if as_json else eval_run.text(found))
+
+
+@app.command(cls=_Verb, context_settings=_LOOSE)
+def baseline(
+    overrides: Overrides = None,
+    config: Source = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            "-m",
+            help="zero-shot, icl, calibrated, sfc, linear-probe, first-order, first-order-lora.",
+        ),
+    ] = "zero-shot",
+    demos: Annotated[int | None, typer.Option(min=1, help="Demonstrations of icl; default: 32.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Of first-order; default: 3.")] = None,
+) -> None:
+    """What a model scores without zeroth-order training: zoft baseline --config mezo/reviews --method icl."""
+    from zoft import baseline as baselines
+
+    if epochs is not None and not epochs > 0:
+        raise UserError(f"--epochs {epochs:g}: must be > 0")
+    resolved, ask = baselines.settings(config, overrides or [], method, demos, epochs)
+    typer.echo(baselines.text(baselines.run(resolved, ask)))
 
 
 @app.command(cls=_Verb)
@@ -263,6 +349,22 @@ def ledger(
         typer.echo(inspect_run.plot(folder, plot), err=as_json)
 
 
+@app.command(cls=_Verb)
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...")],
+    metrics: Annotated[str, typer.Option(help="Which metrics: accuracy,auc; default: all there are.")] = "",
+    csv: Annotated[str | None, typer.Option(metavar="FILE.csv", help="Write the table there too.")] = None,
+    png: Annotated[
+        str | None, typer.Option(metavar="FILE.png", help="Draw metrics against forwards.")
+    ] = None,
+) -> None:
+    """One table of runs, or of all below a folder, mean ± sd over seeds: zoft report runs --png curve.png."""
+    from zoft import report as reports
+
+    asked = [m for m in metrics.replace(",", " ").split() if m]
+    typer.echo(reports.report(runs, asked, csv_to=csv, png_to=png))
+
+
 @app.command("ls", cls=_Verb)
 def list_configs() -> None:
     """List the packaged configs."""
@@ -310,9 +412,9 @@ def estimate(overrides: Overrides = None, config: Source = None, as_json: Json =
 
     resolved = compose(config, overrides or [])
     from zoft import estimate as estimates
-    from zoft import tracking
+    from zoft import run, tracking
 
-    found = estimates.estimate(resolved)
+    found = estimates.estimate(run.within(resolved))
     typer.echo(json.dumps(tracking.finite(found)) if as_json else estimates.text(found))
 
 
@@ -321,12 +423,14 @@ def data(
     overrides: Overrides = None,
     config: Source = None,
     count: Annotated[int, typer.Option("-n", min=1, help="How many examples.")] = 3,
+    as_json: Json = False,
 ) -> None:
-    """Show training examples as the model reads them, scored tokens marked."""
+    """Show training examples as the model reads them, scored tokens marked, and counts of them all."""
     from zoft import run
     from zoft.compose import compose
 
-    run.show_data(compose(config, overrides or []), count, typer.echo)
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    run.show_data(compose(config, overrides or []), count, typer.echo, as_json=as_json, colour=colour)
 
 
 @app.command(cls=_Verb)
@@ -353,3 +457,7 @@ def _flat(value: Any) -> str:
 def main() -> None:
     """The console script."""
     sys.exit(app())
+
+
+if __name__ == "__main__":  # torchrun -m zoft.cli
+    main()

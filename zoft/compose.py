@@ -53,6 +53,10 @@ def compose(config: str | None, overrides: Sequence[str] = ()) -> Config:
         tree["task"] = _group("task", tree["task"], folder)["task"]
     if tree.get("trust_remote_code"):
         raise UserError("trust_remote_code: not from a file; put trust_remote_code=true on the command line")
+    if tree.get("reward"):
+        raise UserError(
+            f"reward: not from a file, for it runs code; put --reward {tree['reward']} on the command line"
+        )
     _assign(tree, assigned, folder)
     made = strict(tree, default_output=Path(str(config)).stem if _is_file(config) else (config or "run"))
     if tree.get("output_dir") is not None and "output_dir" not in dict(assigned):
@@ -103,8 +107,15 @@ def load_run(run: str | Path, overrides: Sequence[str] = ()) -> Config:
     tree = yaml_tree(path)
     if tree.pop("trust_remote_code", False) and ("trust_remote_code", True) not in assigned:
         raise UserError(f"{run}: its model brings code; put trust_remote_code=true on the command line again")
+    tree.pop("reward", None)  # it runs code; who trains on names it again (`again`)
     _assign(tree, assigned, None)
     return strict(tree)
+
+
+def again(run: str | Path) -> UserError:
+    """What a run says whose reward was not named on the command line."""
+    named = yaml_tree(Path(run) / "config.yaml").get("reward")
+    return UserError(f"{run}: its reward runs code; name it again, --reward {named}")
 
 
 def to_yaml(config: Config) -> str:
@@ -171,7 +182,7 @@ def parse(text: str) -> tuple[str, Any]:
     if not equals:
         hint = f"write --config {text}" if text in names() or text.endswith(".yaml") else "write key=value"
         raise UserError(f"{text}: {hint}")
-    if name.startswith("task.choices."):
+    if name.startswith(("task.choices.", "task.columns.")):
         return name, raw
     if name not in (known_keys := fields()):
         raise unknown_key(name)
@@ -186,7 +197,7 @@ def _typed(name: str, raw: str, kind: str, metadata: Any) -> Any:
     if kind.startswith("dict"):
         value = strict_yaml(raw, f"{name}={raw}")
         if not isinstance(value, dict):
-            raise UserError(f"""{name}={raw}: write '{name}={{label: " text", other: " text"}}'""")
+            raise UserError(f"{name}={raw}: write '{name}={metadata['example']}'")
         return value
     free = kind.startswith("str") and "one_of" not in metadata and "pattern" not in metadata
     if not free and ("," in raw or re.match(r"(choice|range|interval|glob)\(", raw)):

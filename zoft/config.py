@@ -27,6 +27,9 @@ BY_TRAIN: dict[str, dict[str, Any]] = {
     "prompt": {"virtual_tokens": 10, "lr": 1e-3, "eps": 1e-2},
 }
 BY_RECIPE: dict[str, dict[str, Any]] = {"lora_zo": {"train": "lora"}}
+# Objectives of text that the model writes, and others that have no gradient either.
+GENERATED = ("exact_match", "f1", "reward")
+NO_GRADIENT = ("accuracy", "macro_f1", *GENERATED)
 # Keys that say something of some trained sets only.
 ONLY = {
     "lora_rank": ("lora",),
@@ -41,7 +44,7 @@ def key(default: Any, doc: str, **limits: Any) -> Any:
     """A dataclass field with its documentation and limits.
 
     limits: one_of (allowed words), pattern (a regular expression and its description), least (≥), above (>),
-    below (<), most (≤), template (True: a backslash and n typed in a shell is a line break).
+    below (<), most (≤), template (True: a backslash and n typed in a shell is a line break), example (of a map).
     """
     metadata = {"doc": doc, **limits}
     if isinstance(default, dict):
@@ -53,9 +56,11 @@ def key(default: Any, doc: str, **limits: Any) -> Any:
 class Task:
     """Where examples come from and how each becomes a prompt and what is scored after it."""
 
-    name: str = key("", "a task of configs/task: reviews, trec, or local (your own data)")
+    name: str = key("", "a task of configs/task: sst2, squad, …, reviews, or local (your own data)")
     train: str | None = key(
-        None, "training data: a .jsonl, .csv, .tsv, .json or .parquet file, or a Hub data set id[:split]"
+        None,
+        "training data: a .jsonl, .csv, .tsv, .json or .parquet file, a folder of such or of .txt files, or a Hub "
+        "data set id[:split]",
     )
     eval: str | None = key(None, "evaluation data, like train; null holds a fixed part of train out, by hash")
     subset: str | None = key(None, "configuration of a Hub data set that has several (glue has sst2, rte, …)")
@@ -63,16 +68,60 @@ class Task:
         None, "train on a fixed subset of this many examples; null takes all", least=1
     )
     max_words: int | None = key(
-        None, "leave out rows with more words in the prompt's columns; null takes all", least=1
+        None,
+        "leave out rows with more words in the prompt's columns (of a recognised layout: in all it reads); null takes all",
+        least=1,
     )
     prompt: str | None = key(
         None, "template with column names in braces: 'Review: {text}\\nSentiment:'", template=True
     )
     label: str | None = key(None, "column that holds the label")
-    choices: dict[Any, str] = key({}, "label -> the text that stands for it: {negative: ' terrible', …}")
+    choices: dict[Any, str] = key(
+        {},
+        "label -> the text that stands for it: {negative: ' terrible', …}",
+        example='{label: " text", other: " text"}',
+    )
     target: str | None = key(
         None, "template of the text to learn, where labels do not fit (LM loss)", template=True
     )
+    format: str = key(
+        "auto",
+        "layout of your own data, where no template names its columns; auto goes by their names and says what it found",
+        one_of=("auto", "text", "completion", "instruction", "messages", "sharegpt", "label"),
+    )
+    columns: dict[Any, str] = key(
+        {},
+        "what a layout calls a column -> your column: {prompt: question, completion: reply}",
+        example="{prompt: question, completion: reply}",
+    )
+    chat: str = key(
+        "auto",
+        "how turns are written: with the tokenizer's chat template, or plain, as text; auto is plain where prompt and "
+        "completion are all there is and the tokenizer has no template",
+        one_of=("auto", "template", "plain"),
+    )
+    pack: bool = key(False, "format=text: texts follow each other in rows of max_length, not one text a row")
+    null_prompt: str | None = key(
+        None,
+        "the prompt without what it asks about, for `zoft baseline --method sfc`; null: the template, columns empty",
+        template=True,
+    )
+    num_train: int | None = key(
+        None, "train on so many rows, the first of a permutation by data_seed; null takes all", least=1
+    )
+    num_dev: int | None = key(
+        None, "rows after them in that permutation, kept aside as the dev set; null has none", least=1
+    )
+    num_eval: int | None = key(
+        None, "evaluate on so many rows, the first of a permutation by data_seed; null takes all", least=1
+    )
+    k_shot: int | None = key(
+        None, "train on so many rows of each class, with as many more as the dev set", least=1
+    )
+    data_seed: int = key(
+        0, "of those permutations (the papers: 0; k_shot: 13, 21, 42, 87, 100)", least=0, below=1 << 32
+    )
+    balanced: bool = key(False, "as many rows of each class in num_train and num_dev")
 
 
 @dataclass
@@ -87,6 +136,27 @@ class Config:
         "trained tensors: all, last-2, norms, bias, head, scales, or a pattern searched in their names; "
         "or lora, prefix, prompt: tensors added to a frozen model",
     )
+    objective: str = key(
+        "auto",
+        "what is minimised: a loss (over candidates, or of the text to learn; auto: the task's own), or minus a metric: of "
+        "predictions (accuracy, macro_f1) or of text that the model writes (exact_match, f1, a reward of your own)",
+        one_of=("auto", "choice", "lm", *NO_GRADIENT),
+    )
+    reward: str | None = key(
+        None,
+        "my_reward.py:score, a function (rows, texts) -> a number a row; only on the command line, as --reward",
+    )
+    reward_seconds: float = key(60.0, "what one call of the reward may take", above=0, most=1e6)
+    max_new_tokens: int = key(50, "tokens that are written after a prompt, at most", least=1)
+    stop: str | None = key(
+        "\n", "text that ends what is written, and is left out; null: end-of-text alone", template=True
+    )
+    hold_probe: bool | str = key(
+        "auto",
+        "text is written with a probe's weights made once, beside the model's own; false: anew for each token, in "
+        "less memory; auto: once where half of the free memory holds what is trained",
+        one_of=("auto",),
+    )
     lora_rank: int | None = key(None, "rank of the LoRA pairs; null is 8", least=1)
     lora_alpha: int | None = key(None, "a LoRA pair counts lora_alpha / lora_rank times; null is 16", least=1)
     lora_targets: str | None = key(
@@ -96,6 +166,11 @@ class Config:
     )
     lora_layers: str | None = key(
         None, "last-6: LoRA pairs in the last 6 blocks only", pattern=(r"last-[1-9]\d*", "last-1, last-2, …")
+    )
+    adapter: str | None = key(
+        None,
+        "folder of a saved LoRA adapter that is put in place, frozen, and stays there while other tensors are trained; "
+        "train=lora trains on from it",
     )
     virtual_tokens: int | None = key(
         None, "length of the prefix (null is 5) or the prompt (null is 10)", least=1
@@ -142,7 +217,7 @@ class Config:
     )
     q: int = key(1, "directions a step, each probed at + and −", least=1, most=1 << 16)
     steps: int = key(1000, "updates in all", least=1, below=1 << 32)
-    batch_size: int = key(16, "examples a batch", least=1, most=1 << 20)
+    batch_size: int = key(16, "examples a batch, those of all processes together", least=1, most=1 << 20)
     accumulate: int = key(1, "batches a step, under one set of directions", least=1, most=1 << 20)
     seed: int = key(0, "of noise and data order", least=0, below=1 << 64)
     eval_every: int = key(0, "steps between evaluations; 0 evaluates before and after only", least=0)
@@ -176,7 +251,26 @@ class Config:
     device: str = key(
         "auto", "auto, cpu, cuda or cuda:N", pattern=(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda, cuda:0")
     )
-    threads: int | str = key("auto", "CPU threads", least=1, most=4096, one_of=("auto",))
+    threads: int | str = key(
+        "auto", "CPU threads; of each process, where there are several", least=1, most=4096, one_of=("auto",)
+    )
+    parallel: str = key(
+        "auto",
+        "what several processes (--nproc, torchrun) share out: the examples of each batch, the probes of each step, or both; "
+        "auto: the probes as far as they go, then the examples",
+        one_of=("auto", "data", "probes", "2d"),
+    )
+    elastic: bool = key(
+        False,
+        "a run that goes on when a worker dies, and that others may join at any time (`zoft join`): pairs of a probe and a "
+        "batch are dealt out each step, so more than 2 processes want q or accumulate above 1",
+    )
+    listen: str = key("127.0.0.1:0", "elastic=true: HOST:PORT where workers connect; port 0 is any free one")
+    check_every: int = key(
+        100,
+        "steps between comparisons of the weights of several processes, by a checksum; 0 compares at both ends",
+        least=0,
+    )
     max_skipped: int = key(
         20, "steps in a row whose loss is not finite, each of them skipped, that stop the run", least=1
     )
@@ -201,8 +295,14 @@ class Config:
     keep_best: int = key(0, "snapshots to keep besides, the best ones by best_by", least=0)
     best_by: str = key(
         "loss",
-        "metric of the evaluations that keep_best goes by",
-        one_of=("loss", "perplexity", "accuracy", "macro_f1", "auc", "calibrated_accuracy"),
+        "metric that keep_best, save_best and early_stop go by, on the dev set where there is one",
+        one_of=("loss", "perplexity", "accuracy", "macro_f1", "auc", "calibrated_accuracy", *GENERATED),
+    )
+    save_best: bool = key(
+        False, "model/ holds the weights of the best evaluation by best_by, not the last ones"
+    )
+    early_stop: int = key(
+        0, "evaluations in a row without a better best_by that end the run; 0 goes on", least=0
     )
     output_dir: str | None = key(None, "folder of the run; null is runs/<config>-seed<seed>")
     save_model: bool = key(True, "write model/ at the end")
@@ -218,15 +318,19 @@ def filled(tree: dict[str, Any]) -> dict[str, Any]:
     """A tree of keys with the defaults of its recipe and of what it trains, where it does not set them."""
     for defaults, by in ((BY_RECIPE, "recipe"), (BY_TRAIN, "train")):
         unset = {k: v for k, v in defaults.get(str(tree.get(by)), {}).items() if tree.get(k) is None}
+        if tree.get("adapter"):  # which has a rank and an alpha of its own
+            unset = {k: v for k, v in unset.items() if not k.startswith("lora_")}
         tree = {**tree, **unset}
     return tree
 
 
 # Keys that do not decide the weights: where a run is, how it is watched and kept. A run may go on under others.
-FREE = ("model", "output_dir", "device", "threads", "probes_per_forward", "cache_frozen", "eval_every", "eval_limit",
-        "max_skipped", "on_divergence", "sync", "snapshot_every", "keep_last", "keep_best", "best_by", "save_model",
+FREE = ("model", "adapter", "output_dir", "device", "threads", "parallel", "elastic", "listen", "check_every",
+        "probes_per_forward", "cache_frozen", "eval_every", "eval_limit",
+        "max_skipped", "on_divergence", "sync", "snapshot_every", "keep_last", "keep_best", "best_by", "save_best", "save_model",
         "save_dequantised", "save_dtype", "track",
-        "trust_remote_code", "task.train", "task.eval")  # fmt: skip
+        "trust_remote_code", "task.train", "task.eval", "task.num_eval", "reward", "reward_seconds", "hold_probe",
+        "task.null_prompt")  # fmt: skip
 
 
 def digests(config: Config) -> dict[str, str]:
@@ -302,6 +406,7 @@ def check(config: Config) -> Config:
             raise UserError(
                 f"{name}={getattr(config, name)}: is for train={' or '.join(sets)}, not {config.train}; leave it out"
             )
+    _check_adapter(config)
     try:
         re.compile(config.lora_targets or "")
     except re.error as error:
@@ -330,6 +435,7 @@ def check(config: Config) -> Config:
     if config.eps < 1e-30:
         raise UserError(f"eps={config.eps:g}: it is 0 in fp32; use 1e-3 or so")
     _check_quantised(config)
+    _check_objective(config)
     # YAML reads `yes:` and `true:` as booleans, and `0:` as a number, where data files hold their names.
     choices: dict[Any, str] = {}
     for k, v in config.task.choices.items():
@@ -339,6 +445,25 @@ def check(config: Config) -> Config:
         choices[name] = v
     config.task.choices = choices
     return config
+
+
+def _check_adapter(config: Config) -> None:
+    """Refuse what does not go with an adapter in place."""
+    if config.adapter is None:
+        return
+    if not config.adapter.strip():
+        raise UserError("adapter is empty: give a folder, or leave the key out")
+    for name in ("lora_rank", "lora_alpha", "lora_targets", "lora_layers"):
+        if getattr(config, name) is not None:
+            raise UserError(f"{name}={getattr(config, name)}: the adapter has its own; leave it out")
+    if config.train in ("prefix", "prompt"):
+        raise UserError(
+            f"train={config.train}: does not go with adapter; use train=lora to train on from it, or scales, norms, all, …"
+        )
+    if config.denoise_every:
+        raise UserError(
+            f"denoise_every={config.denoise_every}: rebuilds weights from the model's own files, without an adapter in place; leave it out"
+        )
 
 
 def _check_mask(config: Config) -> None:
@@ -368,12 +493,59 @@ def _check_mask(config: Config) -> None:
         )
 
 
+def _check_objective(config: Config) -> None:
+    """Refuse keys of an objective where they do nothing; a reward that is named is the objective."""
+    if config.reward is not None and config.objective == "auto":
+        config.objective = "reward"
+    found, written = fields(), config.objective in GENERATED
+    for name in ("reward", "reward_seconds"):
+        if config.objective != "reward" and getattr(config, name) != found[name].default:
+            raise UserError(
+                f"{name}={getattr(config, name)}: objective={config.objective} asks no reward; leave one out"
+            )
+    for name in ("max_new_tokens", "stop", "hold_probe"):
+        evaluated = (
+            name != "hold_probe" and not config.task.choices
+        )  # text to learn is judged by what is written
+        if not (written or evaluated) and getattr(config, name) != found[name].default:
+            raise UserError(
+                f"{name}={getattr(config, name)!r}: no text is written with objective={config.objective}; leave it out"
+            )
+    if not written:
+        return
+    if config.max_new_tokens >= config.max_length:
+        raise UserError(
+            f"max_new_tokens={config.max_new_tokens}: leaves no room for a prompt in max_length={config.max_length}"
+        )
+    if config.stop == "":
+        raise UserError("stop is empty: give the text that ends what is written, or null")
+    if config.probes_per_forward not in ("auto", 1):
+        raise UserError(
+            f"probes_per_forward={config.probes_per_forward}: text is written at one probe at a time; leave it out"
+        )
+    if config.cache_frozen is True:
+        raise UserError("cache_frozen=true: keeps the outputs of whole rows, and text grows; leave it out")
+    if config.perturb == "inplace" and config.hold_probe is True:
+        raise UserError("hold_probe=true: perturb=inplace moves the weights themselves; leave it out")
+
+
 def _check_snapshots(config: Config) -> None:
     every, found = config.snapshot_every, fields()
-    unused = ("keep_last", "keep_best", "best_by") if not every else () if config.keep_best else ("best_by",)
+    for name in ("save_best", "early_stop"):
+        if getattr(config, name) and not config.eval_every:
+            raise UserError(
+                f"{name}={getattr(config, name)}: goes by evaluations on the way; set eval_every, too"
+            )
+    if config.early_stop and config.denoise_every and config.eval_every % config.denoise_every:
+        raise UserError(
+            f"early_stop={config.early_stop}: a run may end at any evaluation, each of which must follow a denoising: "
+            f"set eval_every to a multiple of denoise_every={config.denoise_every}"
+        )
+    unused: tuple[str, ...] = ("keep_last", "keep_best") if not every else ()
+    unused += () if config.keep_best or config.save_best or config.early_stop else ("best_by",)
     for name in unused:
         if getattr(config, name) != found[name].default:
-            wanted = "keep_best" if every else "snapshot_every"
+            wanted = "snapshot_every" if name != "best_by" else "keep_best, save_best or early_stop"
             raise UserError(f"{name}={getattr(config, name)}: does nothing without {wanted}; set that too")
     if every > config.steps:
         raise UserError(f"snapshot_every={every}: must not exceed steps={config.steps}")
@@ -448,7 +620,13 @@ def describe_keys() -> str:
         elif f.default is dataclasses.MISSING:
             default = "{}"
         else:
-            default = "(choose)" if f.default == "" else "null" if f.default is None else str(f.default)
+            default = (
+                "(choose)"
+                if f.default == ""
+                else "null"
+                if f.default is None
+                else str(f.default).replace("\n", "\\n")
+            )
         if name != "task":
             kind = str(f.type).replace("dict[Any, str]", "map").replace(" | None", "").replace(" | str", "")
         else:

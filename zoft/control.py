@@ -23,7 +23,7 @@ def _close(totals, rates, moment, master, record, Q, BLOCK: tl.constexpr, MEAZO:
 
     totals fp64 [2Q, 2] (sums, counts); rates fp64 [5] (lr, decay, 2·eps·Q, clip ÷ Q, beta); moment fp64 [2] (v, betaᵗ) of
     estimator.Moment; master: its first Q + 2 become the multipliers, the decay and 1, or 0 and NOTHING if anything is
-    not finite; record fp64 [3Q + 1]: losses, multipliers, whether all is finite.
+    not finite; record fp64 [3Q + 2]: losses, multipliers, whether all is finite, and a place for whoever calls.
     """
     k = tl.arange(0, BLOCK)
     ours = k < Q
@@ -82,7 +82,7 @@ class Control:
         self.rates = torch.zeros(5, dtype=torch.float64, device=device)
         self.moment = torch.tensor([0.0, 1.0], dtype=torch.float64, device=device)
         self.totals = torch.zeros(2 * q, 2, dtype=torch.float64, device=device)
-        self.record = torch.zeros(3 * q + 1, dtype=torch.float64, device=device)
+        self.record = torch.zeros(3 * q + 2, dtype=torch.float64, device=device)
         self.keys = torch.zeros(_ROOM, 2, dtype=torch.int32, device=device)
         self.values = torch.zeros(_ROOM, dtype=torch.float32, device=device)
         self.pick = torch.zeros(_ROOM, dtype=torch.int64, device=device)  # of master, for values

@@ -14,9 +14,10 @@ def due(config: Config, step: int) -> list[str]:
     return [what for what, every in EVERY.items() if what in last or _falls(step, getattr(config, every))]
 
 
-def next_stop(config: Config, step: int) -> int:
-    """The first stop after `step` steps; the end of the run is one."""
-    ends = [(step // n + 1) * n for n in (getattr(config, every) for every in EVERY.values()) if n]
+def next_stop(config: Config, step: int, processes: int = 1) -> int:
+    """The first stop after `step` steps; the end of the run is one, and with several processes each comparison."""
+    periods = [getattr(config, every) for every in EVERY.values()] + [config.check_every] * (processes > 1)
+    ends = [(step // n + 1) * n for n in periods if n]
     return min([config.steps, *ends])
 
 

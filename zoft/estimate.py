@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from zoft import adapters, footprint, models, quant, quant_files, routes, setup, space
-from zoft.config import ADAPTERS, Config
+from zoft import adapter_beside, adapters, footprint, models, quant, quant_files, routes, setup, space
+from zoft.config import ADAPTERS, GENERATED, Config
 from zoft.data_order import batch_indices
+from zoft.due import due
 from zoft.encode import Example, encode
 from zoft.errors import UserError
 from zoft.evaluate import TOKENS
@@ -52,6 +53,8 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     quantised(config, model)
     if config.train in ADAPTERS:
         model = adapters.attach(model, config)
+    elif place := adapter_beside.folder_of(config):
+        model = adapters.load(model, place)
     gradients = model
     names = space.train_names(model, config.train)
     if quant.layers(model):
@@ -81,6 +84,12 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     if config.train in ADAPTERS and not inplace:
         packed = config.train == "lora" and config.device.startswith("cuda")  # device.Pack, in 32 and 16 bits
         scratch = trained * (6 * 2 * config.q if packed else 4 * probes)
+    if config.objective in GENERATED:
+        scratch += 0 if inplace or config.hold_probe is False else sum(_held(config, model, names, compute))
+        notes.append(
+            f"objective={config.objective}: seconds_per_step is that of the prompts alone; each of up to {config.max_new_tokens} "
+            "tokens takes a small forward more, and its keys and values some memory"
+        )
     momentum = (8 if compute == torch.float64 else 4) * trained if config.momentum else 0
     frozen, share = _frozen(config, model, names, rows)
     spaces = WORKSPACES if config.device.startswith("cuda") else 0
@@ -94,10 +103,14 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     flops += usual * (1 - share) / probes / config.batch_size * _met(config, rows) / config.steps
     passes = config.q * (2 if inplace else 1)
     seconds = flops / speed["flops"] + passes * trained / speed["noise"]
+    # Each denoising draws all directions from the start again.
+    redrawn = sum(t for t in range(config.steps + 1) if "denoise" in due(config, t))
+    denoising = redrawn * config.q * trained / speed["noise"]
     return {
         "weights": sizes, "weights_bytes": total, "momentum_bytes": momentum, "scratch_bytes": scratch, "frozen_bytes": frozen,
         "activation_bytes": train.activations, "evaluation_bytes": evaluation, "peak_bytes": peak,
-        "seconds_per_step": seconds, "seconds": seconds * config.steps, "flops_per_step": flops, "rates": speed,
+        "seconds_per_step": seconds, "seconds": seconds * config.steps + denoising, "denoising_seconds": denoising,
+        "flops_per_step": flops, "rates": speed,
         "parameters": quant.numbers(model), "trained": trained,
         "rows": batch.rows, "tokens": batch.inputs["input_ids"].shape[1],
         **_with_gradients(gradients, batch, usual / probes / speed["flops"] * config.accumulate),
@@ -107,9 +120,17 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     }  # fmt: skip
 
 
+def _held(config: Config, model: nn.Module, names: Sequence[str], compute: torch.dtype) -> Iterator[int]:
+    """Bytes of each trained tensor at one probe, where its text is written with weights made once."""
+    for name, p in model.named_parameters():
+        if name in set(names):
+            wide = config.train in ADAPTERS or p.ndim <= 1
+            yield p.numel() * (max(4, compute.itemsize) if wide else compute.itemsize)
+
+
 def skeleton(config: Config) -> Any:
     """The config's model on the meta device, in the dtype of its checkpoint: names, shapes and no memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     source = models.resolve(config.model)
     models.check(source)
@@ -127,7 +148,7 @@ def skeleton(config: Config) -> Any:
             shape = AutoConfig.from_pretrained(source.place, trust_remote_code=config.trust_remote_code)
             dtype = getattr(shape, "dtype", None) or torch.float32
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = models.auto_class(source.name, shape).from_config(
                 shape, dtype=dtype, trust_remote_code=config.trust_remote_code
             )
     return model.eval().requires_grad_(False)
@@ -180,7 +201,8 @@ def _examples(config: Config) -> tuple[list[Example], int, str]:
     try:
         data = tasks.load(config.task)
         tested = len(tasks.subset(data.eval, config.eval_limit))
-        return encode(data.train, setup.tokenizer(config), data, config.max_length), tested, ""
+        rows = encode(data.train, setup.tokenizer(config), data, config.max_length, pack=data.pack)
+        return rows, tested, ""
     except UserError as error:
         context = (0,) * config.max_length
         made = Example((context, context), ((1,), (2,)), 0, "choice", True)
@@ -216,7 +238,9 @@ def _frozen(config: Config, model: Any, names: Sequence[str], rows: Sequence[Exa
     inside = f"{space.blocks_of(model)[0]}."
     if not {n for n in names if not n.startswith(inside)} <= set(space.train_names(model, "last-1")):
         return 0, 1.0  # something is trained that may come before the blocks
-    states = sum(len(row) for row in {c + t[:-1] for e in rows for c, t in zip(e.contexts, e.completions)})
+    states = sum(
+        len(row) for row in {c + t[:-1] + e.after for e in rows for c, t in zip(e.contexts, e.completions)}
+    )
     states = states * _met(config, rows) // len(rows)
     size = states * _width(model) * next(model.parameters()).element_size()
     if auto and size > setup.FROZEN_BYTES:
@@ -329,7 +353,12 @@ def text(found: dict[str, Any]) -> str:
         _line("this run", found),
         _line("AdamW, all weights", found["adamw"]),
         _line(f"AdamW, LoRA of rank {LORA_RANK}", found["lora"]),
-        f"{c['steps']} steps: about {_duration(found['seconds'])}, evaluation and start-up aside",
+        f"{c['steps']} steps: about {_duration(found['seconds'])}, evaluation and start-up aside"
+        + (
+            f"; {_duration(found['denoising_seconds'])} of it to denoise"
+            if found["denoising_seconds"]
+            else ""
+        ),
         *(
             ["memory is that of tensors; a process on a CPU takes 0.5 to 1 GB more"]
             if c["device"] == "cpu"

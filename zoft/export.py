@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoft import adapters, models, quant, replay, setup, space
+from zoft import adapter_beside, adapters, models, quant, replay, setup, space
 from zoft import base as bases
 from zoft import run as runs
 from zoft.base import Base
@@ -30,11 +30,13 @@ def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
     if config.train in ("prefix", "prompt"):
         raise UserError(f"train={config.train}: it cannot be merged into weights; use --adapter")
     config, log = replay.asked(setup.device(config), folder, replay.Ask())
-    if config.train in ADAPTERS:  # the base as it was loaded, whatever the run computed in
+    beside = config.train in ADAPTERS or adapter_beside.folder_of(config) is not None
+    if beside:  # the base as it was loaded, whatever the run computed in
         config = replace(config, compute="fp32")
     model, tokenizer, config = runs.recipe(config.recipe).rebuild(config, folder, log)
-    if config.train in ADAPTERS:
+    if beside:
         own = logits(widened(model, None))
+        quant.make_plain(model)
         model = adapters.merge(model)
         agree(logits(model), own, out)
     quant.make_plain(model)
@@ -82,7 +84,7 @@ def adapter(config: Config, folder: Path, out: Path) -> str:
         adapters.save(model, draft, tokenizer=tokenizer, card=runs.card(config, result, **facts))
         own = logits(model)
         del model, trained
-        base, _, _ = setup.model(runs.plain(config))
+        base, _, _ = setup.model(replace(runs.plain(config), adapter=None))
         agree(logits(adapters.load(widened(base, None), draft)), own, out)
     return f"{out}: loaded again beside the base, it gives the run's logits"
 
@@ -99,10 +101,11 @@ def widened(model: Any, dtype: torch.dtype | None) -> Any:
 
 def reloaded(folder: Path, config: Config) -> Any:
     """What was written, through transformers alone, in fp32."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
+    own = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     with models._quiet():
-        model = AutoModelForCausalLM.from_pretrained(
+        model = models.auto_class(str(folder), own).from_pretrained(
             folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code
         )
     return model.eval().to(config.device)
@@ -113,7 +116,8 @@ def logits(model: Any) -> Tensor:
     """[2, 8, V] of two short rows of tokens."""
     device = next(model.parameters()).device
     ids = torch.arange(16, device=device).view(2, 8) * 7 % model.get_input_embeddings().weight.shape[0]
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float().cpu()
+    extra = {} if models.is_masked(model) else {"use_cache": False}
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits.float().cpu()
 
 
 def agree(again: Tensor, own: Tensor, out: Path) -> None:

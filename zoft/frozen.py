@@ -52,6 +52,7 @@ class FrozenPrefix:
         self._undo: list[Callable[[], Any]] = []
 
     def install(self) -> None:
+        self.model.__dict__["keeps_rows"] = True  # a forward needs whole rows: see shared.py
         for block in self.blocks[: self.first]:
             own = {k: v for k, v in block.__dict__.items() if k == "forward"}
             self._undo += [partial(block.__dict__.update, own), partial(block.__dict__.pop, "forward")]
@@ -63,6 +64,7 @@ class FrozenPrefix:
 
     def remove(self) -> None:
         """The model as it was; nothing is kept."""
+        self.model.__dict__.pop("keeps_rows", None)
         while self._undo:
             self._undo.pop()()
         self.kept.clear()

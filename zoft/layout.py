@@ -164,9 +164,11 @@ def leaf(x: Any, like: Leaf | None = None) -> Leaf:
         if like and model and len(model) == len(shape) and all(a <= b for a, b in zip(model, shape)):
             places = like.places
         elif x.numel() and shape:
-            picked = torch.arange(x.numel())
+            # On the CPU whatever the default device is, so that the places are the same ones everywhere.
+            picked = torch.arange(x.numel(), device="cpu")
             if x.numel() > SAMPLES:
-                picked = torch.randint(x.numel(), (SAMPLES,), generator=torch.Generator().manual_seed(0))
+                chosen = torch.Generator().manual_seed(0)
+                picked = torch.randint(x.numel(), (SAMPLES,), generator=chosen, device="cpu")
             places = torch.unravel_index(picked.to(x.device), shape)
         sample = x.detach()[places].clone() if places else x.detach().reshape(-1)[:1].clone()
         return Leaf(shape, sample, places, x.is_floating_point())

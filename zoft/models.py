@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +114,7 @@ def _find_on_hub(model: str) -> None:
 
 
 def load(model: str, *, dtype: Any = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """A causal language model ready for forward passes, and its tokenizer.
+    """A causal or masked language model ready for forward passes, and its tokenizer.
 
     The model is in eval mode, its tensors take no gradient, its attention is PyTorch's own (sdpa) where the
     architecture has that. `model.checkpoint_dtype` is the torch.dtype the checkpoint has (fp32 for a GGUF).
@@ -201,9 +201,13 @@ def _load_pretrained(source: Source, dtype: Any, trust_remote_code: bool) -> tup
 
 def _whole(source: Source, **where: Any) -> Any:
     """The model that from_pretrained makes, if the checkpoint has all of it: the rest would be drawn at random."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    found: Any = AutoModelForCausalLM.from_pretrained(
+    config = None
+    if source.kind != "gguf":
+        code = where.get("trust_remote_code", False)
+        config = AutoConfig.from_pretrained(source.place, trust_remote_code=code)
+    found: Any = auto_class(source.name, config).from_pretrained(
         **where, output_loading_info=True, ignore_mismatched_sizes=True
     )
     loaded, info = found
@@ -215,6 +219,50 @@ def _whole(source: Source, **where: Any) -> Any:
                 f"model={source.name}: tensor {first} {what} in the checkpoint{more}; fetch it again"
             )
     return loaded
+
+
+def auto_class(name: str, config: Any) -> Any:
+    """transformers' Auto class for a checkpoint with this config: of masked language models, else of causal ones.
+
+    name: the user's word for the model. config: a transformers config, or None for a GGUF file.
+    Errors: UserError for an encoder-decoder model.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"model={name}: it is an encoder-decoder model; zoft trains decoders and masked models"
+        )
+    kinds = getattr(config, "architectures", None) or []
+    kind = getattr(config, "model_type", "")
+    masked = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if masked or any(k.endswith("ForMaskedLM") for k in kinds):
+        return AutoModelForMaskedLM
+    return AutoModelForCausalLM
+
+
+def is_masked(model: Any) -> bool:
+    """Whether it is a masked language model: the logits at a token are of the token itself, not of the next."""
+    return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__.endswith(
+        "ForMaskedLM"
+    )
+
+
+def refuse_other_kind(name: str, model: Any, masked: bool) -> None:
+    """Raise UserError where a model cannot score prompts with a mask (masked), or none without one."""
+    if is_masked(model) and not masked:
+        raise UserError(
+            f"model={name}: a masked language model fills a [MASK]: put one into task.prompt, or take task=sst2-mlm or another "
+            "of the -mlm tasks"
+        )
+    if masked and not is_masked(model):
+        raise UserError(
+            f"task.prompt: [MASK] is for masked language models (RoBERTa, BERT), and {name} is none"
+        )
 
 
 @contextmanager
@@ -364,20 +412,24 @@ def save(
     The files go to a folder beside out_dir that takes its name when it is whole (an older out_dir is
     replaced then). The model in memory is not changed.
 
-    model: a transformers model. tokenizer: its tokenizer, chat template included. dtype: torch.dtype of the
+    model: a transformers model, or one with an adapter in place: the pairs are added to the matrices where these are plain,
+    else the adapter goes along, in a folder of its own. tokenizer: its tokenizer, chat template included. dtype: torch.dtype of the
     floating tensors on disk, or "auto": each as it is (scales of quantised layers stay in fp32). card: text of
     README.md, see model_card(). dequantise: write quantised layers as plain weights, which every library reads.
     Errors: UserError where a value does not fit in dtype.
     """
-    from zoft import quant, quant_files, quant_other
+    from zoft import adapter_beside, quant, quant_files, quant_other
 
-    with whole(out_dir) as folder:
+    added = adapter_beside.changes(model, dequantise)
+    with whole(out_dir) as folder, adapter_beside.without(model) as base:
         # transformers cannot undo what it did to such a model while it loaded it; it loads this form as well.
-        form = {"save_original_format": False} if quant_other.alive(model) else {}
-        with _quiet(), quant_other.own_form(model):
-            model.save_pretrained(folder, state_dict=_cast(model, dtype, dequantise), **form)
-        if quant.layers(model) and not dequantise:
-            quant_files.mark(folder, model)
+        form = {"save_original_format": False} if quant_other.alive(base) else {}
+        with _quiet(), quant_other.own_form(base):
+            base.save_pretrained(folder, state_dict=_cast(base, dtype, dequantise, added or {}), **form)
+        if quant.layers(base) and not dequantise:
+            quant_files.mark(folder, base)
+        if added is None:
+            adapter_beside.write(model, folder)
         finish_folder(folder, tokenizer, dtype, card)
 
 
@@ -428,10 +480,15 @@ def cast(name: str, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return made
 
 
-def _cast(model: nn.Module, dtype: Any, dequantise: bool = False) -> dict[str, torch.Tensor]:
+def _cast(
+    model: nn.Module, dtype: Any, dequantise: bool, added: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     from zoft import quant_files
 
     tensors, kept = quant_files.state(model, dequantise)
+    for name, change in added.items():  # summed in fp32 at least, rounded once
+        w = tensors[name]
+        tensors[name] = cast(name, w.to("cpu") + change, w.dtype if dtype == "auto" else dtype)
     done: dict[tuple, torch.Tensor] = {}  # ties stay ties
     out = {}
     for name, t in tensors.items():

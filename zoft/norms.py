@@ -92,7 +92,8 @@ def kind_of(module: nn.Module) -> tuple[str, float] | None:
         return None
     generator = torch.Generator().manual_seed(0)
     # Small rows, so that eps shows; a mean, so that centring shows.
-    x = (torch.randn(4, weight.shape[0], generator=generator) * 0.02 + 0.01).to(weight.device, weight.dtype)
+    x = torch.randn(4, weight.shape[0], generator=generator, device="cpu") * 0.02 + 0.01
+    x = x.to(weight.device, weight.dtype)
     try:
         got = module(x)
     except (RuntimeError, TypeError):

@@ -12,15 +12,17 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoft.encode import Example, encode, show
+from zoft.encode import Example, encode
+from zoft.show import show
 
-__all__ = ["Batch", "Example", "collate", "encode", "losses", "project", "scores", "show"]
+__all__ = ["Batch", "Example", "collate", "encode", "losses", "mean", "project", "scores", "show"]
 
 CHUNK = 1 << 25  # logits that are in fp32 at one time: 128 MiB
 
@@ -30,7 +32,8 @@ class Batch:
     """Rows of token ids and where they are scored.
 
     inputs: input_ids and attention_mask, each int64 [R, T], padded on the right.
-    positions: int64 [N], flat indices row·T + t; the logits at t score token t + 1. In the order of the rows.
+    positions: int64 [N], flat indices row·T + t; the logits at t score token t + 1 (at a mask: what fills it). In the
+        order of the rows.
     targets: int64 [N], the token scored at each position.
     slots: int64 [E, C, L], which of the N belong to candidate c of example e; -1 where there is none. An
         example with fewer than C candidates has no slot for the last ones.
@@ -92,7 +95,7 @@ def collate(examples: Sequence[Example], pad: int = 0) -> Batch:
     """Put examples into one right-padded batch.
 
     One row an example where all candidates are single tokens after one context; else one row a candidate;
-    with the "lm" objective one row an example, its gold completion.
+    with the "lm" objective one row an example, its gold completion, of which `scored` tokens count.
     examples: E of one objective. pad: the id written into padding, which the mask hides. Returns a Batch on
     the CPU.
     """
@@ -102,7 +105,7 @@ def collate(examples: Sequence[Example], pad: int = 0) -> Batch:
     narrow = objective == "choice" and all(e.single and e.completions == first for e in examples)
     tokens = torch.tensor([c[0] for c in first]) if narrow else None
     rows: list[tuple[int, ...]] = []
-    spans: list[tuple[int, tuple[int, ...]]] = []  # (first scored position, tokens scored) of each row
+    spans: list[list[tuple[int, int]]] = []  # (position, the token scored there) of each row
     owners: list[list[int]] = []  # spans of each example, one a candidate
     for e in examples:
         chosen = [e.gold] if narrow or objective == "lm" else range(len(e.completions))
@@ -111,25 +114,26 @@ def collate(examples: Sequence[Example], pad: int = 0) -> Batch:
             context, completion = e.contexts[c], e.completions[c]
             owners[-1].append(len(rows))
             # The last scored token itself need not be read.
-            rows.append(context + completion[:-1])
-            spans.append((len(context) - 1, completion))
+            rows.append(context + completion[:-1] + e.after)
+            said = zip(range(len(context) - 1, len(context) + len(completion) - 1), completion)
+            spans.append(list(said if e.scored is None else compress(said, e.scored)))
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad)
     mask = torch.zeros((len(rows), width), dtype=torch.int64)
     positions: list[int] = []
     targets: list[int] = []
     starts: list[int] = []
-    for r, (row, (start, completion)) in enumerate(zip(rows, spans)):
+    for r, (row, span) in enumerate(zip(rows, spans)):
         ids[r, : len(row)] = torch.tensor(row)
         mask[r, : len(row)] = 1
         starts.append(len(positions))
-        positions += range(r * width + start, r * width + start + len(completion))
-        targets += completion
-    deep = max(len(completion) for _, completion in spans)
+        positions += [r * width + at for at, _ in span]
+        targets += [token for _, token in span]
+    deep = max(map(len, spans))
     slots = torch.full((len(examples), max(map(len, owners)), deep), -1)
     for i, owned in enumerate(owners):
         for c, r in enumerate(owned):
-            n = len(spans[r][1])
+            n = len(spans[r])
             slots[i, c, :n] = torch.arange(starts[r], starts[r] + n)
     gold = torch.tensor([0 if objective == "lm" else e.gold for e in examples])
     inputs = {"input_ids": ids, "attention_mask": mask}
@@ -149,6 +153,11 @@ def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         return sums, torch.ones_like(sums)
     total, count = _per_slot(model, batch)
     return -total[:, 0], count[:, 0]
+
+
+def mean(totals: Tensor) -> Tensor:
+    """[P] from totals [P, 2] over examples: the sum of what each has, over their number."""
+    return totals[:, 0] / totals[:, 1]
 
 
 def scores(model: nn.Module, batch: Batch) -> Tensor:

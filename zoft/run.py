@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from zoft import compose, guards, tracking
+from zoft import baseline, compose, guards, tracking
 from zoft.config import ADAPTERS, Config, changed
 from zoft.due import due, next_stop
 from zoft.errors import UserError, writing
@@ -31,6 +32,7 @@ OURS = (
     "ledger",
     "metrics.jsonl",
     "result.json",
+    "baseline.json",
     "env.json",
     "model",
     "adapter",
@@ -42,6 +44,7 @@ OURS = (
 DIFFERS = {
     "base": "starts from other weights ({found}) than this model has ({value})",
     "data": "was begun on other training data: put back what was changed there",
+    "rows": "was begun on rows with other columns or answers: put back what was changed there",
     "noise_version": "has noise of version {found}, this zoft makes version {value}: use the zoft that wrote it",
     "adapter": "starts from an adapter ({found}) that is not made here ({value}): put back start.safetensors",
 }
@@ -52,13 +55,41 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
 
     Returns result.json's content. Raises UserError before anything heavy where a mistake shows early.
     """
-    from zoft import models, tasks
-
-    tracking.require(config.track)
     if resume and (Path(resume) / "result.json").exists():
         found = outcome(Path(resume))
         print(f"{resume}: this run is finished; its result follows", file=sys.stderr)
         return found
+    if resume and (Path(resume) / baseline.ASKED).exists():
+        raise UserError(
+            f"{resume}: a baseline, which is not resumed; delete it and start `zoft baseline` again"
+        )
+    rewarded(config, resume)
+    folder = str(resume or config.output_dir)
+    if config.elastic:
+        from zoft import elastic
+
+        elastic.refuse(config)
+        config = dataclasses.replace(
+            config, probes_per_forward=1
+        )  # a pair of a probe and a batch is a forward
+    elif config.listen != "127.0.0.1:0":
+        raise UserError(f"listen={config.listen}: is for elastic=true; leave it out")
+    if int(os.environ.get("RANK", "0")) == 0:  # of several processes, the one that writes
+        first_look(config, resume, dry_run)
+    # A signal that comes while things load says "resume me", too.
+    with listening(folder), guards.memory(config):
+        from zoft import distributed
+
+        with distributed.joined(config, folder):
+            return recipe(config.recipe).run(within(absolute(config)), resume=resume, dry_run=dry_run)
+
+
+def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None:
+    """Raise UserError for what can be seen before anything heavy loads."""
+    from zoft import checkpoint, models, tasks
+
+    tracking.require(config.track)
+    rewarded(config, resume)
     if resume is None and not dry_run:
         claim(Path(str(config.output_dir)))
     if resume and (Path(resume) / "ledger").exists():  # damage shows before weights load
@@ -66,10 +97,21 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
 
         inspect_run.sound(resume, ledger.read(Path(resume) / "ledger"))
     models.check(models.resolve(config.model))
+    if config.adapter:
+        checkpoint.adapter(config.adapter, Path(config.adapter).expanduser())
     tasks.look(config.task)
-    # A signal that comes while things load says "resume me", too.
-    with listening(str(resume or config.output_dir)), guards.memory(config):
-        return recipe(config.recipe).run(within(absolute(config)), resume=resume, dry_run=dry_run)
+
+
+def rewarded(config: Config, resume: str | Path | None) -> None:
+    """Refuse to train on a reward that is not named on the command line, or not there."""
+    if config.objective == "reward" and config.reward is None:
+        if resume:
+            raise compose.again(resume)
+        raise UserError("objective=reward: name the function: --reward my_reward.py:score")
+    if config.reward is not None:
+        from zoft import reward as rewards
+
+        rewards.look(config.reward)
 
 
 def within(config: Config) -> Config:
@@ -84,8 +126,11 @@ def within(config: Config) -> Config:
         )
     if steps < config.steps:
         print(f"max_forwards={config.max_forwards}: {steps} steps of {each} forwards", file=sys.stderr)
-    if config.warmup > steps:
-        raise UserError(f"warmup={config.warmup:g}: more than the {steps} steps that max_forwards allows")
+    for name in ("warmup", "snapshot_every"):
+        if getattr(config, name) > steps:
+            raise UserError(
+                f"{name}={getattr(config, name):g}: more than the {steps} steps that max_forwards allows"
+            )
     return dataclasses.replace(config, steps=steps)
 
 
@@ -114,7 +159,9 @@ def replay(
         return replays.look(config, Path(folder), ask)
     done = recipe(config.recipe).replay(config, Path(folder), Path(out), ask)
     unfinished = (
-        f" of {config.steps}: the run is not finished" if step is None and done < config.steps else ""
+        f" of {config.steps}: the run is not finished"
+        if step is None and done < config.steps and not (Path(folder) / "result.json").exists()
+        else ""
     )
     return f"{done} steps replayed{unfinished}: {out}"
 
@@ -161,63 +208,43 @@ def of_run(folder: str | Path, device: str | None) -> Config:
     return dataclasses.replace(config, threads="auto")  # they change no bit of a replay
 
 
-def evaluate(config: Config, folder: str | Path | None = None) -> dict[str, Any]:
-    """Metrics of a run's saved model, or of the config's own model, on the config's evaluation data."""
-    adapter = None
-    if folder is not None:
-        saved = Path(folder) / result_name(config)
-        if not saved.is_dir():
-            raise UserError(
-                f"{folder}: no {saved.name}/ in it: finish the run with `zoft train --resume {folder}`, or rebuild what it has "
-                f"with `zoft replay {folder} --out DIR`"
-                + (" and evaluate that with model=DIR" if saved.name == "model" else "")
-            )
-        if saved.name == "model":
-            config = dataclasses.replace(config, model=str(saved), bits=None, eps_mode="absolute")
-        else:
-            adapter = saved
-    from zoft import models, tasks
-
-    models.check(models.resolve(config.model))
-    tasks.look(config.task)
-    from zoft import adapters, setup
-    from zoft import evaluate as evaluation
-
-    with guards.memory(config):
-        config = setup.device(config)
-        data = tasks.load(config.task)
-        model, tokenizer, _ = setup.model(plain(config))
-        if adapter is not None:
-            model = adapters.load(model, adapter)
-        train, held_out = setup.examples(config, tokenizer, data)
-        return evaluation.evaluate(model, held_out, train)
-
-
 def result_name(config: Config) -> str:
     """What a run leaves: `model`, or `adapter` where one was trained beside a frozen model."""
     return "adapter" if config.train in ADAPTERS else "model"
 
 
 def plain(config: Config) -> Config:
-    """The config of the base alone, without the adapter that it would train."""
+    """The config of the base alone, without the adapter that it would train (but with one that it starts from)."""
     return dataclasses.replace(config, train="all") if config.train in ADAPTERS else config
 
 
-def show_data(config: Config, count: int, say: Callable[[str], Any]) -> None:
-    """Print the first examples of training as the model reads them, scored tokens in ⟦ ⟧."""
+def show_data(
+    config: Config, count: int, say: Callable[[str], Any], *, as_json: bool = False, colour: bool = False
+) -> None:
+    """Print the first examples of training as the model reads them, scored tokens in ⟦ ⟧, and counts of them all.
+
+    colour: for a terminal, where long stretches that are not scored are folded, too.
+    """
     from zoft import models, tasks
-    from zoft.encode import encode, show
 
     models.check(models.resolve(config.model))
     tasks.look(config.task)
-    from zoft import setup
+    from zoft import setup, show
+    from zoft.encode import encode
 
     data = tasks.load(config.task)
-    for note in data.notes:
-        say(note)
     tokenizer = setup.tokenizer(config)
-    for example in encode(data.train[:count], tokenizer, data, config.max_length):
-        say(f"\n{show(example, tokenizer)}")
+    examples = encode(data.train, tokenizer, data, config.max_length, pack=data.pack)
+    found = show.counts(examples)
+    notes = [n for n in data.notes if n != data.reading] + setup.reading(tokenizer, data)
+    if as_json:
+        shown = [show.as_tree(e, tokenizer) for e in examples[:count]]
+        say(json.dumps({"notes": notes, **found, "shown": shown}))
+        return
+    for line in [*notes, show.counted(found)]:
+        say(line)
+    for example in examples[:count]:
+        say(f"\n{show.show(example, tokenizer, colour=colour, fold=True)}")
 
 
 def recipe(name: str) -> ModuleType:
@@ -258,7 +285,11 @@ def absolute(config: Config) -> Config:
 
     task = dataclasses.replace(config.task, train=fixed(config.task.train), eval=fixed(config.task.eval))
     model = config.model if config.model in PACKAGED else str(fixed(config.model))
-    return dataclasses.replace(config, model=model, task=task)
+    reward = config.reward
+    if reward is not None:
+        place, _, function = reward.rpartition(":")
+        reward = f"{fixed(place)}:{function}"
+    return dataclasses.replace(config, model=model, adapter=fixed(config.adapter), task=task, reward=reward)
 
 
 @dataclass
@@ -279,11 +310,15 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
     config: with nothing `auto` left; a new run's config.yaml keeps it. header: of the ledger; a resumed run's
     must agree with it. Raises UserError for another base, another plan, or a damaged ledger; Stopped on a signal.
     """
+    from zoft import distributed
     from zoft.env import environment
     from zoft.ledger import Ledger
 
-    folder = Path(resume or str(config.output_dir))
-    if resume and (folder / "ledger").exists():
+    world = distributed.current()
+    folder, first = Path(resume or str(config.output_dir)), world.rank == 0
+    if not first:
+        ledger = world.ledger(None)
+    elif resume and (folder / "ledger").exists():
         ledger = Ledger.open(folder / "ledger", sync=config.sync)
     else:
         with writing(folder):
@@ -292,9 +327,12 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
         write(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
         ledger = Ledger.create(folder / "ledger", dict(header), sync=config.sync)
     with kept(ledger), ledger, listening(str(folder)) as stop:
+        if first:
+            world.ledger(ledger)
+        world.stop = stop
         agree(ledger.header, header, folder)
         with tracking.Tracker(
-            folder, config.steps, track=config.track, config=dataclasses.asdict(config),
+            folder if first else None, config.steps, track=config.track, config=dataclasses.asdict(config),
             resume_step=ledger.last_step + 1, known=steps_of(ledger, config), device=config.device,
         ) as tracker:  # fmt: skip
             try:
@@ -314,7 +352,7 @@ def steps_of(ledger: Ledger, config: Config) -> list[dict[str, Any]]:
 def agree(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
     """Refuse to continue or replay a ledger on anything but what it was written on."""
     for name, value in wanted.items():
-        if name in ("zoft", "plan") or name not in found or found[name] == value:
+        if name in ("zoft", "plan", "reward") or name not in found or found[name] == value:
             continue
         other = DIFFERS.get(name, f"was written with {name}={found[name]}, not {value}")
         if name == "config":
@@ -328,22 +366,33 @@ def agree(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> 
         raise UserError(f"{folder}: its ledger {other.format(found=found[name], value=value)}")
 
 
-def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def fit(
+    trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]], dev: Callable[[], dict[str, Any]] | None = None
+) -> dict[str, Any]:  # fmt: skip
     """Catch up with the ledger, train to the end with whatever is due on the way, and return the result.
 
-    evaluate() -> metrics of the weights as they are. `before` is the base's, kept by metrics.jsonl on resume.
+    evaluate() -> metrics of the weights as they are; dev() -> those on the dev set, where there is one.
+    `before` is the base's, kept by metrics.jsonl on resume.
     """
-    from zoft import replay, snapshot
+    from zoft import distributed, replay, selection, snapshot
     from zoft.ledger import Event, Log
+    from zoft.stop import Stopped
 
-    config, t = s.config, s.tracker
-    seen = logged(s.folder / "metrics.jsonl")
-    evals = {row["step"]: row["eval"] for row in seen if "eval" in row}
+    config, t, world = s.config, s.tracker, distributed.current()
+    known, past = world.told(lambda: before(s.folder))
+    evals: dict[int, dict[str, Any]] = dict(known)
+
+    def scored(step: int) -> dict[str, Any]:
+        return world.told(
+            lambda: selection.score(config, evals, step, evaluate, dev)
+        )  # by rank 0; the others wait
+
     if 0 not in evals:
-        evals[0] = evaluate()
+        evals[0] = scored(0)
         t.evaluation(0, evals[0])
+    if line := selection.note(config, evals):
+        t.note(line)
     snapshot.check_metric(config, evals[0])
-    past = next((row["seconds"] for row in reversed(seen) if "seconds" in row), 0.0)
     log = Log(s.ledger.header, s.ledger.records, s.ledger.events)  # the ledger's own lists: they grow
     catch_up(trainer, s.folder, config, log, t.note)
     watch = guards.Watch(config, trainer.axis.trained, steps_of(s.ledger, config))
@@ -355,11 +404,16 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
         t.step(metrics.pop("step"), **metrics, seconds=round(seconds, 3))
         for line in lines:
             t.note(line)
-        folder.look()
+        if world.rank == 0:
+            folder.look()
         if trainer.settings.probes_per_forward != s.config.probes_per_forward:  # a batch could not be stacked
             s.config = dataclasses.replace(s.config, probes_per_forward=trainer.settings.probes_per_forward)
-            write(s.folder / "config.yaml", compose.to_yaml(s.config))  # on resume, too, for the same bits
-        s.stop.check()
+            if world.rank == 0:
+                write(
+                    s.folder / "config.yaml", compose.to_yaml(s.config)
+                )  # on resume, too, for the same bits
+        if world.size == 1:  # else all stop after the same step, by trainer.halted
+            s.stop.check()
 
     def at_stop(step: int) -> None:
         s.ledger.sync()  # nothing durable is ever ahead of the ledger
@@ -369,30 +423,59 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
                 s.ledger.note(Event("denoise", step))  # first, as with steps: from here on it is a fact
                 t.note(replay.denoise(s.folder, config, log, step, trainer.axis.trained))
             elif what == "eval" and step not in evals:
-                evals[step] = evaluate()
+                evals[step] = scored(step)
                 t.evaluation(step, evals[step])
+            elif what == "snapshot" and what not in noted and world.rank:
+                s.ledger.note(Event("snapshot", step))
             elif what == "snapshot" and what not in noted:
                 t.note(snapshot.take(s.folder, s.ledger, trainer.axis.trained))
                 snapshot.prune(s.folder, config, s.ledger.events, evals)
 
+    world.check(trainer.next, trainer.axis.trained)
     at_stop(trainer.next)
     began, paused = time.monotonic(), 0.0
-    while trainer.next < config.steps:
+    while trainer.next < config.steps and not selection.stops(config, evals):
         with s.stop.finishing():
-            trainer.run(on_step, until=next_stop(config, trainer.next))
+            trainer.run(on_step, until=next_stop(config, trainer.next, world.size))
+        if trainer.halted:
+            raise Stopped(0, str(s.folder))
         pause = time.monotonic()
-        at_stop(trainer.next)
+        if trainer.next == config.steps or (config.check_every and not trainer.next % config.check_every):
+            world.check(trainer.next, trainer.axis.trained)
+        if due(config, trainer.next):
+            at_stop(trainer.next)
         paused += time.monotonic() - pause
     seconds = past + time.monotonic() - began - paused
+    several: dict[str, Any] = {"processes": world.size, "wire_bytes": world.sent} if world.size > 1 else {}
+    last = trainer.next
+    if not selection.tested(evals[last]):  # an early end, judged on the dev set so far
+        evals[last] = {**world.told(evaluate), **evals[last]}
+        t.evaluation(last, evals[last])
+    chosen = selection.best(config, evals) if config.save_best else last
+    if last < config.steps:
+        several["stopped_early"] = True
+        t.note(
+            f"early_stop={config.early_stop}: nothing better than at step {selection.best(config, evals)}; stopped"
+        )
+    if config.save_best:
+        several |= {"best_step": chosen, "last": evals[last]}
     return {
-        "steps": config.steps,
+        **several,
+        "steps": last,
         "skipped": sum(r.skipped for r in s.ledger.records),
-        "forwards": config.steps * 2 * config.q * config.batch_size * config.accumulate,
+        "forwards": last * 2 * config.q * config.batch_size * config.accumulate,
         "train_seconds": round(seconds, 3),
         "peak_memory_gb": round(tracking.peak_memory_gb(config.device), 2),
         "before": evals[0],
-        "after": evals[config.steps],
+        "after": evals[chosen],
     }
+
+
+def before(folder: Path) -> tuple[list[tuple[int, dict[str, Any]]], float]:
+    """Of a run's metrics.jsonl: its evaluations with their steps, and the seconds that training took so far."""
+    seen = logged(folder / "metrics.jsonl")
+    past = next((row["seconds"] for row in reversed(seen) if "seconds" in row), 0.0)
+    return [(row["step"], row["eval"]) for row in seen if "eval" in row], past
 
 
 def catch_up(trainer: Trainer, folder: Path, config: Config, log: Log, say: Callable[[str], Any]) -> None:
@@ -421,10 +504,21 @@ def catch_up(trainer: Trainer, folder: Path, config: Config, log: Log, say: Call
 
 
 def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> dict[str, Any]:
-    """Save the model and, last of all, result.json: its presence says that the run is complete."""
+    """Save the model and, last of all, result.json: its presence says that the run is complete. Rank 0 alone does."""
+    from zoft import distributed
+
+    if distributed.current().rank:
+        return result
     Presence(s.ledger, {"config.yaml": compose.to_yaml(s.config)}).look(now=True)
     if s.config.save_model:
-        save(s.config, model, tokenizer, s.folder / result_name(s.config), result)
+        out, best = s.folder / result_name(s.config), result.get("best_step", result["steps"])
+        if best == result["steps"]:
+            save(s.config, model, tokenizer, out, result)
+        else:
+            from zoft import selection
+
+            s.ledger.sync()
+            selection.save(s.config, s.folder, out, best)
     result = {**result, "output_dir": str(s.folder)}
     write(s.folder / "result.json", json.dumps(result, indent=2) + "\n")
     return result

@@ -15,7 +15,9 @@ from torch import nn
 
 from zoft import (
     __version__,
+    adapter_beside,
     adapters,
+    distributed,
     guards,
     models,
     noise,
@@ -30,13 +32,14 @@ from zoft import (
     tasks,
     update,
 )
-from zoft.config import ADAPTERS, Config, digests
+from zoft.config import ADAPTERS, GENERATED, Config, digests
 from zoft.data_order import batch_indices
-from zoft.encode import Example, encode
+from zoft.encode import Example, encode, how
 from zoft.errors import UserError
 from zoft.evaluate import CALIBRATION, spread
 from zoft.footprint import Live
 from zoft.frozen import Row, prefix_of, rows_of
+from zoft.goal import Goal, Prompts
 from zoft.ledger import Ledger
 from zoft.objective import Batch, collate, losses
 from zoft.probe import InPlace, ProbeAxis
@@ -77,7 +80,10 @@ def device(config: Config) -> Config:
             raise UserError(
                 f"device={where}: {count or 'no'} CUDA devices here; use device=cpu or device=auto"
             )
-    threads = torch.get_num_threads() if config.threads == "auto" else int(config.threads)
+    if where.startswith("cuda:"):  # kernels and streams go to the current device
+        torch.cuda.set_device(where)
+    world = distributed.current()
+    threads = distributed.threads_each(world) if config.threads == "auto" else int(config.threads)
     if config.threads == "auto" and where.startswith("cuda"):
         threads = min(threads, CUDA_THREADS)
     torch.set_num_threads(threads)
@@ -87,7 +93,8 @@ def device(config: Config) -> Config:
 def model(config: Config, folder: str | Path | None = None) -> tuple[nn.Module, Any, str]:
     """(model on its device in the checkpoint's dtype, tokenizer, fingerprint of the base).
 
-    With the adapter that config.train asks for, if any. folder: of a run that goes on or is replayed.
+    With the adapter that config.train asks for, or one that is in place (model.beside has its files, and the fingerprint
+    goes on with its own). folder: of a run that goes on or is replayed.
     """
     say(f"loading {config.model}")
     loaded, tokenizer = load(config)
@@ -96,10 +103,18 @@ def model(config: Config, folder: str | Path | None = None) -> tuple[nn.Module, 
         config.device
     ):  # some quantised models cannot be moved
         loaded = loaded.to(config.device)
+    place = adapter_beside.folder_of(config)
+    if place is not None:
+        base += f"+{adapter_beside.fingerprint(place)}"
     if config.train in ADAPTERS:
         loaded = adapters.attach(loaded, config, Path(folder) / adapters.START if folder else None)
         source = models.resolve(config.model)
         loaded.peft_config["default"].base_model_name_or_path = source.home or source.place
+    elif place is not None:
+        files = adapter_beside.files(place)
+        loaded = adapters.load(loaded, place)
+        loaded.beside = files
+        say(f"{len(adapter_beside.pairs(loaded))} LoRA pairs in place, frozen: {place}")
     return loaded, tokenizer, base
 
 
@@ -127,10 +142,27 @@ def tokenizer(config: Config) -> Any:
 def examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[list[Example], list[Example]]:
     """Training rows and the evaluation rows that eval_limit keeps, as token ids."""
     held_out = tasks.subset(data.eval, config.eval_limit)
-    return (
-        encode(data.train, tokenizer, data, config.max_length),
-        encode(held_out, tokenizer, data, config.max_length),
-    )
+    train = encode(data.train, tokenizer, data, config.max_length, pack=getattr(data, "pack", False))
+    made = train, encode(held_out, tokenizer, data, config.max_length)
+    for line in reading(tokenizer, data):
+        say(line)
+    if cut := sum(e.cut > 0 for e in train):
+        say(
+            f"{cut} of {len(train)} training examples are cut to max_length={config.max_length} (see `zoft data`)"
+        )
+    return made
+
+
+def reading(tokenizer: Any, data: TaskData) -> list[str]:
+    """What was recognised in the user's own data, and how it is written for the model; none where templates say."""
+    if not getattr(data, "reading", ""):
+        return []
+    return [data.reading, how(tokenizer, data)]
+
+
+def dev_examples(config: Config, tokenizer: Any, data: TaskData) -> list[Example] | None:
+    """The rows that a model is chosen by, as token ids; None where task.num_dev and task.k_shot ask for none."""
+    return None if data.dev is None else encode(data.dev, tokenizer, data, config.max_length)
 
 
 def dtypes(config: Config, loaded: nn.Module, names: Sequence[str]) -> Config:
@@ -165,6 +197,7 @@ def axis(
 
     Returns (config with perturb and probes_per_forward resolved, tensors that are really trained, axis).
     """
+    models.refuse_other_kind(config.model, loaded, train[0].masked)
     if update.decay_is_lost(config.lr, config.weight_decay):
         say(
             f"weight_decay={config.weight_decay:g}: times lr={config.lr:g} it is lost in fp32; nothing decays"
@@ -204,13 +237,31 @@ def axis(
 
     if auto and group > 1 and isinstance(made, ProbeAxis):
         room = memory_left(config.device) // 2
-        config = replace(config, probes_per_forward=grouped(config, loaded, made, train, room))
+        group = distributed.current().least(grouped(config, loaded, made, train, room))
+        config = replace(config, probes_per_forward=group)
 
     def clean() -> torch.Tensor:
         with made.clean(small.rows):
             return run(small)
 
-    return cached(config, loaded, trained, train, clean), trained, made
+    return held(cached(config, loaded, trained, train, clean), made), trained, made
+
+
+def held(config: Config, made: ProbeAxis | InPlace) -> Config:
+    """Resolve hold_probe where text is written: a probe's weights once beside θ, where half of the free memory has room.
+
+    Either way they are the same numbers and θ is only read; what differs is noise for each probe, or for each token.
+    """
+    if config.objective not in GENERATED or not isinstance(made, ProbeAxis):
+        return config
+    need, auto = made.held_bytes(), config.hold_probe == "auto"
+    made.hold = need <= memory_left(config.device) // 2 if auto else bool(config.hold_probe)
+    if auto and not made.hold:
+        say(
+            f"hold_probe: a probe's weights take {need / 1e9:.2g} GB more, so each token makes them anew; "
+            "perturb=inplace makes them once in place, with a little rounding each step"
+        )
+    return replace(config, hold_probe=made.hold)
 
 
 @torch.no_grad()
@@ -304,7 +355,7 @@ def placed(
     if captured:
         from zoft.device import DeviceAxis
 
-        return config, trained, DeviceAxis(trained, sites, **fed)
+        return config, trained, DeviceAxis(trained, sites, compute=space.DTYPES[config.compute], **fed)
     return config, trained, ProbeAxis(trained, sites, **common)
 
 
@@ -341,14 +392,31 @@ def calibration(train: Sequence[Example]) -> tuple[Batch, Batch]:
 
 
 def trainer(
-    config: Config, loaded: nn.Module, made: ProbeAxis | InPlace, train: Sequence[Example], ledger: Ledger
-) -> Trainer:
-    """The trainer of a run: on a GPU, one whose steps are captured."""
+    config: Config, loaded: nn.Module, made: ProbeAxis | InPlace, train: Sequence[Example], ledger: Ledger,
+    goal: Goal | None = None,
+) -> Trainer:  # fmt: skip
+    """The trainer of a run: on a GPU, one whose steps are captured where the objective is a mean over rows."""
+    goal = goal or Goal(train[0].objective)
     for line in guards.at_start(config, made.trained) if ledger.last_step < 0 else ():
         say(line)
-    at = batches(config, train)
-    if not config.device.startswith("cuda") or config.storage == "fp64":
-        return Trainer(loaded, made, at, ledger, settings(config))
+    if config.elastic:
+        from zoft.elastic import ElasticTrainer
+
+        found = ElasticTrainer(
+            loaded, made, batches(config, train), ledger, settings(config), goal.forward, goal.value
+        )
+        found.open(config)
+        return found
+    at: Callable[[int], Sequence[Any]] = batches(config, train)
+    if goal.texts is not None:
+
+        def at(step: int) -> list[Prompts]:
+            mine = distributed.current().examples
+            return [Prompts(tuple(mine(picks))) for picks in picked(config, len(train), step)]
+
+    eager = goal.texts is not None or goal.value is not objective.mean
+    if eager or not config.device.startswith("cuda") or config.storage == "fp64":
+        return Trainer(loaded, made, at, ledger, settings(config), goal.forward, goal.value)
     from zoft.captured import CapturedTrainer
     from zoft.device import DeviceAxis
     from zoft.device_inplace import DeviceInPlace
@@ -357,7 +425,7 @@ def trainer(
     why = "cache_frozen looks rows up on the CPU" if config.cache_frozen else ""
     if not why and mask_is_idle(config, loaded, made, train):
         plain, at = at, lambda step: [b.unmasked() for b in plain(step)]
-    return CapturedTrainer(loaded, made, at, ledger, settings(config), capture=why)
+    return CapturedTrainer(loaded, made, at, ledger, settings(config), goal.forward, capture=why)
 
 
 @torch.no_grad()
@@ -376,11 +444,13 @@ def mask_is_idle(
 
 
 def batches(config: Config, train: Sequence[Example]) -> Callable[[int], list[Batch]]:
-    """step -> its batches, a pure function of the step."""
+    """step -> its batches, a pure function of the step; of several processes, this one's examples of each."""
+    mine = distributed.current().examples
 
     def at(step: int) -> list[Batch]:
         return [
-            collate([train[i] for i in picks]).to(config.device) for picks in picked(config, len(train), step)
+            collate([train[i] for i in mine(picks)]).to(config.device)
+            for picks in picked(config, len(train), step)
         ]
 
     return at
@@ -457,7 +527,8 @@ def data_digest(train: Sequence[Example]) -> str:
     """A hash of the training examples' tokens, in their order."""
     h = hashlib.blake2b(digest_size=16)
     for e in train:
-        h.update(json.dumps([e.contexts, e.completions, e.gold]).encode())
+        rest: list[Any] = [e.after] if e.masked else [e.scored] if e.scored is not None else []
+        h.update(json.dumps([e.contexts, e.completions, e.gold, *rest]).encode())
     return f"blake2b:{h.hexdigest()}"
 
 

@@ -18,14 +18,17 @@ RESUME = 75
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal has stopped the run in `folder`; all its steps are in the ledger. code: the exit code that says so."""
+    """A signal has stopped the run in `folder`; all its steps are in the ledger. code: the exit code that says so.
 
-    def __init__(self, number: int, folder: str) -> None:
+    why: what else has; number is 0 then. folder: "" where the run is another process's.
+    """
+
+    def __init__(self, number: int, folder: str, why: str = "") -> None:
         if os.path.exists(os.path.join(folder, "config.yaml")):
             text = f"stopped; continue with `zoft train --resume {folder}`"
         else:
             text = "stopped before the run began: nothing is written; give the same command again"
-        super().__init__(text)
+        super().__init__(f"{why}: {text}" if why and folder else why or text)
         self.number, self.code = number, RESUME
 
 

@@ -36,13 +36,13 @@ class Tracker:
     the ledger does not have are dropped and those that it has more are filled in (without `seconds`), so call `step`
     after the ledger's append, and the file tells what the ledger does.
 
-    run_dir: an existing folder. steps: of the whole run. resume_step: the ledger's next step, 0 for a new run.
+    run_dir: an existing folder; None keeps nothing. steps: of the whole run. resume_step: the ledger's next step, 0 for a new run.
     known: on resume, the metrics of the steps that the ledger has. config: shown by wandb. device: whose peak memory is shown. stream: where the live or plain lines go (stderr).
     """
 
     def __init__(
         self,
-        run_dir: str | Path,
+        run_dir: str | Path | None,
         steps: int,
         *,
         track: str = "none",
@@ -55,17 +55,19 @@ class Tracker:
         require(track)
         self.steps, self.first, self.stream = steps, resume_step, stream or sys.stderr
         self.device = device
-        path = Path(run_dir) / "metrics.jsonl"
+        path = Path(os.devnull) if run_dir is None else Path(run_dir) / "metrics.jsonl"
         self.next = resume_step  # the step whose line comes next
         with writing(path):
-            if resume_step:
+            if resume_step and run_dir is not None:
                 _mend(path, resume_step, known)
             # Unbuffered: what a full disk did not take must not be tried again by close.
             self._file = path.open("ab" if resume_step else "wb", buffering=0)
         self._started = self._shown = time.monotonic()
         self._rate_from = (resume_step, self._started)  # the first step compiles kernels: leave it out
         self._live = _live(self.stream) if self.stream.isatty() else None
-        self._wandb = _wandb(Path(run_dir), config or {}) if track == "wandb" else None
+        self._wandb = (
+            _wandb(Path(run_dir), config or {}) if track == "wandb" and run_dir is not None else None
+        )
 
     def __enter__(self) -> Tracker:
         return self
@@ -96,6 +98,9 @@ class Tracker:
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Log an evaluation of the weights after `step` updates."""
         self._write({"step": step, "eval": dict(metrics)})
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # what it decides (early_stop, save_best) outlives a power cut
+                os.fsync(self._file.fileno())
         self.note(f"step {step}: " + ", ".join(f"{k} {short(v)}" for k, v in metrics.items()))
 
     def note(self, text: str) -> None:
@@ -105,6 +110,13 @@ class Tracker:
                 self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
             else:
                 print(text, file=self.stream, flush=True)
+
+    def under_way(self, text: str) -> None:
+        """Show how far a long step or evaluation is, where nothing has been shown for a while."""
+        now = time.monotonic()
+        if now - self._shown >= (LIVE_SECONDS if self._live else QUIET_SECONDS):
+            self._shown = now
+            self._show(f"step {self.next + 1}/{self.steps}: {text}")
 
     def close(self, failed: bool = False) -> None:
         """Flush and close everything; twice does no harm."""

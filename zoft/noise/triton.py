@@ -151,6 +151,15 @@ def _round_nearest(a, BF16: tl.constexpr):
 
 
 @triton.jit
+def _nothing(like):
+    """-0.0 in that shape and dtype: what adds nothing, not even to the sign of a zero. Triton makes +0.0 of the literal."""
+    if like.dtype == tl.float64:
+        return tl.full(like.shape, -0x8000000000000000, tl.int64).to(tl.float64, bitcast=True)
+    else:
+        return tl.full(like.shape, -0x80000000, tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _restored(a, z, scale):
     """a + scale·z; a itself where scale is 0, signs of zeros included."""
     return tl.where(scale == 0, a, a + scale * z)
@@ -181,7 +190,7 @@ def _step(
     if MASK == SMALL:
         keep = tl.abs(a) <= threshold
     if MASK and MOMENTUM:
-        s = tl.where(keep, s, -0.0)
+        s = tl.where(keep, s, _nothing(s))
     if RESTORE:
         a = _restored(a, z, tl.load(restores + u))
     a = decay * a
@@ -242,7 +251,7 @@ def _updated(
             for k in range(Q):
                 live = live | (tl.load(values + u * Q + k) != 0)
             if live & (decay != NOTHING):
-                s = tl.full(a.shape, -0.0, a.dtype)  # what adds nothing, not even to the sign of a zero
+                s = _nothing(a)
                 z = s
                 for k in range(Q):
                     z = _noise(base, tid, keys, u * Q + k, GAUSSIAN, LANES).to(a.dtype)
@@ -306,7 +315,7 @@ def _pass(
     if HAS_THETA:
         a = tl.load(theta + at, mask=inside, other=0.0).to(WORK)
     else:
-        a = tl.full([8 * LANES], -0.0, WORK)
+        a = _nothing(tl.full([8 * LANES], 0.0, WORK))
     keep = inside
     if MASK == CHOSEN:
         keep = _moving(a, base, tid, MASK, threshold, share, mask0, mask1, LANES)
@@ -491,7 +500,7 @@ def plan_of(
     values += [u.restore for u in updates] if restores else []
     keys_host = torch.from_numpy(np.array(keys or [(0, 0)], np.uint32).view(np.int32))
     values_host = (
-        torch.tensor(values, dtype=torch.float64 if wide else torch.float32) + 0.0
+        torch.tensor(values, dtype=torch.float64 if wide else torch.float32, device="cpu") + 0.0
     )  # -0 is 0: equal plans
     return Plan(
         _upload(keys_host, device),

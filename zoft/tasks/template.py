@@ -10,6 +10,11 @@ from typing import Any
 
 from zoft.errors import UserError
 
+MASK = (
+    "[MASK]"  # in a template: the place that a masked language model fills, whatever its tokenizer calls it
+)
+Piece = tuple[str, str | None]  # text, and the column that follows it
+
 
 def parse(key: str, template: str) -> list[tuple[str, str | None]]:
     """Split a template into (text, column or None) pieces; `{{` and `}}` stand for braces.
@@ -32,6 +37,18 @@ def parse(key: str, template: str) -> list[tuple[str, str | None]]:
                 f"{key}: {{{column}{tail}}} is more than a column's name; write {{{plain(column)}}}"
             )
     return [(text, column) for text, column, _, _ in pieces]
+
+
+def at_mask(key: str, pieces: list[Piece]) -> tuple[list[Piece], list[Piece] | None]:
+    """What a template has before and after `[MASK]`; None after it where there is no mask. Errors: UserError."""
+    found = [i for i, (text, _) in enumerate(pieces) if MASK in text]
+    if not found:
+        return pieces, None
+    text, column = pieces[found[0]]
+    before, _, after = text.partition(MASK)
+    if len(found) > 1 or MASK in after:
+        raise UserError(f"{key}: {MASK} is there twice; a masked language model fills one")
+    return [*pieces[: found[0]], (before, None)], [(after, column), *pieces[found[0] + 1 :]]
 
 
 def plain(column: str) -> str:
@@ -66,6 +83,25 @@ def as_text(value: Any) -> str:
 
 def missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def refuse_cell(where: str, column: str, value: Any) -> None:
+    """Raise UserError for a value that is no text, nor can be written as text."""
+    if isinstance(value, (list, dict)):
+        raise UserError(f"{where}: column {column} holds a {type(value).__name__}, not text")
+    if isinstance(value, (bytes, bytearray)):
+        raise UserError(f"{where}: column {column} holds bytes, not text")
+    if isinstance(value, str) and (bad := _no_text(value)):
+        raise UserError(f"{where}: column {column} holds {bad}; give it plain text")
+
+
+def _no_text(value: str) -> str:
+    """What is in a text that no tokenizer takes, or nothing."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return "half of a character (a lone surrogate)"
+    return "a zero byte" if "\0" in value else ""
 
 
 def near(word: str, words: Iterable[str]) -> str:

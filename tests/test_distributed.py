@@ -1,0 +1,256 @@
+"""Several processes: the bits of one where rows per product agree, its losses within rounding where they do not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranks
+import torch
+
+from zoft import distributed
+from zoft.config import Config, Task
+from zoft.distributed import World, digest, grid
+from zoft.errors import UserError
+from zoft.ledger import read
+from zoft.space import Trained
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = ranks.make_place(tmp_path_factory.mktemp("work"))
+    assert ranks.zoft(folder, "output_dir=one", "snapshot_every=20") == [0]
+    return folder
+
+
+def said(place, rank=0):
+    return (place / f"said-{rank}").read_text()
+
+
+def same(place, name, other="one"):
+    return all(
+        (place / name / f).read_bytes() == (place / other / f).read_bytes()
+        for f in ("ledger", "model/model.safetensors")
+    )
+
+
+def losses(folder):
+    return np.array([r.losses for r in read(folder / "ledger").records])
+
+
+def test_probes_over_two_processes_are_the_run_of_one_to_the_bit(place):
+    assert ranks.zoft(place, "output_dir=probes", "snapshot_every=20", size=2) == [0, 0]
+    assert same(place, "probes")
+    assert "parallel=probes: each has 1 of 2 probes a step, 4 of 4 examples a batch" in said(place)
+    assert said(place, 1) == ""  # rank 0 alone speaks
+    result = json.loads((place / "probes" / "result.json").read_text())
+    assert result["wire_bytes"] == 50 * 16  # a loss sum and a count in fp64: one probe a process a step
+    one = json.loads((place / "one" / "result.json").read_text())
+    assert result["after"] == one["after"] and result["before"] == one["before"]
+    assert (place / "probes" / "snapshots").is_dir()
+
+
+def test_directions_over_two_processes(place):
+    keys = ["q=3", "steps=10", "meazo=0.9", "clip=5", "accumulate=2", "noise=rademacher"]
+    assert ranks.zoft(place, "output_dir=q-one", *keys) == [0]
+    assert ranks.zoft(place, "output_dir=q-two", *keys, size=2) == [0, 0]
+    assert same(place, "q-two", "q-one")
+    assert json.loads((place / "q-two" / "result.json").read_text())["wire_bytes"] == 10 * 3 * 16
+
+
+@pytest.mark.parametrize(
+    "how,size,keys", [("data", 2, []), ("data", 3, ["batch_size=4"]), ("2d", 4, ["q=1"])]
+)
+def test_shards_of_the_batch_within_rounding(place, how, size, keys):
+    """lr=0: each step's losses are those of the same weights."""
+    name, keys = f"{how}{size}", [*keys, "lr=0", "steps=8", "accumulate=2", "save_model=false"]
+    if not (place / "still").exists():
+        assert ranks.zoft(place, "output_dir=still", *keys) == [0]
+    assert ranks.zoft(place, f"output_dir={name}", f"parallel={how}", *keys, size=size) == [0] * size
+    want = losses(place / "still")
+    assert np.ptp(want) > 1e-2  # steps differ
+    np.testing.assert_allclose(losses(place / name), want, rtol=2e-6)
+
+
+def test_a_sharded_run_in_fp64_is_that_of_one_process(place):
+    keys = ["storage=fp64", "compute=fp64", "steps=20", "save_model=false"]
+    assert ranks.zoft(place, "output_dir=d64", "parallel=data", *keys, size=2) == [0, 0]
+    assert ranks.zoft(place, "output_dir=s64", *keys) == [0]
+    np.testing.assert_allclose(losses(place / "d64"), losses(place / "s64"), rtol=1e-6)
+
+
+def stop_at(step):
+    """Signals this process in that step of its own."""
+    from zoft.trainer import Trainer
+
+    plain = Trainer.losses_at
+
+    def losses_at(self, t, probes, batches):
+        if t == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, t, probes, batches)
+
+    Trainer.losses_at = losses_at
+
+
+def stop_one(rank):
+    if rank == 1:
+        stop_at(17)
+
+
+def test_a_signal_to_one_stops_all_after_the_same_step_and_any_number_goes_on(place):
+    assert ranks.zoft(place, "output_dir=stopped", "snapshot_every=20", size=2, hook=stop_one) == [75, 75]
+    assert said(place).splitlines()[-1] == "stopped; continue with `zoft train --resume stopped`"
+    assert len(read(place / "stopped" / "ledger").records) == 18
+    assert ranks.zoft(place, "--resume", "stopped", size=1, hook=stop_at_30) == [75]
+    assert ranks.zoft(place, "--resume", "stopped", size=2) == [0, 0]
+    assert same(place, "stopped")
+
+
+def stop_at_30(rank):
+    stop_at(30)
+
+
+def slow_steps(rank):
+    """Steps that leave time to be killed in."""
+    import time
+
+    from zoft.trainer import Trainer
+
+    plain = Trainer.losses_at
+
+    def losses_at(self, *args):
+        time.sleep(0.02)
+        return plain(self, *args)
+
+    Trainer.losses_at = losses_at
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_run_and_loses_nothing(place, victim):
+    name = f"killed{victim}"
+    processes = ranks.launch(place, f"output_dir={name}", "snapshot_every=20", size=2, hook=slow_steps)
+    metrics = place / name / "metrics.jsonl"
+    ranks.until(lambda: metrics.exists() and metrics.read_text().count("\n") > 10)
+    os.kill(processes[victim].pid, signal.SIGKILL)
+    codes = ranks.ended(processes)
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 75
+    assert "another process of this run is gone: stopped; continue with" in said(place, 1 - victim)
+    assert 9 < len(read(place / name / "ledger").records) < 50
+    assert ranks.zoft(place, "--resume", name, size=2) == [0, 0]
+    assert same(place, name)
+
+
+def corrupt(rank):
+    """One bit of one weight of rank 1, after step 12."""
+    from zoft.trainer import Trainer
+
+    plain = Trainer.losses_at
+
+    def losses_at(self, t, probes, batches):
+        if rank == 1 and t == 12:
+            self.axis.trained[3].stored.view(torch.int16).flatten()[5] ^= 1
+        return plain(self, t, probes, batches)
+
+    Trainer.losses_at = losses_at
+
+
+def test_weights_that_differ_stop_all_with_both_values(place):
+    codes = ranks.zoft(place, "output_dir=bent", "check_every=5", size=2, hook=corrupt)
+    assert codes == [2, 2]
+    line = said(place).splitlines()[-1]
+    values = [x.split()[0].strip(",)") for x in line.split(" has ")[1:]]
+    assert (
+        line.startswith("error: step 15: weights differ between processes (rank 0 has ")
+        and len(set(values)) == 2
+    )
+    assert len(read(place / "bent" / "ledger").records) == 15
+
+
+def other_data(rank):
+    if rank == 1:
+        from zoft import tasks
+
+        plain = tasks.load
+
+        def load(task):
+            data = plain(task)
+            data.train.reverse()
+            return data
+
+        tasks.load = load
+
+
+def test_other_data_on_one_process_is_refused(place):
+    codes = ranks.zoft(place, "output_dir=other", size=2, hook=other_data)
+    assert codes == [75, 2] and "was begun on other training data" in said(place, 1)
+
+
+def test_nproc_starts_and_watches_them(place):
+    command = [sys.executable, "-m", "zoft", "train", "--config", "mine.yaml", "--nproc", "2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "output_dir=spawned", "snapshot_every=20"],
+        cwd=place,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("50 steps, 400 forwards") == 1
+    assert same(place, "spawned")
+    done = subprocess.run(
+        [*command, "output_dir=spawned"], cwd=place, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: output_dir=spawned: it holds a run")
+
+
+def test_grid():
+    def of(size, **keys):
+        return grid(Config(model="m", task=Task(name="x"), **{"batch_size": 16, **keys}), size)
+
+    assert of(2) == (2, 1) and of(4) == (2, 2) and of(3) == (1, 3) and of(8, q=4) == (8, 1)
+    assert of(6, q=1, batch_size=3) == (2, 3) and of(4, q=8) == (4, 1)
+    assert of(2, parallel="data") == (1, 2) and of(4, q=2, parallel="2d") == (2, 2)
+    assert of(2, perturb="inplace") == (1, 2)
+    for size, keys, text in [
+        (3, {"parallel": "probes"}, "parallel=probes: 2 probes a step"),
+        (2, {"parallel": "2d"}, "make no grid"),
+        (8, {"batch_size": 3}, "batch_size=3: is cut into 4"),
+        (2, {"parallel": "probes", "perturb": "inplace"}, "perturb=inplace"),
+    ]:
+        with pytest.raises(UserError, match=text):
+            of(size, **keys)
+
+
+@pytest.mark.parametrize("parts,shards,n", [(2, 1, 5), (1, 3, 5), (2, 3, 7)])
+def test_shares_are_the_whole_and_do_not_overlap(parts, shards, n):
+    worlds = [World(r, parts * shards, parts, shards) for r in range(parts * shards)]
+    seen = [(p, e) for w in worlds for p in range(12)[w.probes(12)] for e in w.examples(range(n))]
+    assert sorted(seen) == [(p, e) for p in range(12) for e in range(n)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_digest_sees_one_bit_and_an_exchange(dtype):
+    def trained(x):
+        return [Trained("w", 1, torch.nn.Parameter(x, requires_grad=False), x, dtype, True)]
+
+    x = torch.randn(3000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    one = digest(trained(x))
+    assert one == digest(trained(x.clone())) and len(one) == 16
+    y = x.clone()
+    y.view(torch.uint8)[1234] ^= 1
+    assert digest(trained(y)) != one
+    y = x.clone()
+    y[[5, 6]] = x[[6, 5]]
+    assert digest(trained(y)) != one
+
+
+def test_alone_nothing_is_said_or_sent():
+    assert distributed.current().size == 1 and distributed.current().told(lambda: 3) == 3
