@@ -3,11 +3,12 @@
 # make test   the fast tests          make test ARGS="-k ledger"
 # make test-slow   the slow ones: the real model, every architecture of transformers, kernels in full
 # make test-gpu    those that need a CUDA device
+# make test-slurm  those on a real Slurm of one node, which is installed first where apt can
 # make lint   ruff and mypy           make UV= …: pip even where there is uv
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := setup
-.PHONY: setup dev real demo test test-slow test-gpu lint clean
+.PHONY: setup dev real demo test test-slow test-gpu test-slurm slurm lint clean
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -62,6 +63,17 @@ test-slow: dev real
 
 test-gpu: dev real
 	$(BIN)/python -m pytest -m gpu --timeout 1800 $(ARGS)
+
+# Debian's Slurm, where apt can; its tests are skipped, and say why, where it cannot.
+slurm:
+	@{ command -v slurmctld && command -v munged; } >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge \
+	      >/dev/null || echo "Slurm cannot be installed here"; \
+	  else echo "Slurm is not installed, and apt-get needs root"; fi; }
+
+test-slurm: dev slurm
+	$(PYTEST) --timeout 900 -m slurm $(ARGS)
 
 lint: dev
 	$(BIN)/ruff check .

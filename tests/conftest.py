@@ -1,7 +1,6 @@
 """Skips for what this machine lacks, and one thread a test process."""
 
 import os
-import shutil
 import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,6 +8,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests bring their own models and data
 
 import pytest
+import slurm
 
 # A shell that starts a command in the background has it ignore Ctrl-C; tests of Ctrl-C send their own.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -20,8 +20,8 @@ def pytest_collection_modifyitems(items):
 
         if not torch.cuda.is_available():
             _skip(items, "gpu", "no CUDA device")
-    if shutil.which("slurmctld") is None:
-        _skip(items, "slurm", "Slurm is not installed")
+    if any("slurm" in item.keywords for item in items) and (why := slurm.unavailable()):
+        _skip(items, "slurm", why)
 
 
 def _skip(items, marker, reason):

@@ -51,11 +51,16 @@ class Slurm:
 
 def options(file: str | None, texts: Sequence[str]) -> Slurm:
     """Slurm options from a YAML file and `slurm.KEY=value` on top. Raises UserError for unknown keys, bad values."""
-    tree = yaml_tree(Path(file)) if file else {}
+    tree: dict[str, Any] = {}
+    if file:
+        yaml_tree(Path(file))  # strictly, for its mistakes
+        tree = _words(Path(file).read_text(encoding="utf-8")) or {}
     for text in texts:
         name, _, raw = text.partition("=")
-        tree[name.removeprefix("slurm.")] = strict_yaml(raw, text)
+        strict_yaml(raw, text)
+        tree[name.removeprefix("slurm.")] = _words(raw)
     known = {f.name: f for f in dataclasses.fields(Slurm)}
+    given = {}
     for name, value in tree.items():
         if name not in known:
             near = nearest(str(name), known)
@@ -65,13 +70,25 @@ def options(file: str | None, texts: Sequence[str]) -> Slurm:
                 else f"use {', '.join(known)}; others go below slurm.extra"
             )
             raise UserError(f"slurm.{name}: {hint}")
-        kind = str(known[name].type)
-        right: Any = {"int": int, "list[str]": list, "dict[str, Any]": dict}.get(kind, (str, int))
-        if not isinstance(value, right) or isinstance(value, bool) or (kind == "int" and int(value) < 0):
-            raise UserError(f"slurm.{name}={value}: expected {kind.removesuffix(' | None')}")
-    found = Slurm(**tree)
+        kind = str(known[name].type).partition(" |")[0]
+        if kind == "int" and name != "time":
+            right = isinstance(value, str) and value.isdigit()
+            value = int(value) if right else value
+        else:
+            right = isinstance(value, {"list[str]": list, "dict[str, Any]": dict}.get(kind, str))
+        if not right:
+            raise UserError(f"slurm.{name}={value}: expected {kind}")
+        given[name] = value
+    found = Slurm(**given)
     minutes(found.time)
     return found
+
+
+def _words(text: str) -> Any:
+    """YAML with every scalar as it is written: to YAML 1.1, 2:00:00 is the number 7200."""
+    import yaml
+
+    return yaml.load(text, yaml.BaseLoader)
 
 
 def minutes(value: int | str) -> int:
@@ -156,7 +173,8 @@ def submit(root: Path, names: Sequence[str], extra: Sequence[str], slurm: Slurm)
     """One array with these jobs; returns its id, which slurm.json has then."""
     submitit = require()
     executor = submitit.SlurmExecutor(folder=(root / "slurm").absolute())
-    told = {"mem": slurm.mem, "gpus-per-node": slurm.gpus or None} | slurm.extra
+    flags = {k: True if v in ("", "true") else v for k, v in slurm.extra.items()}
+    told = {"mem": slurm.mem, "gpus-per-node": slurm.gpus or None} | flags
     executor.update_parameters(
         job_name="zoft", partition=slurm.partition, account=slurm.account, qos=slurm.qos, time=minutes(slurm.time),
         cpus_per_task=slurm.cpus, array_parallelism=slurm.parallel, signal_delay_s=slurm.signal_s,

@@ -50,7 +50,9 @@ def _stop(root: Path, names: Sequence[str]) -> list[str]:
     hosts = []
     for name in names:
         record = sweep_job.record(root / name)
-        if "slurm" in record or sweep_job.state(root / name) != "running" or sweep_job.held(root):
+        if "slurm" in record or sweep_job.state(root / name) != "running":
+            continue
+        if sweep_job.held(root) and not _orphaned(record.get("pid")):
             continue
         if record.get("host") != socket.gethostname():
             hosts.append(str(record.get("host")))
@@ -58,3 +60,11 @@ def _stop(root: Path, names: Sequence[str]) -> list[str]:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(record["pid"], signal.SIGTERM)
     return sorted(set(hosts))
+
+
+def _orphaned(pid: object) -> bool:
+    """Whether the process that started this one is gone: init has it then. Linux."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1] == "1"
+    except (OSError, IndexError):
+        return False

@@ -129,7 +129,7 @@ def _of(key: str, raw: str, override: Any, own: Path | None) -> Dimension:
         if not (isinstance(low, (int, float)) and isinstance(high, (int, float)) and low < high):
             raise UserError(f"{key}={raw}: write interval(lowest, highest)")
         kind = str(fields()[key].type) if key in fields() else ""
-        whole = isinstance(low, int) and isinstance(high, int) and "int" in kind
+        whole = float(low).is_integer() and float(high).is_integer() and "int" in kind
         if "log" in value.tags and low <= 0:
             raise UserError(f"{key}={raw}: a logarithm needs numbers above 0")
         return Dimension(key, interval=Interval(float(low), float(high), "log" in value.tags, whole))

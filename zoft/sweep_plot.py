@@ -45,7 +45,7 @@ def plot(root: str | Path, out: str | Path, metric: str | None = None) -> str:
             panel.fill_between(
                 at, [min(v) for _, v in points], [max(v) for _, v in points], alpha=0.15, linewidth=0
             )
-    befores = [v for r in rows if isinstance(v := r["before"].get(metric), (int, float))]
+    befores = [v for r in rows if isinstance(v := r.get("before", {}).get(metric), (int, float))]
     if befores:
         panel.axhline(fmean(befores), color="0.4", linestyle="--", linewidth=0.9, label="before training")
     if numeric and axis is not None:

@@ -170,7 +170,7 @@ def results_text(root: str | Path, metric: str | None = None, told: str | None =
     lines = [[*keys, *(f"{m} (before)" if m == metric else m for m in shown), "seconds"]]
     for r in rows:
         cells = [_shown(r["after"].get(m)) for m in shown]
-        cells[0] += f" ({_shown(r['before'].get(metric))})"
+        cells[0] += f" ({_shown(r.get('before', {}).get(metric))})"
         lines.append([*r["values"].values(), *cells, _shown(r.get("train_seconds"))])
     text = [*grid(lines)]
     groups = grouped(rows, metric)

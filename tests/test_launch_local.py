@@ -1,0 +1,134 @@
+"""Jobs on this machine: real processes, stopped, killed, gone on with; GPUs and threads shared out."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+from zoft import compose, launch_local, sweep_job
+from zoft.run import train
+
+ROOT = Path(__file__).resolve().parent.parent
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "0,1", "OMP_NUM_THREADS": "1"}
+STEPS = 1500
+
+
+def until(true, seconds=120):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it does not get there"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.llama().save_pretrained("tiny")
+    tiny.tokenizer().save_pretrained("tiny")
+    rows = [{"text": "bad no " * (i % 3) + str(i), "label": "ab"[i % 2]} for i in range(60)]
+    Path("data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Path("mine.yaml").write_text(
+        "model: tiny\nmax_length: 32\nbatch_size: 1\nsave_model: false\nmax_skipped: 1\n"
+        "task: {name: local, train: data.jsonl, prompt: '{text} ', label: label, choices: {a: a, b: b}}\n"
+    )
+    return tmp_path
+
+
+def test_gpus_go_round_and_threads_are_shared():
+    assert launch_local.gpus({"CUDA_VISIBLE_DEVICES": "2, 5"}) == ["2", "5"]
+    assert (
+        launch_local.gpus({"CUDA_VISIBLE_DEVICES": ""})
+        == launch_local.gpus({"CUDA_VISIBLE_DEVICES": "-1"})
+        == []
+    )
+    taken = []
+    for _ in range(5):
+        taken.append(launch_local.free(["0", "1", "2"], taken, {"0": 900, "1": 10, "2": 500}))
+    assert taken == ["1", "2", "0", "1", "2"]
+    cores = len(os.sched_getaffinity(0))
+    assert set(launch_local.threads(1, {}).values()) == {str(cores)}
+    assert set(launch_local.threads(4 * cores, {}).values()) == {"1"}
+    assert launch_local.threads(1, {"OMP_NUM_THREADS": "1"})["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.slow
+def test_jobs_are_stopped_orphaned_and_gone_on_with(place):
+    """Ctrl-C stops them resumably; kill -9 of the parent leaves them running; nothing is run twice; bits stay."""
+    command = [
+        sys.executable,
+        "-m",
+        "zoft",
+        "sweep",
+        "--config",
+        "mine.yaml",
+        "lr=1e-3,1e-2,3e38",
+        f"steps={STEPS}",
+    ]
+    command += ["output_dir=s", "--jobs", "2"]
+    root = place / "s"
+
+    def parent():
+        return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def job(lr):
+        return next(root.glob(f"lr={lr}-*"))
+
+    first = parent()
+    until(
+        lambda: (
+            (root / "sweep.json").exists() and all(sweep_job.steps(job(lr)) >= 5 for lr in ("0.001", "0.01"))
+        )
+    )
+    first.send_signal(signal.SIGINT)
+    said = first.communicate()[0]
+    assert first.returncode == 75 and "stopped; the same command goes on" in said, said
+    assert {sweep_job.state(job(lr)) for lr in ("0.001", "0.01")} == {"stopped"}
+    assert sorted(sweep_job.record(job(lr))["gpu"] for lr in ("0.001", "0.01")) == ["0", "1"]
+    assert all(sweep_job.record(job(lr))["code"] == 75 for lr in ("0.001", "0.01"))
+    assert compose.load_run(job("0.01")).threads == 1
+
+    second = parent()
+    until(lambda: all(sweep_job.record(job(lr)).get("attempts") == 2 for lr in ("0.001", "0.01")))
+    second.kill()
+    second.communicate()
+    assert {sweep_job.state(job(lr)) for lr in ("0.001", "0.01")} == {"running"}
+
+    third = parent()
+    said = third.communicate()[0]
+    assert third.returncode == 2 and f"1 of 3 jobs did not finish, {job('3e38').name}: lr=3e+38" in said, said
+    assert {sweep_job.record(job(lr))["attempts"] for lr in ("0.001", "0.01")} == {2}
+    assert "not finite" in sweep_job.record(job("3e38"))["error"]
+
+    whole = train(
+        compose.compose("mine.yaml", ["lr=1e-2", f"steps={STEPS}", "threads=1", "output_dir=whole"])
+    )
+    records = [(f / "ledger").read_bytes()[-32 * STEPS :] for f in (job("0.01"), place / "whole")]
+    assert records[0] == records[1] and whole["after"] == sweep_job.result(job("0.01"))["after"]
+
+
+def test_in_the_background(place):
+    """--detach: the parent goes on alone, and its log tells."""
+    command = [
+        sys.executable,
+        "-m",
+        "zoft",
+        "sweep",
+        "--config",
+        "mine.yaml",
+        "lr=3e38",
+        "steps=2",
+        "output_dir=s",
+    ]
+    done = subprocess.run([*command, "--detach"], env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0 and "in the background" in done.stdout, done.stderr
+    log = place / "s" / "sweep.log"
+    until(lambda: "did not finish" in log.read_text())
+    assert "started run-" in log.read_text()
+    (folder,) = (p.parent for p in place.glob("s/*/job.json"))
+    assert sweep_job.state(folder) == "failed" and not sweep_job.held(place / "s")
