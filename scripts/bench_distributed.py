@@ -101,6 +101,8 @@ def processes(args: argparse.Namespace, size: int, argv: list[str], place: Path)
     out = place / f"of-{size}"
     command = [sys.executable, __file__, *argv, "--worker", str(out)]
     common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": str(size)}
+    if sys.platform.startswith("linux"):
+        common.setdefault("GLOO_SOCKET_IFNAME", "lo")
     started = [
         subprocess.Popen(
             command, env={**common, "WORLD_SIZE": str(size), "RANK": str(r), "LOCAL_RANK": str(r)}

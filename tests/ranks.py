@@ -8,10 +8,13 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import tiny
+import torch
 
-CONTEXT = multiprocessing.get_context("forkserver")
+# A process that was forked where imports have looked for a GPU could not use it.
+CONTEXT: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 CONTEXT.set_forkserver_preload(
     ["zoft.run", "zoft.setup", "zoft.evaluate", "zoft.distributed", "ranks_imports"]
 )
@@ -69,7 +72,7 @@ def _child(place, args, rank, size, port, log, hook):
     cli.main()
 
 
-def zoft(place: Path, *args: str, size: int = 1, hook=None, timeout: float = 120) -> list[int]:
+def zoft(place: Path, *args: str, size: int = 1, hook=None, timeout: float = 240) -> list[int]:
     """Exit codes of `zoft train ARGS` as that many processes."""
     processes = launch(place, *args, size=size, hook=hook)
     return ended(processes, timeout)
@@ -81,7 +84,7 @@ def launch(place: Path, *args: str, size: int = 1, hook=None) -> list:
     return [start(place, full, r, size, port, hook) for r in range(size)]
 
 
-def ended(processes: list, timeout: float = 120) -> list[int]:
+def ended(processes: list, timeout: float = 240) -> list[int]:
     deadline = time.monotonic() + timeout
     for p in processes:
         p.join(max(0.1, deadline - time.monotonic()))
@@ -92,7 +95,7 @@ def ended(processes: list, timeout: float = 120) -> list[int]:
     return [p.exitcode for p in processes]
 
 
-def until(condition, timeout: float = 60) -> None:
+def until(condition, timeout: float = 240) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, "too late"

@@ -24,7 +24,19 @@ ROOT = Path(__file__).resolve().parent.parent
 # A user's scripts depend on these: a change here is a change of the interface.
 SURFACE = {
     "train": ["--config", "--dry-run", "--help", "--nproc", "--resume", "--reward", "-c", "overrides"],
-    "eval": ["--config", "--examples", "--help", "--json", "--resamples", "-c", "args"],
+    "eval": [
+        "--config",
+        "--examples",
+        "--help",
+        "--json",
+        "--lm-eval",
+        "--lm-eval-path",
+        "--resamples",
+        "-c",
+        "args",
+    ],
+    "baseline": ["--config", "--demos", "--epochs", "--help", "--method", "-c", "-m", "overrides"],
+    "report": ["--csv", "--help", "--metrics", "--png", "runs"],
     "replay": ["--denoise", "--device", "--help", "--out", "--step", "--storage", "folder"],
     "ledger": ["--help", "--json", "--plot", "--verify", "folder"],
     "export": ["--adapter", "--device", "--dtype", "--help", "--merge", "--out", "folder"],

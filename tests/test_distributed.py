@@ -139,7 +139,7 @@ def test_a_killed_process_ends_the_run_and_loses_nothing(place, victim):
     metrics = place / name / "metrics.jsonl"
     ranks.until(lambda: metrics.exists() and metrics.read_text().count("\n") > 10)
     os.kill(processes[victim].pid, signal.SIGKILL)
-    codes = ranks.ended(processes, 60)
+    codes = ranks.ended(processes)
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 75
     assert "another process of this run is gone: stopped; continue with" in said(place, 1 - victim)
     assert 9 < len(read(place / name / "ledger").records) < 50

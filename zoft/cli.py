@@ -167,10 +167,27 @@ def train(
             *(["--config", config] if config else []),
             *(["--resume", resume] if resume else []),
         ]
-        raise typer.Exit(processes.start(nproc, ["train", *given], str(resume or resolved.output_dir)))
+        begin = processes.start_elastic if resolved.elastic else processes.start
+        raise typer.Exit(begin(nproc, ["train", *given], str(resume or resolved.output_dir)))
     result = run.train(resolved, resume=resume, dry_run=dry_run)
     if int(os.environ.get("RANK", "0")) == 0:
         typer.echo(run.plan_text(result) if dry_run else run.summary(result))
+
+
+@app.command(cls=_Verb)
+def join(
+    place: Annotated[str, typer.Argument(metavar="RUN|HOST:PORT")],
+    secret: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A copy of the run's join.json, for HOST:PORT.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the run's model.")
+    ] = False,
+) -> None:
+    """Work for a run with elastic=true, from now until it ends: zoft join runs/mine."""
+    from zoft import elastic
+
+    typer.echo(elastic.work(place, secret, trust_remote_code))
 
 
 @app.command(cls=_Verb, context_settings=_LOOSE)
@@ -215,6 +232,13 @@ def evaluate(
     resamples: Annotated[
         int, typer.Option(min=0, help="Of the bootstrap that gives 95 % intervals; 0 gives none.")
     ] = 1000,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(metavar="TASKS", help="Tasks of lm-evaluation-harness instead: arc_easy,boolq."),
+    ] = None,
+    lm_eval_path: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where task files of your own are.")
+    ] = None,
 ) -> None:
     """Evaluate a run's model, any model or an adapter: zoft eval runs/mine; zoft eval DIR --config mezo/reviews."""
     from zoft import eval_run
@@ -224,6 +248,14 @@ def evaluate(
     if len(folders) > 1:
         raise UserError(f"eval: {eval_run.GIVE}")
     resolved, adapter = eval_run.source(folders[0] if folders else None, config, overrides)
+    if lm_eval is not None:
+        if examples is not None:
+            raise UserError(f"--examples {examples}: is not of --lm-eval; leave one of them out")
+        results, shown = eval_run.harness(resolved, adapter, lm_eval, lm_eval_path)
+        typer.echo(json.dumps(results) if as_json else shown)
+        return
+    if lm_eval_path is not None:
+        raise UserError(f"--lm-eval-path {lm_eval_path}: does nothing without --lm-eval TASKS")
     found = eval_run.judge(resolved, adapter, resamples=resamples, out=examples)
     typer.echo(json.dumps(found) if as_json else eval_run.text(found))
 
@@ -315,6 +347,22 @@ def ledger(
         typer.echo("\n".join([inspect_run.text(found), *checks]))
     if plot:
         typer.echo(inspect_run.plot(folder, plot), err=as_json)
+
+
+@app.command(cls=_Verb)
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...")],
+    metrics: Annotated[str, typer.Option(help="Which metrics: accuracy,auc; default: all there are.")] = "",
+    csv: Annotated[str | None, typer.Option(metavar="FILE.csv", help="Write the table there too.")] = None,
+    png: Annotated[
+        str | None, typer.Option(metavar="FILE.png", help="Draw metrics against forwards.")
+    ] = None,
+) -> None:
+    """One table of runs, or of all below a folder, mean ± sd over seeds: zoft report runs --png curve.png."""
+    from zoft import report as reports
+
+    asked = [m for m in metrics.replace(",", " ").split() if m]
+    typer.echo(reports.report(runs, asked, csv_to=csv, png_to=png))
 
 
 @app.command("ls", cls=_Verb)

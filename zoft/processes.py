@@ -9,8 +9,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from zoft.stop import RESUME, SIGNALS
@@ -28,35 +29,30 @@ def start(count: int, args: Sequence[str], folder: str) -> int:
         port = probe.getsockname()[1]
     common = {**os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
               "MASTER_PORT": str(port), "ZOFT_PARENT": str(os.getpid())}  # fmt: skip
+    if sys.platform.startswith("linux"):  # whatever this machine's name resolves to
+        common.setdefault("GLOO_SOCKET_IFNAME", "lo")
     command = [sys.executable, "-m", "zoft", *args]
     said = [tempfile.TemporaryFile() for _ in range(count)]
     # A session of their own: Ctrl-C in a terminal reaches this process, which passes it on.
-    children = [
+    children: list[Any] = [
         subprocess.Popen(
             command, env={**common, "RANK": str(r), "LOCAL_RANK": str(r)}, stderr=said[r] if r else None, start_new_session=True,
         )
         for r in range(count)
     ]  # fmt: skip
 
-    def forward(number: int, frame: Any) -> None:
-        for child in children:
-            with suppress(ProcessLookupError):
-                child.send_signal(number)
-
-    for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, forward)
     failed: int | None = (
         None  # the first that ended otherwise than well; of several at a time, one that was killed
     )
     running = True
-    while running:
-        time.sleep(0.02)
-        running = None in [child.poll() for child in children]
-        ended = [r for r, c in enumerate(children) if c.returncode]
-        if ended and failed is None:
-            failed = min(ended, key=lambda r: children[r].returncode > 0)
-            _end(children)
+    with _forwarding(children):
+        while running:
+            time.sleep(0.02)
+            running = None in [child.poll() for child in children]
+            ended = [r for r, c in enumerate(children) if c.returncode]
+            if ended and failed is None:
+                failed = min(ended, key=lambda r: children[r].returncode > 0)
+                _end(children)
     if failed is None:
         return 0
     code = children[failed].returncode
@@ -72,6 +68,44 @@ def start(count: int, args: Sequence[str], folder: str) -> int:
     codes = [c.returncode for c in children]
     own = [c for c in codes if c > 0 and c != RESUME]
     return own[0] if own else RESUME
+
+
+def start_elastic(count: int, args: Sequence[str], folder: str) -> int:
+    """Run `zoft ARGS` and count − 1 workers that join it; the run's exit code. Workers may die, and none is replaced."""
+    env = {**os.environ, "ZOFT_PARENT": str(os.getpid())}
+    zoft, invitation = [sys.executable, "-m", "zoft"], Path(folder) / "join.json"
+    invitation.unlink(missing_ok=True)  # of a run that was killed
+    children = [subprocess.Popen([*zoft, *args], env=env, start_new_session=True)]
+    with _forwarding(children[:1]):  # it sends the workers home
+        while children[0].poll() is None and not invitation.exists():
+            time.sleep(0.05)
+        quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        for _ in range(count - 1 if children[0].poll() is None else 0):
+            children.append(
+                subprocess.Popen([*zoft, "join", folder], env=env, start_new_session=True, **quiet)
+            )
+        code = children[0].wait()
+        _end(children)
+    return code if code >= 0 else RESUME
+
+
+@contextmanager
+def _forwarding(children: Sequence[Any]) -> Iterator[None]:
+    """Signals of this process go on to the children, once each."""
+
+    def forward(number: int, frame: Any) -> None:
+        for child in children:
+            with suppress(ProcessLookupError):
+                child.send_signal(number)
+
+    before = {n: h for n in SIGNALS if (h := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, forward)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end(children: Sequence[Any]) -> None:

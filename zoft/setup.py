@@ -15,6 +15,7 @@ from torch import nn
 
 from zoft import (
     __version__,
+    adapter_beside,
     adapters,
     distributed,
     guards,
@@ -92,7 +93,8 @@ def device(config: Config) -> Config:
 def model(config: Config, folder: str | Path | None = None) -> tuple[nn.Module, Any, str]:
     """(model on its device in the checkpoint's dtype, tokenizer, fingerprint of the base).
 
-    With the adapter that config.train asks for, if any. folder: of a run that goes on or is replayed.
+    With the adapter that config.train asks for, or one that is in place (model.beside has its files, and the fingerprint
+    goes on with its own). folder: of a run that goes on or is replayed.
     """
     say(f"loading {config.model}")
     loaded, tokenizer = load(config)
@@ -101,10 +103,18 @@ def model(config: Config, folder: str | Path | None = None) -> tuple[nn.Module, 
         config.device
     ):  # some quantised models cannot be moved
         loaded = loaded.to(config.device)
+    place = adapter_beside.folder_of(config)
+    if place is not None:
+        base += f"+{adapter_beside.fingerprint(place)}"
     if config.train in ADAPTERS:
         loaded = adapters.attach(loaded, config, Path(folder) / adapters.START if folder else None)
         source = models.resolve(config.model)
         loaded.peft_config["default"].base_model_name_or_path = source.home or source.place
+    elif place is not None:
+        files = adapter_beside.files(place)
+        loaded = adapters.load(loaded, place)
+        loaded.beside = files
+        say(f"{len(adapter_beside.pairs(loaded))} LoRA pairs in place, frozen: {place}")
     return loaded, tokenizer, base
 
 
@@ -345,7 +355,7 @@ def placed(
     if captured:
         from zoft.device import DeviceAxis
 
-        return config, trained, DeviceAxis(trained, sites, **fed)
+        return config, trained, DeviceAxis(trained, sites, compute=space.DTYPES[config.compute], **fed)
     return config, trained, ProbeAxis(trained, sites, **common)
 
 
@@ -389,11 +399,20 @@ def trainer(
     goal = goal or Goal(train[0].objective)
     for line in guards.at_start(config, made.trained) if ledger.last_step < 0 else ():
         say(line)
+    if config.elastic:
+        from zoft.elastic import ElasticTrainer
+
+        found = ElasticTrainer(
+            loaded, made, batches(config, train), ledger, settings(config), goal.forward, goal.value
+        )
+        found.open(config)
+        return found
     at: Callable[[int], Sequence[Any]] = batches(config, train)
     if goal.texts is not None:
 
         def at(step: int) -> list[Prompts]:
-            return [Prompts(tuple(picks)) for picks in picked(config, len(train), step)]
+            mine = distributed.current().examples
+            return [Prompts(tuple(mine(picks))) for picks in picked(config, len(train), step)]
 
     eager = goal.texts is not None or goal.value is not objective.mean
     if eager or not config.device.startswith("cuda") or config.storage == "fp64":

@@ -19,7 +19,7 @@ def show(example: Example, tokenizer: Any, *, colour: bool = False, fold: bool =
     all else dim. fold: leave out the middle of long stretches that are not scored.
     """
     shared = len(set(example.contexts)) == 1
-    single = example.objective == "lm" and shared
+    single = len(example.completions) == 1
     lines = (
         []
         if single or not shared

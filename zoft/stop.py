@@ -20,7 +20,7 @@ RESUME = 75
 class Stopped(KeyboardInterrupt):
     """A signal has stopped the run in `folder`; all its steps are in the ledger. code: the exit code that says so.
 
-    why: what else has; number is 0 then.
+    why: what else has; number is 0 then. folder: "" where the run is another process's.
     """
 
     def __init__(self, number: int, folder: str, why: str = "") -> None:
@@ -28,7 +28,7 @@ class Stopped(KeyboardInterrupt):
             text = f"stopped; continue with `zoft train --resume {folder}`"
         else:
             text = "stopped before the run began: nothing is written; give the same command again"
-        super().__init__(f"{why}: {text}" if why else text)
+        super().__init__(f"{why}: {text}" if why and folder else why or text)
         self.number, self.code = number, RESUME
 
 

@@ -22,7 +22,7 @@ class TaskData:
     train, eval: rows {prompt: str, candidates: [str], gold: int, where: str, key: int}; key is a 64-bit hash
     of the columns the prompt reads; columns: the row as it was read. Further fields where they apply: after (str: the prompt goes on behind the mask
     that the candidates fill), golds ([int]: all right candidates, gold being the first), answers ([str]: texts that
-    count as right where one is generated). objective: "choice" (candidates compete) | "lm" (the gold candidate is the
+    count as right where one is generated), null (the prompt without what it asks about). objective: "choice" (candidates compete) | "lm" (the gold candidate is the
     text to learn; where there are others, they are for evaluation). label: its column. choices: label -> candidate
     text, in the order of the candidates; empty for lm. dev: rows to choose a model by, None where not asked for.
     notes: lines on where the rows came from and how they were split, for a person.
@@ -61,6 +61,8 @@ def load(task: Any) -> TaskData:
     laid_out = formats.wanted(task)
     prompt, after = template.at_mask("task.prompt", template.parse("task.prompt", settings["prompt"]))
     target = template.parse("task.target", task.target) if task.target else None
+    nothing = getattr(task, "null_prompt", None)
+    null = None if nothing is None else template.parse("task.null_prompt", nothing)
     make = papers.ROWS.get(task.name)
     if task.name in named.READERS:
         rows = named.READERS[task.name]()
@@ -108,6 +110,12 @@ def load(task: Any) -> TaskData:
             key, [(w, row) for w, row, _ in pairs], [*prompt, *(after or [])], target, settings["label"]
         )
         made = [_render(w, row, prompt, after, target, settings, more) for w, row, more in pairs]
+        for r, (w, row, _) in zip(made, pairs if null is not None else ()):
+            if lacks := [c for c in template.columns(null or []) if c not in row]:
+                raise UserError(
+                    f"{w}: task.null_prompt: {{{lacks[0]}}} is no column of it ({', '.join(row)})"
+                )
+            r["null"] = template.fill(null or [], row, strip=True)
         for r in made if make else ():
             r["prompt"] = r["prompt"].strip(" ")
         return _short_enough(key, made, task)

@@ -1,0 +1,199 @@
+"""Workers that die and workers that join: the run of one process to the bit, whatever happens."""
+
+import json
+import os
+import re
+import signal
+import socket
+import stat
+import threading
+
+import pytest
+import ranks
+import torch
+
+from zoft.config import Config
+from zoft.elastic import packed, refuse, unpacked
+from zoft.errors import UserError
+from zoft.ledger import Record, read
+from zoft.wire import Closed, Line, address
+
+KEYS = ["q=2", "accumulate=2", "steps=400", "check_every=100"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = ranks.make_place(tmp_path_factory.mktemp("work"))
+    assert ranks.zoft(folder, "output_dir=one", *KEYS) == [0]
+    return folder
+
+
+def slow(rank):
+    """Steps that leave time for accidents: until the file `go` is there."""
+    import time
+    from pathlib import Path
+
+    from zoft.trainer import Trainer
+
+    plain = Trainer.sums_at
+
+    def sums_at(self, *args):
+        time.sleep(0.0 if Path("go").exists() else 0.1)
+        return plain(self, *args)
+
+    Trainer.sums_at = sums_at
+
+
+def said(place, rank):
+    return (place / f"said-{rank}").read_text()
+
+
+def coordinator(place, name):
+    (place / "go").unlink(missing_ok=True)
+    process = ranks.start(
+        place, ["train", "--config", "mine.yaml", *KEYS, f"output_dir={name}", "elastic=true"], hook=slow
+    )
+    ranks.until(lambda: (place / name / "join.json").exists() or process.exitcode is not None)
+    return process
+
+
+def same(place, name):
+    return all(
+        (place / name / f).read_bytes() == (place / "one" / f).read_bytes()
+        for f in ("ledger", "model/model.safetensors")
+    )
+
+
+def test_one_worker_killed_another_joining(place):
+    run = coordinator(place, "accident")
+    mode = stat.S_IMODE((place / "accident" / "join.json").stat().st_mode)
+    assert mode == 0o600  # the secret is in it
+    first = ranks.start(place, ["join", "accident"], rank=1, hook=slow)
+    second = ranks.start(place, ["join", "accident"], rank=2, hook=slow)
+    ranks.until(lambda: said(place, 0).count(" joins, ") == 2)
+    began = len(read(place / "accident" / "ledger").records)
+    ranks.until(lambda: len(read(place / "accident" / "ledger").records) > began + 2)
+    os.kill(first.pid, signal.SIGKILL)
+    ranks.until(lambda: "is gone, 2 processes go on" in said(place, 0))
+    late = ranks.start(place, ["join", "accident"], rank=3)
+    ranks.until(lambda: said(place, 0).count(" joins, ") == 3)
+    joined = int(re.findall(r"step (\d+): worker \S+ joins", said(place, 0))[-1])
+    (place / "go").touch()
+    assert 0 < began < joined < 400
+    assert ranks.ended([run, second, late]) == [0, 0, 0], [said(place, r) for r in range(4)]
+    assert same(place, "accident")
+    digests = {re.search(r"weights(?: at the end)?: ([0-9a-f]{16})", said(place, r))[1] for r in (0, 2, 3)}
+    assert len(digests) == 1
+    shares = [int(re.search(r"(\d+) pairs were mine", said(place, r))[1]) for r in (2, 3)]
+    assert all(shares)
+    assert not (place / "accident" / "join.json").exists()
+
+
+def test_the_coordinator_killed_is_a_run_to_resume_and_workers_say_so(place):
+    run = coordinator(place, "headless")
+    worker = ranks.start(place, ["join", "headless"], rank=1)
+    ranks.until(lambda: " joins, " in said(place, 0))
+    os.kill(run.pid, signal.SIGKILL)
+    assert ranks.ended([worker]) == [75] and said(place, 1).splitlines()[-1] == "the coordinator is gone"
+    (place / "go").touch()
+    assert ranks.zoft(place, "--resume", "headless") == [0]
+    assert same(place, "headless")
+
+
+def flip(rank):
+    """One bit of the worker's weights, in its first step."""
+    from zoft.trainer import Trainer
+
+    plain, done = Trainer.sums_at, []
+
+    def sums_at(self, step, probes, batch):
+        if not done:
+            done.append(self.axis.trained[3].stored.view(torch.int16).flatten()[5].bitwise_xor_(1))
+        return plain(self, step, probes, batch)
+
+    Trainer.sums_at = sums_at
+
+
+def test_a_worker_whose_weights_differ_stops_the_run(place):
+    run = coordinator(place, "bent")
+    worker = ranks.start(place, ["join", "bent"], rank=1, hook=flip)
+    ranks.until(lambda: " joins, " in said(place, 0))
+    (place / "go").touch()
+    assert ranks.ended([run, worker])[0] == 2
+    assert re.search(r"weights differ: [0-9a-f]{16} here, [0-9a-f]{16} on worker 127.0.0.1", said(place, 0))
+
+
+def pair(secrets):
+    """Both ends of a connection, or what became of them."""
+    a, b = socket.socketpair(socket.AF_UNIX)
+    server, port = socket.create_server(("127.0.0.1", 0)), None
+    port = server.getsockname()[1]
+    a.close(), b.close()
+    ends: list = [None, None]
+
+    def end(i, make):
+        try:
+            ends[i] = Line(make(), secrets[i], serves=i == 0)
+        except Closed as error:
+            ends[i] = error
+
+    threads = [
+        threading.Thread(target=end, args=(0, lambda: server.accept()[0])),
+        threading.Thread(target=end, args=(1, lambda: socket.create_connection(("127.0.0.1", port)))),
+    ]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(30)
+    server.close()
+    return ends
+
+
+def test_a_line_carries_what_was_sent_and_nothing_else():
+    a, b = pair([b"s" * 32, b"s" * 32])
+    a.send("step", b"\0\1", step=3, pairs=[[1, 2]])
+    assert b.receive() == ({"kind": "step", "step": 3, "pairs": [[1, 2]]}, b"\0\1")
+    b.send("x", lost=float("nan"))
+    assert a.receive()[0]["kind"] == "x"
+    a._count[True] += 1  # as if a message had been left out
+    a.send("y")
+    with pytest.raises(Closed, match="not theirs"):
+        b.receive()
+    a.close()
+    with pytest.raises(Closed):
+        b.receive()
+
+
+def test_another_secret_is_refused_on_both_sides():
+    assert all(isinstance(end, Closed) for end in pair([b"s" * 32, b"t" * 32]))
+
+
+def test_records_travel_as_the_ledger_keeps_them():
+    record = Record(7, (0.5, -0.25), 0.875, (1.0, 2.0, 3.0, float("inf")), True, 2.0**-20)
+    assert unpacked(packed(record)) == record and len(packed(record)) == 13 + 24
+
+
+@pytest.mark.parametrize(
+    "key,value",
+    [("perturb", "inplace"), ("denoise_every", 5), ("probes_per_forward", 2), ("parallel", "data")],
+)
+def test_what_elastic_runs_cannot_have(key, value):
+    with pytest.raises(UserError, match=f"elastic=true.*{key}"):
+        refuse(Config(elastic=True, **{key: value}))
+
+
+def test_join_says_what_is_wrong(tmp_path):
+    from zoft.elastic import work
+
+    for args, text in [
+        (("nowhere", None), "no folder of a run"),
+        ((str(tmp_path), None), "join.json"),
+        (("127.0.0.1:1", str(tmp_path / "x")), "x: No such file"),
+    ]:
+        with pytest.raises(UserError, match=text):
+            work(*args, False)
+    (tmp_path / "join.json").write_text(json.dumps({"address": "127.0.0.1:1", "secret": "00"}))
+    with pytest.raises(UserError, match="127.0.0.1:1: .*elastic=true"):
+        work(str(tmp_path), None, False)
+    with pytest.raises(UserError, match="no address"):
+        address("here")
