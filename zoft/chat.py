@@ -354,6 +354,15 @@ def _render(turns: list[dict], chat: Chat, where: str, ask: bool = False) -> str
         return chat.tokenizer.apply_chat_template(
             turns, chat_template=chat.template, tokenize=False, add_generation_prompt=ask
         )
-    except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except (
+        TemplateError,
+        ArithmeticError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         said = " ".join(str(error).split())[:160]
         raise UserError(f"{where}: the chat template refuses this conversation: {said}") from None
