@@ -511,8 +511,8 @@ def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> di
         return result
     Presence(s.ledger, {"config.yaml": compose.to_yaml(s.config)}).look(now=True)
     if s.config.save_model:
-        out, best = s.folder / result_name(s.config), result.get("best_step", result["steps"])
-        if best == result["steps"]:
+        out, best = s.folder / result_name(s.config), result.get("best_step", s.config.steps)
+        if best == s.config.steps:
             save(s.config, model, tokenizer, out, result)
         else:
             from zoft import selection
