@@ -260,6 +260,7 @@ def test_prompts_are_cut_on_the_left_to_leave_room():
         prompts([{"prompt": "", "where": "r"}], tiny.tokenizer(bos=False), 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["macro_f1", "f1"])
 def test_processes_share_the_rows_and_probes_of_a_metric(tmp_path, objective):
     """lr=0: each step's losses are those of the same weights."""
