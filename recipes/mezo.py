@@ -10,13 +10,15 @@ Source: Malladi et al. 2023, Fine-Tuning Language Models with Just Forward Passe
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from zoft import adapters, evaluate, goal, setup, space, tasks
+from zoft import adapter_beside, adapters, eval_run, evaluate, goal, setup, space, tasks
 from zoft import replay as replays
 from zoft import run as runs
 from zoft.config import Config
+from zoft.encode import Example
 from zoft.ledger import Log
 
 
@@ -35,21 +37,27 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
     if dry_run:
         return setup.plan(config, model, trained, train, held_out)
 
-    def score() -> dict[str, Any]:
-        found = evaluate.evaluate(model, held_out, train, context=axis.clean)
-        return {**found, **aim.evaluate(model, axis.clean)}
+    dev = setup.dev_examples(config, tokenizer, data)
+    write = None if aim.texts else eval_run.writer(config, model, tokenizer, axis.clean)
+
+    def score(examples: list[Example], rows: list[dict[str, Any]]) -> dict[str, Any]:
+        found = evaluate.evaluate(model, examples, train, context=axis.clean, write=write)
+        return {**found, **aim.evaluate(model, axis.clean, rows)}
+
+    test = partial(score, held_out, tasks.subset(data.eval, config.eval_limit))
+    choose = partial(score, dev, data.dev) if dev and data.dev else None
 
     with runs.session(config, setup.header(config, base, trained, train) | aim.header(), resume) as s:
         adapters.keep(config, trained, s.folder)
         aim.watched(s.ledger.header, s.tracker)
         trainer = setup.trainer(config, model, axis, scored, s.ledger, aim)
-        result = runs.fit(trainer, s, score)
+        result = runs.fit(trainer, s, test, choose)
         return runs.finish(s, model, tokenizer, result)
 
 
 def replay(config: Config, folder: Path, out: Path, ask: replays.Ask) -> int:
     """Base + ledger -> a model of the run in `out`, or its adapter; returns its number of steps."""
-    if config.train in adapters.ADAPTERS:
+    if config.train in adapters.ADAPTERS or adapter_beside.folder_of(config):
         return replays.in_memory(config, folder, out, ask, rebuild)
     return replays.replay(config, folder, out, ask)
 

@@ -27,6 +27,7 @@ from typing import Any
 
 SCRIPTS = Path(__file__).resolve().parent
 TUNE = 1000  # seed of the runs that choose
+WRITTEN = ("f1", "reward")  # of text that the model writes: columns of tables whose rows have them
 METRICS = ("accuracy", "auc", "calibrated_accuracy", "macro_f1", "loss")
 MEZO = ["--config", "mezo/reviews", "task=reviews", "train=all", "cache_frozen=false", "schedule=constant", "batch_size=16",
         "eps=1e-3", "eval_every=0", "lr=1e-5"]  # fmt: skip
@@ -54,6 +55,14 @@ def gradients(arguments: str) -> Row:
     return Row([*arguments.split(), *COMMON], 1, "first_order.py")
 
 
+def aim(arguments: str, *lrs: str) -> Row:
+    """What mezo/reviews trains (the last 2 blocks, short sentences) with another objective; batches of 64, for a metric
+    moves by whole rows. Its seconds include what is written for the evaluations, where it is one of text."""
+    fixed = ["--config", "mezo/reviews", "batch_size=64", "eval_every=0", *arguments.split()]
+    return Row(fixed, 3, grid=tuple(f"lr={lr}" for lr in lrs))
+
+
+REWARD = f"--reward {SCRIPTS / 'sentiment_reward.py'}:score max_new_tokens=8"
 QZO = "--config mezo/reviews recipe=qzo train=scales group=32"
 TABLES: dict[str, dict[str, Row]] = {
     "storage": {
@@ -91,6 +100,14 @@ TABLES: dict[str, dict[str, Row]] = {
         "Sparse-MeZO 0.8": recipe(
             "--config sparse_mezo/reviews train=all eps=1e-3 sparsity=0.8", "8e-5", seeds=1
         ),
+    },
+    # python scripts/learning_table.py objectives --steps 1500 --tune-steps 300 --device cuda --json objectives.json
+    "objectives": {
+        "loss": aim("eps=1e-3", "2e-4", "5e-4"),
+        "accuracy": aim("objective=accuracy eps=1e-2", "1e-4", "2e-4", "5e-4"),
+        "macro-F1": aim("objective=macro_f1 eps=1e-2", "1e-4", "2e-4", "5e-4"),
+        "F1 of what it writes": aim("objective=f1 max_new_tokens=4 eps=1e-2", "1e-4", "2e-4", "5e-4"),
+        "a reward": aim(f"{REWARD} eps=1e-2", "1e-4", "2e-4", "5e-4"),
     },
 }
 
@@ -139,10 +156,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     short = [r for r in rows if r["seed"] == TUNE]
     rows = [r for r in rows if r["seed"] != TUNE]
     good = [r for r in rows if "error" not in r]
-    lines = ["| | seeds | steps | " + " | ".join(METRICS) + " | seconds |"]
-    lines.append("| --- " * (len(METRICS) + 4) + "|")
+    shown = [*METRICS, *(m for m in WRITTEN if any(m in r["after"] for r in good))]
+    lines = ["| | seeds | steps | " + " | ".join(shown) + " | seconds |"]
+    lines.append("| --- " * (len(shown) + 4) + "|")
     if good:
-        cells = [f"{good[0]['before'][m]:.3f}" for m in METRICS]
+        cells = [next((f"{r['before'][m]:.3f}" for r in good if m in r["before"]), "") for m in shown]
         lines.append(f"| untrained | | 0 | {' | '.join(cells)} | |")
     for name in dict.fromkeys(r["name"] for r in rows):
         mine = [r for r in good if r["name"] == name]
@@ -150,10 +168,10 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines.append(f"| {name} | failed | | {next(r['error'] for r in rows if r['name'] == name)} |")
             continue
         cells = []
-        for m in METRICS:
-            values = [r["after"][m] for r in mine]
+        for m in shown:
+            values = [r["after"][m] for r in mine if m in r["after"]]
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.3f}{spread}")
+            cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
         seconds = statistics.mean(r["seconds"] for r in mine)
         lines.append(f"| {name} | {len(mine)} | {mine[0]['steps']} | {' | '.join(cells)} | {seconds:.0f} |")
     if short:

@@ -24,7 +24,19 @@ ROOT = Path(__file__).resolve().parent.parent
 # A user's scripts depend on these: a change here is a change of the interface.
 SURFACE = {
     "train": ["--config", "--dry-run", "--help", "--nproc", "--resume", "--reward", "-c", "overrides"],
-    "eval": ["--config", "--examples", "--help", "--json", "--resamples", "-c", "args"],
+    "eval": [
+        "--config",
+        "--examples",
+        "--help",
+        "--json",
+        "--lm-eval",
+        "--lm-eval-path",
+        "--resamples",
+        "-c",
+        "args",
+    ],
+    "baseline": ["--config", "--demos", "--epochs", "--help", "--method", "-c", "-m", "overrides"],
+    "report": ["--csv", "--help", "--metrics", "--png", "runs"],
     "replay": ["--denoise", "--device", "--help", "--out", "--step", "--storage", "folder"],
     "ledger": ["--help", "--json", "--plot", "--verify", "folder"],
     "export": ["--adapter", "--device", "--dtype", "--help", "--merge", "--out", "folder"],
@@ -32,7 +44,7 @@ SURFACE = {
     "cp": ["--help", "dest", "name"],
     "validate": ["--config", "--help", "-c", "overrides"],
     "estimate": ["--config", "--help", "--json", "-c", "overrides"],
-    "data": ["--config", "--help", "-c", "-n", "overrides"],
+    "data": ["--config", "--help", "--json", "-c", "-n", "overrides"],
     "keys": ["--help"],
     "env": ["--help", "--json"],
 }
@@ -398,6 +410,15 @@ def test_data_marks_what_is_scored(place):
     done = zoft("data", "--config", "mine.yaml", "-n", 2, cwd=place)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("⟦a⟧") == 2 and done.stdout.count("⟦b⟧") == 2
+
+
+def test_data_counts_what_is_scored(place):
+    done = zoft("data", "--config", "mine.yaml", "-n", 1, "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["scored"] == found["examples"] > 10 and len(found["shown"]) == 1
+    shown = zoft("data", "--config", "mine.yaml", cwd=place).stdout
+    assert f"{found['tokens']:,} tokens, {found['scored']:,} scored" in shown
 
 
 def test_estimate_says_what_a_run_takes(place, monkeypatch):

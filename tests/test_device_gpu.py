@@ -6,7 +6,7 @@ import tiny
 import torch
 from test_trainer import calibration, examples, same_bits, weights
 
-from zoft import adapters, layout, selfcheck, space, sparse
+from zoft import adapters, layout, quant, selfcheck, space, sparse
 from zoft.config import ADAPTERS, Config
 from zoft.data_order import batch_indices
 from zoft.ledger import Ledger, Record, read
@@ -78,7 +78,9 @@ def build(
     elif how == "plain":
         axis = ProbeAxis(trained, found.sites, **common)
     else:
-        axis = DeviceAxis(trained, found.sites, q=settings.q, eps=settings.eps, **common)
+        axis = DeviceAxis(
+            trained, found.sites, q=settings.q, eps=settings.eps, compute=space.DTYPES[compute], **common
+        )
 
     def batches(step):
         picks = batch_indices(step, n=len(data), batch_size=4, accumulate=accumulate, seed=7)
@@ -101,6 +103,16 @@ def adapted(train, base=tiny.llama, dtype=torch.bfloat16):
     return model
 
 
+def beside_codes(base):
+    """A quantised model on the GPU with LoRA pairs on all of its layers, away from their start."""
+    model = base().cuda().to(torch.bfloat16)
+    quant.quantise_model(model, bits=4, group=32, zero_points=True)
+    model = adapters.attach(model, Config(train="lora", lora_targets="all-linear"))
+    for i, (_, p) in enumerate(adapters.named(model)):
+        p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).cuda()
+    return model
+
+
 PAIRS = {"train": "lora", "storage": "fp32", "eps": 1e-2}
 make_trainer = build
 
@@ -108,6 +120,10 @@ CASES = [
     (lambda: adapted("lora"), examples, {**PAIRS, "q": 8, "probes_per_forward": 16, "weight_decay": 0.1}),
     (lambda: adapted("lora", tiny.gpt2), texts, {**PAIRS, "q": 9, "probes_per_forward": 18, "beta": 0.9}),
     (lambda: adapted("lora", tiny.opt, torch.float32), texts, {**PAIRS, "compute": "fp32", "accumulate": 2}),
+    (lambda: beside_codes(tiny.llama), examples, {**PAIRS, "q": 4, "probes_per_forward": 8}),
+    (lambda: beside_codes(tiny.gpt2), texts, {**PAIRS, "weight_decay": 0.1, "beta": 0.9}),
+    (lambda: beside_codes(tiny.llama), texts, {"train": "scales", "lr": 1e-4}),
+    (lambda: beside_codes(tiny.opt), examples, {"train": "scales", "lr": 1e-4, "q": 2}),
     (lambda: adapted("prefix"), examples, {**PAIRS, "train": "prefix", "q": 2, "probes_per_forward": 4}),
     (lambda: adapted("prompt", tiny.opt), texts, {**PAIRS, "train": "prompt"}),
     (tiny.llama, examples, {}),

@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import pytest
+import ranks
 import tiny
 import torch
 from test_generate import slow
@@ -14,7 +15,6 @@ from zoft.config import Config, Task
 from zoft.encode import encode, prompts
 from zoft.errors import UserError
 from zoft.ledger import Ledger, read
-from zoft.reward import Reward
 from zoft.tasks import TaskData
 
 WORDS = (" no", " yes", "ab")
@@ -32,15 +32,23 @@ def rows(n=16, seed=0, words=WORDS):
     return made
 
 
+VOWELS = """
+calls = []
+
+
 def vowels(rows, texts):
+    calls.append(texts)
     return [sum(c in "aeo" for c in text) / 4 + row["n"] / 100 for row, text in zip(rows, texts)]
+"""
+MINE = {}
+exec(VOWELS, MINE)
 
 
 def data_of(made, objective="choice"):
     return TaskData("local", objective, "{text}", "label", dict(zip("xyz", WORDS)), made, made[:4])
 
 
-def build(tmp_path, objective, *, name="ledger", model=None, made=None, reward=vowels, opened=None, **keys):
+def build(tmp_path, objective, *, name="ledger", model=None, made=None, reward=VOWELS, opened=None, **keys):
     """A trainer as a recipe makes it; its rows' answers are what the untrained model writes, so that some match."""
     model, tokenizer = model or tiny.llama(), tiny.tokenizer()
     made = made or rows()
@@ -56,23 +64,17 @@ def build(tmp_path, objective, *, name="ledger", model=None, made=None, reward=v
         "steps": 5,
         "seed": 7,
         "max_length": 32,
+        "device": "cpu",
     }
     texts = {"max_new_tokens": 5, "stop": "t"} if objective in goal.GENERATED else {}
-    config = Config(model="tiny", task=Task(name="local"), objective=objective, device="cpu", threads=1,
+    config = Config(model="tiny", task=Task(name="local"), objective=objective, threads=1,
                     **{**defaults, **texts, **keys})  # fmt: skip
     data = data_of(made)
     config = goal.resolve(config, data)
-    if objective == "reward":  # as if it had been named
-        goal.rewards.load, before = (
-            (lambda named, s: Reward("r.py:vowels", None, reward, s, "x")),
-            goal.rewards.load,
-        )
-        config.reward = "r.py:vowels"
-    try:
-        aim = goal.make(config, data, tokenizer)
-    finally:
-        if objective == "reward":
-            goal.rewards.load = before
+    if objective == "reward":
+        (tmp_path / "mine.py").write_text(reward, encoding="utf-8")
+        config.reward = f"{tmp_path}/mine.py:vowels"
+    aim = goal.make(config, data, tokenizer)
     scored = aim.examples(encode(made, tokenizer, data, config.max_length))
     names = space.train_names(model, config.train)
     config = setup.dtypes(config, model, names)
@@ -110,7 +112,7 @@ def by_hand(model, objective, chosen):
     contexts = [[1, *tokenizer(r["prompt"], add_special_tokens=False)["input_ids"]] for r in chosen]
     texts = [slow(model, tokenizer, c, max_new_tokens=5, stop="t") for c in contexts]
     if objective == "reward":
-        return -float(np.mean(vowels([{"n": r["columns"]["n"]} for r in chosen], texts)))
+        return -float(np.mean(MINE["vowels"]([{"n": r["columns"]["n"]} for r in chosen], texts)))
     score = metrics.exact_match if objective == "exact_match" else metrics.token_f1
     return -float(np.mean([score(t, r["answers"]) for t, r in zip(texts, chosen)]))
 
@@ -170,12 +172,7 @@ def test_holding_a_probe_gives_the_run_of_one_that_makes_it_for_each_token(tmp_p
 
 
 def test_a_reward_that_breaks_leaves_every_bit(tmp_path):
-    calls = []
-
-    def breaks(rows, texts):
-        calls.append(len(rows))
-        return vowels(rows, texts) if len(calls) < 4 else 1 / 0
-
+    breaks = VOWELS.replace("append(texts)", "append(1 / (len(calls) < 3))")
     trainer = build(tmp_path, "reward", reward=breaks)
     before = weights(trainer.model)
     with pytest.raises(UserError, match="ZeroDivisionError"):
@@ -261,3 +258,18 @@ def test_prompts_are_cut_on_the_left_to_leave_room():
     assert whole[0] == 1 and prompts(made, tokenizer, 4)[0] == (1, *whole[-3:])
     with pytest.raises(UserError, match="r: there is nothing to write after"):
         prompts([{"prompt": "", "where": "r"}], tiny.tokenizer(bos=False), 4)
+
+
+@pytest.mark.parametrize("objective", ["macro_f1", "f1"])
+def test_processes_share_the_rows_and_probes_of_a_metric(tmp_path, objective):
+    """lr=0: each step's losses are those of the same weights."""
+    place = ranks.make_place(tmp_path, storage="fp32", momentum=0, eps=0.05, lr=0, steps=4, accumulate=2)
+    texts = ["max_new_tokens=3", "task.choices={a: t, b: s}"] if objective == "f1" else []
+    keys = [f"objective={objective}", "save_model=false", *texts]
+    for name, how, size in (("one", "auto", 1), ("rows", "data", 2), ("probes", "probes", 2)):
+        assert ranks.zoft(place, *keys, f"output_dir={name}", f"parallel={how}", size=size) == [0] * size
+    one, shared, probes = (
+        [r.losses for r in read(place / d / "ledger")[1]] for d in ("one", "rows", "probes")
+    )
+    assert len({x for losses in one for x in losses}) > 2
+    assert np.allclose(one, shared, atol=1e-6) and np.allclose(one, probes, atol=1e-6)

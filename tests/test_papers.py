@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +15,12 @@ import transformers as hf
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from typer.testing import CliRunner
 
-from zoft import evaluate, objective, setup, tasks
+from zoft import evaluate, goal, objective, setup, tasks
 from zoft.cli import app
 from zoft.compose import compose, names
-from zoft.encode import encode, show
+from zoft.encode import encode
 from zoft.errors import UserError
+from zoft.show import show
 from zoft.tasks import papers, split
 
 DATA = Path(__file__).parent / "data" / "tasks"
@@ -204,6 +206,18 @@ def test_candidates_that_a_row_brings_are_ranked_whatever_their_number(smollm):
         assert (row[len(golden["candidates"]) :] == -np.inf).all()
 
 
+def test_prompts_that_ask_about_nothing():
+    wanted = dict.fromkeys(CHOICE, "") | {"sst2": " It was", "record": "-"}
+    for name, text in wanted.items():
+        assert {row["null"] for row in tasks.load(settings(name)).eval} == {text}, name
+    assert [row["null"] for row in tasks.load(settings("copa")).eval] == ["so", "because", "so"]
+    assert "null" not in tasks.load(settings("squad")).eval[0]
+    with pytest.raises(
+        UserError, match=r"rte.jsonl:1: task.null_prompt: \{sentence\} is no column of it \(premise"
+    ):
+        tasks.load(settings("rte", "task.null_prompt={sentence}"))
+
+
 @pytest.mark.parametrize("name", RANKED)
 def test_what_is_learned_as_text_is_judged_by_candidates(name, smollm):
     data = tasks.load(settings(name))
@@ -220,7 +234,7 @@ def test_what_is_learned_as_text_is_judged_by_candidates(name, smollm):
         hits.append(int(np.argmax(means)) in golden["golds"])
         total -= means[golden["gold"]] * golden["tokens"][golden["gold"]]
         tokens += golden["tokens"][golden["gold"]]
-    assert set(found) == {"accuracy", "loss", "n"}
+    assert set(found) == {"accuracy", "loss", "perplexity", "tokens", "n"} and found["tokens"] == tokens
     assert found["accuracy"] == np.mean(hits) and found["loss"] == pytest.approx(total / tokens, rel=1e-9)
 
 
@@ -531,6 +545,71 @@ def test_a_masked_model_trains_is_saved_and_judged_again(tmp_path, kind):
     assert code == 0, said
     code, said = zoft("estimate", "--config", "mezo/reviews", model, *data, "max_length=96")
     assert code == 0, said
+
+
+def test_lora_beside_a_masked_model(tmp_path):
+    tokenizer = bpe()
+    model = folder(tmp_path / "m", roberta(len(tokenizer)), tokenizer)
+    place = DATA / "trec-mlm.jsonl"
+    words = ["--config", "mezo/reviews", model, "task=trec-mlm", f"task.train={place}", f"task.eval={place}"]
+    words += [
+        "task.k_shot=1",
+        "recipe=lora_zo",
+        "steps=3",
+        "batch_size=2",
+        "eval_every=0",
+        "max_length=96",
+        "threads=1",
+    ]
+    result = CliRunner().invoke(app, ["train", *words, "train=lora", f"output_dir={tmp_path / 'run'}"])
+    assert result.exit_code == 0, result.stderr
+    done = json.loads((tmp_path / "run" / "result.json").read_text())
+    code, said = zoft("eval", str(tmp_path / "run"), "--json")
+    assert code == 0 and json.JSONDecoder().raw_decode(said[said.index("{") :])[0]["loss"] == pytest.approx(
+        done["after"]["loss"], rel=1e-5
+    )
+    result = CliRunner().invoke(app, ["train", *words, "train=prompt", f"output_dir={tmp_path / 'other'}"])
+    assert result.exit_code == 2 and "use train=lora" in result.stderr
+
+
+def test_a_task_of_candidates_trains(tmp_path):
+    tokenizer = wordpiece()
+    config = hf.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    model = folder(tmp_path / "d", tiny.build(hf.LlamaForCausalLM, config), tokenizer)
+    place = DATA / "record.jsonl"
+    data = ["task=record", f"task.train={place}", f"task.eval={place}", *WHOLE[1:], "task.num_train=2"]
+    code, said = zoft("train", "--config", "mezo/reviews", model, *data, f"output_dir={tmp_path / 'run'}")
+    assert code == 0, said
+    after = json.loads((tmp_path / "run" / "result.json").read_text())["after"]
+    assert set(after) == {"accuracy", "loss", "perplexity", "tokens", "n"} and after["n"] == 3
+
+
+def test_objectives_that_rows_with_candidates_of_their_own_may_have(smollm):
+    data = tasks.load(settings("copa"))
+    config = compose("mezo/reviews", ["task=copa"])
+    examples = encode(data.train, smollm, data, 2048)
+    model = llama(len(smollm))
+    table = evaluate.scores(model, [replace(e, objective="choice") for e in examples])
+    for name in ("choice", "accuracy"):
+        assert goal.resolve(replace(config, objective=name), data).objective == name
+        aim = goal.Goal(name) if name == "choice" else goal.Goal(name, goal.accuracy)
+        sums, _ = aim.forward(model, objective.collate(aim.examples(examples)))
+        hits = [int(row.argmax() == g["gold"]) for row, g in zip(table, GOLDEN["copa"])]
+        slow = [np.log(np.exp(row).sum()) - row[g["gold"]] for row, g in zip(table, GOLDEN["copa"])]
+        np.testing.assert_allclose(sums.numpy(), slow if name == "choice" else -np.array(hits), rtol=1e-9)
+    for name in ("accuracy", "macro_f1"):
+        with pytest.raises(UserError, match="several right candidates"):
+            goal.resolve(replace(config, objective=name), tasks.load(settings("record")))
+    with pytest.raises(UserError, match="no candidates"):
+        goal.resolve(replace(config, objective="choice"), tasks.load(settings("squad")))
+    with pytest.raises(UserError, match="objective=f1: .* fills a mask"):
+        goal.resolve(replace(config, objective="f1"), tasks.load(settings("sst2-mlm")))
 
 
 def test_a_model_of_the_other_kind_is_refused(tmp_path):

@@ -14,7 +14,7 @@ from zoft import noise, selfcheck, sites, space
 from zoft.probe import CLEAN, InPlace, Probe, ProbeAxis
 
 CASES = [(name, "all") for name in ZOO] + [
-    ("lora", "lora_"),
+    ("lora", "lora"),
     ("llama", "norms"),
     ("llama-tied", "head"),
     ("bert", "bias"),

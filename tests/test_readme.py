@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line]
+(REWARD,) = re.findall(r"```python\n# my_reward\.py\n(.*?)```", README, re.S)
 SMALL = ["steps=4", "batch_size=2", "eval_every=2", "eval_limit=8", "max_length=64", "threads=1"]
 
 
@@ -44,12 +45,27 @@ def place(tmp_path_factory):
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("reader")
     tiny.llama().save_pretrained(folder / "tiny")
-    tiny.tokenizer().save_pretrained(folder / "tiny")
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '') + ':' }}{% endfor %}"
+    tokenizer.save_pretrained(folder / "tiny")
+    turns = [
+        [{"role": "user", "content": f"{i} yes"}, {"role": "assistant", "content": f"no {i % 7}"}]
+        for i in range(40)
+    ]
+    (folder / "chats.jsonl").write_text(
+        "\n".join(json.dumps({"messages": t}) for t in turns), encoding="utf-8"
+    )
     rows = [
         {"text": "bad no " * (i % 3) + str(i), "label": ("negative", "positive")[i % 2]} for i in range(60)
     ]
     (folder / "my.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     shutil.copytree(ROOT / "scripts", folder / "scripts")
+    for task in ("squad", "copa"):  # data sets of the Hub's schema
+        (folder / task).mkdir()
+        rows_of = (ROOT / "tests" / "data" / "tasks" / f"{task}.jsonl").read_text(encoding="utf-8")
+        for split in ("train", "validation"):
+            (folder / task / f"{split}.jsonl").write_text(rows_of * 300, encoding="utf-8")
+    (folder / "my_reward.py").write_text(REWARD, encoding="utf-8")
     return folder
 
 
@@ -89,6 +105,15 @@ def test_every_command_works(place, monkeypatch):
     assert (place / "curve.png").read_bytes()[:4] == b"\x89PNG"
     weights = [(place / d / "model.safetensors").read_bytes() for d in ("runs/mine/model", "rebuilt")]
     assert weights[0] == weights[1]
+
+
+def test_the_reward_is_the_one_that_scripts_use():
+    assert (ROOT / "scripts" / "sentiment_reward.py").read_text(encoding="utf-8").endswith(f'"""\n\n{REWARD}')
+    assert len([line for line in REWARD.splitlines() if line]) <= 11
+    spoken = {}
+    exec(REWARD, spoken)
+    rows = [{"label": "positive"}, {"label": "negative"}, {"label": "negative"}, {"label": "positive"}]
+    assert spoken["score"](rows, ["a GREAT film.", "great", "so boring!", "good or bad"]) == [1, -1, 1, 0]
 
 
 def test_every_config_says_commands_that_work():

@@ -86,7 +86,7 @@ def test_a_file_that_has_no_such_function_is_one_line(tmp_path, text, name, said
 # ---- through the command line --------------------------------------------------------------------------------------
 
 COUNTS = "def score(rows, texts):\n    {}\n    return [t.count('s') + len(r['text']) / 100 for r, t in zip(rows, texts)]\n"
-BREAKS = "import pathlib; p = pathlib.Path('calls'); n = len(p.read_text()) if p.exists() else 0; p.write_text('x' * (n + 1)); 1 / (n < 14)"
+BREAKS = "import pathlib; p = pathlib.Path('calls'); n = len(p.read_text()) if p.exists() else 0; p.write_text('x' * (n + 1)); 1 / (n < 7)"
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +129,8 @@ def test_a_run_whose_reward_broke_goes_on_with_the_mended_one_to_the_same_bits(p
 
     (place / "breaks.py").write_text(COUNTS.format(BREAKS), encoding="utf-8")
     said = refused("train", "--config", "my.yaml", "--reward", "breaks.py:score", "output_dir=part")
-    assert (
-        "reward breaks.py:score: ZeroDivisionError: division by zero (line 2), for 2 rows (my.jsonl:" in said
-        or ("for my.jsonl:" in said.replace(str(place) + "/", ""))
-    )
+    assert "error: reward breaks.py:score: ZeroDivisionError: division by zero (line 2), for " in said
+    assert "my.jsonl:" in said
     steps = len((place / "part/metrics.jsonl").read_text().splitlines())
     assert 1 < steps < 7
 

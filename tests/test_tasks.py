@@ -195,7 +195,7 @@ def test_the_nearest_spelling_is_offered(tmp_path):
     "settings, said",
     [
         ({"train": "nowhere/a.jsonl"}, "there is no folder nowhere"),
-        ({"train": "/"}, "is a folder"),
+        ({"train": "/dev"}, "is a folder"),
         ({}, "task.train is not set"),
         ({"train": "a.jsonl", "prompt": None}, "task.prompt is not set"),
         ({"train": "a.jsonl", "label": None}, "task.label and task.choices are not both set"),

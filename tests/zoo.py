@@ -108,7 +108,8 @@ class Made:
 def make(model, b, train="all", run=losses, kind="gaussian"):
     model.eval()
     untouched = copy.deepcopy(model)
-    trained = space.adopt(model, space.train_names(model, train))
+    names = train if isinstance(train, list) else space.train_names(model, train)
+    trained = space.adopt(model, names)
     found = selfcheck.find_sites(model, trained, lambda x: run(model, x), b.first(b.rows // 2), b, EPS)
     live = selfcheck.live(trained, found)
     return Made(model, untouched, live, found, ProbeAxis(live, found.sites, seed=SEED, kind=kind), run)

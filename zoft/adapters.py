@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from zoft import adapter_start, models, space
+from zoft import adapter_beside, adapter_start, models, space
 from zoft.config import ADAPTERS, Config
 from zoft.errors import UserError
 
@@ -41,19 +41,23 @@ def attach(model: nn.Module, config: Config, start: Path | None = None) -> Any:
     LoRA: y = W x + (alpha / rank)·B A x, A uniform in ±1/sqrt(in) (Kaiming, a = √5), B = 0; no dropout, no bias.
     prefix: keys and values of virtual_tokens random tokens as the frozen model makes them, in every layer, without
     re-parameterisation. prompt: the embeddings of virtual_tokens random tokens.
-    New tensors are fp32 (fp64 in an fp64 model). On the meta device they have shapes only.
+    New tensors are fp32 (fp64 in an fp64 model). On the meta device they have shapes only. With config.adapter the pairs
+    are that adapter's, to be trained on.
 
     start: a file that keep() wrote, whose values are taken. Raises UserError where the model has no such place.
     Sources: LoRA (arXiv 2106.09685), prefix tuning (2101.00190), prompt tuning (2104.08691); starts as in MeZO
     (2305.17333), which draws the prefix's tokens too.
     """
     make = {"lora": _lora, "prefix": _prefix, "prompt": _prompt}[config.train]
-    with torch.no_grad(), _quiet(), torch.random.fork_rng(devices=[]):
-        made = make(model, config)
+    if place := adapter_beside.folder_of(config):
+        made = load(model, place)
+    else:
+        with torch.no_grad(), _quiet(), torch.random.fork_rng(devices=[]):
+            made = make(model, config)
     wide = torch.promote_types(_dtype(model), torch.float32)
     for name, p in named(made):
         p.data = p.data.to(wide)
-        if p.is_meta:
+        if p.is_meta or config.adapter:
             continue
         if "lora_A" in name:
             p.data.copy_(adapter_start.uniform(p.shape, config.seed, name) / p[0].numel() ** 0.5)
@@ -70,6 +74,11 @@ def attach(model: nn.Module, config: Config, start: Path | None = None) -> Any:
 
 
 def _lora(model: nn.Module, config: Config) -> Any:
+    with adapter_beside.plain_shapes(model):
+        return _pairs(model, config)
+
+
+def _pairs(model: nn.Module, config: Config) -> Any:
     from peft import LoraConfig, get_peft_model
 
     targets = _targets(model, config.lora_targets)
@@ -86,8 +95,9 @@ def _lora(model: nn.Module, config: Config) -> Any:
             targets = _names(model, targets, tuple(f"{prefix}.{i}." for i in last))
         else:
             layers = {"layers_to_transform": list(last), "layers_pattern": prefix.rpartition(".")[2]}
+    kind = None if models.is_masked(model) else "CAUSAL_LM"  # peft has none for masked models
     settings = LoraConfig(
-        task_type="CAUSAL_LM", r=config.lora_rank or 8, lora_alpha=config.lora_alpha or 16, lora_dropout=0.0,
+        task_type=kind, r=config.lora_rank or 8, lora_alpha=config.lora_alpha or 16, lora_dropout=0.0,
         target_modules=targets, fan_in_fan_out=False, **layers,
     )  # fmt: skip
     try:
@@ -163,6 +173,8 @@ def _prefix(model: Any, config: Config) -> Any:
 def _prompt(model: Any, config: Config) -> Any:
     from peft import PromptTuningConfig, get_peft_model
 
+    if models.is_masked(model):
+        raise UserError("train=prompt: peft puts no prompt before a masked language model; use train=lora")
     n, table, shape = (
         config.virtual_tokens or 10,
         model.get_input_embeddings(),
@@ -260,11 +272,15 @@ def save(model: Any, folder: str | Path, *, tokenizer: Any = None, card: str = "
 
 def load(model: nn.Module, folder: str | Path) -> Any:
     """The base model with a saved adapter. Raises UserError where it does not fit."""
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel, get_peft_model
 
     try:
-        with _quiet():
-            return PeftModel.from_pretrained(model, str(folder)).eval().requires_grad_(False)
+        with _quiet(), adapter_beside.plain_shapes(model), torch.random.fork_rng(devices=[]):
+            if next(model.parameters()).is_meta:
+                return get_peft_model(model, PeftConfig.from_pretrained(str(folder)))
+            made: Any = PeftModel.from_pretrained(model, str(folder))
+            adapter_beside.complete(made, Path(folder))
+            return made.eval().requires_grad_(False)
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise UserError(f"{folder}: {' '.join(str(error).split())[:200]}") from None
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import GenerationConfig
 
-from zoft import gguf, models, setup, shards
+from zoft import adapter_beside, gguf, models, setup, shards
 from zoft.config import Config
 from zoft.errors import UserError
 from zoft.estimate import skeleton
@@ -49,6 +49,12 @@ def find(config: Config, wanted: str, where: str) -> Base:
     which the fingerprint tells; else, as for checkpoints that transformers converts while it loads, from the
     loaded model. Raises UserError for other weights.
     """
+    wanted, _, beside = wanted.partition("+")  # a model and the adapter that is in place
+    place = adapter_beside.folder_of(config)
+    if (found := adapter_beside.fingerprint(place) if place else "") != beside:
+        raise UserError(
+            f"{where}: its ledger starts from another adapter ({beside}) than adapter={place} ({found})"
+        )
     base = streamed(config)
     if base is None or base.fingerprint() != wanted:
         base = loaded(config)

@@ -174,6 +174,10 @@ def demonstrated(config: Config, k: int, data: Any, tokenizer: Any) -> Any:
     """
     from zoft.encode import encode
 
+    if getattr(data, "reading", ""):
+        raise UserError(
+            "--method icl: demonstrations stand before a prompt: write task.prompt and task.target (or task.label)"
+        )
     drawn = random.Random(config.seed).sample(range(len(data.train)), min(k, len(data.train)))
     shown = [
         (data.train[i]["prompt"] + data.train[i]["candidates"][data.train[i]["gold"]]).rstrip() for i in drawn
@@ -216,7 +220,7 @@ def surface_form(
 ) -> tuple[Any, int]:
     """(Σ log p(candidate | prompt) − Σ log p(candidate | null prompt) [n, C], forwards that the null prompts took).
 
-    The null prompt is task.null_prompt, else the template with empty columns.
+    The null prompt is task.null_prompt with the row's columns in it, else the template with empty columns.
     Source: Holtzman et al., Surface Form Competition (arXiv 2104.08315), as MeZO's code has it: sums, not means.
     """
     from zoft import evaluate, tasks
@@ -228,18 +232,19 @@ def surface_form(
         pieces = template.parse("task.prompt", data.prompt)
         null = template.fill(pieces, dict.fromkeys(template.columns(pieces), ""), strip=True)
     rows = tasks.subset(data.eval, config.eval_limit)
-    kinds = list(dict.fromkeys(tuple(row["candidates"]) for row in rows))  # most tasks have one
+    which = [(row.get("null", null), tuple(row["candidates"])) for row in rows]
+    kinds = list(dict.fromkeys(which))  # most tasks have one
     blanks: list[dict[str, Any]] = [
-        {"prompt": null, "candidates": list(c), "gold": 0, "where": "task.null_prompt"} for c in kinds
+        {"prompt": text, "candidates": list(c), "gold": 0, "where": "task.null_prompt"} for text, c in kinds
     ]
     nulls = _choice(encode(blanks, tokenizer, data, config.max_length))
     total, _ = evaluate.totals(model, _choice(held_out))
     free, _ = evaluate.totals(model, nulls)
-    which = [kinds.index(tuple(row["candidates"])) for row in rows]
+    place = {kind: i for i, kind in enumerate(kinds)}
     width = min(total.shape[1], free.shape[1])
-    found = total[:, :width] - free[which, :width]
+    found = total[:, :width] - free[[place[kind] for kind in which], :width]
     found[total[:, :width] == -float("inf")] = -float("inf")
-    return found, sum(len(c) for c in kinds)
+    return found, sum(len(c) for _, c in kinds)
 
 
 def _choice(examples: Sequence[Any]) -> list[Any]:

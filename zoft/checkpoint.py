@@ -13,6 +13,16 @@ from zoft.errors import UserError
 
 HEADER_MAX = 100_000_000  # bytes of a safetensors header; the format's own limit
 LAYERS_MAX = 10_000
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What an adapter_config.json may say beyond plain LoRA pairs.
+MORE_THAN_PAIRS = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+)
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".msgpack", ".h5")
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
         "U16": 16, "U8": 8, "BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
@@ -28,14 +38,36 @@ def check(name: str, folder: Path) -> dict[str, str]:
     """
     config = _object(name, folder / "config.json")
     check_config(name, config)
-    if (folder / "adapter_config.json").exists():
+    if (folder / ADAPTER_CONFIG).exists():
         raise UserError(
-            f"model={name}: adapter_config.json: it is an adapter on another model; give one that it is merged into"
+            f"model={name}: adapter_config.json: it is an adapter on another model; give it as adapter={name}, "
+            "or a model that it is merged into"
         )
     tensors: dict[str, str] = {}
     for file in _weights(name, folder, config):
         tensors |= _header(name, file)
     return tensors
+
+
+def adapter(name: str, folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a folder with plain LoRA pairs, in safetensors. Imports nothing heavy.
+
+    name: the user's word for it. Errors: UserError for any other adapter, and for files that are not whole.
+    """
+    key = "adapter"
+    if not _is_file(folder / ADAPTER_CONFIG):
+        what = "no adapter_config.json in this folder" if os.path.isdir(folder) else "no such folder"
+        raise UserError(f"adapter={name}: {what}; give one that PEFT saved, like runs/NAME/adapter")
+    found = _object(name, folder / ADAPTER_CONFIG, key)
+    kind = str(found.get("peft_type"))
+    odd = [k for k in MORE_THAN_PAIRS if found.get(k)] + ["bias"] * (found.get("bias", "none") != "none")
+    if kind != "LORA" or odd:
+        what = f"LoRA with {odd[0]}" if kind == "LORA" else kind
+        raise UserError(f"adapter={name}: it is {what}; plain LoRA pairs are what stays in place")
+    if not _is_file(folder / ADAPTER_WEIGHTS):
+        raise UserError(f"adapter={name}: no {ADAPTER_WEIGHTS} in this folder; zoft loads safetensors only")
+    _header(name, folder / ADAPTER_WEIGHTS, key)
+    return found
 
 
 def check_config(name: str, config: dict[str, Any]) -> None:
@@ -95,11 +127,11 @@ def pickles(name: str) -> str:
     )
 
 
-def _header(name: str, path: Path) -> dict[str, str]:
+def _header(name: str, path: Path, key: str = "model") -> dict[str, str]:
     """{tensor: dtype} of a safetensors file whose header and length fit together."""
 
     def bad(what: str) -> UserError:
-        return UserError(f"model={name}: {path.name} is damaged: {what}; fetch it again")
+        return UserError(f"{key}={name}: {path.name} is damaged: {what}; fetch it again")
 
     try:
         size = path.stat().st_size
@@ -109,7 +141,7 @@ def _header(name: str, path: Path) -> dict[str, str]:
                 raise bad(f"it ends inside its header ({size} bytes)")
             header = _parsed(file.read(length))
     except OSError as error:
-        raise UserError(f"model={name}: {path.name} cannot be read: {error.strerror}") from None
+        raise UserError(f"{key}={name}: {path.name} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise bad(f"its header is no JSON ({error})") from None
     if not isinstance(header, dict):
@@ -140,16 +172,16 @@ def _header(name: str, path: Path) -> dict[str, str]:
     return {tensor: entry["dtype"] for tensor, entry in header.items()}
 
 
-def _object(name: str, path: Path) -> dict[str, Any]:
+def _object(name: str, path: Path, key: str = "model") -> dict[str, Any]:
     """A JSON file that must hold an object."""
     try:
         found = _parsed(path.read_bytes())
     except OSError as error:
-        raise UserError(f"model={name}: {path.name} cannot be read: {error.strerror}") from None
+        raise UserError(f"{key}={name}: {path.name} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"model={name}: {path.name} is damaged: {error}; fetch it again") from None
+        raise UserError(f"{key}={name}: {path.name} is damaged: {error}; fetch it again") from None
     if not isinstance(found, dict):
-        raise UserError(f"model={name}: {path.name} is damaged: no JSON object; fetch it again")
+        raise UserError(f"{key}={name}: {path.name} is damaged: no JSON object; fetch it again")
     return found
 
 

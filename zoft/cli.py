@@ -163,7 +163,8 @@ def train(
 
         run.first_look(resolved, resume, dry_run)
         given = [
-            *(overrides or []),
+            *[text for text in overrides if text != f"reward={reward}"],
+            *(["--reward", reward] if reward else []),
             *(["--config", config] if config else []),
             *(["--resume", resume] if resume else []),
         ]
@@ -232,6 +233,13 @@ def evaluate(
     resamples: Annotated[
         int, typer.Option(min=0, help="Of the bootstrap that gives 95 % intervals; 0 gives none.")
     ] = 1000,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(metavar="TASKS", help="Tasks of lm-evaluation-harness instead: arc_easy,boolq."),
+    ] = None,
+    lm_eval_path: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where task files of your own are.")
+    ] = None,
 ) -> None:
     """Evaluate a run's model, any model or an adapter: zoft eval runs/mine; zoft eval DIR --config mezo/reviews."""
     from zoft import eval_run
@@ -241,6 +249,14 @@ def evaluate(
     if len(folders) > 1:
         raise UserError(f"eval: {eval_run.GIVE}")
     resolved, adapter = eval_run.source(folders[0] if folders else None, config, overrides)
+    if lm_eval is not None:
+        if examples is not None:
+            raise UserError(f"--examples {examples}: is not of --lm-eval; leave one of them out")
+        results, shown = eval_run.harness(resolved, adapter, lm_eval, lm_eval_path)
+        typer.echo(json.dumps(results) if as_json else shown)
+        return
+    if lm_eval_path is not None:
+        raise UserError(f"--lm-eval-path {lm_eval_path}: does nothing without --lm-eval TASKS")
     found = eval_run.judge(resolved, adapter, resamples=resamples, out=examples)
     typer.echo(json.dumps(found) if as_json else eval_run.text(found))
 
@@ -334,6 +350,22 @@ def ledger(
         typer.echo(inspect_run.plot(folder, plot), err=as_json)
 
 
+@app.command(cls=_Verb)
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...")],
+    metrics: Annotated[str, typer.Option(help="Which metrics: accuracy,auc; default: all there are.")] = "",
+    csv: Annotated[str | None, typer.Option(metavar="FILE.csv", help="Write the table there too.")] = None,
+    png: Annotated[
+        str | None, typer.Option(metavar="FILE.png", help="Draw metrics against forwards.")
+    ] = None,
+) -> None:
+    """One table of runs, or of all below a folder, mean ± sd over seeds: zoft report runs --png curve.png."""
+    from zoft import report as reports
+
+    asked = [m for m in metrics.replace(",", " ").split() if m]
+    typer.echo(reports.report(runs, asked, csv_to=csv, png_to=png))
+
+
 @app.command("ls", cls=_Verb)
 def list_configs() -> None:
     """List the packaged configs."""
@@ -392,12 +424,14 @@ def data(
     overrides: Overrides = None,
     config: Source = None,
     count: Annotated[int, typer.Option("-n", min=1, help="How many examples.")] = 3,
+    as_json: Json = False,
 ) -> None:
-    """Show training examples as the model reads them, scored tokens marked."""
+    """Show training examples as the model reads them, scored tokens marked, and counts of them all."""
     from zoft import run
     from zoft.compose import compose
 
-    run.show_data(compose(config, overrides or []), count, typer.echo)
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    run.show_data(compose(config, overrides or []), count, typer.echo, as_json=as_json, colour=colour)
 
 
 @app.command(cls=_Verb)

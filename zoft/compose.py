@@ -182,7 +182,7 @@ def parse(text: str) -> tuple[str, Any]:
     if not equals:
         hint = f"write --config {text}" if text in names() or text.endswith(".yaml") else "write key=value"
         raise UserError(f"{text}: {hint}")
-    if name.startswith("task.choices."):
+    if name.startswith(("task.choices.", "task.columns.")):
         return name, raw
     if name not in (known_keys := fields()):
         raise unknown_key(name)
@@ -197,7 +197,7 @@ def _typed(name: str, raw: str, kind: str, metadata: Any) -> Any:
     if kind.startswith("dict"):
         value = strict_yaml(raw, f"{name}={raw}")
         if not isinstance(value, dict):
-            raise UserError(f"""{name}={raw}: write '{name}={{label: " text", other: " text"}}'""")
+            raise UserError(f"{name}={raw}: write '{name}={metadata['example']}'")
         return value
     free = kind.startswith("str") and "one_of" not in metadata and "pattern" not in metadata
     if not free and ("," in raw or re.match(r"(choice|range|interval|glob)\(", raw)):

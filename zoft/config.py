@@ -44,7 +44,7 @@ def key(default: Any, doc: str, **limits: Any) -> Any:
     """A dataclass field with its documentation and limits.
 
     limits: one_of (allowed words), pattern (a regular expression and its description), least (≥), above (>),
-    below (<), most (≤), template (True: a backslash and n typed in a shell is a line break).
+    below (<), most (≤), template (True: a backslash and n typed in a shell is a line break), example (of a map).
     """
     metadata = {"doc": doc, **limits}
     if isinstance(default, dict):
@@ -58,7 +58,9 @@ class Task:
 
     name: str = key("", "a task of configs/task: sst2, squad, …, reviews, or local (your own data)")
     train: str | None = key(
-        None, "training data: a .jsonl, .csv, .tsv, .json or .parquet file, or a Hub data set id[:split]"
+        None,
+        "training data: a .jsonl, .csv, .tsv, .json or .parquet file, a folder of such or of .txt files, or a Hub "
+        "data set id[:split]",
     )
     eval: str | None = key(None, "evaluation data, like train; null holds a fixed part of train out, by hash")
     subset: str | None = key(None, "configuration of a Hub data set that has several (glue has sst2, rte, …)")
@@ -66,19 +68,42 @@ class Task:
         None, "train on a fixed subset of this many examples; null takes all", least=1
     )
     max_words: int | None = key(
-        None, "leave out rows with more words in the prompt's columns; null takes all", least=1
+        None,
+        "leave out rows with more words in the prompt's columns (of a recognised layout: in all it reads); null takes all",
+        least=1,
     )
     prompt: str | None = key(
         None, "template with column names in braces: 'Review: {text}\\nSentiment:'", template=True
     )
     label: str | None = key(None, "column that holds the label")
-    choices: dict[Any, str] = key({}, "label -> the text that stands for it: {negative: ' terrible', …}")
+    choices: dict[Any, str] = key(
+        {},
+        "label -> the text that stands for it: {negative: ' terrible', …}",
+        example='{label: " text", other: " text"}',
+    )
     target: str | None = key(
         None, "template of the text to learn, where labels do not fit (LM loss)", template=True
     )
+    format: str = key(
+        "auto",
+        "layout of your own data, where no template names its columns; auto goes by their names and says what it found",
+        one_of=("auto", "text", "completion", "instruction", "messages", "sharegpt", "label"),
+    )
+    columns: dict[Any, str] = key(
+        {},
+        "what a layout calls a column -> your column: {prompt: question, completion: reply}",
+        example="{prompt: question, completion: reply}",
+    )
+    chat: str = key(
+        "auto",
+        "how turns are written: with the tokenizer's chat template, or plain, as text; auto is plain where prompt and "
+        "completion are all there is and the tokenizer has no template",
+        one_of=("auto", "template", "plain"),
+    )
+    pack: bool = key(False, "format=text: texts follow each other in rows of max_length, not one text a row")
     null_prompt: str | None = key(
         None,
-        "the prompt without its columns, for `zoft baseline --method sfc`; null: the template, columns empty",
+        "the prompt without what it asks about, for `zoft baseline --method sfc`; null: the template, columns empty",
         template=True,
     )
     num_train: int | None = key(
@@ -141,6 +166,11 @@ class Config:
     )
     lora_layers: str | None = key(
         None, "last-6: LoRA pairs in the last 6 blocks only", pattern=(r"last-[1-9]\d*", "last-1, last-2, …")
+    )
+    adapter: str | None = key(
+        None,
+        "folder of a saved LoRA adapter that is put in place, frozen, and stays there while other tensors are trained; "
+        "train=lora trains on from it",
     )
     virtual_tokens: int | None = key(
         None, "length of the prefix (null is 5) or the prompt (null is 10)", least=1
@@ -265,8 +295,14 @@ class Config:
     keep_best: int = key(0, "snapshots to keep besides, the best ones by best_by", least=0)
     best_by: str = key(
         "loss",
-        "metric of the evaluations that keep_best goes by",
+        "metric that keep_best, save_best and early_stop go by, on the dev set where there is one",
         one_of=("loss", "perplexity", "accuracy", "macro_f1", "auc", "calibrated_accuracy", *GENERATED),
+    )
+    save_best: bool = key(
+        False, "model/ holds the weights of the best evaluation by best_by, not the last ones"
+    )
+    early_stop: int = key(
+        0, "evaluations in a row without a better best_by that end the run; 0 goes on", least=0
     )
     output_dir: str | None = key(None, "folder of the run; null is runs/<config>-seed<seed>")
     save_model: bool = key(True, "write model/ at the end")
@@ -282,13 +318,16 @@ def filled(tree: dict[str, Any]) -> dict[str, Any]:
     """A tree of keys with the defaults of its recipe and of what it trains, where it does not set them."""
     for defaults, by in ((BY_RECIPE, "recipe"), (BY_TRAIN, "train")):
         unset = {k: v for k, v in defaults.get(str(tree.get(by)), {}).items() if tree.get(k) is None}
+        if tree.get("adapter"):  # which has a rank and an alpha of its own
+            unset = {k: v for k, v in unset.items() if not k.startswith("lora_")}
         tree = {**tree, **unset}
     return tree
 
 
 # Keys that do not decide the weights: where a run is, how it is watched and kept. A run may go on under others.
-FREE = ("model", "output_dir", "device", "threads", "parallel", "elastic", "listen", "check_every", "probes_per_forward", "cache_frozen", "eval_every", "eval_limit",
-        "max_skipped", "on_divergence", "sync", "snapshot_every", "keep_last", "keep_best", "best_by", "save_model",
+FREE = ("model", "adapter", "output_dir", "device", "threads", "parallel", "elastic", "listen", "check_every",
+        "probes_per_forward", "cache_frozen", "eval_every", "eval_limit",
+        "max_skipped", "on_divergence", "sync", "snapshot_every", "keep_last", "keep_best", "best_by", "save_best", "save_model",
         "save_dequantised", "save_dtype", "track",
         "trust_remote_code", "task.train", "task.eval", "task.num_eval", "reward", "reward_seconds", "hold_probe",
         "task.null_prompt")  # fmt: skip
@@ -367,6 +406,7 @@ def check(config: Config) -> Config:
             raise UserError(
                 f"{name}={getattr(config, name)}: is for train={' or '.join(sets)}, not {config.train}; leave it out"
             )
+    _check_adapter(config)
     try:
         re.compile(config.lora_targets or "")
     except re.error as error:
@@ -407,6 +447,25 @@ def check(config: Config) -> Config:
     return config
 
 
+def _check_adapter(config: Config) -> None:
+    """Refuse what does not go with an adapter in place."""
+    if config.adapter is None:
+        return
+    if not config.adapter.strip():
+        raise UserError("adapter is empty: give a folder, or leave the key out")
+    for name in ("lora_rank", "lora_alpha", "lora_targets", "lora_layers"):
+        if getattr(config, name) is not None:
+            raise UserError(f"{name}={getattr(config, name)}: the adapter has its own; leave it out")
+    if config.train in ("prefix", "prompt"):
+        raise UserError(
+            f"train={config.train}: does not go with adapter; use train=lora to train on from it, or scales, norms, all, …"
+        )
+    if config.denoise_every:
+        raise UserError(
+            f"denoise_every={config.denoise_every}: rebuilds weights from the model's own files, without an adapter in place; leave it out"
+        )
+
+
 def _check_mask(config: Config) -> None:
     """Refuse masks where they do not apply; resolves mask=auto."""
     ours, default = config.recipe == "sparse_mezo", fields()["sparsity"].default
@@ -445,7 +504,10 @@ def _check_objective(config: Config) -> None:
                 f"{name}={getattr(config, name)}: objective={config.objective} asks no reward; leave one out"
             )
     for name in ("max_new_tokens", "stop", "hold_probe"):
-        if not written and getattr(config, name) != found[name].default:
+        evaluated = (
+            name != "hold_probe" and not config.task.choices
+        )  # text to learn is judged by what is written
+        if not (written or evaluated) and getattr(config, name) != found[name].default:
             raise UserError(
                 f"{name}={getattr(config, name)!r}: no text is written with objective={config.objective}; leave it out"
             )
@@ -469,10 +531,21 @@ def _check_objective(config: Config) -> None:
 
 def _check_snapshots(config: Config) -> None:
     every, found = config.snapshot_every, fields()
-    unused = ("keep_last", "keep_best", "best_by") if not every else () if config.keep_best else ("best_by",)
+    for name in ("save_best", "early_stop"):
+        if getattr(config, name) and not config.eval_every:
+            raise UserError(
+                f"{name}={getattr(config, name)}: goes by evaluations on the way; set eval_every, too"
+            )
+    if config.early_stop and config.denoise_every and config.eval_every % config.denoise_every:
+        raise UserError(
+            f"early_stop={config.early_stop}: a run may end at any evaluation, each of which must follow a denoising: "
+            f"set eval_every to a multiple of denoise_every={config.denoise_every}"
+        )
+    unused: tuple[str, ...] = ("keep_last", "keep_best") if not every else ()
+    unused += () if config.keep_best or config.save_best or config.early_stop else ("best_by",)
     for name in unused:
         if getattr(config, name) != found[name].default:
-            wanted = "keep_best" if every else "snapshot_every"
+            wanted = "snapshot_every" if name != "best_by" else "keep_best, save_best or early_stop"
             raise UserError(f"{name}={getattr(config, name)}: does nothing without {wanted}; set that too")
     if every > config.steps:
         raise UserError(f"snapshot_every={every}: must not exceed steps={config.steps}")

@@ -21,6 +21,7 @@ from zoft import noise, norms, precision, routes_adapter
 from zoft.control import Control
 from zoft.noise import triton as kernels
 from zoft.probe import Probe, ProbeAxis
+from zoft.quant import QuantLinear
 from zoft.routes import conv1d, fast, linear, part, start
 from zoft.sites import Site
 from zoft.space import Trained
@@ -47,10 +48,13 @@ class DeviceAxis(ProbeAxis):
     All 1-D tensors and LoRA pairs (kept in fp32) lie end to end and are probed in one launch a forward, or two where
     only some decay; norms over the last dimension run as one kernel for all probes. Outside `stepping` it is an
     ordinary probe axis.
+
+    compute: what the model computes in, which quantised layers, having no weight, do not tell.
     """
 
     def __init__(
-        self, trained: Sequence[Trained], sites: Sequence[Site], *, seed: int, kind: str, q: int, eps: float, beta: float = 0.0
+        self, trained: Sequence[Trained], sites: Sequence[Site], *, seed: int, kind: str, q: int, eps: float, beta: float = 0.0,
+        compute: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
         super().__init__(trained, sites, seed=seed, kind=kind, beta=beta)
         self.flat_device = device = self.trained[0].stored.device
@@ -66,7 +70,7 @@ class DeviceAxis(ProbeAxis):
             and t.stored.dtype == t.compute == torch.float32
             and t.floor is None
         ]
-        self.narrow = _narrowed(self.sites, small, eps, seed, kind)
+        self.narrow = _narrowed(self.sites, small, eps, seed, kind, compute)
         self.small: dict[int, tuple[Pack, slice]] = {}
         self.packs = [
             self._packed(some, bool(beta))
@@ -223,7 +227,7 @@ class DeviceAxis(ProbeAxis):
 
 
 def _narrowed(
-    sites: Sequence[Site], small: list[Trained], eps: float, seed: int, kind: str
+    sites: Sequence[Site], small: list[Trained], eps: float, seed: int, kind: str, compute: torch.dtype
 ) -> dict[int, torch.dtype]:
     """Biases and LoRA pairs that may be probed in their matrix's dtype: where the probe survives that.
 
@@ -243,7 +247,8 @@ def _narrowed(
                     t.compute = found[t.id] = dtype
         elif fast(site) is routes_adapter.lora:
             base: Any = site.module
-            dtype = base.base_layer.weight.dtype
+            codes = type(base.base_layer) is QuantLinear
+            dtype = compute if codes else base.base_layer.weight.dtype
             fits = dtype.is_floating_point and dtype.itemsize == 2 and all(t.id in ours for t in site.trained)
             if fits and all(
                 precision.cosine(t, eps, seed, kind, dtype) >= NARROW_COSINE for t in site.trained

@@ -69,13 +69,13 @@ class World:
         return batch[shard * n // self.shards : (shard + 1) * n // self.shards]
 
     def exchange(self, mine: Tensor) -> tuple[Tensor, Tensor]:
-        """This process's totals fp64 [m, K] -> (those of all probes [parts·m, K], whether to stop).
+        """This process's totals fp64 [m, K], sums and a count -> (those of all probes [parts·m, K], whether to stop).
 
-        Shards are added up in their order, on each process alike. The second column is a count, never negative: its sign
+        Shards are added up in their order, on each process alike. The last column, a count, is never negative: its sign
         says that this process was asked to stop. Where `mine` is on a GPU nothing waits for it.
         """
         if self.stop is not None and self.stop.number:
-            mine = torch.cat([mine[:, :1], -mine[:, 1:2], mine[:, 2:]], 1)
+            mine = torch.cat([mine[:, :-1], -mine[:, -1:]], 1)
         self.sent += mine.numel() * mine.element_size()
         gathered = mine.new_empty(self.size, *mine.shape)
         if mine.is_cuda:
@@ -83,8 +83,8 @@ class World:
         else:
             with self.together():
                 dist.all_gather(list(gathered), mine.contiguous())
-        asked = (torch.signbit(gathered[..., 1]) & ~gathered[..., 1].isnan()).any()
-        gathered[..., 1].abs_()
+        asked = (torch.signbit(gathered[..., -1]) & ~gathered[..., -1].isnan()).any()
+        gathered[..., -1].abs_()
         grid = gathered.view(self.parts, self.shards, *mine.shape)
         total = grid[:, 0].clone()
         for shard in range(1, self.shards):

@@ -20,6 +20,8 @@ class Example:
     answers: texts that count as right where one is generated. golds: all right candidates, where there are several.
     masked: for a masked language model: contexts end with the mask, completions are the tokens that may fill it, and
     the row goes on with `after`, closing tokens ([SEP]) included.
+    scored: which tokens of the single completion are scored, the last one among them; None: all.
+    cut: tokens that max_length took away. part: which piece of its row it is, where rows are cut into pieces.
     """
 
     contexts: tuple[tuple[int, ...], ...]
@@ -31,6 +33,9 @@ class Example:
     golds: tuple[int, ...] = ()
     masked: bool = False
     after: tuple[int, ...] = ()
+    scored: tuple[bool, ...] | None = None
+    cut: int = 0
+    part: int = 0
 
     @property
     def length(self) -> int:
@@ -39,17 +44,72 @@ class Example:
         return max(len(a) + len(b) for a, b in zip(self.contexts, self.completions)) + rest
 
 
-def encode(rows: Sequence[dict], tokenizer: Any, task: Any, max_length: int) -> list[Example]:
+def encode(
+    rows: Sequence[dict], tokenizer: Any, task: Any, max_length: int, *, pack: bool = False
+) -> list[Example]:
+    """Rows of a task as token ids: prompts and candidates, conversations, or pieces of text, as the rows are.
+
+    Conversations (`messages`) are written with the chat template, or plain (zoft.chat); text (`pieces`) is cut
+    into pieces of max_length, packed if `pack` (zoft.pieces): several examples a row, or several rows an example.
+    Prompts and candidates: see `paired`. Arguments and errors are those of the three.
+    """
+    if rows and "pieces" in rows[0]:
+        from zoft import pieces
+
+        return pieces.encode(rows, tokenizer, max_length, pack=pack)
+    if rows and "messages" in rows[0] and (kind := turns(tokenizer, rows, task)):
+        from zoft import chat
+
+        return chat.encode(rows, chat.of(tokenizer, kind), max_length)
+    return paired(rows, tokenizer, task, max_length)
+
+
+def turns(tokenizer: Any, rows: Sequence[dict], task: Any) -> str:
+    """How rows with turns are written: "template", "plain" turns, or "" for a prompt and its completion as text."""
+    kind = getattr(task, "chat", "auto")
+    single = all("candidates" in row and row.get("joins") for row in rows)
+    if single and (kind == "plain" or kind == "auto" and not getattr(tokenizer, "chat_template", None)):
+        return ""
+    return "plain" if kind == "plain" else "template"
+
+
+def how(tokenizer: Any, data: Any) -> str:
+    """A line on how the rows of a recognised layout are written for the model."""
+    row = data.train[0]
+    if "pieces" in row:
+        if data.pack:
+            return "texts follow each other in rows of max_length (task.pack)"
+        return "a text a row; a long one is cut into rows of max_length"
+    kind = turns(tokenizer, data.train, data)
+    if not kind:
+        seam = "a line break between them" if data.joint else "as they stand"
+        ends = ", EOS after it" if tokenizer.eos_token_id is not None else ""
+        return f"prompt and completion are one text, {seam}{ends} (task.chat=template writes turns)"
+    from zoft import chat
+
+    made = chat.of(tokenizer, kind)
+    source = "as 'User: …', 'Assistant: …'" if kind == "plain" else "with the tokenizer's chat template"
+    ends = (
+        "and the token that ends each" if chat.ends_turns(made, row) else "alone (no token ends a turn here)"
+    )
+    dated = ", under a date that stays the same" if made.template.startswith(chat.DATE) else ""
+    other = "" if kind == "plain" else "; task.chat=plain does without it"
+    return f"turns are written {source}{dated}; the loss is on the assistant's words {ends}{other}"
+
+
+def paired(rows: Sequence[dict], tokenizer: Any, task: Any, max_length: int) -> list[Example]:
     """Tokenise rendered rows, finding for each candidate the token at which it begins.
 
     Prompt and candidate are tokenised together, as the model will read them; the candidate begins where the
     tokens stop agreeing with the prompt's own, so a token that merges the end of a prompt with the start of
     a candidate is the candidate's. Special tokens that the tokenizer puts in front (BOS) are kept, those it
     puts behind (EOS) are not added. A row longer than max_length loses tokens from the left of its prompt
-    (after BOS), up to one place for all its candidates. Rows that go on behind a mask: see `encode_masked`.
+    (after BOS), up to one place for all its candidates. EOS follows the candidate of a row with `joins` (a prompt
+    and its completion from a recognised layout), and is scored. Rows that go on behind a mask: see `encode_masked`.
 
     rows: dicts {prompt: str, candidates: [str], gold: int, where: str, …}, as `zoft.tasks` renders them.
-    task: anything with `.objective` ("choice" | "lm"). max_length: tokens a row, BOS and candidate included.
+    task: anything with `.objective` ("choice" | "lm"); `.joint` stands between the two of a row with `joins`.
+    max_length: tokens a row, BOS and candidate included.
     Returns one Example a row, in order.
     Errors: UserError naming the row where a candidate has no token of its own, nothing precedes it, or it
     does not fit in max_length.
@@ -57,9 +117,12 @@ def encode(rows: Sequence[dict], tokenizer: Any, task: Any, max_length: int) -> 
     if rows and "after" in rows[0]:
         out = encode_masked(rows, tokenizer, max_length)
         return [replace(e, single=True) for e in out] if _single(out) else out
-    front = _front(tokenizer)
-    prompts = _tokenise(tokenizer, [row["prompt"] for row in rows])
-    whole = iter(_tokenise(tokenizer, [row["prompt"] + c for row in rows for c in row["candidates"]]))
+    front = front_of(tokenizer)
+    joint = [getattr(task, "joint", "") if row.get("joins") else "" for row in rows]
+    texts = [row["prompt"] + j for row, j in zip(rows, joint)]
+    prompts = _tokenise(tokenizer, texts)
+    whole = iter(_tokenise(tokenizer, [t + c for row, t in zip(rows, texts) for c in row["candidates"]]))
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     out = []
     for row, prompt in zip(rows, prompts):
         pairs = []
@@ -76,7 +139,7 @@ def encode(rows: Sequence[dict], tokenizer: Any, task: Any, max_length: int) -> 
                 raise UserError(
                     f"{row['where']}: nothing stands before candidate {text!r}: lengthen task.prompt"
                 )
-            pairs.append((ids[:split], ids[split:]))
+            pairs.append((ids[:split], ids[split:] + (end if row.get("joins") else [])))
         # One cut for all candidates, so that they are judged after the same words.
         cut = max(0, max(len(head) + len(tail) for head, tail in pairs) + len(front) - max_length)
         shortest = min(len(head) for head, _ in pairs)
@@ -88,7 +151,7 @@ def encode(rows: Sequence[dict], tokenizer: Any, task: Any, max_length: int) -> 
         contexts = tuple(front + tuple(head[cut:]) for head, _ in pairs)
         extra: dict[str, Any] = {name: tuple(row.get(name, ())) for name in ("answers", "golds")}
         completions = tuple(tuple(tail) for _, tail in pairs)
-        out.append(Example(contexts, completions, row["gold"], task.objective, **extra))
+        out.append(Example(contexts, completions, row["gold"], task.objective, cut=cut, **extra))
     if out and task.objective == "choice" and _single(out):
         out = [replace(e, single=True) for e in out]
     return out
@@ -110,7 +173,7 @@ def encode_masked(rows: Sequence[dict], tokenizer: Any, max_length: int) -> list
         raise UserError(
             "task.prompt: [MASK] is for masked language models (RoBERTa, BERT), and this model's tokenizer has no mask token"
         )
-    front, back = _front(tokenizer), _back(tokenizer)
+    front, back = front_of(tokenizer), _back(tokenizer)
     texts = [row["prompt"].rstrip() + tokenizer.mask_token + row["after"] for row in rows]
     words = sorted({c for row in rows for c in row["candidates"]})
     fillers = dict(zip(words, _tokenise(tokenizer, words)))
@@ -140,13 +203,19 @@ def encode_masked(rows: Sequence[dict], tokenizer: Any, max_length: int) -> list
     return out
 
 
-def prompts(rows: Sequence[dict], tokenizer: Any, most: int) -> list[tuple[int, ...]]:
+def prompts(rows: Sequence[dict], tokenizer: Any, most: int, task: Any = None) -> list[tuple[int, ...]]:
     """The prompts alone as token ids, to write after: at most so many tokens, cut on the left (after BOS).
 
-    rows: as for `encode`. Raises UserError naming a row without any token.
+    Of conversations, what the chat template writes where it asks for the answer, cut as `encode` does.
+    rows, task: as for `encode`. Raises UserError naming a row without any token, or of several answers.
     """
-    front = _front(tokenizer)
-    found = _tokenise(tokenizer, [row["prompt"] for row in rows])
+    if rows and "messages" in rows[0] and (kind := turns(tokenizer, rows, task)):
+        from zoft import chat
+
+        return chat.prompts(rows, chat.of(tokenizer, kind), most)
+    front = front_of(tokenizer)
+    joint = getattr(task, "joint", "")
+    found = _tokenise(tokenizer, [row["prompt"] + (joint if row.get("joins") else "") for row in rows])
     out = [front + tuple(ids[max(0, len(ids) + len(front) - most) :]) for ids in found]
     for row, ids in zip(rows, out):
         if not ids:
@@ -154,21 +223,12 @@ def prompts(rows: Sequence[dict], tokenizer: Any, most: int) -> list[tuple[int, 
     return out
 
 
-def show(example: Example, tokenizer: Any) -> str:
-    """What the model reads, decoded: the context, then a line a candidate, its scored tokens in ⟦ ⟧.
-
-    example: as encode() gives it. tokenizer: the one that encoded it. Returns plain text; `*` marks the gold
-    candidate.
-    """
-    lines = []
-    shared = len(set(example.contexts)) == 1
-    if shared:
-        lines.append(tokenizer.decode([*example.contexts[0], *example.after]))
-    for c, (context, completion) in enumerate(zip(example.contexts, example.completions)):
-        marked = "".join(f"⟦{tokenizer.decode([token])}⟧" for token in completion)
-        lead = "" if shared else tokenizer.decode(list(context))
-        lines.append(f"{'*' if c == example.gold else ' '} {lead}{marked}")
-    return "\n".join(lines)
+def rows_of(rows: Sequence[dict], examples: Sequence[Example]) -> list[dict]:
+    """The row of each example: encode() makes one a row, but of text as many as there are pieces."""
+    at = [i for i, e in enumerate(examples) if e.part == 0]
+    assert len(at) == len(rows), (len(at), len(rows))
+    numbers = [n for n, (a, b) in enumerate(zip(at, [*at[1:], len(examples)])) for _ in range(b - a)]
+    return [rows[n] for n in numbers]
 
 
 def _single(examples: Sequence[Example]) -> bool:
@@ -178,7 +238,7 @@ def _single(examples: Sequence[Example]) -> bool:
     return all(e.completions == first and len(set(e.contexts)) == 1 for e in examples)
 
 
-def _front(tokenizer: Any) -> tuple[int, ...]:
+def front_of(tokenizer: Any) -> tuple[int, ...]:
     """The special tokens that the tokenizer puts before a text."""
     return _around(tokenizer)[0]
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from zoft import adapters, footprint, models, quant, quant_files, routes, setup, space
-from zoft.config import ADAPTERS, Config
+from zoft import adapter_beside, adapters, footprint, models, quant, quant_files, routes, setup, space
+from zoft.config import ADAPTERS, GENERATED, Config
 from zoft.data_order import batch_indices
 from zoft.due import due
 from zoft.encode import Example, encode
@@ -53,6 +53,8 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     quantised(config, model)
     if config.train in ADAPTERS:
         model = adapters.attach(model, config)
+    elif place := adapter_beside.folder_of(config):
+        model = adapters.load(model, place)
     gradients = model
     names = space.train_names(model, config.train)
     if quant.layers(model):
@@ -82,6 +84,12 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     if config.train in ADAPTERS and not inplace:
         packed = config.train == "lora" and config.device.startswith("cuda")  # device.Pack, in 32 and 16 bits
         scratch = trained * (6 * 2 * config.q if packed else 4 * probes)
+    if config.objective in GENERATED:
+        scratch += 0 if inplace or config.hold_probe is False else sum(_held(config, model, names, compute))
+        notes.append(
+            f"objective={config.objective}: seconds_per_step is that of the prompts alone; each of up to {config.max_new_tokens} "
+            "tokens takes a small forward more, and its keys and values some memory"
+        )
     momentum = (8 if compute == torch.float64 else 4) * trained if config.momentum else 0
     frozen, share = _frozen(config, model, names, rows)
     spaces = WORKSPACES if config.device.startswith("cuda") else 0
@@ -110,6 +118,14 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
         | {"perturb": "inplace" if inplace else "probes", "probes_per_forward": probes},
         "notes": list(dict.fromkeys(notes)),
     }  # fmt: skip
+
+
+def _held(config: Config, model: nn.Module, names: Sequence[str], compute: torch.dtype) -> Iterator[int]:
+    """Bytes of each trained tensor at one probe, where its text is written with weights made once."""
+    for name, p in model.named_parameters():
+        if name in set(names):
+            wide = config.train in ADAPTERS or p.ndim <= 1
+            yield p.numel() * (max(4, compute.itemsize) if wide else compute.itemsize)
 
 
 def skeleton(config: Config) -> Any:
@@ -185,7 +201,8 @@ def _examples(config: Config) -> tuple[list[Example], int, str]:
     try:
         data = tasks.load(config.task)
         tested = len(tasks.subset(data.eval, config.eval_limit))
-        return encode(data.train, setup.tokenizer(config), data, config.max_length), tested, ""
+        rows = encode(data.train, setup.tokenizer(config), data, config.max_length, pack=data.pack)
+        return rows, tested, ""
     except UserError as error:
         context = (0,) * config.max_length
         made = Example((context, context), ((1,), (2,)), 0, "choice", True)

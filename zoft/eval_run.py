@@ -60,8 +60,8 @@ def of_run(folder: Path, config: Config) -> tuple[Config, Path | None]:
             + (" and evaluate that with model=DIR" if saved.name == "model" else "")
         )
     if name == "adapter":
-        return config, saved
-    return dataclasses.replace(config, model=str(saved), bits=None, eps_mode="absolute"), None
+        return dataclasses.replace(config, adapter=None), saved
+    return dataclasses.replace(config, model=str(saved), bits=None, eps_mode="absolute", adapter=None), None
 
 
 def _base(adapter: Path) -> str:
@@ -99,6 +99,7 @@ def judge(
     models.check(models.resolve(config.model))
     tasks.look(config.task)
     from zoft import evaluate, setup
+    from zoft.encode import rows_of
 
     with guards.memory(config):
         data = tasks.load(config.task)
@@ -107,21 +108,38 @@ def judge(
         models.refuse_other_kind(config.model, model, held_out[0].masked)
         found = evaluate.judge(model, held_out, train, write=writer(config, model, tokenizer))
     if out is not None:
-        rows = tasks.subset(data.eval, config.eval_limit)
+        rows = rows_of(tasks.subset(data.eval, config.eval_limit), held_out)
         with writing(out):
             Path(out).write_text("".join(lines(rows, found)), encoding="utf-8")
     result = evaluate.figures(found)
     return result | ({"ci95": evaluate.bootstrap(found, resamples=resamples)} if resamples else {})
 
 
+def harness(config: Config, adapter: Path | None, tasks: str, path: str | None) -> tuple[dict[str, Any], str]:
+    """(results of lm-evaluation-harness's tasks, the same as text); config.eval_limit examples of each."""
+    from zoft import lm_eval_tasks, models
+
+    names = lm_eval_tasks.require(tasks, path)
+    models.check(models.resolve(config.model))
+    with guards.memory(config):
+        config, model, tokenizer = load(config, adapter)
+        found = lm_eval_tasks.run(config, model, tokenizer, names, path, config.eval_limit)
+    return found, lm_eval_tasks.text(found)
+
+
 def writer(config: Config, model: Any, tokenizer: Any, context: Any = None) -> Any:
     """contexts -> the text that the model writes after each, by the config's max_new_tokens and stop."""
     from zoft.generate import generate
 
-    stop, most = getattr(config, "stop", "\n"), getattr(config, "max_new_tokens", 50)
-
     def write(contexts: Sequence[tuple[int, ...]]) -> list[str]:
-        return generate(model, tokenizer, contexts, max_new_tokens=most, stop=stop, context=context)
+        return generate(
+            model,
+            tokenizer,
+            contexts,
+            max_new_tokens=config.max_new_tokens,
+            stop=config.stop,
+            context=context,
+        )
 
     return write
 

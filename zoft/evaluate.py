@@ -102,9 +102,8 @@ def judge(
     gold = np.array([e.gold for e in examples])  # [n]
     golds = [e.golds or (e.gold,) for e in examples]
     if examples[0].objective == "lm":
-        if (
-            min(len(e.completions) for e in examples) > 1
-        ):  # learned as text, judged by candidates: one pass for both
+        # Learned as text, judged by candidates: one pass for both. A row may have but one (ReCoRD's of one entity).
+        if max(len(e.completions) for e in examples) > 1:
             total, count = totals(model, [replace(e, objective="choice") for e in examples], context)
             own = np.arange(len(gold)), gold
             means = np.where(count > 0, total / count.clip(1), -np.inf)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoft import adapters, models, quant, replay, setup, space
+from zoft import adapter_beside, adapters, models, quant, replay, setup, space
 from zoft import base as bases
 from zoft import run as runs
 from zoft.base import Base
@@ -30,11 +30,13 @@ def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
     if config.train in ("prefix", "prompt"):
         raise UserError(f"train={config.train}: it cannot be merged into weights; use --adapter")
     config, log = replay.asked(setup.device(config), folder, replay.Ask())
-    if config.train in ADAPTERS:  # the base as it was loaded, whatever the run computed in
+    beside = config.train in ADAPTERS or adapter_beside.folder_of(config) is not None
+    if beside:  # the base as it was loaded, whatever the run computed in
         config = replace(config, compute="fp32")
     model, tokenizer, config = runs.recipe(config.recipe).rebuild(config, folder, log)
-    if config.train in ADAPTERS:
+    if beside:
         own = logits(widened(model, None))
+        quant.make_plain(model)
         model = adapters.merge(model)
         agree(logits(model), own, out)
     quant.make_plain(model)
@@ -82,7 +84,7 @@ def adapter(config: Config, folder: Path, out: Path) -> str:
         adapters.save(model, draft, tokenizer=tokenizer, card=runs.card(config, result, **facts))
         own = logits(model)
         del model, trained
-        base, _, _ = setup.model(runs.plain(config))
+        base, _, _ = setup.model(replace(runs.plain(config), adapter=None))
         agree(logits(adapters.load(widened(base, None), draft)), own, out)
     return f"{out}: loaded again beside the base, it gives the run's logits"
 

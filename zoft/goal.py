@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoft import generate, metrics, objective
+from zoft import distributed, generate, metrics, objective
 from zoft import reward as rewards
 from zoft.config import GENERATED, Config
 from zoft.encode import Example, prompts
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 class Goal:
     """An objective as the trainer wants it.
 
-    forward(model, batch) -> K columns, a number an example each. value(totals [P, K]) -> [P], minimised.
+    forward(model, batch) -> K columns, a number an example each, the last of them how many it counts for.
+    value(totals [P, K]) -> [P], minimised.
     texts: where the model writes them; then a batch is Prompts.
     """
 
@@ -51,10 +52,10 @@ class Goal:
     texts: Texts | None = None
 
     def examples(self, train: Sequence[Example]) -> list[Example]:
-        """The examples as training scores them: of `lm` on a task of candidates, the gold one's tokens alone."""
-        if self.name == "lm" and train[0].objective == "choice":
-            return [replace(e, objective="lm", single=False) for e in train]
-        return list(train)
+        """The examples as training scores them: of `lm` the gold candidate's tokens alone, else all candidates'."""
+        if self.name in GENERATED or train[0].objective == (kind := "lm" if self.name == "lm" else "choice"):
+            return list(train)
+        return [replace(e, objective=kind, single=False) for e in train]
 
     def header(self) -> dict[str, Any]:
         """What a ledger's header says of it."""
@@ -70,20 +71,31 @@ class Goal:
         if self.texts is not None:
             self.texts.progress = tracker.under_way
 
-    def evaluate(self, model: Any, context: Callable[[int], AbstractContextManager]) -> dict[str, float]:
-        """Metrics of texts written after the evaluation's prompts; nothing where the objective writes none."""
-        return {} if self.texts is None else self.texts.evaluate(model, context)
+    def evaluate(
+        self, model: Any, context: Callable[[int], AbstractContextManager], rows: Sequence[dict[str, Any]]
+    ) -> dict[str, float]:
+        """Metrics of texts written after the prompts of rows; nothing where the objective writes none."""
+        return {} if self.texts is None else self.texts.evaluate(model, context, rows)
 
 
 def resolve(config: Config, data: TaskData) -> Config:
     """The config with its objective named. Raises UserError for one that this task's rows cannot have."""
     name = data.objective if config.objective == "auto" else config.objective
-    if name in ("choice", "accuracy", "macro_f1") and data.objective != "choice":
+    rows = [*data.train, *data.eval]
+    if name in ("choice", "accuracy", "macro_f1") and min(len(r["candidates"]) for r in rows) < 2:
         raise UserError(
             f"objective={name}: task={config.task.name} has text to learn, and no candidates; use lm, f1 or exact_match"
         )
-    if name == "macro_f1" and len({len(r["candidates"]) for r in [*data.train, *data.eval]}) > 1:
+    if name in ("accuracy", "macro_f1") and any(len(r.get("golds", ())) > 1 for r in rows):
+        raise UserError(
+            f"objective={name}: rows of task={config.task.name} have several right candidates; use lm or f1"
+        )
+    if name == "macro_f1" and len({len(r["candidates"]) for r in rows}) > 1:
         raise UserError("objective=macro_f1: rows differ in their number of candidates; use accuracy")
+    if name in ("lm", *GENERATED) and any("after" in r for r in rows):
+        raise UserError(
+            f"objective={name}: task={config.task.name} fills a mask, and writes no text; use choice or accuracy"
+        )
     if name in GENERATED:
         config = replace(config, probes_per_forward=1, cache_frozen=False)
     return replace(config, objective=name)
@@ -110,17 +122,18 @@ def accuracy(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def label_counts(model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
-    """3·C columns [E]: whether a row is a hit of label c, is predicted as c, is c; NaN where a score is none."""
+    """3·C columns [E]: whether a row is a hit of label c, is predicted as c, is c; NaN where a score is none; and ones."""
     found = objective.scores(model, batch)  # [E, C]
     predicted = F.one_hot(found.argmax(1), found.shape[1])  # [E, C]
     gold = F.one_hot(batch.gold, found.shape[1])
     columns = torch.cat([predicted * gold, predicted, gold], 1).to(found.dtype)  # [E, 3C]
-    return columns.masked_fill(found.isnan().any(1, keepdim=True), torch.nan).unbind(1)
+    columns = columns.masked_fill(found.isnan().any(1, keepdim=True), torch.nan)
+    return *columns.unbind(1), torch.ones_like(columns[:, 0])
 
 
 def minus_macro_f1(totals: Tensor) -> Tensor:
-    """[P] from totals [P, 3C]: minus the mean of 2·TP / (2·TP + FP + FN) over the labels that occur (metrics.macro_f1)."""
-    hits, predicted, gold = totals.unflatten(1, (3, -1)).unbind(1)  # [P, C]
+    """[P] from totals [P, 3C + 1]: minus the mean of 2·TP / (2·TP + FP + FN) over the labels that occur (metrics.macro_f1)."""
+    hits, predicted, gold = totals[:, :-1].unflatten(1, (3, -1)).unbind(1)  # [P, C]
     sizes = predicted + gold
     each = torch.where(sizes == 0, 0.0, 2 * hits / sizes)
     return 0 - each.sum(1) / (sizes != 0).sum(1)
@@ -149,14 +162,17 @@ class Texts:
     def __init__(self, config: Config, data: TaskData, tokenizer: Any) -> None:
         self.name, self.tokenizer = config.objective, tokenizer
         self.how: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "stop": config.stop}
-        room = config.max_length - config.max_new_tokens
-        self.train, self.held_out = data.train, subset(data.eval, config.eval_limit)
-        self.contexts = prompts(self.train, tokenizer, room)
-        self.eval_contexts = prompts(self.held_out, tokenizer, room)
+        self.room, self.data = config.max_length - config.max_new_tokens, data
+        self.train = data.train
+        self.contexts = prompts(self.train, tokenizer, self.room, data)
+        prompts(
+            subset(data.eval, config.eval_limit), tokenizer, self.room, data
+        )  # a mistake shows before training
         self.reward = None if config.reward is None else rewards.load(config.reward, config.reward_seconds)
         assert (self.reward is None) == (self.name != "reward"), (config.reward, self.name)
         self.progress: Callable[[str], Any] = lambda text: None
-        self.done, self.each = 0, 2 * config.q * config.batch_size * config.accumulate  # texts of a step
+        each = 2 * config.q * config.batch_size * config.accumulate  # texts of a step
+        self.done, self.each = 0, each // distributed.current().size
 
     def forward(self, model: Any, batch: Prompts) -> tuple[Tensor, Tensor]:
         """(-score of each row's text [E], ones), fp64 on the CPU; NaN throughout where logits were none."""
@@ -179,20 +195,20 @@ class Texts:
         scores = self.scores(self.name, [self.train[i] for i in batch.picks], [text for text, _ in made])
         return 0 - torch.tensor(scores, dtype=torch.float64), ones
 
-    def evaluate(self, model: Any, context: Callable[[int], AbstractContextManager]) -> dict[str, float]:
-        """{exact_match, f1}, or {reward}, of the held-out rows."""
-        done = 0
+    def evaluate(
+        self, model: Any, context: Callable[[int], AbstractContextManager], rows: Sequence[dict[str, Any]]
+    ) -> dict[str, float]:
+        """{exact_match, f1}, or {reward}, of held-out rows."""
+        done, contexts = 0, prompts(rows, self.tokenizer, self.room, self.data)
 
-        def did(rows: int) -> None:
+        def did(count: int) -> None:
             nonlocal done
-            done += rows
-            self.progress(f"evaluation, {done} of {len(self.held_out)} texts")
+            done += count
+            self.progress(f"evaluation, {done} of {len(rows)} texts")
 
-        texts = generate.generate(
-            model, self.tokenizer, self.eval_contexts, context=context, progress=did, **self.how
-        )
+        texts = generate.generate(model, self.tokenizer, contexts, context=context, progress=did, **self.how)
         names = ("reward",) if self.reward else ("exact_match", "f1")
-        return {n: sum(self.scores(n, self.held_out, texts)) / len(texts) for n in names}
+        return {n: sum(self.scores(n, rows, texts)) / len(texts) for n in names}
 
     def scores(self, name: str, rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[float]:
         """A number a row, the larger the better."""

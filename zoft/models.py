@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -412,20 +412,24 @@ def save(
     The files go to a folder beside out_dir that takes its name when it is whole (an older out_dir is
     replaced then). The model in memory is not changed.
 
-    model: a transformers model. tokenizer: its tokenizer, chat template included. dtype: torch.dtype of the
+    model: a transformers model, or one with an adapter in place: the pairs are added to the matrices where these are plain,
+    else the adapter goes along, in a folder of its own. tokenizer: its tokenizer, chat template included. dtype: torch.dtype of the
     floating tensors on disk, or "auto": each as it is (scales of quantised layers stay in fp32). card: text of
     README.md, see model_card(). dequantise: write quantised layers as plain weights, which every library reads.
     Errors: UserError where a value does not fit in dtype.
     """
-    from zoft import quant, quant_files, quant_other
+    from zoft import adapter_beside, quant, quant_files, quant_other
 
-    with whole(out_dir) as folder:
+    added = adapter_beside.changes(model, dequantise)
+    with whole(out_dir) as folder, adapter_beside.without(model) as base:
         # transformers cannot undo what it did to such a model while it loaded it; it loads this form as well.
-        form = {"save_original_format": False} if quant_other.alive(model) else {}
-        with _quiet(), quant_other.own_form(model):
-            model.save_pretrained(folder, state_dict=_cast(model, dtype, dequantise), **form)
-        if quant.layers(model) and not dequantise:
-            quant_files.mark(folder, model)
+        form = {"save_original_format": False} if quant_other.alive(base) else {}
+        with _quiet(), quant_other.own_form(base):
+            base.save_pretrained(folder, state_dict=_cast(base, dtype, dequantise, added or {}), **form)
+        if quant.layers(base) and not dequantise:
+            quant_files.mark(folder, base)
+        if added is None:
+            adapter_beside.write(model, folder)
         finish_folder(folder, tokenizer, dtype, card)
 
 
@@ -476,10 +480,15 @@ def cast(name: str, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return made
 
 
-def _cast(model: nn.Module, dtype: Any, dequantise: bool = False) -> dict[str, torch.Tensor]:
+def _cast(
+    model: nn.Module, dtype: Any, dequantise: bool, added: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     from zoft import quant_files
 
     tensors, kept = quant_files.state(model, dequantise)
+    for name, change in added.items():  # summed in fp32 at least, rounded once
+        w = tensors[name]
+        tensors[name] = cast(name, w.to("cpu") + change, w.dtype if dtype == "auto" else dtype)
     done: dict[tuple, torch.Tensor] = {}  # ties stay ties
     out = {}
     for name, t in tensors.items():

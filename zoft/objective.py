@@ -12,13 +12,15 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoft.encode import Example, encode, show
+from zoft.encode import Example, encode
+from zoft.show import show
 
 __all__ = ["Batch", "Example", "collate", "encode", "losses", "mean", "project", "scores", "show"]
 
@@ -93,7 +95,7 @@ def collate(examples: Sequence[Example], pad: int = 0) -> Batch:
     """Put examples into one right-padded batch.
 
     One row an example where all candidates are single tokens after one context; else one row a candidate;
-    with the "lm" objective one row an example, its gold completion.
+    with the "lm" objective one row an example, its gold completion, of which `scored` tokens count.
     examples: E of one objective. pad: the id written into padding, which the mask hides. Returns a Batch on
     the CPU.
     """
@@ -103,7 +105,7 @@ def collate(examples: Sequence[Example], pad: int = 0) -> Batch:
     narrow = objective == "choice" and all(e.single and e.completions == first for e in examples)
     tokens = torch.tensor([c[0] for c in first]) if narrow else None
     rows: list[tuple[int, ...]] = []
-    spans: list[tuple[int, tuple[int, ...]]] = []  # (first scored position, tokens scored) of each row
+    spans: list[list[tuple[int, int]]] = []  # (position, the token scored there) of each row
     owners: list[list[int]] = []  # spans of each example, one a candidate
     for e in examples:
         chosen = [e.gold] if narrow or objective == "lm" else range(len(e.completions))
@@ -113,24 +115,25 @@ def collate(examples: Sequence[Example], pad: int = 0) -> Batch:
             owners[-1].append(len(rows))
             # The last scored token itself need not be read.
             rows.append(context + completion[:-1] + e.after)
-            spans.append((len(context) - 1, completion))
+            said = zip(range(len(context) - 1, len(context) + len(completion) - 1), completion)
+            spans.append(list(said if e.scored is None else compress(said, e.scored)))
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad)
     mask = torch.zeros((len(rows), width), dtype=torch.int64)
     positions: list[int] = []
     targets: list[int] = []
     starts: list[int] = []
-    for r, (row, (start, completion)) in enumerate(zip(rows, spans)):
+    for r, (row, span) in enumerate(zip(rows, spans)):
         ids[r, : len(row)] = torch.tensor(row)
         mask[r, : len(row)] = 1
         starts.append(len(positions))
-        positions += range(r * width + start, r * width + start + len(completion))
-        targets += completion
-    deep = max(len(completion) for _, completion in spans)
+        positions += [r * width + at for at, _ in span]
+        targets += [token for _, token in span]
+    deep = max(map(len, spans))
     slots = torch.full((len(examples), max(map(len, owners)), deep), -1)
     for i, owned in enumerate(owners):
         for c, r in enumerate(owned):
-            n = len(spans[r][1])
+            n = len(spans[r])
             slots[i, c, :n] = torch.arange(starts[r], starts[r] + n)
     gold = torch.tensor([0 if objective == "lm" else e.gold for e in examples])
     inputs = {"input_ids": ids, "attention_mask": mask}

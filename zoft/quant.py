@@ -321,17 +321,20 @@ def numbers(model: nn.Module) -> int:
 def make_plain(model: nn.Module) -> None:
     """Put nn.Linear and Conv1D with the dequantised weights, in fp32, where the quantised layers are."""
     for name, layer in layers(model).items():
-        shape = (layer.in_features, layer.out_features)
-        with torch.device("meta"):
-            linear: Any = (
-                Conv1D(*reversed(shape))
-                if layer.transposed
-                else nn.Linear(*shape, bias=layer.bias is not None)
-            )
-        linear.weight = nn.Parameter(layer.weight, requires_grad=False)
-        linear.bias = layer.bias
         parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, linear.eval())
+        setattr(model.get_submodule(parent), own, plain(layer, layer.weight))
+
+
+def plain(layer: QuantLinear, weight: Tensor) -> nn.Module:
+    """The nn.Linear or Conv1D that the layer stands for, of this weight."""
+    shape = (layer.in_features, layer.out_features)
+    with torch.device("meta"):
+        linear: Any = (
+            Conv1D(*reversed(shape)) if layer.transposed else nn.Linear(*shape, bias=layer.bias is not None)
+        )
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.bias = layer.bias
+    return linear.eval()
 
 
 def set_log(model: nn.Module, log: bool) -> None:

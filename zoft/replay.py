@@ -71,6 +71,10 @@ def asked(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
         )
     if ask.exact or ask.denoise:
         word = "--denoise" if ask.denoise else "--storage fp32"
+        if "+" in header["base"]:
+            raise UserError(
+                f"{word}: {folder} has an adapter in place, which the sum over the ledger leaves out"
+            )
         if config.mask == "magnitude" and config.sparsity:
             raise UserError(
                 f"{word}: what moves depends on the weights in {folder}, so base and ledger give no sum"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from zoft.quant import QuantLinear
 from zoft.space import Trained
 
 if TYPE_CHECKING:
@@ -20,6 +22,12 @@ def is_layer(module: nn.Module) -> bool:
     """Whether it is peft's LoRA layer around a linear one: one site, though the modules within it read the tensors."""
     peft = sys.modules.get("peft.tuners.lora.layer")  # loaded by whoever has made such a layer
     return peft is not None and type(module) is peft.Linear
+
+
+def has_pair(module: nn.Module, trained: Container[int]) -> bool:
+    """Whether it is such a layer, and something of its pairs is trained; trained: ids of parameters."""
+    added = (n for n, p in module.named_parameters() if id(p) in trained) if is_layer(module) else ()
+    return any(n.startswith("lora_") for n in added)
 
 
 def pair(site: Site) -> tuple[Trained, Trained] | None:
@@ -50,7 +58,7 @@ def lora(axis: ProbeAxis, site: Site, x: torch.Tensor, *args: Any, **kwargs: Any
     h = torch.bmm(xs.to(a.dtype), a.mT)  # [P, n, r]
     if a.dtype != y.dtype:
         ys = (ys + m.scaling[name] * torch.bmm(h, b.mT)).to(y.dtype)
-    elif type(m.base_layer) in (nn.Linear, Conv1D) and not m.base_layer._forward_hooks:
+    elif type(m.base_layer) in (nn.Linear, Conv1D, QuantLinear) and not m.base_layer._forward_hooks:
         ys.baddbmm_(h, b.mT, alpha=m.scaling[name])  # what it returns is new, and nobody else has seen it
     else:
         ys = torch.baddbmm(ys, h, b.mT, alpha=m.scaling[name])

@@ -86,9 +86,10 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
 
 def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None:
     """Raise UserError for what can be seen before anything heavy loads."""
-    from zoft import models, tasks
+    from zoft import checkpoint, models, tasks
 
     tracking.require(config.track)
+    rewarded(config, resume)
     if resume is None and not dry_run:
         claim(Path(str(config.output_dir)))
     if resume and (Path(resume) / "ledger").exists():  # damage shows before weights load
@@ -96,6 +97,8 @@ def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None
 
         inspect_run.sound(resume, ledger.read(Path(resume) / "ledger"))
     models.check(models.resolve(config.model))
+    if config.adapter:
+        checkpoint.adapter(config.adapter, Path(config.adapter).expanduser())
     tasks.look(config.task)
 
 
@@ -156,7 +159,9 @@ def replay(
         return replays.look(config, Path(folder), ask)
     done = recipe(config.recipe).replay(config, Path(folder), Path(out), ask)
     unfinished = (
-        f" of {config.steps}: the run is not finished" if step is None and done < config.steps else ""
+        f" of {config.steps}: the run is not finished"
+        if step is None and done < config.steps and not (Path(folder) / "result.json").exists()
+        else ""
     )
     return f"{done} steps replayed{unfinished}: {out}"
 
@@ -209,25 +214,37 @@ def result_name(config: Config) -> str:
 
 
 def plain(config: Config) -> Config:
-    """The config of the base alone, without the adapter that it would train."""
+    """The config of the base alone, without the adapter that it would train (but with one that it starts from)."""
     return dataclasses.replace(config, train="all") if config.train in ADAPTERS else config
 
 
-def show_data(config: Config, count: int, say: Callable[[str], Any]) -> None:
-    """Print the first examples of training as the model reads them, scored tokens in ⟦ ⟧."""
+def show_data(
+    config: Config, count: int, say: Callable[[str], Any], *, as_json: bool = False, colour: bool = False
+) -> None:
+    """Print the first examples of training as the model reads them, scored tokens in ⟦ ⟧, and counts of them all.
+
+    colour: for a terminal, where long stretches that are not scored are folded, too.
+    """
     from zoft import models, tasks
-    from zoft.encode import encode, show
 
     models.check(models.resolve(config.model))
     tasks.look(config.task)
-    from zoft import setup
+    from zoft import setup, show
+    from zoft.encode import encode
 
     data = tasks.load(config.task)
-    for note in data.notes:
-        say(note)
     tokenizer = setup.tokenizer(config)
-    for example in encode(data.train[:count], tokenizer, data, config.max_length):
-        say(f"\n{show(example, tokenizer)}")
+    examples = encode(data.train, tokenizer, data, config.max_length, pack=data.pack)
+    found = show.counts(examples)
+    notes = [n for n in data.notes if n != data.reading] + setup.reading(tokenizer, data)
+    if as_json:
+        shown = [show.as_tree(e, tokenizer) for e in examples[:count]]
+        say(json.dumps({"notes": notes, **found, "shown": shown}))
+        return
+    for line in [*notes, show.counted(found)]:
+        say(line)
+    for example in examples[:count]:
+        say(f"\n{show.show(example, tokenizer, colour=colour, fold=True)}")
 
 
 def recipe(name: str) -> ModuleType:
@@ -272,7 +289,7 @@ def absolute(config: Config) -> Config:
     if reward is not None:
         place, _, function = reward.rpartition(":")
         reward = f"{fixed(place)}:{function}"
-    return dataclasses.replace(config, model=model, task=task, reward=reward)
+    return dataclasses.replace(config, model=model, adapter=fixed(config.adapter), task=task, reward=reward)
 
 
 @dataclass
@@ -349,12 +366,15 @@ def agree(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> 
         raise UserError(f"{folder}: its ledger {other.format(found=found[name], value=value)}")
 
 
-def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def fit(
+    trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]], dev: Callable[[], dict[str, Any]] | None = None
+) -> dict[str, Any]:  # fmt: skip
     """Catch up with the ledger, train to the end with whatever is due on the way, and return the result.
 
-    evaluate() -> metrics of the weights as they are. `before` is the base's, kept by metrics.jsonl on resume.
+    evaluate() -> metrics of the weights as they are; dev() -> those on the dev set, where there is one.
+    `before` is the base's, kept by metrics.jsonl on resume.
     """
-    from zoft import distributed, replay, snapshot
+    from zoft import distributed, replay, selection, snapshot
     from zoft.ledger import Event, Log
     from zoft.stop import Stopped
 
@@ -362,12 +382,16 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
     known, past = world.told(lambda: before(s.folder))
     evals: dict[int, dict[str, Any]] = dict(known)
 
-    def scored() -> dict[str, Any]:
-        return world.told(evaluate)  # by rank 0; the others wait
+    def scored(step: int) -> dict[str, Any]:
+        return world.told(
+            lambda: selection.score(config, evals, step, evaluate, dev)
+        )  # by rank 0; the others wait
 
     if 0 not in evals:
-        evals[0] = scored()
+        evals[0] = scored(0)
         t.evaluation(0, evals[0])
+    if line := selection.note(config, evals):
+        t.note(line)
     snapshot.check_metric(config, evals[0])
     log = Log(s.ledger.header, s.ledger.records, s.ledger.events)  # the ledger's own lists: they grow
     catch_up(trainer, s.folder, config, log, t.note)
@@ -399,7 +423,7 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
                 s.ledger.note(Event("denoise", step))  # first, as with steps: from here on it is a fact
                 t.note(replay.denoise(s.folder, config, log, step, trainer.axis.trained))
             elif what == "eval" and step not in evals:
-                evals[step] = scored()
+                evals[step] = scored(step)
                 t.evaluation(step, evals[step])
             elif what == "snapshot" and what not in noted and world.rank:
                 s.ledger.note(Event("snapshot", step))
@@ -410,7 +434,7 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
     world.check(trainer.next, trainer.axis.trained)
     at_stop(trainer.next)
     began, paused = time.monotonic(), 0.0
-    while trainer.next < config.steps:
+    while trainer.next < config.steps and not selection.stops(config, evals):
         with s.stop.finishing():
             trainer.run(on_step, until=next_stop(config, trainer.next, world.size))
         if trainer.halted:
@@ -421,17 +445,30 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
         if due(config, trainer.next):
             at_stop(trainer.next)
         paused += time.monotonic() - pause
+    trainer.end()
     seconds = past + time.monotonic() - began - paused
-    several = {"processes": world.size, "wire_bytes": world.sent} if world.size > 1 else {}
+    several: dict[str, Any] = {"processes": world.size, "wire_bytes": world.sent} if world.size > 1 else {}
+    last = trainer.next
+    if not selection.tested(evals[last]):  # an early end, judged on the dev set so far
+        evals[last] = {**world.told(evaluate), **evals[last]}
+        t.evaluation(last, evals[last])
+    chosen = selection.best(config, evals) if config.save_best else last
+    if last < config.steps:
+        several["stopped_early"] = True
+        t.note(
+            f"early_stop={config.early_stop}: nothing better than at step {selection.best(config, evals)}; stopped"
+        )
+    if config.save_best:
+        several |= {"best_step": chosen, "last": evals[last]}
     return {
         **several,
-        "steps": config.steps,
+        "steps": last,
         "skipped": sum(r.skipped for r in s.ledger.records),
-        "forwards": config.steps * 2 * config.q * config.batch_size * config.accumulate,
+        "forwards": last * 2 * config.q * config.batch_size * config.accumulate,
         "train_seconds": round(seconds, 3),
         "peak_memory_gb": round(tracking.peak_memory_gb(config.device), 2),
         "before": evals[0],
-        "after": evals[config.steps],
+        "after": evals[chosen],
     }
 
 
@@ -475,7 +512,14 @@ def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> di
         return result
     Presence(s.ledger, {"config.yaml": compose.to_yaml(s.config)}).look(now=True)
     if s.config.save_model:
-        save(s.config, model, tokenizer, s.folder / result_name(s.config), result)
+        out, best = s.folder / result_name(s.config), result.get("best_step", result["steps"])
+        if best == result["steps"]:
+            save(s.config, model, tokenizer, out, result)
+        else:
+            from zoft import selection
+
+            s.ledger.sync()
+            selection.save(s.config, s.folder, out, best)
     result = {**result, "output_dir": str(s.folder)}
     write(s.folder / "result.json", json.dumps(result, indent=2) + "\n")
     return result

@@ -15,6 +15,7 @@ from torch import nn
 
 from zoft import (
     __version__,
+    adapter_beside,
     adapters,
     distributed,
     guards,
@@ -33,7 +34,7 @@ from zoft import (
 )
 from zoft.config import ADAPTERS, GENERATED, Config, digests
 from zoft.data_order import batch_indices
-from zoft.encode import Example, encode
+from zoft.encode import Example, encode, how
 from zoft.errors import UserError
 from zoft.evaluate import CALIBRATION, spread
 from zoft.footprint import Live
@@ -92,7 +93,8 @@ def device(config: Config) -> Config:
 def model(config: Config, folder: str | Path | None = None) -> tuple[nn.Module, Any, str]:
     """(model on its device in the checkpoint's dtype, tokenizer, fingerprint of the base).
 
-    With the adapter that config.train asks for, if any. folder: of a run that goes on or is replayed.
+    With the adapter that config.train asks for, or one that is in place (model.beside has its files, and the fingerprint
+    goes on with its own). folder: of a run that goes on or is replayed.
     """
     say(f"loading {config.model}")
     loaded, tokenizer = load(config)
@@ -101,10 +103,18 @@ def model(config: Config, folder: str | Path | None = None) -> tuple[nn.Module, 
         config.device
     ):  # some quantised models cannot be moved
         loaded = loaded.to(config.device)
+    place = adapter_beside.folder_of(config)
+    if place is not None:
+        base += f"+{adapter_beside.fingerprint(place)}"
     if config.train in ADAPTERS:
         loaded = adapters.attach(loaded, config, Path(folder) / adapters.START if folder else None)
         source = models.resolve(config.model)
         loaded.peft_config["default"].base_model_name_or_path = source.home or source.place
+    elif place is not None:
+        files = adapter_beside.files(place)
+        loaded = adapters.load(loaded, place)
+        loaded.beside = files
+        say(f"{len(adapter_beside.pairs(loaded))} LoRA pairs in place, frozen: {place}")
     return loaded, tokenizer, base
 
 
@@ -132,10 +142,22 @@ def tokenizer(config: Config) -> Any:
 def examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[list[Example], list[Example]]:
     """Training rows and the evaluation rows that eval_limit keeps, as token ids."""
     held_out = tasks.subset(data.eval, config.eval_limit)
-    return (
-        encode(data.train, tokenizer, data, config.max_length),
-        encode(held_out, tokenizer, data, config.max_length),
-    )
+    train = encode(data.train, tokenizer, data, config.max_length, pack=getattr(data, "pack", False))
+    made = train, encode(held_out, tokenizer, data, config.max_length)
+    for line in reading(tokenizer, data):
+        say(line)
+    if cut := sum(e.cut > 0 for e in train):
+        say(
+            f"{cut} of {len(train)} training examples are cut to max_length={config.max_length} (see `zoft data`)"
+        )
+    return made
+
+
+def reading(tokenizer: Any, data: TaskData) -> list[str]:
+    """What was recognised in the user's own data, and how it is written for the model; none where templates say."""
+    if not getattr(data, "reading", ""):
+        return []
+    return [data.reading, how(tokenizer, data)]
 
 
 def dev_examples(config: Config, tokenizer: Any, data: TaskData) -> list[Example] | None:
@@ -333,7 +355,7 @@ def placed(
     if captured:
         from zoft.device import DeviceAxis
 
-        return config, trained, DeviceAxis(trained, sites, **fed)
+        return config, trained, DeviceAxis(trained, sites, compute=space.DTYPES[config.compute], **fed)
     return config, trained, ProbeAxis(trained, sites, **common)
 
 
@@ -505,7 +527,7 @@ def data_digest(train: Sequence[Example]) -> str:
     """A hash of the training examples' tokens, in their order."""
     h = hashlib.blake2b(digest_size=16)
     for e in train:
-        rest = [e.after] if e.masked else []
+        rest: list[Any] = [e.after] if e.masked else [e.scored] if e.scored is not None else []
         h.update(json.dumps([e.contexts, e.completions, e.gold, *rest]).encode())
     return f"blake2b:{h.hexdigest()}"
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from zoft.layout import Call, Seen, compare, look
-from zoft.routes_adapter import is_layer
+from zoft.routes_adapter import has_pair
 from zoft.space import Trained
 
 # Questions about a tensor that never look at its values.
@@ -134,6 +134,7 @@ def promote(
 def watch(model: nn.Module, trained: Sequence[Trained], forward: Callable[[], Any]) -> Reads:
     """Run one plain forward and note, for every read of a trained tensor, which modules were running."""
     index = {id(t.param): i for i, t in enumerate(trained)}
+    paired = {m for m in model.modules() if has_pair(m, index)}
     stack: list[nn.Module] = []
     seen: dict[tuple[int, tuple[int, ...]], tuple[nn.Module, ...]] = {}
 
@@ -157,7 +158,7 @@ def watch(model: nn.Module, trained: Sequence[Trained], forward: Callable[[], An
         forward()
     found: dict[tuple[int, tuple[nn.Module, ...]], None] = {}
     for (i, _), modules in seen.items():
-        whole = next((k for k, m in enumerate(modules) if is_layer(m)), len(modules))
+        whole = next((k for k, m in enumerate(modules) if m in paired), len(modules))
         found[i, modules[: whole + 1] or (model,)] = None
     return Reads(list(found))
 

@@ -137,7 +137,7 @@ def load(path: Path, trained: Sequence[Trained], step: int) -> None:
 
 def check_metric(config: Config, metrics: Mapping[str, Any]) -> None:
     """Refuse a best_by that this run's evaluations do not have."""
-    if config.keep_best and config.best_by not in metrics:
+    if (config.keep_best or config.save_best or config.early_stop) and config.best_by not in metrics:
         known = [m for m in metrics if m in fields_of_best()]
         raise UserError(
             f"best_by={config.best_by}: evaluations here have no such metric; use {', '.join(known)}"
@@ -152,12 +152,17 @@ def prune(
     evals: step -> metrics. Ties go to the earlier step; a metric that is missing or no number is the worst.
     """
     steps = [e.step for e in events if e.kind == "snapshot" and file_of(folder, e.step).exists()]
-    ranked = sorted(steps, key=lambda s: (badness(evals.get(s, {}).get(config.best_by), config.best_by), s))
+    ranked = sorted(steps, key=lambda s: (badness(of_best(config, evals.get(s, {})), config.best_by), s))
     for step in set(steps) - set(steps[-config.keep_last :]) - set(ranked[: config.keep_best]):
         try:
             file_of(folder, step).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"snapshot: cannot delete {file_of(folder, step)}: {error.strerror}") from error
+
+
+def of_best(config: Config, metrics: Mapping[str, Any]) -> float | None:
+    """The metric that best_by names, on the dev set where there is one."""
+    return metrics.get(f"dev_{config.best_by}", metrics.get(config.best_by))
 
 
 def badness(value: float | None, metric: str) -> float:

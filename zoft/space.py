@@ -48,12 +48,14 @@ def train_names(model: nn.Module, train: str) -> list[str]:
 
     train: `all`; `last-K` (the last K blocks and what follows them, head excluded); `norms`; `bias`;
     `head` (the output matrix, tied or not); `scales` (of quantised layers);
-    `lora`, `prefix`, `prompt`: the adapter that the model has been given;
+    `lora`, `prefix`, `prompt`: the adapter that the model has been given, which nothing else selects;
     anything else is a regular expression searched in the names.
     Ties count once, under their first name. Raises UserError when nothing is selected.
     """
     params = dict(model.named_parameters())  # ties removed: first name wins
-    floating = [n for n, p in params.items() if p.is_floating_point()]
+    floating = [
+        n for n, p in params.items() if p.is_floating_point() and bool(ADDED.search(n)) == (train in ADAPTERS)
+    ]
     if train == "all":
         chosen = floating
     elif match := re.fullmatch(r"last-(\d+)", train):
@@ -74,7 +76,7 @@ def train_names(model: nn.Module, train: str) -> list[str]:
         own = {id(p) for p in head.parameters()} if head is not None else set()
         chosen = [n for n in floating if id(params[n]) in own]
     elif train in ADAPTERS:
-        chosen = [n for n in floating if ADDED.search(n)]
+        chosen = floating
     elif train == "scales":
         chosen = [n for n in floating if isinstance(params[n], Scales)]
         if not chosen:
@@ -137,9 +139,9 @@ def resolve_dtypes(
 
     fp32 both for an fp32 model or on a CPU; on a GPU a 16-bit model computes in bf16 and stores trained
     matrices in fp16 (eight times bf16's grid in the same memory), or in fp32 where the set is small. Scales of
-    quantised layers are fp32 whatever is said here, and do not count.
+    quantised layers are fp32 whatever is said here, and do not count, nor do adapters.
     """
-    params = {n: p for n, p in model.named_parameters() if not isinstance(p, Scales)}
+    params = {n: p for n, p in model.named_parameters() if not (isinstance(p, Scales) or ADDED.search(n))}
     names = [n for n in names if n in params]
     widest = max(
         (params[n].element_size() for n in names or params if params[n].is_floating_point()), default=4

@@ -98,6 +98,9 @@ class Tracker:
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Log an evaluation of the weights after `step` updates."""
         self._write({"step": step, "eval": dict(metrics)})
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # what it decides (early_stop, save_best) outlives a power cut
+                os.fsync(self._file.fileno())
         self.note(f"step {step}: " + ", ".join(f"{k} {short(v)}" for k, v in metrics.items()))
 
     def note(self, text: str) -> None:

@@ -51,7 +51,7 @@ class Trainer:
 
     axis: how the model is run at a probe (probe.ProbeAxis or probe.InPlace). batches(step) -> the step's
     microbatches, all of which see the same directions. ledger: open for appending, it is the run; None only to replay.
-    forward(model, batch) -> K numbers an example; value(their totals over a step's examples [P, K]) -> what is
+    forward(model, batch) -> K numbers an example, the last of them a count; value(their totals over a step's examples [P, K]) -> what is
     minimised, [P]: so an objective may be no mean of rows, and still see its microbatches one at a time.
     Source: MeZO (arXiv 2305.17333), Algorithm 1 and, for q > 1, Algorithm 2 with one batch for all directions.
     """
@@ -170,6 +170,9 @@ class Trainer:
                 on_step(metrics)
         finally:
             self.axis.flush()
+
+    def end(self) -> None:
+        """The run's last step is done."""
 
     def skip_to(self, step: int, records: Sequence[Record]) -> None:
         """Go on from weights that have the first `step` of these records in them already (a snapshot's)."""

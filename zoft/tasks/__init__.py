@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zoft.errors import UserError
-from zoft.tasks import local, named, papers, split, template
+from zoft.tasks import formats, local, named, papers, split, template
 
 HELD_OUT = 0.15  # share of the data that a hash puts aside where no evaluation data is given
 
@@ -22,10 +22,13 @@ class TaskData:
     train, eval: rows {prompt: str, candidates: [str], gold: int, where: str, key: int}; key is a 64-bit hash
     of the columns the prompt reads; columns: the row as it was read. Further fields where they apply: after (str: the prompt goes on behind the mask
     that the candidates fill), golds ([int]: all right candidates, gold being the first), answers ([str]: texts that
-    count as right where one is generated). objective: "choice" (candidates compete) | "lm" (the gold candidate is the
+    count as right where one is generated), null (the prompt without what it asks about). objective: "choice" (candidates compete) | "lm" (the gold candidate is the
     text to learn; where there are others, they are for evaluation). label: its column. choices: label -> candidate
     text, in the order of the candidates; empty for lm. dev: rows to choose a model by, None where not asked for.
     notes: lines on where the rows came from and how they were split, for a person.
+    reading: what a recognised layout of a file is and what is learned of it, "" where templates name the columns;
+    its rows hold `messages` (turns {role, content, scored}) or `pieces` (text). chat: "auto" | "template" |
+    "plain"; pack: short texts share rows; joint: what stands between prompt and completion in plain text.
     """
 
     name: str
@@ -37,6 +40,10 @@ class TaskData:
     eval: list[dict[str, Any]] = field(repr=False)
     notes: list[str] = field(default_factory=list)
     dev: list[dict[str, Any]] | None = field(default=None, repr=False)
+    reading: str = ""
+    chat: str = "auto"
+    pack: bool = False
+    joint: str = ""
 
 
 def load(task: Any) -> TaskData:
@@ -51,8 +58,11 @@ def load(task: Any) -> TaskData:
     Errors: UserError in one line naming file, line, key, value and fix.
     """
     settings = _settings(task)
+    laid_out = formats.wanted(task)
     prompt, after = template.at_mask("task.prompt", template.parse("task.prompt", settings["prompt"]))
     target = template.parse("task.target", task.target) if task.target else None
+    nothing = getattr(task, "null_prompt", None)
+    null = None if nothing is None else template.parse("task.null_prompt", nothing)
     make = papers.ROWS.get(task.name)
     if task.name in named.READERS:
         rows = named.READERS[task.name]()
@@ -67,13 +77,28 @@ def load(task: Any) -> TaskData:
 
         rows = read("task.train", task.train)
         same = task.eval is None and not local.is_file(task.train)
-        place = task.train.partition(":")[0] if same else task.eval
-        held = read("task.eval", place, held_out=True) if place else []
+        whole = local.is_folder(task.train)
+        place = task.train if same and whole else task.train.partition(":")[0] if same else task.eval
+        held = read("task.train" if same and whole else "task.eval", place, held_out=True) if place else []
         notes = [f"{task.train}: {len(rows):,} rows"]
         if held:
             notes.append(f"{place}: {len(held):,} rows for evaluation")
 
+    if laid_out:
+        reading = formats.recognise("task.train", rows, task)
+        notes.append(reading.line)
+        pack = getattr(task, "pack", False)
+        settings |= {"reading": reading.line, "chat": getattr(task, "chat", "auto"), "pack": pack}
+        if pack and reading.format != "text":
+            raise UserError(
+                f"task.pack: is for format text, not {reading.format}: other examples must not see each other"
+            )
+
     def rendered(key: str, rows: local.Rows) -> list[dict[str, Any]]:
+        if laid_out:
+            return _short_enough(
+                key, [formats.make(w, row, reading) | {"columns": row} for w, row in rows], task
+            )
         pairs = [(where, row, papers.Made()) for where, row in rows]
         if make:
             pairs = _made(task.name, rows, make)
@@ -85,13 +110,15 @@ def load(task: Any) -> TaskData:
             key, [(w, row) for w, row, _ in pairs], [*prompt, *(after or [])], target, settings["label"]
         )
         made = [_render(w, row, prompt, after, target, settings, more) for w, row, more in pairs]
+        for r, (w, row, _) in zip(made, pairs if null is not None else ()):
+            if lacks := [c for c in template.columns(null or []) if c not in row]:
+                raise UserError(
+                    f"{w}: task.null_prompt: {{{lacks[0]}}} is no column of it ({', '.join(row)})"
+                )
+            r["null"] = template.fill(null or [], row, strip=True)
         for r in made if make else ():
             r["prompt"] = r["prompt"].strip(" ")
-        limit = getattr(task, "max_words", None)
-        kept = [r for r in made if r.pop("words") <= (math.inf if limit is None else limit)]
-        if not kept:
-            raise UserError(f"task.max_words={limit}: leaves no row of {key}; raise it")
-        return kept
+        return _short_enough(key, made, task)
 
     def drawn(train: list[dict[str, Any]], held: list[dict[str, Any]]) -> TaskData:
         train, dev, held, said = split.draw(train, held, task, list(settings["choices"]))
@@ -99,6 +126,8 @@ def load(task: Any) -> TaskData:
         return TaskData(task.name, **settings, train=train, eval=held, notes=[*notes, *said], dev=dev)
 
     train = rendered("task.train", rows)
+    if laid_out:
+        settings["joint"] = formats.joined(train)
     if held:
         return drawn(train, rendered("task.eval", held))
     bar = int(HELD_OUT * 2**64)
@@ -131,6 +160,15 @@ def subset(rows: Sequence[dict[str, Any]], n: int | None) -> list[dict[str, Any]
     return [rows[i] for i in sorted(chosen)]
 
 
+def _short_enough(key: str, rows: list[dict[str, Any]], task: Any) -> list[dict[str, Any]]:
+    """The rows of at most task.max_words."""
+    limit = getattr(task, "max_words", None)
+    kept = [r for r in rows if r.pop("words") <= (math.inf if limit is None else limit)]
+    if not kept:
+        raise UserError(f"task.max_words={limit}: leaves no row of {key}; raise it")
+    return kept
+
+
 def _settings(task: Any) -> dict[str, Any]:
     """The task's settings with a named task's own words filled in, checked as far as no data is needed."""
     if task.name in named.PROMPTS:
@@ -140,6 +178,7 @@ def _settings(task: Any) -> dict[str, Any]:
         prompt, choices = named.PROMPTS[task.name]
         prompt, choices = task.prompt or prompt, {} if task.target else dict(task.choices or choices)
         label = None if task.target else "label"
+        formats.wanted(task)  # refuses its keys
         if choices and set(choices) != set(named.PROMPTS[task.name][1]):
             raise UserError(
                 f"task.choices: task={task.name} has the labels {', '.join(named.PROMPTS[task.name][1])}"
@@ -151,6 +190,9 @@ def _settings(task: Any) -> dict[str, Any]:
     else:
         if not task.train:
             raise UserError("task.train is not set: a .jsonl, .csv or .parquet file, or a Hub data set id")
+        if formats.wanted(task):
+            split.check(task, classes=False)
+            return {"objective": "lm", "prompt": "", "label": None, "choices": {}}
         prompt, label, choices = task.prompt, task.label, {str(k): v for k, v in task.choices.items()}
         if prompt is None:
             raise UserError("task.prompt is not set: a template such as 'Review: {text}\\nSentiment:'")
@@ -227,12 +269,7 @@ def _render(
         value = row.get(column)
         if template.missing(value):
             raise UserError(f"{where}: column {column} is empty; fill it or leave the row out")
-        if isinstance(value, (list, dict)):
-            raise UserError(f"{where}: column {column} holds a {type(value).__name__}, not text")
-        if isinstance(value, (bytes, bytearray)):
-            raise UserError(f"{where}: column {column} holds bytes, not text")
-        if isinstance(value, str) and (bad := _no_text(value)):
-            raise UserError(f"{where}: column {column} holds {bad}; give it plain text")
+        template.refuse_cell(where, column, value)
     content = [template.as_text(row[c]) for c in read] or [template.fill(target or [], row, strip=False)]
     digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).digest()
     text = template.fill(prompt, row, strip=True)
@@ -256,15 +293,6 @@ def _render(
         "words": sum(len(c.split()) for c in content),
         "columns": row,
     }
-
-
-def _no_text(value: str) -> str:
-    """What is in a text that no tokenizer takes, or nothing."""
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return "half of a character (a lone surrogate)"
-    return "a zero byte" if "\0" in value else ""
 
 
 def _gold(where: str, column: str, value: Any, labels: list[str]) -> int:

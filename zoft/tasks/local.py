@@ -1,4 +1,4 @@
-"""Rows from the user's own data: jsonl, json, csv, tsv and parquet files, or a data set of the Hub."""
+"""Rows from the user's own data: jsonl, json, csv, tsv, parquet files, folders of them or of texts, or the Hub."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ Rows = list[tuple[str, dict[str, Any]]]  # (where it stands, column -> value)
 
 
 def read(key: str, place: str, subset: str | None = None, *, held_out: bool = False) -> Rows:
-    """The rows of a file, or of a Hub data set where no such file can be meant.
+    """The rows of a file, of a folder's files, or of a Hub data set where no such file can be meant.
 
     key: the setting it comes from ("task.train"). place: a path, or a Hub id with an optional split
     ("stanfordnlp/sst2:validation"). subset: configuration of a Hub data set. held_out: without a split named,
-    take the Hub's validation (else test) split rather than train; [] if it has neither.
+    take the validation (else test) split of a folder or the Hub rather than train; [] if that has neither, but for
+    a folder that task.eval names: its files.
     Returns (where, row) pairs, a missing cell being None. Errors: UserError naming the line and the fix.
     """
     path = Path(place).expanduser()
-    if is_file(place):
+    if is_file(place) or is_folder(place):
         if subset:
-            raise UserError(f"task.subset={subset}: {key}={place} is a file; subsets are for Hub data sets")
-        rows = _file(key, path)
+            kind = "file" if is_file(place) else "folder"
+            raise UserError(f"task.subset={subset}: {key}={place} is a {kind}; subsets are for Hub data sets")
+        rows = _folder(key, path, held_out) if is_folder(place) else _file(key, path)
+        if not rows and held_out and key == "task.train":
+            return []
     elif _means_a_file(place, path):
         raise UserError(f"{key}={place}: {_why_no_file(path)}")
     else:
@@ -43,7 +47,10 @@ def read(key: str, place: str, subset: str | None = None, *, held_out: bool = Fa
 def look(key: str, place: str) -> None:
     """Raise UserError for a file that is not there, cannot be read or is of no known format; a Hub id passes."""
     path = Path(place).expanduser()
-    if is_file(place):
+    if is_folder(place):
+        for file in _files(key, path):
+            look(key, str(file)) if file.suffix.lower() != ".txt" else None
+    elif is_file(place):
         _suffix(key, path)
         if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
             raise UserError(f"{key}={place}: cannot be read: Permission denied")
@@ -55,14 +62,67 @@ def is_file(place: str) -> bool:
     return os.path.isfile(Path(place).expanduser())
 
 
+def is_folder(place: str) -> bool:
+    return os.path.isdir(Path(place).expanduser())
+
+
+def _files(key: str, folder: Path) -> list[Path]:
+    """The data files of a folder, by name: all of one kind, .txt or any of FORMATS."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise UserError(f"{key}={folder}: cannot be read: {error.strerror}") from None
+    if "config.json" in names:
+        raise UserError(f"{key}={folder}: is a folder of a model, not of data")
+    found = [folder / n for n in names if not n.startswith(".") and os.path.isfile(folder / n)]
+    texts = [f for f in found if f.suffix.lower() == ".txt"]
+    tables = [f for f in found if f.suffix.lower() in FORMATS]
+    if texts and tables:
+        raise UserError(
+            f"{key}={folder}: is a folder of both {texts[0].name} and {tables[0].name}; give one kind a folder"
+        )
+    if not texts and not tables:
+        raise UserError(f"{key}={folder}: is a folder without data files ({', '.join(FORMATS)}, .txt)")
+    return texts or tables
+
+
+def _folder(key: str, folder: Path, held_out: bool) -> Rows:
+    files = _files(key, folder)
+    chosen = _split(files, held_out)
+    if not chosen and key == "task.eval":  # a folder for evaluation alone
+        chosen = [f for f in files if not SPLIT.fullmatch(f.stem)]
+    rows: Rows = []
+    for file in chosen:
+        text = file.suffix.lower() == ".txt"
+        rows += [(str(file), {"text": _decode(file)})] if text else _file(key, file)
+    return rows
+
+
+SPLIT = re.compile(r"(train|valid|validation|val|dev|eval|test)(?:[-_.]\d.*)?", re.I)
+HELD = (("valid", "validation", "val", "dev", "eval"), ("test",))
+
+
+def _split(files: list[Path], held_out: bool) -> list[Path]:
+    """Those files of a folder that are its training or, else, its validation (else test) split, by their names.
+
+    Where no name says train, all are for training.
+    """
+    named: dict[str, list[Path]] = {}
+    for file in files:
+        match = SPLIT.fullmatch(file.stem)
+        named.setdefault(match[1].lower() if match else "", []).append(file)
+    if not held_out:
+        return named.get("train", files)
+    held = ([f for name in names for f in named.get(name, [])] for names in HELD)
+    return next((fs for fs in held if fs), [])
+
+
 def _means_a_file(place: str, path: Path) -> bool:
     hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(:\w+)?", place)
-    return os.path.isdir(path) or path.suffix.lower() in FORMATS or not hub_id
+    return path.suffix.lower() in FORMATS or not hub_id
 
 
 def _why_no_file(path: Path) -> str:
-    if os.path.isdir(path):
-        return f"is a folder; give one file ({', '.join(FORMATS)})"
     if not os.path.isdir(path.parent):
         return f"no such file: there is no folder {path.parent}"
     try:
@@ -86,7 +146,10 @@ def _file(key: str, path: Path) -> Rows:
 def _suffix(key: str, path: Path) -> str:
     kind = path.suffix.lower()
     if kind not in FORMATS:
-        raise UserError(f"{key}={path}: unknown format {kind or '(no suffix)'}; use {', '.join(FORMATS)}")
+        more = " (or give its folder: each .txt file is a text)" if kind == ".txt" else ""
+        raise UserError(
+            f"{key}={path}: unknown format {kind or '(no suffix)'}; use {', '.join(FORMATS)}{more}"
+        )
     return kind
 
 

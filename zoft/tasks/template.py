@@ -85,6 +85,25 @@ def missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def refuse_cell(where: str, column: str, value: Any) -> None:
+    """Raise UserError for a value that is no text, nor can be written as text."""
+    if isinstance(value, (list, dict)):
+        raise UserError(f"{where}: column {column} holds a {type(value).__name__}, not text")
+    if isinstance(value, (bytes, bytearray)):
+        raise UserError(f"{where}: column {column} holds bytes, not text")
+    if isinstance(value, str) and (bad := _no_text(value)):
+        raise UserError(f"{where}: column {column} holds {bad}; give it plain text")
+
+
+def _no_text(value: str) -> str:
+    """What is in a text that no tokenizer takes, or nothing."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return "half of a character (a lone surrogate)"
+    return "a zero byte" if "\0" in value else ""
+
+
 def near(word: str, words: Iterable[str]) -> str:
     """A hint with the nearest of words, or nothing."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)

@@ -1,0 +1,132 @@
+"""Early stop and the best weights: rules by hand, and runs that are killed, resumed and rebuilt."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from zoft import selection
+from zoft.cli import app
+from zoft.compose import compose
+from zoft.errors import UserError
+
+BASE = compose("mezo/reviews", ["early_stop=2"])
+
+
+def losses(*values, name="loss"):
+    return {10 * i: {name: v} for i, v in enumerate(values)}
+
+
+def test_the_best_is_the_earliest_of_equals_and_no_number_is_the_worst():
+    assert selection.best(BASE, losses(3.0, 1.0, 1.0, 2.0)) == 10
+    assert selection.best(BASE, losses(float("nan"), None, 2.0)) == 20
+    by = replace(BASE, best_by="accuracy")
+    assert selection.best(by, losses(0.5, 0.9, 0.7, name="accuracy")) == 10
+    both = {0: {"loss": 1.0, "dev_loss": 5.0}, 10: {"dev_loss": 4.0}, 20: {"loss": 0.1, "dev_loss": 4.5}}
+    assert selection.best(BASE, both) == 10
+
+
+@pytest.mark.parametrize("values, ends", [
+    ((3, 2, 1), False), ((1, 2), False), ((1, 2, 3), True), ((3, 1, 2, 1), True), ((3, 1, 2, 0.5), False), ((2, 2, 2), True),
+])  # fmt: skip
+def test_two_evaluations_without_a_better_one_end_a_run(values, ends):
+    assert selection.stops(BASE, losses(*map(float, values))) is ends
+    assert not selection.stops(replace(BASE, early_stop=0), losses(*map(float, values)))
+
+
+def test_the_evaluation_rows_are_looked_at_where_they_must_be():
+    calls = []
+
+    def rows(name, value):
+        return lambda: calls.append(name) or {"loss": value}
+
+    keep = replace(BASE, save_best=True, steps=100)
+    assert selection.score(keep, {}, 0, rows("test", 1.0), rows("dev", 2.0)) == {"loss": 1.0, "dev_loss": 2.0}
+    seen = {0: {"loss": 1.0, "dev_loss": 2.0}}
+    assert selection.score(keep, seen, 10, rows("test", 0.1), rows("dev", 3.0)) == {"dev_loss": 3.0}
+    assert selection.score(keep, seen, 20, rows("test", 0.9), rows("dev", 1.0)) == {
+        "loss": 0.9,
+        "dev_loss": 1.0,
+    }
+    assert calls == ["dev", "test", "dev", "dev", "test"]
+    assert selection.score(keep, seen, 20, rows("test", 0.9), None) == {"loss": 0.9}
+
+
+def test_choosing_by_the_evaluation_rows_is_said():
+    assert "no dev set" in selection.note(BASE, losses(1.0)) and not selection.note(
+        BASE, losses(1.0, name="dev_loss")
+    )
+    assert not selection.note(replace(BASE, early_stop=0), losses(1.0))
+
+
+@pytest.mark.parametrize("words, said", [
+    (["early_stop=2", "eval_every=0"], "early_stop=2"), (["save_best=true", "eval_every=0"], "save_best=True"),
+    (["best_by=auc"], "best_by=auc"), (["early_stop=2", "eval_every=30", "denoise_every=20", "train=all"], "denoise_every=20"),
+])  # fmt: skip
+def test_what_does_nothing_is_refused(words, said):
+    with pytest.raises(UserError, match=said):
+        compose("mezo/reviews", words)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chosen")
+    tiny.llama().save_pretrained(folder / "tiny")
+    tiny.tokenizer().save_pretrained(folder / "tiny")
+    rows = [{"text": "bad no " * (i % 3) + str(i), "label": ("n", "p")[i % 2]} for i in range(60)]
+    (folder / "my.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return folder
+
+
+TRAIN = [
+    "train", "task=local", "task.train=my.jsonl", "task.prompt=a {text} b:", "task.label=label", "task.num_dev=15",
+    'task.choices={n: " no", p: " yes"}', "model=tiny", "steps=40", "eval_every=4", "batch_size=4", "threads=1",
+    "early_stop=2", "save_best=true", "lr=0.02", "max_length=60",
+]  # fmt: skip
+
+
+def zoft(*words):
+    done = CliRunner().invoke(app, list(words))
+    assert done.exit_code == 0, (done.output, done.stderr, done.exception)
+    return done
+
+
+def test_a_run_that_ends_early_keeps_its_best_weights_and_resumes_to_the_same_bits(place, monkeypatch):
+    monkeypatch.chdir(place)
+    zoft(*TRAIN, "output_dir=whole")
+    found = json.loads((place / "whole" / "result.json").read_text())
+    evals = [json.loads(line) for line in (place / "whole" / "metrics.jsonl").read_text().splitlines()]
+    evals = {r["step"]: r["eval"] for r in evals if "eval" in r}
+    best = min(sorted(evals), key=lambda s: evals[s]["dev_loss"])
+    assert found["stopped_early"] and found["steps"] == best + 8 < 40 and found["best_step"] == best
+    assert found["after"] == evals[best] and "loss" in evals[best] and found["last"] == evals[best + 8]
+    assert found["forwards"] == found["steps"] * 8
+
+    zoft("replay", "whole", "--step", str(best), "--out", "again")
+    saved = [(place / d / "model.safetensors").read_bytes() for d in ("whole/model", "again")]
+    assert saved[0] == saved[1]
+    judged = json.loads(zoft("eval", "whole", "--json", "--resamples", "0").stdout)
+    assert judged == pytest.approx(
+        {k: v for k, v in evals[best].items() if not k.startswith("dev_")}, rel=1e-5
+    )
+
+    # What a kill leaves after the ledger's last step and before its evaluation, or after it and before the end.
+    import shutil
+
+    for cut in (0, 1):
+        part = place / f"part{cut}"
+        shutil.copytree(place / "whole", part)
+        (part / "result.json").unlink()
+        shutil.rmtree(part / "model")
+        lines = (part / "metrics.jsonl").read_text().splitlines(keepends=True)
+        last = max(i for i, line in enumerate(lines) if '"eval"' in line)
+        (part / "metrics.jsonl").write_text("".join(lines[: last + cut]))
+        zoft("train", "--resume", f"part{cut}")
+        again = json.loads((part / "result.json").read_text())
+        assert {k: again[k] for k in ("steps", "best_step", "after")} == {
+            k: found[k] for k in ("steps", "best_step", "after")
+        }
+        assert (part / "ledger").read_bytes() == (place / "whole" / "ledger").read_bytes()
+        assert (part / "model" / "model.safetensors").read_bytes() == saved[0]

@@ -1,0 +1,69 @@
+"""Which evaluation of a run was the best, and whether to go on: functions of the evaluations that are recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from zoft.config import Config
+from zoft.snapshot import badness, of_best
+
+Evals = Mapping[int, Mapping[str, Any]]  # step -> metrics, those on the dev set as dev_…
+
+
+def chooses(config: Config) -> bool:
+    """Whether anything in this run goes by best_by."""
+    return bool(config.keep_best or config.save_best or config.early_stop)
+
+
+def best(config: Config, evals: Evals) -> int:
+    """The step of the best evaluation by best_by, on the dev set where there is one; the earliest of equals."""
+    return min(sorted(evals), key=lambda s: badness(of_best(config, evals[s]), config.best_by))
+
+
+def stops(config: Config, evals: Evals) -> bool:
+    """Whether the last early_stop evaluations brought nothing better: the run ends here."""
+    if not config.early_stop or not evals:
+        return False
+    return sum(s > best(config, evals) for s in evals) >= config.early_stop
+
+
+def score(
+    config: Config,
+    evals: Evals,
+    step: int,
+    test: Callable[[], dict[str, Any]],
+    dev: Callable[[], dict[str, Any]] | None,
+) -> dict[str, Any]:
+    """A step's metrics. With a dev set these are dev_…; the evaluation rows are looked at before and after training, and
+    where save_best may keep this step's weights."""
+    if dev is None:
+        return test()
+    found = {f"dev_{k}": v for k, v in dev().items()}
+    ends = step in (0, config.steps)
+    better = config.save_best and best(config, {**evals, step: found}) == step
+    return {**test(), **found} if ends or better else found
+
+
+def tested(metrics: Mapping[str, Any]) -> bool:
+    """Whether a step's metrics have those of the evaluation rows."""
+    return any(not name.startswith("dev_") for name in metrics)
+
+
+def note(config: Config, evals: Evals) -> str:
+    """A line where the evaluation rows themselves choose, "" where they do not."""
+    if not chooses(config) or any(name.startswith("dev_") for name in evals[0]):
+        return ""
+    return (
+        f"best_by={config.best_by}: there is no dev set, so the evaluation rows choose among this run's weights, and its "
+        "figures on them flatter; task.num_dev=… keeps other rows aside for that"
+    )
+
+
+def save(config: Config, folder: Path, out: Path, step: int) -> None:
+    """Write the model (or adapter) as it was after `step` steps: base and ledger give its bits."""
+    from zoft import run
+    from zoft.replay import Ask
+
+    run.recipe(config.recipe).replay(config, folder, out, Ask(step))
