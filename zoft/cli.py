@@ -163,7 +163,8 @@ def train(
 
         run.first_look(resolved, resume, dry_run)
         given = [
-            *(overrides or []),
+            *[text for text in overrides if text != f"reward={reward}"],
+            *(["--reward", reward] if reward else []),
             *(["--config", config] if config else []),
             *(["--resume", resume] if resume else []),
         ]

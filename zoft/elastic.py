@@ -248,10 +248,11 @@ class ElasticTrainer(Trainer):
         except BaseException:
             self.close("stopped")
             raise
-        if self.next >= self.settings.steps:
-            self.check()
-            self._say(f"weights at the end: {distributed.digest(self.axis.trained)}")
-            self.close("done")
+
+    def end(self) -> None:
+        self.check()
+        self._say(f"weights at the end: {distributed.digest(self.axis.trained)}")
+        self.close("done")
 
     def close(self, why: str) -> None:
         """Send the workers home."""

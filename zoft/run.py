@@ -445,6 +445,7 @@ def fit(
         if due(config, trainer.next):
             at_stop(trainer.next)
         paused += time.monotonic() - pause
+    trainer.end()
     seconds = past + time.monotonic() - began - paused
     several: dict[str, Any] = {"processes": world.size, "wire_bytes": world.sent} if world.size > 1 else {}
     last = trainer.next

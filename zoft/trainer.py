@@ -171,6 +171,9 @@ class Trainer:
         finally:
             self.axis.flush()
 
+    def end(self) -> None:
+        """The run's last step is done."""
+
     def skip_to(self, step: int, records: Sequence[Record]) -> None:
         """Go on from weights that have the first `step` of these records in them already (a snapshot's)."""
         assert self.next == 0, f"skip to {step} after {self.next} steps"
