@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from zoft import adapter_beside, adapters, evaluate, setup, space, tasks
+from zoft import adapter_beside, adapters, evaluate, goal, setup, space, tasks
 from zoft import replay as replays
 from zoft import run as runs
 from zoft.config import Config
@@ -24,20 +24,25 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
     """Train, from the start or from where `resume` stopped; returns result.json's content, or the plan of a dry run."""
     config = setup.device(config)
     data = tasks.load(config.task)  # a mistake in the data shows before weights load
+    config = goal.resolve(config, data)
     model, tokenizer, base = setup.model(config, resume)
     train, held_out = setup.examples(config, tokenizer, data)
+    aim = goal.make(config, data, tokenizer)
+    scored = aim.examples(train)
     names = space.train_names(model, config.train)
     config = setup.dtypes(config, model, names)
-    config, trained, axis = setup.axis(config, model, space.adopt(model, names), train)
+    config, trained, axis = setup.axis(config, model, space.adopt(model, names), scored)
     if dry_run:
         return setup.plan(config, model, trained, train, held_out)
 
     def score() -> dict[str, Any]:
-        return evaluate.evaluate(model, held_out, train, context=axis.clean)
+        found = evaluate.evaluate(model, held_out, train, context=axis.clean)
+        return {**found, **aim.evaluate(model, axis.clean)}
 
-    with runs.session(config, setup.header(config, base, trained, train), resume) as s:
+    with runs.session(config, setup.header(config, base, trained, train) | aim.header(), resume) as s:
         adapters.keep(config, trained, s.folder)
-        trainer = setup.trainer(config, model, axis, train, s.ledger)
+        aim.watched(s.ledger.header, s.tracker)
+        trainer = setup.trainer(config, model, axis, scored, s.ledger, aim)
         result = runs.fit(trainer, s, score)
         return runs.finish(s, model, tokenizer, result)
 

@@ -38,6 +38,7 @@ MODELS = {
     "opt-1.3b": lambda: _opt(2048, 24, 32),
     "llama-1b": lambda: _llama(2048, 16, 32, 8, 8192, tie=True),  # Llama-3.2-1B
     "llama-8b": lambda: _llama(4096, 32, 32, 8, 14336, tie=False),  # Llama-3.1-8B
+    "opt-6.7b": lambda: _opt(4096, 32, 32),
     "opt-13b": lambda: _opt(5120, 40, 40),
     "opt-30b": lambda: _opt(7168, 48, 56),
 }

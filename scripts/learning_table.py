@@ -46,7 +46,8 @@ class Row:
 def recipe(arguments: str, *lrs: str, seeds: int = 3) -> Row:
     """A recipe on all of the table's terms, its lr chosen among these."""
     fixed = [*arguments.split(), *COMMON, "schedule=linear", "noise=gaussian"]
-    return Row(fixed, seeds, grid=tuple(f"lr={lr}" for lr in lrs))
+    grid = tuple(f"lr={lr}" for lr in lrs)
+    return Row([*fixed, *grid], seeds) if len(grid) == 1 else Row(fixed, seeds, grid=grid)
 
 
 def gradients(arguments: str) -> Row:
@@ -73,11 +74,11 @@ TABLES: dict[str, dict[str, Row]] = {
             "8e-5",
         ),
         "LoRA-ZO, rank 8": recipe("--config mezo/reviews recipe=lora_zo train=lora eps=1e-2", "3e-4", "1e-3"),
-        "QZO, 4 bits": recipe(f"{QZO} bits=4 eps_mode=relative eps=1e-2", "1e-2", "3e-2"),
-        "QZO, 4 bits, absolute": recipe(f"{QZO} bits=4 eps=1e-3", "3e-6", "1e-5", "3e-5", seeds=1),
+        "QZO, 4 bits": recipe(f"{QZO} bits=4 eps=1e-3", "3e-6", "1e-5"),
         "AdamW, all weights": gradients("--config mezo/reviews train=all lr=2e-5 steps=500"),
         "AdamW, LoRA of rank 8": gradients("--lora 8 --config mezo/reviews train=all lr=5e-4 steps=500"),
-        "QZO, 8 bits": recipe(f"{QZO} bits=8 eps_mode=relative eps=1e-2", "1e-2", "3e-2", seeds=1),
+        "QZO, 4 bits, relative": recipe(f"{QZO} bits=4 eps_mode=relative eps=1e-2", "1e-3", "3e-3", seeds=1),
+        "QZO, 8 bits, relative": recipe(f"{QZO} bits=8 eps_mode=relative eps=1e-2", "1e-3", "3e-3", seeds=1),
         "prompt of 10": recipe(
             "--config mezo/reviews recipe=lora_zo train=prompt eps=1e-2", "1e-2", "3e-2", seeds=1
         ),
@@ -85,10 +86,10 @@ TABLES: dict[str, dict[str, Row]] = {
             "--config mezo/reviews recipe=lora_zo train=prefix eps=1e-1", "1e-2", "1e-1", seeds=1
         ),
         "Sparse-MeZO 0.5": recipe(
-            "--config sparse_mezo/reviews train=all eps=1e-3 sparsity=0.5", "4e-5", "8e-5", seeds=1
+            "--config sparse_mezo/reviews train=all eps=1e-3 sparsity=0.5", "4e-5", seeds=1
         ),
         "Sparse-MeZO 0.8": recipe(
-            "--config sparse_mezo/reviews train=all eps=1e-3 sparsity=0.8", "4e-5", "8e-5", seeds=1
+            "--config sparse_mezo/reviews train=all eps=1e-3 sparsity=0.8", "8e-5", seeds=1
         ),
     },
 }

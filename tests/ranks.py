@@ -12,7 +12,9 @@ from pathlib import Path
 import tiny
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["zoft.run", "zoft.setup", "zoft.evaluate", "zoft.distributed", "ranks_imports"])
+CONTEXT.set_forkserver_preload(
+    ["zoft.run", "zoft.setup", "zoft.evaluate", "zoft.distributed", "ranks_imports"]
+)
 ROWS = [{"text": "bad no " * (i % 3) + str(i), "label": "ab"[i % 2]} for i in range(60)]
 
 

@@ -23,8 +23,8 @@ from zoft.compose import load_run, names
 ROOT = Path(__file__).resolve().parent.parent
 # A user's scripts depend on these: a change here is a change of the interface.
 SURFACE = {
-    "train": ["--config", "--dry-run", "--help", "--resume", "-c", "overrides"],
-    "eval": ["--config", "--help", "--json", "-c", "args"],
+    "train": ["--config", "--dry-run", "--help", "--nproc", "--resume", "--reward", "-c", "overrides"],
+    "eval": ["--config", "--examples", "--help", "--json", "--resamples", "-c", "args"],
     "replay": ["--denoise", "--device", "--help", "--out", "--step", "--storage", "folder"],
     "ledger": ["--help", "--json", "--plot", "--verify", "folder"],
     "export": ["--adapter", "--device", "--dtype", "--help", "--merge", "--out", "folder"],
@@ -109,7 +109,7 @@ def test_help_and_version():
         (["train", "--resume", "nowhere", "--config", "mezo/reviews"], "leave --config out"),
         (["train", "--config", "mezo/reviews", "model=no/where.gguf"], "no such file"),
         (["eval"], "one run's folder"),
-        (["eval", "a", "--config", "mezo/reviews"], "one run's folder"),
+        (["eval", "a", "--config", "mezo/reviews"], "not a run's folder"),
         (["eval", "nowhere"], "not a run's folder"),
         (["replay", "nowhere", "--out", "x"], "not a run's folder"),
         (["export", "nowhere", "--merge", "--out", "x"], "not a run's folder"),
@@ -349,12 +349,30 @@ def test_a_finished_run_says_so(place, finished):
 
 
 def test_eval_of_a_run_agrees_with_its_result(place, finished):
-    done = zoft("eval", "whole", "--json", cwd=place)
+    done = zoft("eval", "whole", "--json", "--examples", "each.jsonl", cwd=place)
     assert done.returncode == 0, done.stderr
     after = json.loads((place / "whole" / "result.json").read_text())["after"]
-    assert json.loads(done.stdout) == pytest.approx(after)
-    done = zoft("eval", "--config", "mine.yaml", "eval_limit=3", "--json", cwd=place)
-    assert json.loads(done.stdout)["n"] == 3
+    found = json.loads(done.stdout)
+    between = found.pop("ci95")
+    assert found == pytest.approx(after)
+    assert all(low <= after[name] <= high for name, (low, high) in between.items()) and "accuracy" in between
+    each = [json.loads(line) for line in (place / "each.jsonl").read_text().splitlines()]
+    assert len(each) == after["n"] and sum(e["right"] for e in each) / len(each) == after["accuracy"]
+    assert all((max(e["scores"], key=e["scores"].get) == e["gold"]) == e["right"] for e in each)
+    done = zoft("eval", "--config", "mine.yaml", "eval_limit=3", "--json", "--resamples", "0", cwd=place)
+    assert json.loads(done.stdout)["n"] == 3 and "ci95" not in json.loads(done.stdout)
+
+
+def test_eval_of_a_model_folder_takes_the_task_of_a_config(place, finished):
+    done = zoft("eval", "whole/model", "--config", "mine.yaml", "--json", "--resamples=0", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == pytest.approx(
+        json.loads((place / "whole" / "result.json").read_text())["after"]
+    )
+    done = zoft("eval", "whole", "--config", "mine.yaml", cwd=place)
+    assert done.returncode == 2 and "leave --config out" in done.stderr
+    done = zoft("eval", "whole/model", "model=x", "--config", "mine.yaml", cwd=place)
+    assert done.returncode == 2 and "leave one of them out" in done.stderr
 
 
 def test_python_m_zoft_runs_too(tmp_path):

@@ -47,7 +47,7 @@ def test_every_config_says_what_it_is_and_how_to_run_it(path):
 
 @pytest.mark.parametrize("name", names("task"))
 def test_every_task_and_model_is_a_choice(name):
-    assert compose(REVIEWS, [f"task={name}"]).task.name == name.partition("-")[0]
+    assert compose(REVIEWS, [f"task={name}"]).task.name == name.replace("-short", "")
     for model in names("model"):
         assert compose("mezo/opt-13b-sst2", [f"model={model}"]).model == model
 
@@ -102,7 +102,7 @@ def test_labels_that_yaml_reads_as_something_else():
         ("prompt=x", ["prompt", "task.prompt"]),
         ("zzz=1", ["zzz", "zoft keys"]),
         ("task.promt=x", ["task.promt", "task.prompt"]),
-        ("lr=1,2", ["lr=1,2", "sweep", "one command per value"]),
+        ("lr=1,2", ["lr=1,2", "sweep", "zoft sweep"]),
         ("noise=gaussian,rademacher", ["noise", "sweep"]),
         ("task=reviews,trec", ["task", "sweep"]),
         ("seed=range(3)", ["seed", "sweep"]),

@@ -64,7 +64,9 @@ def test_directions_over_two_processes(place):
     assert json.loads((place / "q-two" / "result.json").read_text())["wire_bytes"] == 10 * 3 * 16
 
 
-@pytest.mark.parametrize("how,size,keys", [("data", 2, []), ("data", 3, ["batch_size=4"]), ("2d", 4, ["q=1"])])
+@pytest.mark.parametrize(
+    "how,size,keys", [("data", 2, []), ("data", 3, ["batch_size=4"]), ("2d", 4, ["q=1"])]
+)
 def test_shards_of_the_batch_within_rounding(place, how, size, keys):
     """lr=0: each step's losses are those of the same weights."""
     name, keys = f"{how}{size}", [*keys, "lr=0", "steps=8", "accumulate=2", "save_model=false"]
@@ -164,7 +166,10 @@ def test_weights_that_differ_stop_all_with_both_values(place):
     assert codes == [2, 2]
     line = said(place).splitlines()[-1]
     values = [x.split()[0].strip(",)") for x in line.split(" has ")[1:]]
-    assert line.startswith("error: step 15: weights differ between processes (rank 0 has ") and len(set(values)) == 2
+    assert (
+        line.startswith("error: step 15: weights differ between processes (rank 0 has ")
+        and len(set(values)) == 2
+    )
     assert len(read(place / "bent" / "ledger").records) == 15
 
 
@@ -191,12 +196,18 @@ def test_nproc_starts_and_watches_them(place):
     command = [sys.executable, "-m", "zoft", "train", "--config", "mine.yaml", "--nproc", "2"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "output_dir=spawned", "snapshot_every=20"], cwd=place, env=env, capture_output=True, text=True
+        [*command, "output_dir=spawned", "snapshot_every=20"],
+        cwd=place,
+        env=env,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("50 steps, 400 forwards") == 1
     assert same(place, "spawned")
-    done = subprocess.run([*command, "output_dir=spawned"], cwd=place, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "output_dir=spawned"], cwd=place, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 2 and done.stderr.startswith("error: output_dir=spawned: it holds a run")
 
 

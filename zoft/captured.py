@@ -41,7 +41,7 @@ class CapturedTrainer(Trainer):
 
     def __init__(
         self, model: nn.Module, axis: DeviceAxis | DeviceInPlace, batches: Callable[[int], Sequence[Batch]], ledger: Ledger | None,
-        settings: Settings, forward: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]] = losses, capture: str = "",
+        settings: Settings, forward: Callable[[nn.Module, Batch], tuple[Tensor, ...]] = losses, capture: str = "",
     ) -> None:  # fmt: skip
         super().__init__(model, axis, batches, ledger, settings, forward)
         self.axis: DeviceAxis | DeviceInPlace = axis

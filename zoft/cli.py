@@ -139,17 +139,22 @@ def train(
     nproc: Annotated[
         int, typer.Option(metavar="N", min=1, help="Processes that share each step (a GPU each, if any).")
     ] = 1,
+    reward: Annotated[
+        str | None, typer.Option(metavar="FILE.py:FUNCTION", help="Maximise a reward of your own; runs FILE.")
+    ] = None,
 ) -> None:
     """Fine-tune a model: zoft train --config mezo/reviews lr=1e-5."""
     from zoft import run
     from zoft.compose import compose, load_run
 
+    overrides = [*(overrides or []), *([f"reward={reward}"] if reward else [])]
     if resume is None:
         resolved = compose(config, overrides or [])
     elif config:
         raise UserError(f"--config {config}: a resumed run keeps its own config; leave --config out")
     else:
-        others = [text for text in overrides or [] if text != "trust_remote_code=true"]
+        mine = ("trust_remote_code=true", f"reward={reward}")  # what runs code is said again
+        others = [text for text in overrides or [] if text not in mine]
         if others:
             raise UserError(f"{others[0]}: a resumed run keeps its own config; leave {', '.join(others)} out")
         resolved = load_run(resume, overrides or [])
@@ -157,26 +162,94 @@ def train(
         from zoft import processes
 
         run.first_look(resolved, resume, dry_run)
-        given = [*(overrides or []), *(["--config", config] if config else []), *(["--resume", resume] if resume else [])]
+        given = [
+            *(overrides or []),
+            *(["--config", config] if config else []),
+            *(["--resume", resume] if resume else []),
+        ]
         raise typer.Exit(processes.start(nproc, ["train", *given], str(resume or resolved.output_dir)))
     result = run.train(resolved, resume=resume, dry_run=dry_run)
     if int(os.environ.get("RANK", "0")) == 0:
         typer.echo(run.plan_text(result) if dry_run else run.summary(result))
 
 
+@app.command(cls=_Verb, context_settings=_LOOSE)
+def sweep(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUES]...", show_default=False)] = None,
+    config: Source = None,
+    launcher: Annotated[str, typer.Option(metavar="local|slurm", help="Where jobs run.")] = "local",
+    jobs: Annotated[int | None, typer.Option(help="Jobs at a time; default: one a GPU, else 1.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Go on in the background.")] = False,
+    slurm: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Slurm options; single ones: slurm.time=2:00:00.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(help="Search with Optuna, so many trials.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Best by this; default: accuracy or loss.")] = None,
+    direction: Annotated[str | None, typer.Option(metavar="minimize|maximize", help="Of the metric.")] = None,
+    plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw the results.")] = None,
+    status: Annotated[str | None, typer.Option(metavar="DIR", help="Which jobs are done.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Show --status until all has ended.")] = False,
+    cancel: Annotated[str | None, typer.Option(metavar="DIR", help="Stop all jobs, or those named.")] = None,
+    results: Annotated[str | None, typer.Option(metavar="DIR", help="Table, results.csv, best.yaml.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a config with many values: zoft sweep --config mezo/reviews lr=1e-4,5e-4 'seed=range(0,3)'."""
+    from zoft import sweep_verb
+
+    asked = sweep_verb.Asked(
+        config, launcher, jobs, detach, slurm, trials, metric, direction, plot, status, watch, cancel, results,
+        as_json,
+    )  # fmt: skip
+    sweep_verb.run(asked, words or [], typer.echo)
+
+
 @app.command("eval", cls=_Verb, context_settings=_LOOSE)
-def evaluate(args: Args = None, config: Source = None, as_json: Json = False) -> None:
-    """Evaluate a run's saved model, or any model: zoft eval runs/mine; zoft eval --config mezo/reviews."""
-    from zoft import run
-    from zoft.compose import compose, load_run
+def evaluate(
+    args: Args = None,
+    config: Source = None,
+    as_json: Json = False,
+    examples: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.jsonl", help="Write a line an example: scores, prediction, right."),
+    ] = None,
+    resamples: Annotated[
+        int, typer.Option(min=0, help="Of the bootstrap that gives 95 % intervals; 0 gives none.")
+    ] = 1000,
+) -> None:
+    """Evaluate a run's model, any model or an adapter: zoft eval runs/mine; zoft eval DIR --config mezo/reviews."""
+    from zoft import eval_run
 
     folders = [a for a in args or [] if "=" not in a and not a.startswith("-")]
     overrides = [a for a in args or [] if a not in folders]
-    if bool(folders) == bool(config) or len(folders) > 1:
-        raise UserError("eval: give one run's folder, or --config NAME|FILE")
-    resolved = compose(config, overrides) if config else load_run(folders[0], overrides)
-    metrics = run.evaluate(resolved, folders[0] if folders else None)
-    typer.echo(json.dumps(metrics) if as_json else run.table({"": metrics}))
+    if len(folders) > 1:
+        raise UserError(f"eval: {eval_run.GIVE}")
+    resolved, adapter = eval_run.source(folders[0] if folders else None, config, overrides)
+    found = eval_run.judge(resolved, adapter, resamples=resamples, out=examples)
+    typer.echo(json.dumps(found) if as_json else eval_run.text(found))
+
+
+@app.command(cls=_Verb, context_settings=_LOOSE)
+def baseline(
+    overrides: Overrides = None,
+    config: Source = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            "-m",
+            help="zero-shot, icl, calibrated, sfc, linear-probe, first-order, first-order-lora.",
+        ),
+    ] = "zero-shot",
+    demos: Annotated[int | None, typer.Option(min=1, help="Demonstrations of icl; default: 32.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Of first-order; default: 3.")] = None,
+) -> None:
+    """What a model scores without zeroth-order training: zoft baseline --config mezo/reviews --method icl."""
+    from zoft import baseline as baselines
+
+    if epochs is not None and not epochs > 0:
+        raise UserError(f"--epochs {epochs:g}: must be > 0")
+    resolved, ask = baselines.settings(config, overrides or [], method, demos, epochs)
+    typer.echo(baselines.text(baselines.run(resolved, ask)))
 
 
 @app.command(cls=_Verb)

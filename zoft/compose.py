@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from zoft.errors import UserError
 from zoft.yamlfile import calls, check_file, strict_yaml, yaml_tree
 
 GROUPS = ("model", "task")
-_SWEEP = "one value expected; a comma list is a sweep, so run one command per value"
+_SWEEP = "one value expected; a list of values is a sweep: use zoft sweep, or quotes around the text"
 
 
 def packaged(folder: str) -> Path:
@@ -51,6 +53,10 @@ def compose(config: str | None, overrides: Sequence[str] = ()) -> Config:
         tree["task"] = _group("task", tree["task"], folder)["task"]
     if tree.get("trust_remote_code"):
         raise UserError("trust_remote_code: not from a file; put trust_remote_code=true on the command line")
+    if tree.get("reward"):
+        raise UserError(
+            f"reward: not from a file, for it runs code; put --reward {tree['reward']} on the command line"
+        )
     _assign(tree, assigned, folder)
     made = strict(tree, default_output=Path(str(config)).stem if _is_file(config) else (config or "run"))
     if tree.get("output_dir") is not None and "output_dir" not in dict(assigned):
@@ -101,8 +107,15 @@ def load_run(run: str | Path, overrides: Sequence[str] = ()) -> Config:
     tree = yaml_tree(path)
     if tree.pop("trust_remote_code", False) and ("trust_remote_code", True) not in assigned:
         raise UserError(f"{run}: its model brings code; put trust_remote_code=true on the command line again")
+    tree.pop("reward", None)  # it runs code; who trains on names it again (`again`)
     _assign(tree, assigned, None)
     return strict(tree)
+
+
+def again(run: str | Path) -> UserError:
+    """What a run says whose reward was not named on the command line."""
+    named = yaml_tree(Path(run) / "config.yaml").get("reward")
+    return UserError(f"{run}: its reward runs code; name it again, --reward {named}")
 
 
 def to_yaml(config: Config) -> str:
@@ -255,7 +268,30 @@ def _group(group: str, name: str, folder: Path | None) -> dict[str, Any]:
     return _compose(root, f"{group}/{name}")
 
 
+_kept: dict[tuple[Path, str], dict[str, Any]] | None = None  # files composed so far, within `once_each`
+
+
+@contextmanager
+def once_each() -> Iterator[None]:
+    """Compositions in this context read each file once: Hydra takes 30 ms for it, and a sweep has many configs."""
+    global _kept
+    _kept = {}
+    try:
+        yield
+    finally:
+        _kept = None
+
+
 def _compose(root: Path, name: str) -> dict[str, Any]:
+    """Hydra's composition of root/name.yaml, as a plain tree of the caller's own."""
+    if _kept is None:
+        return _composed(root, name)
+    if (root, name) not in _kept:
+        _kept[root, name] = _composed(root, name)
+    return copy.deepcopy(_kept[root, name])
+
+
+def _composed(root: Path, name: str) -> dict[str, Any]:
     """Hydra's composition of root/name.yaml, packaged groups within reach, as a plain tree."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir

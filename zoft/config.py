@@ -27,6 +27,9 @@ BY_TRAIN: dict[str, dict[str, Any]] = {
     "prompt": {"virtual_tokens": 10, "lr": 1e-3, "eps": 1e-2},
 }
 BY_RECIPE: dict[str, dict[str, Any]] = {"lora_zo": {"train": "lora"}}
+# Objectives of text that the model writes, and others that have no gradient either.
+GENERATED = ("exact_match", "f1", "reward")
+NO_GRADIENT = ("accuracy", "macro_f1", *GENERATED)
 # Keys that say something of some trained sets only.
 ONLY = {
     "lora_rank": ("lora",),
@@ -73,6 +76,11 @@ class Task:
     target: str | None = key(
         None, "template of the text to learn, where labels do not fit (LM loss)", template=True
     )
+    null_prompt: str | None = key(
+        None,
+        "the prompt without its columns, for `zoft baseline --method sfc`; null: the template, columns empty",
+        template=True,
+    )
     num_train: int | None = key(
         None, "train on so many rows, the first of a permutation by data_seed; null takes all", least=1
     )
@@ -102,6 +110,27 @@ class Config:
         "all",
         "trained tensors: all, last-2, norms, bias, head, scales, or a pattern searched in their names; "
         "or lora, prefix, prompt: tensors added to a frozen model",
+    )
+    objective: str = key(
+        "auto",
+        "what is minimised: a loss (over candidates, or of the text to learn; auto: the task's own), or minus a metric: of "
+        "predictions (accuracy, macro_f1) or of text that the model writes (exact_match, f1, a reward of your own)",
+        one_of=("auto", "choice", "lm", *NO_GRADIENT),
+    )
+    reward: str | None = key(
+        None,
+        "my_reward.py:score, a function (rows, texts) -> a number a row; only on the command line, as --reward",
+    )
+    reward_seconds: float = key(60.0, "what one call of the reward may take", above=0, most=1e6)
+    max_new_tokens: int = key(50, "tokens that are written after a prompt, at most", least=1)
+    stop: str | None = key(
+        "\n", "text that ends what is written, and is left out; null: end-of-text alone", template=True
+    )
+    hold_probe: bool | str = key(
+        "auto",
+        "text is written with a probe's weights made once, beside the model's own; false: anew for each token, in "
+        "less memory; auto: once where half of the free memory holds what is trained",
+        one_of=("auto",),
     )
     lora_rank: int | None = key(None, "rank of the LoRA pairs; null is 8", least=1)
     lora_alpha: int | None = key(None, "a LoRA pair counts lora_alpha / lora_rank times; null is 16", least=1)
@@ -163,9 +192,7 @@ class Config:
     )
     q: int = key(1, "directions a step, each probed at + and −", least=1, most=1 << 16)
     steps: int = key(1000, "updates in all", least=1, below=1 << 32)
-    batch_size: int = key(
-        16, "examples a batch, those of all processes together", least=1, most=1 << 20
-    )
+    batch_size: int = key(16, "examples a batch, those of all processes together", least=1, most=1 << 20)
     accumulate: int = key(1, "batches a step, under one set of directions", least=1, most=1 << 20)
     seed: int = key(0, "of noise and data order", least=0, below=1 << 64)
     eval_every: int = key(0, "steps between evaluations; 0 evaluates before and after only", least=0)
@@ -209,7 +236,9 @@ class Config:
         one_of=("auto", "data", "probes", "2d"),
     )
     check_every: int = key(
-        100, "steps between comparisons of the weights of several processes, by a checksum; 0 compares at both ends", least=0
+        100,
+        "steps between comparisons of the weights of several processes, by a checksum; 0 compares at both ends",
+        least=0,
     )
     max_skipped: int = key(
         20, "steps in a row whose loss is not finite, each of them skipped, that stop the run", least=1
@@ -236,7 +265,7 @@ class Config:
     best_by: str = key(
         "loss",
         "metric of the evaluations that keep_best goes by",
-        one_of=("loss", "perplexity", "accuracy", "macro_f1", "auc", "calibrated_accuracy"),
+        one_of=("loss", "perplexity", "accuracy", "macro_f1", "auc", "calibrated_accuracy", *GENERATED),
     )
     output_dir: str | None = key(None, "folder of the run; null is runs/<config>-seed<seed>")
     save_model: bool = key(True, "write model/ at the end")
@@ -262,7 +291,8 @@ def filled(tree: dict[str, Any]) -> dict[str, Any]:
 FREE = ("model", "adapter", "output_dir", "device", "threads", "parallel", "check_every", "probes_per_forward", "cache_frozen", "eval_every", "eval_limit",
         "max_skipped", "on_divergence", "sync", "snapshot_every", "keep_last", "keep_best", "best_by", "save_model",
         "save_dequantised", "save_dtype", "track",
-        "trust_remote_code", "task.train", "task.eval", "task.num_eval")  # fmt: skip
+        "trust_remote_code", "task.train", "task.eval", "task.num_eval", "reward", "reward_seconds", "hold_probe",
+        "task.null_prompt")  # fmt: skip
 
 
 def digests(config: Config) -> dict[str, str]:
@@ -367,6 +397,7 @@ def check(config: Config) -> Config:
     if config.eps < 1e-30:
         raise UserError(f"eps={config.eps:g}: it is 0 in fp32; use 1e-3 or so")
     _check_quantised(config)
+    _check_objective(config)
     # YAML reads `yes:` and `true:` as booleans, and `0:` as a number, where data files hold their names.
     choices: dict[Any, str] = {}
     for k, v in config.task.choices.items():
@@ -422,6 +453,39 @@ def _check_mask(config: Config) -> None:
             "mask=magnitude: perturb=inplace moves the weights whose size says which of them move; "
             "use perturb=probes, or mask=random"
         )
+
+
+def _check_objective(config: Config) -> None:
+    """Refuse keys of an objective where they do nothing; a reward that is named is the objective."""
+    if config.reward is not None and config.objective == "auto":
+        config.objective = "reward"
+    found, written = fields(), config.objective in GENERATED
+    for name in ("reward", "reward_seconds"):
+        if config.objective != "reward" and getattr(config, name) != found[name].default:
+            raise UserError(
+                f"{name}={getattr(config, name)}: objective={config.objective} asks no reward; leave one out"
+            )
+    for name in ("max_new_tokens", "stop", "hold_probe"):
+        if not written and getattr(config, name) != found[name].default:
+            raise UserError(
+                f"{name}={getattr(config, name)!r}: no text is written with objective={config.objective}; leave it out"
+            )
+    if not written:
+        return
+    if config.max_new_tokens >= config.max_length:
+        raise UserError(
+            f"max_new_tokens={config.max_new_tokens}: leaves no room for a prompt in max_length={config.max_length}"
+        )
+    if config.stop == "":
+        raise UserError("stop is empty: give the text that ends what is written, or null")
+    if config.probes_per_forward not in ("auto", 1):
+        raise UserError(
+            f"probes_per_forward={config.probes_per_forward}: text is written at one probe at a time; leave it out"
+        )
+    if config.cache_frozen is True:
+        raise UserError("cache_frozen=true: keeps the outputs of whole rows, and text grows; leave it out")
+    if config.perturb == "inplace" and config.hold_probe is True:
+        raise UserError("hold_probe=true: perturb=inplace moves the weights themselves; leave it out")
 
 
 def _check_snapshots(config: Config) -> None:
@@ -504,7 +568,13 @@ def describe_keys() -> str:
         elif f.default is dataclasses.MISSING:
             default = "{}"
         else:
-            default = "(choose)" if f.default == "" else "null" if f.default is None else str(f.default)
+            default = (
+                "(choose)"
+                if f.default == ""
+                else "null"
+                if f.default is None
+                else str(f.default).replace("\n", "\\n")
+            )
         if name != "task":
             kind = str(f.type).replace("dict[Any, str]", "map").replace(" | None", "").replace(" | str", "")
         else:

@@ -69,13 +69,13 @@ class World:
         return batch[shard * n // self.shards : (shard + 1) * n // self.shards]
 
     def exchange(self, mine: Tensor) -> tuple[Tensor, Tensor]:
-        """This process's loss sums and counts fp64 [m, 2] -> (those of all probes [parts·m, 2], whether to stop).
+        """This process's totals fp64 [m, K] -> (those of all probes [parts·m, K], whether to stop).
 
-        Shards are added up in their order, on each process alike. A count is never negative: its sign says that this
-        process was asked to stop. Where `mine` is on a GPU nothing waits for it.
+        Shards are added up in their order, on each process alike. The second column is a count, never negative: its sign
+        says that this process was asked to stop. Where `mine` is on a GPU nothing waits for it.
         """
         if self.stop is not None and self.stop.number:
-            mine = mine * mine.new_tensor([1.0, -1.0])
+            mine = torch.cat([mine[:, :1], -mine[:, 1:2], mine[:, 2:]], 1)
         self.sent += mine.numel() * mine.element_size()
         gathered = mine.new_empty(self.size, *mine.shape)
         with self.together():

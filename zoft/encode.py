@@ -35,7 +35,8 @@ class Example:
     @property
     def length(self) -> int:
         """Tokens of the longest row."""
-        return max(len(a) + len(b) for a, b in zip(self.contexts, self.completions)) + len(self.after)
+        rest = len(self.after) - self.masked  # what fills a mask takes no place of its own
+        return max(len(a) + len(b) for a, b in zip(self.contexts, self.completions)) + rest
 
 
 def encode(rows: Sequence[dict], tokenizer: Any, task: Any, max_length: int) -> list[Example]:
@@ -85,7 +86,7 @@ def encode(rows: Sequence[dict], tokenizer: Any, task: Any, max_length: int) -> 
                 f"for its prompt in max_length={max_length}: raise max_length"
             )
         contexts = tuple(front + tuple(head[cut:]) for head, _ in pairs)
-        extra = {name: tuple(row.get(name, ())) for name in ("answers", "golds")}
+        extra: dict[str, Any] = {name: tuple(row.get(name, ())) for name in ("answers", "golds")}
         completions = tuple(tuple(tail) for _, tail in pairs)
         out.append(Example(contexts, completions, row["gold"], task.objective, **extra))
     if out and task.objective == "choice" and _single(out):
@@ -129,11 +130,27 @@ def encode_masked(rows: Sequence[dict], tokenizer: Any, max_length: int) -> list
         left = min(at, over)
         right = len(ids) - (over - left)
         if right <= at:
-            raise UserError(f"{row['where']}: no room for [MASK] in max_length={max_length}: raise max_length")
+            raise UserError(
+                f"{row['where']}: no room for [MASK] in max_length={max_length}: raise max_length"
+            )
         context = front + tuple(ids[left : at + 1])
         after = tuple(ids[at + 1 : right]) + back
         contexts = (context,) * len(completions)
         out.append(Example(contexts, completions, row["gold"], masked=True, after=after))
+    return out
+
+
+def prompts(rows: Sequence[dict], tokenizer: Any, most: int) -> list[tuple[int, ...]]:
+    """The prompts alone as token ids, to write after: at most so many tokens, cut on the left (after BOS).
+
+    rows: as for `encode`. Raises UserError naming a row without any token.
+    """
+    front = _front(tokenizer)
+    found = _tokenise(tokenizer, [row["prompt"] for row in rows])
+    out = [front + tuple(ids[max(0, len(ids) + len(front) - most) :]) for ids in found]
+    for row, ids in zip(rows, out):
+        if not ids:
+            raise UserError(f"{row['where']}: there is nothing to write after: lengthen task.prompt")
     return out
 
 

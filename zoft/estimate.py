@@ -116,7 +116,7 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
 
 def skeleton(config: Config) -> Any:
     """The config's model on the meta device, in the dtype of its checkpoint: names, shapes and no memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     source = models.resolve(config.model)
     models.check(source)
@@ -134,7 +134,7 @@ def skeleton(config: Config) -> Any:
             shape = AutoConfig.from_pretrained(source.place, trust_remote_code=config.trust_remote_code)
             dtype = getattr(shape, "dtype", None) or torch.float32
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = models.auto_class(source.name, shape).from_config(
                 shape, dtype=dtype, trust_remote_code=config.trust_remote_code
             )
     return model.eval().requires_grad_(False)
@@ -223,7 +223,9 @@ def _frozen(config: Config, model: Any, names: Sequence[str], rows: Sequence[Exa
     inside = f"{space.blocks_of(model)[0]}."
     if not {n for n in names if not n.startswith(inside)} <= set(space.train_names(model, "last-1")):
         return 0, 1.0  # something is trained that may come before the blocks
-    states = sum(len(row) for row in {c + t[:-1] for e in rows for c, t in zip(e.contexts, e.completions)})
+    states = sum(
+        len(row) for row in {c + t[:-1] + e.after for e in rows for c, t in zip(e.contexts, e.completions)}
+    )
     states = states * _met(config, rows) // len(rows)
     size = states * _width(model) * next(model.parameters()).element_size()
     if auto and size > setup.FROZEN_BYTES:

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,8 @@ def evaluate(
     mean of log softmax(scores) over 128 fixed training inputs, whose labels are not looked at. majority is the accuracy
     of always answering the training set's commonest label. Where examples have different numbers of candidates, or
     several right ones, only accuracy, loss, n.
-    lm: {loss (a token), perplexity, tokens, n}; with answers and `write`, {exact_match, f1} of what it writes, first.
+    lm: {loss (a token), perplexity, tokens, n}; with answers and `write`, {exact_match, f1} of what it writes, first;
+    where examples have several candidates, accuracy of the one of highest score, first.
 
     examples, train: as encode() gives them. context(rows): entered around each forward. Evaluation is
     deterministic: batches are made by length, and no random number is drawn.
@@ -99,13 +100,21 @@ def judge(
     """What evaluate() sums up: scores of each example, or its loss and what is written after its prompt."""
     assert examples, "nothing to evaluate"
     gold = np.array([e.gold for e in examples])  # [n]
-    golds = [tuple(getattr(e, "golds", ())) or (e.gold,) for e in examples]
+    golds = [e.golds or (e.gold,) for e in examples]
     if examples[0].objective == "lm":
-        sums, counts = _run(model, examples, losses, context)
-        found = Judged(gold, golds, sums=sums.numpy(), counts=counts.numpy())
-        if write is not None and all(getattr(e, "answers", ()) for e in examples):
+        if (
+            min(len(e.completions) for e in examples) > 1
+        ):  # learned as text, judged by candidates: one pass for both
+            total, count = totals(model, [replace(e, objective="choice") for e in examples], context)
+            own = np.arange(len(gold)), gold
+            means = np.where(count > 0, total / count.clip(1), -np.inf)
+            found = Judged(gold, golds, scores=means, sums=-total[own], counts=count[own])
+        else:
+            sums, counts = _run(model, examples, losses, context)
+            found = Judged(gold, golds, sums=sums.numpy(), counts=counts.numpy())
+        if write is not None and all(e.answers for e in examples):
             found.texts = write([e.contexts[0] for e in examples])
-            answers = [list(getattr(e, "answers", ())) for e in examples]
+            answers = [e.answers for e in examples]
             found.exact = np.array([metrics.exact_match(t, a) for t, a in zip(found.texts, answers)])
             found.f1 = np.array([metrics.token_f1(t, a) for t, a in zip(found.texts, answers)])
         return found
@@ -121,14 +130,17 @@ def figures(j: Judged, pick: np.ndarray | None = None) -> dict[str, Any]:
     """The metrics of evaluate(); pick: int [m], the examples they are of (all)."""
     at = np.arange(len(j.gold)) if pick is None else pick
     result: dict[str, Any] = {}
-    if j.scores is None:
-        assert j.sums is not None and j.counts is not None
+    if j.sums is not None:
+        assert j.counts is not None
+        if j.scores is not None:
+            result["accuracy"] = float(np.mean(hits(j.scores[at].argmax(1), [j.golds[i] for i in at])))
         if j.exact is not None and j.f1 is not None:
             result |= {"exact_match": float(j.exact[at].mean()), "f1": float(j.f1[at].mean())}
         tokens = int(j.counts[at].sum())
         loss = float(j.sums[at].sum()) / tokens
         perplexity = math.exp(min(loss, 700.0))
         return {**result, "loss": loss, "perplexity": perplexity, "tokens": tokens, "n": len(at)}
+    assert j.scores is not None
     gold, logp = j.gold[at], log_softmax(j.scores[at])
     predicted = j.scores[at].argmax(1)
     result["accuracy"] = float(np.mean(hits(predicted, [j.golds[i] for i in at])))

@@ -101,10 +101,11 @@ def widened(model: Any, dtype: torch.dtype | None) -> Any:
 
 def reloaded(folder: Path, config: Config) -> Any:
     """What was written, through transformers alone, in fp32."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
+    own = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     with models._quiet():
-        model = AutoModelForCausalLM.from_pretrained(
+        model = models.auto_class(str(folder), own).from_pretrained(
             folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code
         )
     return model.eval().to(config.device)
@@ -115,7 +116,8 @@ def logits(model: Any) -> Tensor:
     """[2, 8, V] of two short rows of tokens."""
     device = next(model.parameters()).device
     ids = torch.arange(16, device=device).view(2, 8) * 7 % model.get_input_embeddings().weight.shape[0]
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float().cpu()
+    extra = {} if models.is_masked(model) else {"use_cache": False}
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits.float().cpu()
 
 
 def agree(again: Tensor, own: Tensor, out: Path) -> None:

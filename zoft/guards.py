@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zoft.config import Config
+from zoft.config import GENERATED, NO_GRADIENT, Config
 from zoft.errors import UserError
 
 if TYPE_CHECKING:
@@ -154,6 +154,16 @@ class Watch:
 
     def _stuck(self, loss: float) -> str:
         c, text = self.config, f"the projected gradient has been 0 for {self.zeros} steps: "
+        if c.objective in NO_GRADIENT:
+            return (
+                f"{text}both probes of a direction have the same {c.objective} ({0 - loss:.4g}), which moves by whole rows only: "
+                f"raise batch_size={c.batch_size}, q={c.q} or eps={c.eps:g}"
+                + (
+                    "; a model none of whose texts scores has nothing to go by"
+                    if c.objective in GENERATED
+                    else ""
+                )
+            )
         if loss == 0:
             return text + "the loss is 0, so nothing is left to learn from these examples"
         fix = f"raise eps={c.eps:g}" + (

@@ -114,7 +114,7 @@ def _find_on_hub(model: str) -> None:
 
 
 def load(model: str, *, dtype: Any = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """A causal language model ready for forward passes, and its tokenizer.
+    """A causal or masked language model ready for forward passes, and its tokenizer.
 
     The model is in eval mode, its tensors take no gradient, its attention is PyTorch's own (sdpa) where the
     architecture has that. `model.checkpoint_dtype` is the torch.dtype the checkpoint has (fp32 for a GGUF).
@@ -201,9 +201,13 @@ def _load_pretrained(source: Source, dtype: Any, trust_remote_code: bool) -> tup
 
 def _whole(source: Source, **where: Any) -> Any:
     """The model that from_pretrained makes, if the checkpoint has all of it: the rest would be drawn at random."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    found: Any = AutoModelForCausalLM.from_pretrained(
+    config = None
+    if source.kind != "gguf":
+        code = where.get("trust_remote_code", False)
+        config = AutoConfig.from_pretrained(source.place, trust_remote_code=code)
+    found: Any = auto_class(source.name, config).from_pretrained(
         **where, output_loading_info=True, ignore_mismatched_sizes=True
     )
     loaded, info = found
@@ -215,6 +219,50 @@ def _whole(source: Source, **where: Any) -> Any:
                 f"model={source.name}: tensor {first} {what} in the checkpoint{more}; fetch it again"
             )
     return loaded
+
+
+def auto_class(name: str, config: Any) -> Any:
+    """transformers' Auto class for a checkpoint with this config: of masked language models, else of causal ones.
+
+    name: the user's word for the model. config: a transformers config, or None for a GGUF file.
+    Errors: UserError for an encoder-decoder model.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"model={name}: it is an encoder-decoder model; zoft trains decoders and masked models"
+        )
+    kinds = getattr(config, "architectures", None) or []
+    kind = getattr(config, "model_type", "")
+    masked = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if masked or any(k.endswith("ForMaskedLM") for k in kinds):
+        return AutoModelForMaskedLM
+    return AutoModelForCausalLM
+
+
+def is_masked(model: Any) -> bool:
+    """Whether it is a masked language model: the logits at a token are of the token itself, not of the next."""
+    return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__.endswith(
+        "ForMaskedLM"
+    )
+
+
+def refuse_other_kind(name: str, model: Any, masked: bool) -> None:
+    """Raise UserError where a model cannot score prompts with a mask (masked), or none without one."""
+    if is_masked(model) and not masked:
+        raise UserError(
+            f"model={name}: a masked language model fills a [MASK]: put one into task.prompt, or take task=sst2-mlm or another "
+            "of the -mlm tasks"
+        )
+    if masked and not is_masked(model):
+        raise UserError(
+            f"task.prompt: [MASK] is for masked language models (RoBERTa, BERT), and {name} is none"
+        )
 
 
 @contextmanager

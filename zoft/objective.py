@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from zoft.encode import Example, encode, show
 
-__all__ = ["Batch", "Example", "collate", "encode", "losses", "project", "scores", "show"]
+__all__ = ["Batch", "Example", "collate", "encode", "losses", "mean", "project", "scores", "show"]
 
 CHUNK = 1 << 25  # logits that are in fp32 at one time: 128 MiB
 
@@ -150,6 +150,11 @@ def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         return sums, torch.ones_like(sums)
     total, count = _per_slot(model, batch)
     return -total[:, 0], count[:, 0]
+
+
+def mean(totals: Tensor) -> Tensor:
+    """[P] from totals [P, 2] over examples: the sum of what each has, over their number."""
+    return totals[:, 0] / totals[:, 1]
 
 
 def scores(model: nn.Module, batch: Batch) -> Tensor:

@@ -55,6 +55,11 @@ class ProbeAxis:
         self._arenas: list[torch.Tensor] = []  # the last is in use; others only where the first was too small
         self.used = 0  # bytes of it that running sites hold
         self._blank = self._blanks()
+        # Of a lone probe, for forwards that come many to an `at`: its tensors [1, *shape], made once.
+        self.hold = False
+        self._held: dict[int, torch.Tensor] = {}
+        self._held_at: tuple[int, Probe] | None = None
+        self._holding = False
 
     def _blanks(self) -> dict[int, torch.Tensor]:
         # During a forward a trained tensor's own place holds NaN: a read that no site serves shows in the loss.
@@ -81,9 +86,12 @@ class ProbeAxis:
             for s in self.sites:
                 s.module.forward = self._forwards[s]
             self.calls = dict.fromkeys(self.sites, 0)
+            if self.hold and len(self.probes) == 1:
+                self._make_held(step, self.probes[0])
+                self._holding = True
             yield
         finally:
-            self._active, self.used, self.first = False, 0, 0
+            self._active, self.used, self.first, self._holding = False, 0, 0, False
             del self._arenas[:-1]
             for s in self.sites:
                 if own[s] is None:
@@ -92,6 +100,18 @@ class ProbeAxis:
                     s.module.forward = own[s]
             for t in self.trained:
                 t.param.data = t.stored
+
+    def _make_held(self, step: int, probe: Probe) -> None:
+        """θ + s·z of every tensor, beside θ; the microbatches of a step find a probe's as they left them."""
+        if probe.scale and self._held_at == (step, probe):
+            return
+        self._held_at = None
+        for t in self.trained:
+            if t.id not in self._held:
+                self._held[t.id] = torch.empty(1, *t.stored.shape, dtype=t.compute, device=t.stored.device)
+            self._fill(t, self._held[t.id], [probe], 0)
+            self._mark(t)
+        self._held_at = (step, probe)
 
     @contextmanager
     def clean(self, rows: int = 0) -> Iterator[None]:
@@ -102,6 +122,7 @@ class ProbeAxis:
     def commit(self, change: noise.Update) -> None:
         """Take a step's update; each tensor gets it with its next read, or by flush."""
         self.updates.append(change)
+        self._held_at = None
         if len(self.updates) >= PENDING_MAX:
             self.flush()
 
@@ -134,6 +155,8 @@ class ProbeAxis:
 
         first: index of the group's first probe among axis.probes.
         """
+        if self._holding:
+            return [self._held[t.id] for t in tensors]
         arena = self._room(sum(routes.nbytes(t) for t in tensors) * len(group))
         offset, made = 0, []
         for t in tensors:
@@ -165,8 +188,11 @@ class ProbeAxis:
             while end < len(t.stored):
                 rows = slice(end, min(end + step, len(t.stored)))
                 r = rows.stop - rows.start
-                out = self._room(r * size)[: r * size].view(t.compute).view(len(group), r, -1)
-                self._fill(t, out, group, first, rows)
+                if self._holding:
+                    out = self._held[t.id][:, rows]
+                else:
+                    out = self._room(r * size)[: r * size].view(t.compute).view(len(group), r, -1)
+                    self._fill(t, out, group, first, rows)
                 end = rows.stop
                 yield rows, out
         finally:
@@ -199,6 +225,8 @@ class ProbeAxis:
 
     def gathered(self, t: Trained, rows: torch.Tensor, group: list[Probe], first: int) -> torch.Tensor:
         """[G, N, D]: rows [G, N] of θ + s·z of a matrix at the probes of the group, noise made for these rows only."""
+        if self._holding:
+            return self._held[t.id][0][rows]
         update.advance(t, self.updates, self.kind, self.beta)
         out = torch.empty(*rows.shape, t.stored.shape[1], dtype=t.compute, device=t.stored.device)
         where: dict[str, Any] = {"seed": self.seed, "step": self.step, "noise": self.kind, "mask": t.mask}
@@ -213,6 +241,10 @@ class ProbeAxis:
     def scratch_held(self) -> int:
         """Bytes of scratch that are allocated now."""
         return sum(a.numel() for a in self._arenas)
+
+    def held_bytes(self) -> int:
+        """What holding a probe takes."""
+        return sum(t.stored.numel() * t.compute.itemsize for t in self.trained)
 
     def release(self) -> None:
         """Give the scratch back; the routes refer to the axis, so that it would wait for a garbage collection."""

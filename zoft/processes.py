@@ -46,11 +46,13 @@ def start(count: int, args: Sequence[str], folder: str) -> int:
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, forward)
-    failed: int | None = None  # the first that ended otherwise than well; of several at a time, one that was killed
+    failed: int | None = (
+        None  # the first that ended otherwise than well; of several at a time, one that was killed
+    )
     running = True
     while running:
         time.sleep(0.02)
-        running = any([child.poll() is None for child in children])
+        running = None in [child.poll() for child in children]
         ended = [r for r, c in enumerate(children) if c.returncode]
         if ended and failed is None:
             failed = min(ended, key=lambda r: children[r].returncode > 0)

@@ -64,12 +64,12 @@ def load(
     dtype: of the rest; None: the config's, else that of the first tensor that has one.
     Errors: UserError where tensors and config do not fit.
     """
-    from transformers import AutoModelForCausalLM
+    from zoft.models import auto_class
 
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+        skeleton = auto_class(name, config).from_config(config, trust_remote_code=trust)
     linears = {n: m for n, m in skeleton.named_modules() if type(m) in (nn.Linear, Conv1D)}
     where = _shards(name, folder)
     mark = f".{CODES[found.method]}"

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from zoft import compose, guards, tracking
+from zoft import baseline, compose, guards, tracking
 from zoft.config import ADAPTERS, Config, changed
 from zoft.due import due, next_stop
 from zoft.errors import UserError, writing
@@ -32,6 +32,7 @@ OURS = (
     "ledger",
     "metrics.jsonl",
     "result.json",
+    "baseline.json",
     "env.json",
     "model",
     "adapter",
@@ -43,6 +44,7 @@ OURS = (
 DIFFERS = {
     "base": "starts from other weights ({found}) than this model has ({value})",
     "data": "was begun on other training data: put back what was changed there",
+    "rows": "was begun on rows with other columns or answers: put back what was changed there",
     "noise_version": "has noise of version {found}, this zoft makes version {value}: use the zoft that wrote it",
     "adapter": "starts from an adapter ({found}) that is not made here ({value}): put back start.safetensors",
 }
@@ -57,6 +59,11 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
         found = outcome(Path(resume))
         print(f"{resume}: this run is finished; its result follows", file=sys.stderr)
         return found
+    if resume and (Path(resume) / baseline.ASKED).exists():
+        raise UserError(
+            f"{resume}: a baseline, which is not resumed; delete it and start `zoft baseline` again"
+        )
+    rewarded(config, resume)
     folder = str(resume or config.output_dir)
     if int(os.environ.get("RANK", "0")) == 0:  # of several processes, the one that writes
         first_look(config, resume, dry_run)
@@ -83,6 +90,18 @@ def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None
     if config.adapter:
         checkpoint.adapter(config.adapter, Path(config.adapter).expanduser())
     tasks.look(config.task)
+
+
+def rewarded(config: Config, resume: str | Path | None) -> None:
+    """Refuse to train on a reward that is not named on the command line, or not there."""
+    if config.objective == "reward" and config.reward is None:
+        if resume:
+            raise compose.again(resume)
+        raise UserError("objective=reward: name the function: --reward my_reward.py:score")
+    if config.reward is not None:
+        from zoft import reward as rewards
+
+        rewards.look(config.reward)
 
 
 def within(config: Config) -> Config:
@@ -177,40 +196,6 @@ def of_run(folder: str | Path, device: str | None) -> Config:
     return dataclasses.replace(config, threads="auto")  # they change no bit of a replay
 
 
-def evaluate(config: Config, folder: str | Path | None = None) -> dict[str, Any]:
-    """Metrics of a run's saved model, or of the config's own model, on the config's evaluation data."""
-    adapter = None
-    if folder is not None:
-        saved = Path(folder) / result_name(config)
-        if not saved.is_dir():
-            raise UserError(
-                f"{folder}: no {saved.name}/ in it: finish the run with `zoft train --resume {folder}`, or rebuild what it has "
-                f"with `zoft replay {folder} --out DIR`"
-                + (" and evaluate that with model=DIR" if saved.name == "model" else "")
-            )
-        if saved.name == "model":
-            config = dataclasses.replace(
-                config, model=str(saved), bits=None, eps_mode="absolute", adapter=None
-            )
-        else:
-            adapter, config = saved, dataclasses.replace(config, adapter=None)
-    from zoft import models, tasks
-
-    models.check(models.resolve(config.model))
-    tasks.look(config.task)
-    from zoft import adapters, setup
-    from zoft import evaluate as evaluation
-
-    with guards.memory(config):
-        config = setup.device(config)
-        data = tasks.load(config.task)
-        model, tokenizer, _ = setup.model(plain(config))
-        if adapter is not None:
-            model = adapters.load(model, adapter)
-        train, held_out = setup.examples(config, tokenizer, data)
-        return evaluation.evaluate(model, held_out, train)
-
-
 def result_name(config: Config) -> str:
     """What a run leaves: `model`, or `adapter` where one was trained beside a frozen model."""
     return "adapter" if config.train in ADAPTERS else "model"
@@ -276,7 +261,13 @@ def absolute(config: Config) -> Config:
 
     task = dataclasses.replace(config.task, train=fixed(config.task.train), eval=fixed(config.task.eval))
     model = config.model if config.model in PACKAGED else str(fixed(config.model))
-    return dataclasses.replace(config, model=model, adapter=fixed(config.adapter), task=task)
+    reward = config.reward
+    if reward is not None:
+        place, _, function = reward.rpartition(":")
+        reward = f"{fixed(place)}:{function}"
+    return dataclasses.replace(
+        config, model=model, adapter=fixed(config.adapter), task=task, reward=reward
+    )
 
 
 @dataclass
@@ -339,7 +330,7 @@ def steps_of(ledger: Ledger, config: Config) -> list[dict[str, Any]]:
 def agree(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
     """Refuse to continue or replay a ledger on anything but what it was written on."""
     for name, value in wanted.items():
-        if name in ("zoft", "plan") or name not in found or found[name] == value:
+        if name in ("zoft", "plan", "reward") or name not in found or found[name] == value:
             continue
         other = DIFFERS.get(name, f"was written with {name}={found[name]}, not {value}")
         if name == "config":
@@ -389,7 +380,9 @@ def fit(trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]]) ->
         if trainer.settings.probes_per_forward != s.config.probes_per_forward:  # a batch could not be stacked
             s.config = dataclasses.replace(s.config, probes_per_forward=trainer.settings.probes_per_forward)
             if world.rank == 0:
-                write(s.folder / "config.yaml", compose.to_yaml(s.config))  # on resume, too, for the same bits
+                write(
+                    s.folder / "config.yaml", compose.to_yaml(s.config)
+                )  # on resume, too, for the same bits
         if world.size == 1:  # else all stop after the same step, by trainer.halted
             s.stop.check()
 

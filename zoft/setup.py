@@ -32,13 +32,14 @@ from zoft import (
     tasks,
     update,
 )
-from zoft.config import ADAPTERS, Config, digests
+from zoft.config import ADAPTERS, GENERATED, Config, digests
 from zoft.data_order import batch_indices
 from zoft.encode import Example, encode
 from zoft.errors import UserError
 from zoft.evaluate import CALIBRATION, spread
 from zoft.footprint import Live
 from zoft.frozen import Row, prefix_of, rows_of
+from zoft.goal import Goal, Prompts
 from zoft.ledger import Ledger
 from zoft.objective import Batch, collate, losses
 from zoft.probe import InPlace, ProbeAxis
@@ -184,6 +185,7 @@ def axis(
 
     Returns (config with perturb and probes_per_forward resolved, tensors that are really trained, axis).
     """
+    models.refuse_other_kind(config.model, loaded, train[0].masked)
     if update.decay_is_lost(config.lr, config.weight_decay):
         say(
             f"weight_decay={config.weight_decay:g}: times lr={config.lr:g} it is lost in fp32; nothing decays"
@@ -230,7 +232,24 @@ def axis(
         with made.clean(small.rows):
             return run(small)
 
-    return cached(config, loaded, trained, train, clean), trained, made
+    return held(cached(config, loaded, trained, train, clean), made), trained, made
+
+
+def held(config: Config, made: ProbeAxis | InPlace) -> Config:
+    """Resolve hold_probe where text is written: a probe's weights once beside θ, where half of the free memory has room.
+
+    Either way they are the same numbers and θ is only read; what differs is noise for each probe, or for each token.
+    """
+    if config.objective not in GENERATED or not isinstance(made, ProbeAxis):
+        return config
+    need, auto = made.held_bytes(), config.hold_probe == "auto"
+    made.hold = need <= memory_left(config.device) // 2 if auto else bool(config.hold_probe)
+    if auto and not made.hold:
+        say(
+            f"hold_probe: a probe's weights take {need / 1e9:.2g} GB more, so each token makes them anew; "
+            "perturb=inplace makes them once in place, with a little rounding each step"
+        )
+    return replace(config, hold_probe=made.hold)
 
 
 @torch.no_grad()
@@ -361,14 +380,22 @@ def calibration(train: Sequence[Example]) -> tuple[Batch, Batch]:
 
 
 def trainer(
-    config: Config, loaded: nn.Module, made: ProbeAxis | InPlace, train: Sequence[Example], ledger: Ledger
-) -> Trainer:
-    """The trainer of a run: on a GPU, one whose steps are captured."""
+    config: Config, loaded: nn.Module, made: ProbeAxis | InPlace, train: Sequence[Example], ledger: Ledger,
+    goal: Goal | None = None,
+) -> Trainer:  # fmt: skip
+    """The trainer of a run: on a GPU, one whose steps are captured where the objective is a mean over rows."""
+    goal = goal or Goal(train[0].objective)
     for line in guards.at_start(config, made.trained) if ledger.last_step < 0 else ():
         say(line)
-    at = batches(config, train)
-    if not config.device.startswith("cuda") or config.storage == "fp64":
-        return Trainer(loaded, made, at, ledger, settings(config))
+    at: Callable[[int], Sequence[Any]] = batches(config, train)
+    if goal.texts is not None:
+
+        def at(step: int) -> list[Prompts]:
+            return [Prompts(tuple(picks)) for picks in picked(config, len(train), step)]
+
+    eager = goal.texts is not None or goal.value is not objective.mean
+    if eager or not config.device.startswith("cuda") or config.storage == "fp64":
+        return Trainer(loaded, made, at, ledger, settings(config), goal.forward, goal.value)
     from zoft.captured import CapturedTrainer
     from zoft.device import DeviceAxis
     from zoft.device_inplace import DeviceInPlace
@@ -377,7 +404,7 @@ def trainer(
     why = "cache_frozen looks rows up on the CPU" if config.cache_frozen else ""
     if not why and mask_is_idle(config, loaded, made, train):
         plain, at = at, lambda step: [b.unmasked() for b in plain(step)]
-    return CapturedTrainer(loaded, made, at, ledger, settings(config), capture=why)
+    return CapturedTrainer(loaded, made, at, ledger, settings(config), goal.forward, capture=why)
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ def common(examples: Sequence[Example]) -> int:
 
 def pays(examples: Sequence[Example], front: int) -> bool:
     """Whether sharing leaves enough fewer tokens to compute than rows of their own."""
-    if any(e.objective != "choice" or getattr(e, "masked", False) for e in examples):
+    if any(e.objective != "choice" or e.masked for e in examples):
         return False
     cuts = [cut(e) for e in examples]
     if min(len(c.head) for c in cuts) < 1:
@@ -237,6 +237,6 @@ def _padded(rows: Sequence[Sequence[int]], left: bool) -> tuple[Tensor, Tensor]:
 
 def _alike(rows: Sequence[Sequence[int]]) -> int:
     """Tokens that all rows begin with."""
-    low, high = min(rows), max(rows)  # all others lie between them
+    low, high = min(map(tuple, rows)), max(map(tuple, rows))  # all others lie between them
     n = min(len(low), len(high))
     return next((i for i in range(n) if low[i] != high[i]), n)

@@ -65,7 +65,9 @@ class Tracker:
         self._started = self._shown = time.monotonic()
         self._rate_from = (resume_step, self._started)  # the first step compiles kernels: leave it out
         self._live = _live(self.stream) if self.stream.isatty() else None
-        self._wandb = _wandb(Path(run_dir), config or {}) if track == "wandb" and run_dir is not None else None
+        self._wandb = (
+            _wandb(Path(run_dir), config or {}) if track == "wandb" and run_dir is not None else None
+        )
 
     def __enter__(self) -> Tracker:
         return self
@@ -105,6 +107,13 @@ class Tracker:
                 self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
             else:
                 print(text, file=self.stream, flush=True)
+
+    def under_way(self, text: str) -> None:
+        """Show how far a long step or evaluation is, where nothing has been shown for a while."""
+        now = time.monotonic()
+        if now - self._shown >= (LIVE_SECONDS if self._live else QUIET_SECONDS):
+            self._shown = now
+            self._show(f"step {self.next + 1}/{self.steps}: {text}")
 
     def close(self, failed: bool = False) -> None:
         """Flush and close everything; twice does no harm."""

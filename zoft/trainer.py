@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from zoft.errors import UserError
 from zoft.estimator import Moment, finite, two_sided
 from zoft.layout import Unfit
 from zoft.ledger import Ledger, Record
-from zoft.objective import Batch, losses
+from zoft.objective import Batch, losses, mean
 from zoft.probe import InPlace, Probe, ProbeAxis
 
 
@@ -50,6 +51,8 @@ class Trainer:
 
     axis: how the model is run at a probe (probe.ProbeAxis or probe.InPlace). batches(step) -> the step's
     microbatches, all of which see the same directions. ledger: open for appending, it is the run; None only to replay.
+    forward(model, batch) -> K numbers an example; value(their totals over a step's examples [P, K]) -> what is
+    minimised, [P]: so an objective may be no mean of rows, and still see its microbatches one at a time.
     Source: MeZO (arXiv 2305.17333), Algorithm 1 and, for q > 1, Algorithm 2 with one batch for all directions.
     """
 
@@ -60,7 +63,8 @@ class Trainer:
         batches: Callable[[int], Sequence[Batch]],
         ledger: Ledger | None,
         settings: Settings,
-        forward: Callable[[nn.Module, Batch], tuple[torch.Tensor, torch.Tensor]] = losses,
+        forward: Callable[[nn.Module, Batch], tuple[torch.Tensor, ...]] = losses,
+        value: Callable[[torch.Tensor], torch.Tensor] = mean,
     ) -> None:
         self.model, self.axis, self.batches, self.ledger, self.settings = (
             model,
@@ -69,7 +73,7 @@ class Trainer:
             ledger,
             settings,
         )
-        self.forward = forward
+        self.forward, self.value = forward, value
         self.next = 0  # the step to be taken
         self.forwards = 0  # examples × probes so far
         self.skipped_in_a_row = 0
@@ -120,34 +124,35 @@ class Trainer:
 
     @torch.no_grad()
     def losses_at(self, step: int, probes: Sequence[Probe], batches: Sequence[Batch]) -> list[float]:
-        """Mean loss of the microbatches at each probe, as Σ sums / Σ counts in fp64; [len(probes)]."""
+        """The objective at each probe [len(probes)], of the totals over all microbatches in fp64: Σ sums / Σ counts."""
         group = self.settings.probes_per_forward
         mine = probes[self.world.probes(len(probes))]
-        totals = torch.zeros(len(mine), 2, dtype=torch.float64)
+        parts = []
         for i in range(0, len(mine), group):
-            for batch in batches:
-                totals[i : i + group] += self.sums_at(step, mine[i : i + group], batch)
+            here = mine[i : i + group]
+            parts.append(reduce(torch.add, [self.sums_at(step, here, batch) for batch in batches]))
         self.axis.settle()
+        totals = torch.cat(parts)  # [len(mine), K]
         if self.world.size > 1:
             totals, asked = self.world.exchange(totals)
             self.halted = self.halted or bool(asked)
-        return (totals[:, 0] / totals[:, 1]).tolist()
+        return self.value(totals).tolist()
 
     def sums_at(self, step: int, probes: Sequence[Probe], batch: Batch) -> torch.Tensor:
-        """[P, 2]: a batch's loss sum and count at each probe, from one forward; a batch that cannot be stacked gets
-        one forward a probe, and so do all that follow it."""
+        """[P, K]: a batch's totals at each probe (K = 2: loss sum, count), from one forward; a batch that cannot be
+        stacked gets one forward a probe, and so do all that follow it."""
         if len(probes) > self.settings.probes_per_forward:
             return torch.cat([self.sums_at(step, [p], batch) for p in probes])
         try:
             with self.axis.at(step, probes, batch.rows):
-                sums, counts = self.forward(self.model, batch.repeat(len(probes)))  # [P·E], [P·E]
+                columns = self.forward(self.model, batch.repeat(len(probes)))  # K of [P·E]
         except Unfit as error:
             if len(probes) == 1:
                 raise
             self.alone(step, error)
             return self.sums_at(step, probes, batch)
         self.forwards += batch.examples * len(probes)
-        return torch.stack([sums, counts], -1).view(len(probes), -1, 2).double().sum(1).cpu()
+        return torch.stack(columns, -1).view(len(probes), -1, len(columns)).double().sum(1).cpu()
 
     def alone(self, step: int, why: Unfit) -> None:
         """One probe a forward from here on."""

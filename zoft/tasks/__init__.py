@@ -20,7 +20,7 @@ class TaskData:
     """What a run trains on and is judged by.
 
     train, eval: rows {prompt: str, candidates: [str], gold: int, where: str, key: int}; key is a 64-bit hash
-    of the columns the prompt reads. Further fields where they apply: after (str: the prompt goes on behind the mask
+    of the columns the prompt reads; columns: the row as it was read. Further fields where they apply: after (str: the prompt goes on behind the mask
     that the candidates fill), golds ([int]: all right candidates, gold being the first), answers ([str]: texts that
     count as right where one is generated). objective: "choice" (candidates compete) | "lm" (the gold candidate is the
     text to learn; where there are others, they are for evaluation). label: its column. choices: label -> candidate
@@ -59,6 +59,7 @@ def load(task: Any) -> TaskData:
         held: local.Rows = []
         notes = [f"{task.name}: {len(rows):,} rows"]
     else:
+
         def read(key: str, place: str, **which: bool) -> local.Rows:
             # A local copy of a paper's data set is a file; the configuration is that of the data set at the Hub.
             subset = None if make and local.is_file(place) else task.subset
@@ -80,7 +81,9 @@ def load(task: Any) -> TaskData:
                 notes.append(f"{key}: {len(rows) - len(pairs):,} rows without a label left out")
             if not pairs:
                 raise UserError(f"{key}: no row of it has a label")
-        _check_columns(key, [(w, row) for w, row, _ in pairs], [*prompt, *(after or [])], target, settings["label"])
+        _check_columns(
+            key, [(w, row) for w, row, _ in pairs], [*prompt, *(after or [])], target, settings["label"]
+        )
         made = [_render(w, row, prompt, after, target, settings, more) for w, row, more in pairs]
         for r in made if make else ():
             r["prompt"] = r["prompt"].strip(" ")
@@ -170,7 +173,9 @@ def _settings(task: Any) -> dict[str, Any]:
                 f"task.choices: {name} and {same[0]} are both {text!r}; each needs text of its own"
             )
     if task.target and template.MASK in prompt:
-        raise UserError(f"task.target: {template.MASK} in task.prompt is filled by one of task.choices; leave one out")
+        raise UserError(
+            f"task.target: {template.MASK} in task.prompt is filled by one of task.choices; leave one out"
+        )
     split.check(task, classes=bool(choices))
     objective = "lm" if task.target else "choice"
     return {"objective": objective, "prompt": prompt, "label": label, "choices": choices}
@@ -249,6 +254,7 @@ def _render(
         "where": where,
         "key": int.from_bytes(digest, "big"),
         "words": sum(len(c.split()) for c in content),
+        "columns": row,
     }
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from zoft.errors import UserError
 
-MASK = "[MASK]"  # in a template: the place that a masked language model fills, whatever its tokenizer calls it
+MASK = (
+    "[MASK]"  # in a template: the place that a masked language model fills, whatever its tokenizer calls it
+)
 Piece = tuple[str, str | None]  # text, and the column that follows it
 
 

@@ -1,0 +1,184 @@
+"""Baselines against slow twins, scikit-learn by itself, and a loop of AdamW by hand; on a tiny model in a folder."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from typer.testing import CliRunner
+
+from zoft import baseline, evaluate, linear_probe, tasks
+from zoft.cli import app
+from zoft.compose import compose
+from zoft.encode import encode
+
+ROWS = [
+    {"text": ("bad no " if i % 3 else "so yes ") * (1 + i % 4) + str(i), "label": ("n", "p")[i % 3 == 0]}
+    for i in range(90)
+]
+TASK = [
+    "task=local", "task.train=my.jsonl", "task.prompt=a {text} b:", "task.label=label", 'task.choices={n: " no", p: " yes"}',
+    "model=tiny", "max_length=60", "threads=1",
+]  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    tiny.llama().save_pretrained(tmp_path / "tiny")
+    tiny.tokenizer().save_pretrained(tmp_path / "tiny")
+    (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def made(*words, out="out"):
+    said = {w.partition("=")[0] for w in words}
+    words = [*words, *(w for w in TASK if w.partition("=")[0] not in said)]
+    result = CliRunner().invoke(app, ["baseline", *words, f"output_dir={out}"])
+    assert result.exit_code == 0, (result.output, result.stderr, result.exception)
+    return json.loads(open(f"{out}/result.json").read())
+
+
+def data_of(place):
+    config = compose(None, TASK)
+    return config, tasks.load(config.task)
+
+
+def test_zero_shot_and_calibrated_are_the_evaluations_own_figures(place):
+    zero, calibrated = made("-m", "zero-shot", out="a"), made("-m", "calibrated", out="b")
+    assert calibrated["after"]["accuracy"] == zero["after"]["calibrated_accuracy"]
+    assert calibrated["after"]["auc"] == pytest.approx(zero["after"]["auc"])
+    assert "calibrated_accuracy" not in calibrated["after"] and zero["forwards"] == 0
+    assert {"steps", "forwards", "train_seconds", "peak_memory_gb", "before", "after", "output_dir"} <= set(
+        zero
+    )
+
+
+def test_demonstrations_stand_before_every_prompt_as_often_as_they_fit(place):
+    config, data = data_of(place)
+    told = baseline.demonstrated(replace(config, max_length=200), 3, data, tiny.tokenizer())
+    front = {row["prompt"].rpartition("\n\n")[0] for row in told.train + told.eval}
+    assert len(front) == 1 and told.demos == 3
+    blocks = front.pop().split("\n\n")
+    known = {row["prompt"] + row["candidates"][row["gold"]] for row in data.train}
+    assert len(blocks) == 3 and set(blocks) <= known
+    assert [r["prompt"].rpartition("\n\n")[2] for r in told.eval] == [r["prompt"] for r in data.eval]
+    assert not {r["prompt"].rpartition("\n\n")[2] for r in told.train} & {
+        b.rpartition(":")[0] + ":" for b in blocks
+    }
+    other = baseline.demonstrated(replace(config, max_length=200, seed=1), 3, data, tiny.tokenizer())
+    assert other.eval[0]["prompt"] != told.eval[0]["prompt"]
+
+
+def test_fewer_demonstrations_where_no_more_fit_and_it_is_said(place, capfd):
+    config, data = data_of(place)
+    told = baseline.demonstrated(replace(config, max_length=100), 32, data, tiny.tokenizer())
+    assert 0 < told.demos < 32 and f"{told.demos} of 32 demonstrations" in capfd.readouterr().err
+    lengths = [e.length for e in encode(told.eval, tiny.tokenizer(), data, 1 << 30)]
+    assert max(lengths) <= 100
+    with pytest.raises(baseline.UserError, match="max_length=20"):
+        baseline.demonstrated(replace(config, max_length=20), 4, data, tiny.tokenizer())
+
+
+def log_probs(model, text, candidate):
+    """Log-probabilities of a candidate's tokens after a text, from the two tokenisations."""
+    ids, whole = tiny.tokenizer()(text)["input_ids"], tiny.tokenizer()(text + candidate)["input_ids"]
+    at = next((i for i in range(len(ids)) if ids[i] != whole[i]), len(ids))
+    table = model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
+    return [table[i - 1, whole[i]].item() for i in range(at, len(whole))]
+
+
+def test_in_context_scores_are_those_of_the_whole_text(place):
+    found = made("-m", "icl", "--demos", "2", "seed=3", "eval_limit=6", "max_length=200")
+    config, data = data_of(place)
+    told = baseline.demonstrated(replace(config, seed=3, max_length=200), 2, data, tiny.tokenizer())
+    model, hits = tiny.llama(), []
+    for row in tasks.subset(told.eval, 6):
+        means = [np.mean(log_probs(model, row["prompt"], c)) for c in row["candidates"]]
+        hits.append(int(np.argmax(means)) == row["gold"])
+    assert found["demos_used"] == 2 and found["after"]["accuracy"] == pytest.approx(np.mean(hits))
+
+
+def test_surface_form_is_a_difference_of_sums(place):
+    config, data = data_of(place)
+    model, tokenizer = tiny.llama(), tiny.tokenizer()
+    examples = encode(data.eval, tokenizer, data, 60)
+    got, forwards = baseline.surface_form(config, data, model, tokenizer, examples)
+
+    def total(text, candidate):
+        return sum(log_probs(model, text, candidate))
+
+    for row, scores in zip(data.eval, got):
+        want = [total(row["prompt"], c) - total("a  b:", c) for c in row["candidates"]]
+        assert np.diff(scores) == pytest.approx(np.diff(want), abs=1e-4)
+    assert forwards == 2
+    config.task.null_prompt = "d:"
+    other, _ = baseline.surface_form(config, data, model, tokenizer, examples)
+    want = [total(data.eval[0]["prompt"], c) - total("d:", c) for c in data.eval[0]["candidates"]]
+    assert np.diff(other[0]) == pytest.approx(np.diff(want), abs=1e-4)
+
+
+def test_features_are_the_last_hidden_state_of_each_prompt():
+    model = tiny.llama()
+    rows = [
+        {"prompt": p, "candidates": ["no 1", "yes"], "gold": 0, "where": p}
+        for p in ("a b:", "d", "abc de no:")
+    ]
+    examples = encode(rows, tiny.tokenizer(), SimpleNamespace(objective="choice"), 60)
+    got = linear_probe.features(model, examples)
+    for e, found in zip(examples, got):
+        states = model(torch.tensor([e.contexts[0]]), output_hidden_states=True).hidden_states[-1][0, -1]
+        assert found == pytest.approx(states.numpy(), abs=1e-5)
+
+
+def test_linear_probe_equals_scikit_learns_pipeline_and_learns_what_is_linear(place):
+    found = made("-m", "linear-probe")
+    linear = pytest.importorskip("sklearn.linear_model")
+    preprocessing = pytest.importorskip("sklearn.preprocessing")
+    config, data = data_of(place)
+    model, tokenizer = tiny.llama(), tiny.tokenizer()
+    x, z = (linear_probe.features(model, encode(r, tokenizer, data, 60)) for r in (data.train, data.eval))
+    y, gold = (np.array([row["gold"] for row in r]) for r in (data.train, data.eval))
+    scale = preprocessing.StandardScaler().fit(x)
+    alone = linear.LogisticRegression(C=found["C"], max_iter=2000).fit(scale.transform(x), y)
+    assert found["after"]["accuracy"] == pytest.approx(alone.score(scale.transform(z), gold), abs=0.1)
+    assert found["after"]["accuracy"] > found["after"]["majority"]
+
+
+@pytest.mark.parametrize("method", ["first-order", "first-order-lora"])
+def test_training_with_gradients_lowers_the_loss_and_leaves_a_model(place, method):
+    found = made("-m", method, "steps=25", "lr=1e-2", "batch_size=8")
+    assert (found["steps"], found["forwards"], found["backwards"]) == (25, 200, 200)
+    assert found["after"]["loss"] < found["before"]["loss"] - 0.05
+    done = CliRunner().invoke(app, ["eval", "out", "--json", "--resamples", "0"])
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["loss"] == pytest.approx(found["after"]["loss"], rel=1e-3)
+    again = made("-m", method, "steps=25", "lr=1e-2", "batch_size=8", out="again")
+    assert again["after"] == found["after"]
+
+
+def test_what_does_not_apply_is_refused(place):
+    for words, said in (
+        (["-m", "zero-shot", "lr=1"], "lr: does nothing"),
+        (["-m", "icl", "--epochs", "2"], "--epochs 2"),
+        (["-m", "sfc", "--demos", "2"], "--demos 2"),
+        (["-m", "linear"], "did you mean linear-probe?"),
+        (["-m", "first-order", "--epochs", "2", "steps=3"], "leave one of them out"),
+        (["-m", "first-order", "lora_rank=3"], "lora_rank"),
+        (["-m", "first-order", "eps=1e-3"], "eps: does nothing"),
+    ):
+        done = CliRunner().invoke(app, ["baseline", *words, *TASK])
+        assert done.exit_code == 2 and said in done.stderr, (words, done.stderr, done.exception)
+    made("-m", "zero-shot", out="once")
+    done = CliRunner().invoke(app, ["baseline", *TASK, "output_dir=once"])
+    assert done.exit_code == 2 and "once" in done.stderr
+
+
+def test_text_to_learn_has_no_labels_to_calibrate(place):
+    words = [w for w in TASK if not w.startswith(("task.label", "task.choices"))]
+    done = CliRunner().invoke(app, ["baseline", "-m", "calibrated", *words, "task.target= {label}"])
+    assert done.exit_code == 2 and "needs labels" in done.stderr
+    assert evaluate.CALIBRATION == 128

@@ -1,0 +1,185 @@
+"""A reward of the user's own: what it gets, what may go wrong in it, and that no config or checkpoint can name one."""
+
+import contextlib
+import json
+import os
+import time
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from zoft.cli import app
+from zoft.errors import UserError
+from zoft.reward import load
+
+SCORE = "def score(rows, texts):\n    return [len(t) + r['n'] for r, t in zip(rows, texts)]\n"
+ROWS, TEXTS, WHERE = [{"n": 1}, {"n": 2}, {"n": 3}], ["a", "bb", ""], ["f:1", "f:2", "f:3"]
+
+
+def made(tmp_path, text, seconds=5.0, name="score"):
+    (tmp_path / "mine.py").write_text(text, encoding="utf-8")
+    return load(f"{tmp_path}/mine.py:{name}", seconds)
+
+
+def test_a_number_a_row_of_copies(tmp_path):
+    reward = made(tmp_path, SCORE)
+    assert reward(ROWS, TEXTS, WHERE) == [2.0, 4.0, 3.0]
+    body = "def score(rows, texts):\n    for r in rows: r['n'] = 0; texts[0] = 'x'\n    return {}\n"
+    for returns in ("[True, 2, 3.5]", "(x for x in [1, 2, 3.5])", "__import__('numpy').array([1, 2, 3.5])",
+                    "__import__('torch').tensor([1, 2, 3.5])"):  # fmt: skip
+        assert made(tmp_path, body.format(returns))(ROWS, TEXTS, WHERE) == [1.0, 2.0, 3.5]
+    assert ROWS[0] == {"n": 1} and TEXTS[0] == "a"
+
+
+@pytest.mark.parametrize(
+    "body,said",
+    [
+        ("return [1, 2]", r"returned 2 numbers for 3 rows \(f:1 … f:3\); one a row is wanted, 3"),
+        ("return None", "returned None for 3 rows .*; a list of 3 numbers is wanted"),
+        ("return [1, float('nan'), 3]", "nan is no finite number, for f:2"),
+        ("return [1, 2, float('inf')]", "inf is no finite number, for f:3"),
+        ("return [1, '2', 3]", "'2' is no finite number, for f:2"),
+        ("return [1, None, 3]", "None is no finite number, for f:2"),
+        ("return [[1, 2], 3, 3]", r"\[1, 2\] is no finite number, for f:1"),
+        (
+            "return [1 / (r['n'] - 2) for r in rows]",
+            r"ZeroDivisionError: .* \(line 2\), for f:2 and the text 'bb'",
+        ),
+        ("return [r['m'] for r in rows]", r"KeyError: 'm' \(line 2\), for f:1 and the text 'a'"),
+        ("raise SystemExit(3)", r"SystemExit: 3 \(line 2\), for f:1"),
+        ("return [1 / (3 - len(rows))] * 3", r"ZeroDivisionError: .*, for 3 rows \(f:1 … f:3\)"),
+        ("import time; time.sleep(20)", "no answer in reward_seconds=0.5 for 3 rows"),
+        ("while True: pass", "no answer in reward_seconds=0.5 .*; make it faster, or raise reward_seconds"),
+    ],
+)
+def test_what_goes_wrong_in_it_is_one_line_with_the_function_and_the_row(tmp_path, body, said):
+    if "while" in body:
+        body = "import time; end = time.time() + 3\n    while time.time() < end: pass"
+    reward = made(tmp_path, f"def score(rows, texts):\n    {body}\n", seconds=0.5)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=rf"^reward mine\.py:score: {said}") as error:
+        reward(ROWS, TEXTS, WHERE)
+    assert "\n" not in str(error.value) and time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    "text,name,said",
+    [
+        ("def score(rows, texts:\n", "score", "line 1: "),
+        ("x = 1\nimport no_such_module\n", "score", "line 2: ModuleNotFoundError"),
+        (SCORE, "scores", "no function scores in it; did you mean score?"),
+        ("score = 3\n", "score", "no function score in it"),
+        (SCORE, "", "name a file and a function in it: my_reward.py:score"),
+        (SCORE, "1x", "name a file and a function in it"),
+    ],
+)
+def test_a_file_that_has_no_such_function_is_one_line(tmp_path, text, name, said):
+    with pytest.raises(UserError, match=r"^reward=.*mine\.py:") as error:
+        made(tmp_path, text, name=name)
+    assert said in str(error.value) and "\n" not in str(error.value)
+    for named in ("mine.py", f"{tmp_path}/none.py:score", f"{tmp_path}:score"):
+        with pytest.raises(UserError, match="reward="):
+            load(named, 1.0)
+
+
+# ---- through the command line --------------------------------------------------------------------------------------
+
+COUNTS = "def score(rows, texts):\n    {}\n    return [t.count('s') + len(r['text']) / 100 for r, t in zip(rows, texts)]\n"
+BREAKS = "import pathlib; p = pathlib.Path('calls'); n = len(p.read_text()) if p.exists() else 0; p.write_text('x' * (n + 1)); 1 / (n < 14)"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reward")
+    tiny.llama().save_pretrained(folder / "tiny")
+    tiny.tokenizer().save_pretrained(folder / "tiny")
+    rows = [{"text": "bad no " * (i % 3) + str(i), "label": ("a", "b")[i % 2]} for i in range(40)]
+    (folder / "my.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (folder / "mine.py").write_text(COUNTS.format("pass"), encoding="utf-8")
+    (folder / "my.yaml").write_text(
+        "model: tiny\ntask:\n  name: local\n  train: my.jsonl\n  prompt: 'o {text} y:'\n  label: label\n"
+        "  choices: {a: ' no', b: ' yes'}\nsteps: 6\nbatch_size: 2\nmax_length: 48\nmax_new_tokens: 4\nthreads: 1\n"
+        "lr: 1.0e-3\neps: 0.03\nobjective: reward\n",
+        encoding="utf-8",
+    )
+    before = os.getcwd()
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+def zoft(*words):
+    return CliRunner().invoke(app, list(words))
+
+
+def refused(*words):
+    done = zoft(*words)
+    assert done.exit_code == 2, (done.output, done.exception)
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    return line
+
+
+def test_a_run_whose_reward_broke_goes_on_with_the_mended_one_to_the_same_bits(place):
+    done = zoft("train", "--config", "my.yaml", "--reward", "mine.py:score", "output_dir=whole")
+    assert done.exit_code == 0, (done.output, done.exception)
+    result = json.loads((place / "whole/result.json").read_text())
+    assert 0 <= result["before"]["reward"] <= 4.5 and result["after"]["reward"] != result["before"]["reward"]
+    assert {"accuracy", "loss"} <= set(result["after"])
+
+    (place / "breaks.py").write_text(COUNTS.format(BREAKS), encoding="utf-8")
+    said = refused("train", "--config", "my.yaml", "--reward", "breaks.py:score", "output_dir=part")
+    assert (
+        "reward breaks.py:score: ZeroDivisionError: division by zero (line 2), for 2 rows (my.jsonl:" in said
+        or ("for my.jsonl:" in said.replace(str(place) + "/", ""))
+    )
+    steps = len((place / "part/metrics.jsonl").read_text().splitlines())
+    assert 1 < steps < 7
+
+    assert "its reward runs code; name it again, --reward " + str(place / "breaks.py:score") in refused(
+        "train", "--resume", "part"
+    )
+    (place / "breaks.py").write_text(COUNTS.format("pass"), encoding="utf-8")
+    done = zoft("train", "--resume", "part", "--reward", "breaks.py:score")
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert done.stderr.count("is not what this run began with") == 1
+    for verb in (
+        ["replay", "part", "--out", "rebuilt"],
+        ["ledger", "part", "--verify"],
+    ):  # these run no reward
+        assert zoft(*verb).exit_code == 0
+    weights = [
+        (place / f / "model.safetensors").read_bytes() for f in ("whole/model", "part/model", "rebuilt")
+    ]
+    assert weights[0] == weights[1] == weights[2]
+
+
+def test_no_file_names_a_reward(place):
+    (place / "evil.yaml").write_text(
+        (place / "my.yaml").read_text() + "reward: mine.py:score\n", encoding="utf-8"
+    )
+    said = refused("train", "--config", "evil.yaml", "output_dir=evil")
+    assert "reward: not from a file, for it runs code; put --reward mine.py:score on the command line" in said
+    assert "objective=reward: name the function: --reward my_reward.py:score" in refused(
+        "train", "--config", "my.yaml", "output_dir=evil"
+    )
+    assert "no such .py file" in refused(
+        "train", "--config", "my.yaml", "--reward", "none.py:score", "output_dir=evil"
+    )
+    assert not (place / "evil").exists()
+
+
+def test_keys_that_would_do_nothing_are_refused(place):
+    for words, said in [
+        (["objective=f1", "--reward", "mine.py:score"], "objective=f1 asks no reward"),
+        (["objective=accuracy"], "max_new_tokens=4: no text is written with objective=accuracy"),
+        (["objective=f1", "reward_seconds=3"], "reward_seconds=3.0: objective=f1 asks no reward"),
+        (["objective=f1", "max_new_tokens=48"], "leaves no room for a prompt in max_length=48"),
+        (["objective=f1", "probes_per_forward=2"], "one probe at a time"),
+        (["objective=f1", "cache_frozen=true"], "text grows"),
+        (["objective=f1", "perturb=inplace", "hold_probe=true"], "moves the weights themselves"),
+        (["objective=f2"], "did you mean f1?"),
+    ]:
+        assert said in refused("train", "--config", "my.yaml", "output_dir=never", *words)
+    with contextlib.suppress(FileNotFoundError):
+        assert not list((place / "never").iterdir())

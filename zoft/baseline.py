@@ -1,0 +1,278 @@
+"""`zoft baseline`: what a model scores without zeroth-order training, in a folder like a run's.
+
+zero-shot: as it is. icl: after k demonstrations. calibrated: label bias taken off. sfc: surface forms taken off.
+linear-probe: logistic regression on last-token features. first-order, first-order-lora: AdamW with gradients
+(first_order.py). None of this is part of the forward-only trainer, and it imports none of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zoft.config import Config, nearest
+from zoft.errors import UserError, writing
+
+ASKED = "baseline.json"  # in its folder from the start: what was asked for
+METHODS = ("zero-shot", "icl", "calibrated", "sfc", "linear-probe", "first-order", "first-order-lora")
+DEMOS = 32  # as in the papers (arXiv 2305.17333)
+# Keys that a baseline takes from the command line; what a config says besides is of its recipe.
+ANY = ("model", "task", "max_length", "eval_limit", "seed", "device", "threads", "output_dir", "trust_remote_code",
+       "max_new_tokens", "stop", "bits", "group", "zero_points", "quantise_head")  # fmt: skip
+GRADIENTS = (
+    "lr",
+    "steps",
+    "batch_size",
+    "accumulate",
+    "schedule",
+    "warmup",
+    "weight_decay",
+    "save_model",
+    "save_dtype",
+)
+LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_layers")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A baseline's own settings. demos: of icl, None is DEMOS. epochs: of first-order. keys: set by the user."""
+
+    method: str
+    demos: int | None = None
+    epochs: float | None = None
+    keys: tuple[str, ...] = ()
+
+    def kept(self) -> dict[str, Any]:
+        """What distinguishes it, for its folder."""
+        extra = {"demos": self.demos or DEMOS} if self.method == "icl" else {}
+        return {"method": self.method, **extra}
+
+
+def settings(
+    name: str | None, overrides: Sequence[str], method: str, demos: int | None, epochs: float | None
+) -> tuple[Config, Ask]:
+    """(config, what is asked) of a command line; raises UserError for what does not apply to the method."""
+    from zoft.compose import compose
+
+    if method not in METHODS:
+        near = nearest(method, METHODS)
+        raise UserError(
+            f"--method {method}: use {', '.join(METHODS)}{f'; did you mean {near}?' if near else ''}"
+        )
+    gradients = method.startswith("first-order")
+    if demos is not None and method != "icl":
+        raise UserError(f"--demos {demos}: is of --method icl, not {method}; leave it out")
+    if epochs is not None and not gradients:
+        raise UserError(f"--epochs {epochs:g}: is of --method first-order, not {method}; leave it out")
+    keys = tuple(text.partition("=")[0] for text in overrides if not text.startswith("-"))
+    known = ANY + (GRADIENTS if gradients else ()) + (LORA if method == "first-order-lora" else ())
+    if epochs is not None and "steps" in keys:
+        raise UserError(f"--epochs {epochs:g}: steps= says how long already; leave one of them out")
+    if gradients:
+        overrides = [*overrides, "train=" + ("lora" if method == "first-order-lora" else "all")]
+    config = compose(name, overrides)
+    for k in keys:
+        if k.partition(".")[0] not in known:
+            raise UserError(f"{k}: does nothing in a baseline of --method {method}; leave it out")
+    if "output_dir" not in keys:
+        stem = str(config.output_dir).removesuffix(f"-seed{config.seed}")
+        config = dataclasses.replace(config, output_dir=f"{stem}-{method}-seed{config.seed}")
+    return config, Ask(method, demos, epochs, keys)
+
+
+def run(config: Config, ask: Ask) -> dict[str, Any]:
+    """Make a baseline; returns the content of its result.json, which has a run's keys and `method`."""
+    from zoft import compose, guards, models, run, tasks, tracking
+    from zoft.env import environment
+    from zoft.folder import write
+
+    folder = Path(str(config.output_dir))
+    run.claim(folder)
+    _require(ask.method)
+    models.check(models.resolve(config.model))
+    tasks.look(config.task)
+    config = run.absolute(config)
+    from zoft import setup
+
+    with guards.memory(config):
+        config = setup.device(config)
+        data = tasks.load(config.task)
+        _refuse(ask.method, data)
+        model, tokenizer, _ = setup.model(config if ask.method == "first-order-lora" else run.plain(config))
+        if ask.method.startswith("first-order"):
+            from zoft import first_order
+
+            config = first_order.defaults(config, ask, len(data.train))
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write(folder / "config.yaml", compose.to_yaml(config))
+        write(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
+        write(folder / ASKED, json.dumps(ask.kept()) + "\n")
+        began = time.monotonic()
+        found = _made(config, ask, data, model, tokenizer)
+    result = {
+        **ask.kept(), "steps": 0, "forwards": 0, "train_seconds": round(time.monotonic() - began, 3),
+        "peak_memory_gb": round(tracking.peak_memory_gb(config.device), 2), "before": {}, **found,
+        "output_dir": str(folder),
+    }  # fmt: skip
+    rows = [{"step": 0, "eval": result["before"]}, {"step": result["steps"], "eval": result["after"]}]
+    text = "".join(json.dumps(tracking.finite(r)) + "\n" for r in rows if r["eval"])
+    write(folder / "metrics.jsonl", text)
+    write(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _made(config: Config, ask: Ask, data: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """What a method adds to result.json; {after: metrics} at least."""
+    from zoft import eval_run, evaluate, setup
+
+    if ask.method == "icl":
+        data = demonstrated(config, ask.demos or DEMOS, data, tokenizer)
+    train, held_out = setup.examples(config, tokenizer, data)
+    write = eval_run.writer(config, model, tokenizer)
+    if ask.method in ("zero-shot", "icl"):
+        shots = {"demos_used": data.demos} if ask.method == "icl" else {}
+        return {**shots, "after": evaluate.evaluate(model, held_out, train, write=write)}
+    if ask.method in ("calibrated", "sfc"):
+        judged: Any = evaluate.judge(model, _choice(held_out), _choice(train))
+        if ask.method == "calibrated":
+            judged.scores = evaluate.log_softmax(judged.scores) - judged.bias
+            forwards = len(evaluate.spread(train, evaluate.CALIBRATION))
+        else:
+            judged.scores, forwards = surface_form(config, data, model, tokenizer, held_out)
+        return {"forwards": forwards, "after": adjusted(judged)}
+    if ask.method == "linear-probe":
+        from zoft import linear_probe
+
+        return linear_probe.fit(model, train, held_out, len(data.choices), config.seed)
+    from zoft import first_order
+
+    return first_order.train(config, model, tokenizer, train, held_out, write)
+
+
+def adjusted(judged: Any) -> dict[str, Any]:
+    """Figures of scores that have been calibrated already, without a further calibration beside them."""
+    from zoft import evaluate
+
+    if judged.bias is not None:
+        judged.bias = judged.bias * 0
+    return {k: v for k, v in evaluate.figures(judged).items() if k != "calibrated_accuracy"}
+
+
+def demonstrated(config: Config, k: int, data: Any, tokenizer: Any) -> Any:
+    """The task's data with the same k training rows, prompt and gold text, in front of every prompt, blank lines between.
+
+    The rows are drawn by config.seed; the last ones are left out until the longest row fits into max_length, and a line
+    says so. Raises UserError where not even one fits.
+    """
+    from zoft.encode import encode
+
+    drawn = random.Random(config.seed).sample(range(len(data.train)), min(k, len(data.train)))
+    shown = [
+        (data.train[i]["prompt"] + data.train[i]["candidates"][data.train[i]["gold"]]).rstrip() for i in drawn
+    ]
+    rest = [row for i, row in enumerate(data.train) if i not in set(drawn)] or data.train
+
+    def put(rows: list[dict[str, Any]], n: int) -> list[dict[str, Any]]:
+        front = "\n\n".join(shown[:n]) + "\n\n"
+        return [{**row, "prompt": front + row["prompt"]} for row in rows]
+
+    from zoft import evaluate, tasks
+
+    used: list[Any] = [
+        *tasks.subset(data.eval, config.eval_limit),
+        *evaluate.spread(rest, evaluate.CALIBRATION),
+    ]
+    bare = encode(used, tokenizer, data, 1 << 30)
+    longest: Any = used[max(range(len(bare)), key=lambda i: bare[i].length)]
+    n = len(shown)
+    while n and encode(put([longest], n), tokenizer, data, 1 << 30)[0].length > config.max_length:
+        n -= 1
+    if not n:
+        raise UserError(
+            f"max_length={config.max_length}: no demonstration fits before the longest row; raise it"
+        )
+    if n < k:
+        why = (
+            "in the training set"
+            if n == len(drawn)
+            else f"into max_length={config.max_length} before the longest row"
+        )
+        print(f"{n} of {k} demonstrations fit {why}", file=sys.stderr, flush=True)
+    made = dataclasses.replace(data, train=put(rest, n), eval=put(data.eval, n))
+    made.demos = n
+    return made
+
+
+def surface_form(
+    config: Config, data: Any, model: Any, tokenizer: Any, held_out: Sequence[Any]
+) -> tuple[Any, int]:
+    """(Σ log p(candidate | prompt) − Σ log p(candidate | null prompt) [n, C], forwards that the null prompts took).
+
+    The null prompt is task.null_prompt, else the template with empty columns.
+    Source: Holtzman et al., Surface Form Competition (arXiv 2104.08315), as MeZO's code has it: sums, not means.
+    """
+    from zoft import evaluate, tasks
+    from zoft.encode import encode
+    from zoft.tasks import template
+
+    null = config.task.null_prompt
+    if null is None:
+        pieces = template.parse("task.prompt", data.prompt)
+        null = template.fill(pieces, dict.fromkeys(template.columns(pieces), ""), strip=True)
+    rows = tasks.subset(data.eval, config.eval_limit)
+    kinds = list(dict.fromkeys(tuple(row["candidates"]) for row in rows))  # most tasks have one
+    blanks: list[dict[str, Any]] = [
+        {"prompt": null, "candidates": list(c), "gold": 0, "where": "task.null_prompt"} for c in kinds
+    ]
+    nulls = _choice(encode(blanks, tokenizer, data, config.max_length))
+    total, _ = evaluate.totals(model, _choice(held_out))
+    free, _ = evaluate.totals(model, nulls)
+    which = [kinds.index(tuple(row["candidates"])) for row in rows]
+    width = min(total.shape[1], free.shape[1])
+    found = total[:, :width] - free[which, :width]
+    found[total[:, :width] == -float("inf")] = -float("inf")
+    return found, sum(len(c) for c in kinds)
+
+
+def _choice(examples: Sequence[Any]) -> list[Any]:
+    """The examples with their candidates competing, whatever the task learns by."""
+    return [dataclasses.replace(e, objective="choice") for e in examples]
+
+
+def _refuse(method: str, data: Any) -> None:
+    """Raise UserError where a method says nothing of a task."""
+    several = len(data.eval[0]["candidates"]) > 1
+    if method == "sfc" and not several:
+        raise UserError(
+            "--method sfc: needs candidates to choose from, and this task has text to learn; use zero-shot or icl"
+        )
+    if method in ("calibrated", "linear-probe") and not data.choices:
+        raise UserError(
+            f"--method {method}: needs labels (task.choices), which task={data.name} has not; use zero-shot or icl"
+        )
+    if method in ("icl", "sfc") and "after" in data.eval[0]:
+        raise UserError(
+            f"--method {method}: is for prompts that end where the answer begins, not for [MASK]; use zero-shot"
+        )
+
+
+def _require(method: str) -> None:
+    import importlib.util
+
+    if method == "linear-probe" and importlib.util.find_spec("sklearn") is None:
+        raise UserError('--method linear-probe: scikit-learn is not installed; pip install "zoft[baselines]"')
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """What a user reads."""
+    from zoft import run
+
+    return f"{result['method']}\n{run.summary(result)}"
