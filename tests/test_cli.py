@@ -45,6 +45,7 @@ SURFACE = {
         "--direction",
         "--help",
         "--jobs",
+        "--json",
         "--launcher",
         "--metric",
         "--plot",

@@ -274,6 +274,8 @@ def load(model: nn.Module, folder: str | Path) -> Any:
     """The base model with a saved adapter. Raises UserError where it does not fit."""
     from peft import PeftConfig, PeftModel, get_peft_model
 
+    if adapter_beside.pairs(model):
+        raise UserError(f"{folder}: the model has an adapter in place already")
     try:
         with _quiet(), adapter_beside.plain_shapes(model), torch.random.fork_rng(devices=[]):
             if next(model.parameters()).is_meta:

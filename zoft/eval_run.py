@@ -60,8 +60,9 @@ def of_run(folder: Path, config: Config) -> tuple[Config, Path | None]:
             + (" and evaluate that with model=DIR" if saved.name == "model" else "")
         )
     if name == "adapter":
-        return dataclasses.replace(config, adapter=None), saved
-    return dataclasses.replace(config, model=str(saved), bits=None, eps_mode="absolute", adapter=None), None
+        return config, saved
+    config = dataclasses.replace(config, model=str(saved), bits=None, eps_mode="absolute", adapter=None)
+    return config, None  # an adapter that was in place is in that folder, or merged
 
 
 def _base(adapter: Path) -> str:
@@ -78,7 +79,7 @@ def load(config: Config, adapter: Path | None) -> tuple[Config, Any, Any]:
     """(config with its device, model, tokenizer), with the adapter in it."""
     from zoft import adapters, setup
 
-    config = setup.device(config)
+    config = setup.device(config if adapter is None else dataclasses.replace(config, adapter=None))
     model, tokenizer, _ = setup.model(run.plain(config))
     return config, model if adapter is None else adapters.load(model, adapter), tokenizer
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from zoft import adapters, evaluate, objective, quant
+from zoft import adapters, evaluate, objective, quant, space
 from zoft.config import Config
 from zoft.encode import Example
 from zoft.errors import UserError
@@ -75,7 +75,8 @@ def train(
 
     before = evaluate.evaluate(model, held_out, examples, write=write)
     model = model.float()
-    trained = [p for _, p in adapters.named(model)] if config.train == "lora" else list(model.parameters())
+    pairs = config.train == "lora"  # else those that are in place stand still
+    trained = [p for n, p in model.named_parameters() if bool(space.ADDED.search(n)) == pairs]
     for p in trained:
         p.requires_grad_(True)
     schedule = {"constant": "constant_with_warmup"}.get(config.schedule, config.schedule)
@@ -107,7 +108,7 @@ def train(
 
 def save(config: Config, model: nn.Module, tokenizer: Any) -> None:
     """Write model/ or adapter/, as a run has it."""
-    from zoft import models, run, space
+    from zoft import models, run
 
     out = Path(str(config.output_dir)) / run.result_name(config)
     if config.train == "lora":

@@ -90,7 +90,7 @@ def train_names(model: nn.Module, train: str) -> list[str]:
             raise UserError(
                 f"train={train!r} is not a regular expression ({error}); use all, last-2, norms, …"
             ) from None
-        chosen = [n for n in floating if pattern.search(n)]
+        chosen = [n for n in floating if pattern.search(own_name(n))]
     if not chosen:
         near = difflib.get_close_matches(
             train, ["all", "norms", "bias", "head", "scales", *floating], n=1, cutoff=0.3
@@ -100,6 +100,11 @@ def train_names(model: nn.Module, train: str) -> list[str]:
             f"train={train!r} selects no tensor of this model; use all, last-2, norms, bias, head or a pattern{hint}"
         )
     return chosen
+
+
+def own_name(name: str) -> str:
+    """The name that a tensor has in the model without an adapter in place."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
