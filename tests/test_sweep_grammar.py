@@ -41,7 +41,7 @@ def test_globs_are_over_what_there_is(tmp_path):
     (tmp_path / "task").mkdir()
     (tmp_path / "task" / "reviews-mine.yaml").touch()
     assert "reviews-mine" in split(["task=glob(rev*)"], tmp_path)[1][0].values
-    assert configs("glob(mezo/r*)") == ["mezo/reviews"]
+    assert configs("glob(mezo/rev*)") == ["mezo/reviews"]
     assert configs("mezo/reviews,mezo/trec") == ["mezo/reviews", "mezo/trec"]
     assert configs("mezo/reviews") == configs(None) == []
 

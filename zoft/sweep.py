@@ -113,7 +113,10 @@ def job_name(config: Config, row: Mapping[str, str]) -> str:
     """`lr=1e-6,seed=0-1a2b3c4d`: what was swept, to be read, and a hash of all keys that are not at their default."""
     flat = dataclasses.asdict(config)
     flat |= {f"task.{k}": v for k, v in flat.pop("task").items()}
-    defaults = {name: f.default for name, f in fields().items()}
+    made = {
+        n: f.default_factory() for n, f in fields().items() if callable(f.default_factory) and n != "task"
+    }
+    defaults = {name: f.default for name, f in fields().items()} | made
     kept = {k: v for k, v in flat.items() if v != defaults[k] and (k not in MACHINE or k in row)}
     # A value's own type must not count: 1 is 1.0, and a key that a later version adds is at its default.
     said = json.dumps(

@@ -138,8 +138,8 @@ def _of(key: str, raw: str, override: Any, own: Path | None) -> Dimension:
     )
     if not texts:
         raise UserError(f"{key}={raw}: has no values")
-    twice = next((t for i, t in enumerate(texts) if t in texts[:i]), None)
-    if twice is not None:
+    if len(set(texts)) < len(texts):
+        twice = next(t for t in texts if texts.count(t) > 1)
         raise UserError(f"{key}={raw}: {twice} is there twice; keep one")
     return Dimension(key, texts)
 
