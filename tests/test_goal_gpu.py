@@ -6,8 +6,10 @@ import torch
 from test_goal import ASKED, build
 from test_trainer import same_bits, weights
 
-from zoft.captured import CapturedTrainer
 from zoft.ledger import Ledger, read
+
+pytest.importorskip("triton")
+from zoft.captured import CapturedTrainer  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 
