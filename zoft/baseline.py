@@ -109,7 +109,8 @@ def run(config: Config, ask: Ask) -> dict[str, Any]:
         if ask.method.startswith("first-order"):
             from zoft import first_order
 
-            config = first_order.defaults(config, ask, len(data.train))
+            # Of examples: plain text has as many as there are pieces.
+            config = first_order.defaults(config, ask, len(setup.examples(config, tokenizer, data)[0]))
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         write(folder / "config.yaml", compose.to_yaml(config))
@@ -196,8 +197,10 @@ def demonstrated(config: Config, k: int, data: Any, tokenizer: Any) -> Any:
     ]
     bare = encode(used, tokenizer, data, 1 << 30)
     longest: Any = used[max(range(len(bare)), key=lambda i: bare[i].length)]
-    n = len(shown)
-    while n and encode(put([longest], n), tokenizer, data, 1 << 30)[0].length > config.max_length:
+    n, room = len(shown), config.max_length
+    if any(row.get("answers") for row in used):
+        room -= config.max_new_tokens  # text is written after them
+    while n and encode(put([longest], n), tokenizer, data, 1 << 30)[0].length > room:
         n -= 1
     if not n:
         raise UserError(

@@ -511,14 +511,14 @@ def _check_objective(config: Config) -> None:
             raise UserError(
                 f"{name}={getattr(config, name)!r}: no text is written with objective={config.objective}; leave it out"
             )
+    if config.stop == "":
+        raise UserError("stop is empty: give the text that ends what is written, or null")
     if not written:
         return
     if config.max_new_tokens >= config.max_length:
         raise UserError(
             f"max_new_tokens={config.max_new_tokens}: leaves no room for a prompt in max_length={config.max_length}"
         )
-    if config.stop == "":
-        raise UserError("stop is empty: give the text that ends what is written, or null")
     if config.probes_per_forward not in ("auto", 1):
         raise UserError(
             f"probes_per_forward={config.probes_per_forward}: text is written at one probe at a time; leave it out"

@@ -228,6 +228,10 @@ class ElasticTrainer(Trainer):
             except queue.Empty:
                 continue
             if facts is not None and facts["kind"] == "digest":
+                if (
+                    facts["step"] != self.next
+                ):  # of an earlier check, from a worker that was still loading then
+                    continue
                 asked = [w for w in asked if w is not worker]
                 if facts["digest"] != mine:
                     raise UserError(

@@ -129,14 +129,24 @@ def harness(config: Config, adapter: Path | None, tasks: str, path: str | None) 
 
 
 def writer(config: Config, model: Any, tokenizer: Any, context: Any = None) -> Any:
-    """contexts -> the text that the model writes after each, by the config's max_new_tokens and stop."""
+    """contexts -> the text that the model writes after each, by the config's max_new_tokens and stop.
+
+    A context and what is written after it are max_length tokens at most: it loses tokens on its left (after BOS).
+    """
+    from zoft.encode import front_of
     from zoft.generate import generate
+
+    front = len(front_of(tokenizer))
+    room = max(front + 1, config.max_length - config.max_new_tokens)
+
+    def fit(context: tuple[int, ...]) -> tuple[int, ...]:
+        return context[:front] + context[max(front, front + len(context) - room) :]
 
     def write(contexts: Sequence[tuple[int, ...]]) -> list[str]:
         return generate(
             model,
             tokenizer,
-            contexts,
+            [fit(c) for c in contexts],
             max_new_tokens=config.max_new_tokens,
             stop=config.stop,
             context=context,

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,6 +100,23 @@ def resolve(config: Config, data: TaskData) -> Config:
     if name in ("lm", *GENERATED) and any("after" in r for r in rows):
         raise UserError(
             f"objective={name}: task={config.task.name} fills a mask, and writes no text; use choice or accuracy"
+        )
+    if name in GENERATED and "pieces" in rows[0]:
+        raise UserError(f"objective={name}: plain text has no prompt to write after; use lm")
+    known = {f.name: f.default for f in fields(Config)}
+    for key in ("max_new_tokens", "stop"):
+        if (
+            name not in GENERATED
+            and not any(r.get("answers") for r in rows)
+            and getattr(config, key) != known[key]
+        ):
+            raise UserError(
+                f"{key}={getattr(config, key)!r}: task={config.task.name} has no text to write; leave it out"
+            )
+    if config.stop and any(config.stop in a for r in rows for a in r.get("answers", ())):
+        print(
+            f"stop={config.stop!r} stands in the answers of some rows, and what is written ends there; stop=null has no such end",
+            file=sys.stderr,
         )
     if name in GENERATED:
         config = replace(config, probes_per_forward=1, cache_frozen=False)
@@ -238,5 +256,5 @@ class Texts:
 
 
 def answers(row: Mapping[str, Any]) -> list[str]:
-    """The texts that would be right: the row's own answers, or its gold candidate."""
-    return list(row.get("answers") or [row["candidates"][row["gold"]]])
+    """The texts that would be right: the row's own answers, or its right candidates."""
+    return list(row.get("answers") or [row["candidates"][g] for g in row.get("golds") or [row["gold"]]])

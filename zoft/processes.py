@@ -63,27 +63,29 @@ def start(count: int, args: Sequence[str], folder: str) -> int:
             file=sys.stderr,
         )
         return RESUME
-    if failed and code != RESUME and children[0].returncode in (0, RESUME):
-        said[failed].seek(0)
-        sys.stderr.write(said[failed].read().decode(errors="replace"))
+    # Who is seen to end first need not be who went wrong: the others end, too, once he is gone.
     codes = [c.returncode for c in children]
-    own = [c for c in codes if c > 0 and c != RESUME]
-    return own[0] if own else RESUME
+    culprit = next((r for r, c in enumerate(codes) if c > 0 and c != RESUME), None)
+    if culprit:  # rank 0 has spoken for itself
+        said[culprit].seek(0)
+        sys.stderr.write(said[culprit].read().decode(errors="replace"))
+    return RESUME if culprit is None else codes[culprit]
 
 
 def start_elastic(count: int, args: Sequence[str], folder: str) -> int:
     """Run `zoft ARGS` and count − 1 workers that join it; the run's exit code. Workers may die, and none is replaced."""
     env = {**os.environ, "ZOFT_PARENT": str(os.getpid())}
     zoft, invitation = [sys.executable, "-m", "zoft"], Path(folder) / "join.json"
-    invitation.unlink(missing_ok=True)  # of a run that was killed
+    old = invitation.read_bytes() if invitation.exists() else b""  # of a run that was killed, or goes on
     children = [subprocess.Popen([*zoft, *args], env=env, start_new_session=True)]
     with _forwarding(children[:1]):  # it sends the workers home
-        while children[0].poll() is None and not invitation.exists():
+        while children[0].poll() is None and (not invitation.exists() or invitation.read_bytes() == old):
             time.sleep(0.05)
+        remote = ["--trust-remote-code"] if "trust_remote_code=true" in args else []
         quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         for _ in range(count - 1 if children[0].poll() is None else 0):
             children.append(
-                subprocess.Popen([*zoft, "join", folder], env=env, start_new_session=True, **quiet)
+                subprocess.Popen([*zoft, "join", folder, *remote], env=env, start_new_session=True, **quiet)
             )
         code = children[0].wait()
         _end(children)

@@ -21,7 +21,8 @@ METRICS = (
     "accuracy", "macro_f1", "auc", "calibrated_accuracy", "exact_match", "f1", "reward", "loss", "perplexity"
 )  # fmt: skip
 # Keys that do not tell runs apart; what a run is judged on does, though it decides no weight.
-SAME = {"seed", "output_dir", *FREE} - {"model", "eval_limit", "task.train", "task.eval", "task.num_eval"}
+SAME = {"seed", "output_dir", *FREE} - {"model", "adapter", "reward", "save_best", "best_by", "eval_limit", "task.train",
+        "task.eval", "task.num_eval", "task.null_prompt"}  # fmt: skip
 
 
 @dataclass

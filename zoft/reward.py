@@ -7,6 +7,7 @@ import importlib.util
 import math
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -93,10 +94,11 @@ class Reward:
         )
 
     def _culprit(self, rows: Sequence[dict[str, Any]], texts: Sequence[str], where: Sequence[str]) -> str:
-        """The first row that breaks it alone, or all of them."""
+        """The first row that breaks it alone, if that is found in the time of one call, or all of them."""
+        began = time.monotonic()
         for row, text, place in zip(rows, texts, where, strict=True):
             ended, found = self._call([row], [text])
-            if not ended:
+            if not ended or time.monotonic() - began > self.seconds:
                 break
             if isinstance(found, BaseException):
                 return f"{place} and the text {_shown(text)}"

@@ -321,6 +321,8 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
     elif resume and (folder / "ledger").exists():
         ledger = Ledger.open(folder / "ledger", sync=config.sync)
     else:
+        if resume is None:  # another run may have begun there while the model was loading
+            claim(folder)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         write(folder / "config.yaml", compose.to_yaml(config))
@@ -430,6 +432,8 @@ def fit(
             elif what == "snapshot" and what not in noted:
                 t.note(snapshot.take(s.folder, s.ledger, trainer.axis.trained))
                 snapshot.prune(s.folder, config, s.ledger.events, evals)
+        if "snapshot" in due(config, step):
+            world.told(lambda: None)  # however long it takes: a wait for losses has an end
 
     world.check(trainer.next, trainer.axis.trained)
     at_stop(trainer.next)

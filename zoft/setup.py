@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -86,6 +87,11 @@ def device(config: Config) -> Config:
     threads = distributed.threads_each(world) if config.threads == "auto" else int(config.threads)
     if config.threads == "auto" and where.startswith("cuda"):
         threads = min(threads, CUDA_THREADS)
+    cores = os.cpu_count() or 1
+    if world.rank == 0 and world.local_size > 1 and threads * world.local_size > cores:
+        say(
+            f"threads={threads}: {world.local_size} processes of so many on {cores} cores wait for each other"
+        )
     torch.set_num_threads(threads)
     return replace(config, device=where, threads=threads)
 

@@ -13,6 +13,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,8 +138,8 @@ def load(path: Path, trained: Sequence[Trained], step: int) -> None:
 
 def check_metric(config: Config, metrics: Mapping[str, Any]) -> None:
     """Refuse a best_by that this run's evaluations do not have."""
-    if (config.keep_best or config.save_best or config.early_stop) and config.best_by not in metrics:
-        known = [m for m in metrics if m in fields_of_best()]
+    if (config.keep_best or config.save_best or config.early_stop) and of_best(config, metrics) is None:
+        known = [m for m in fields_of_best() if of_best(replace(config, best_by=m), metrics) is not None]
         raise UserError(
             f"best_by={config.best_by}: evaluations here have no such metric; use {', '.join(known)}"
         )
@@ -161,8 +162,9 @@ def prune(
 
 
 def of_best(config: Config, metrics: Mapping[str, Any]) -> float | None:
-    """The metric that best_by names, on the dev set where there is one."""
-    return metrics.get(f"dev_{config.best_by}", metrics.get(config.best_by))
+    """The metric that best_by names, on the dev set where there is one: then no other rows decide."""
+    dev = "dev_" if any(name.startswith("dev_") for name in metrics) else ""
+    return metrics.get(dev + config.best_by)
 
 
 def badness(value: float | None, metric: str) -> float:

@@ -37,7 +37,7 @@ class Plan:
     """A sweep: its folder, and name -> (config, {swept key: text}) of each job, in order.
 
     swept: the dimensions. base: what all jobs share, {config, overrides}. extra: arguments that each job's
-    `zoft train` needs besides.
+    `zoft train` needs besides. devices: what the jobs' `device` may be.
     """
 
     root: Path
@@ -45,6 +45,7 @@ class Plan:
     base: dict[str, Any]
     jobs: dict[str, tuple[Config, dict[str, str]]] = field(default_factory=dict)
     extra: tuple[str, ...] = ()
+    devices: set[str] = field(default_factory=set)
 
 
 def plan(config: str | None, overrides: Sequence[str], *, search: str = "") -> Plan:
@@ -68,7 +69,7 @@ def plan(config: str | None, overrides: Sequence[str], *, search: str = "") -> P
     told = [text for text in single if text.startswith("output_dir=")]
     single = [text for text in single if text not in told]
     base = {"config": config, "overrides": single}
-    made = Plan(Path(), swept, base, extra=tuple(t for t in single if t == "trust_remote_code=true"))
+    made = Plan(Path(), swept, base)
     with compose.once_each():
         rows = corners(swept) if search else product(swept)
         if len(rows) > JOBS_MAX:
@@ -79,13 +80,26 @@ def plan(config: str | None, overrides: Sequence[str], *, search: str = "") -> P
             checked = add(made, row)
             if not made.root.parts:
                 made.root = place(config, several, checked, base, swept, told, search)
-        _look([c for c, _ in made.jobs.values()])
+        every = [c for c, _ in made.jobs.values()]
+        made.extra, made.devices = _besides(every), {c.device for c in every}
+        _look(every)
     if search:
         made.jobs.clear()  # they come one by one
     refuse_unwritable("output_dir", made.root)
     if (made.root / "ledger").exists():
         raise UserError(f"output_dir={made.root}: it holds a run; a sweep needs a folder of its own")
     return made
+
+
+def _besides(configs: Sequence[Config]) -> tuple[str, ...]:
+    """What a resumed run must be told on the command line again; the same for all jobs."""
+    from zoft.run import absolute
+
+    if len({c.reward for c in configs}) > 1:
+        raise UserError("reward: a sweep has one reward; make a sweep of each")
+    reward = absolute(configs[0]).reward
+    trusted = any(c.trust_remote_code for c in configs)
+    return (*(("--reward", reward) if reward else ()), *(("trust_remote_code=true",) if trusted else ()))
 
 
 def add(made: Plan, row: Mapping[str, str]) -> Config:
@@ -176,7 +190,7 @@ def write_down(made: Plan, names: Sequence[str]) -> None:
         folder = made.root / name
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "config.yaml").exists():
+        if not (folder / "ledger").exists():  # keys of the machine may have changed since it was planned
             mine = absolute(dataclasses.replace(config, output_dir=str(folder.absolute())))
             write(folder / "config.yaml", compose.to_yaml(mine))
     before = read(made.root) if (made.root / PLAN).exists() else {"jobs": {}}

@@ -102,8 +102,7 @@ def _sweep(asked: Asked, words: Sequence[str], say: Callable[[str], Any]) -> Non
             raise UserError(
                 "--trials: nothing to search: give a list or an interval, lr=tag(log,interval(1e-6,1e-4))"
             )
-    devices = {c.device for c, _ in made.jobs.values()} or {"auto"}
-    device = devices.pop() if len(devices) == 1 else "auto"
+    device = next(iter(made.devices)) if len(made.devices) == 1 else "auto"
     slots = launch_local.slots(asked.jobs, device)
     launcher: Any = functools.partial(launch_local.run, jobs=slots, device=device)
     if asked.launcher == "slurm":
