@@ -19,7 +19,7 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "0,1", "OM
 STEPS = 1500
 
 
-def until(true, seconds=120):
+def until(true, seconds=400):  # jobs take their time to start where others run, too
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it does not get there"

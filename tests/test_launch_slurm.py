@@ -39,7 +39,7 @@ def place(tmp_path_factory):
     return folder
 
 
-def until(true, seconds=120):
+def until(true, seconds=300):
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it does not get there"

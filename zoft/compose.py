@@ -302,6 +302,7 @@ def _composed(root: Path, name: str) -> dict[str, Any]:
     """Hydra's composition of root/name.yaml, packaged groups within reach, as a plain tree."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -314,6 +315,8 @@ def _composed(root: Path, name: str) -> dict[str, Any]:
     path = root / f"{name}.yaml"
     if str(root) != library:
         check_file(root, name)
+    outer = GlobalHydra.instance().hydra  # of a job of Hydra's own that calls zoft: there is one at a time
+    GlobalHydra.instance().hydra = None
     try:
         with initialize_config_dir(str(root), version_base="1.3"):
             tree = OmegaConf.to_container(hydra_compose(name, overrides=search), resolve=False)
@@ -321,6 +324,8 @@ def _composed(root: Path, name: str) -> dict[str, Any]:
         cause = error.__cause__ or error
         text = " ".join(line.strip() for line in str(cause).splitlines()[:2])
         raise UserError(f"{path.name}: {text}") from None
+    finally:
+        GlobalHydra.instance().hydra = outer
     assert isinstance(tree, dict), type(tree)
     return {str(k): v for k, v in tree.items()}
 
