@@ -214,7 +214,7 @@ def test_a_read_only_place_is_refused_before_anything_is_written(tmp_path):
         subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
         with pytest.raises(UserError, match=f"output_dir={place}/a/b: {place} cannot be written in"):
             refuse_unwritable("output_dir", place / "a" / "b")
-        with pytest.raises(UserError, match=r"cannot write .*: Read-only file system"):
+        with pytest.raises(UserError, match="cannot be written in; choose another place"):
             train(place / "run")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file is no folder"):
