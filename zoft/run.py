@@ -89,7 +89,6 @@ def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None
     from zoft import checkpoint, models, tasks
 
     tracking.require(config.track)
-    rewarded(config, resume)
     if resume is None and not dry_run:
         claim(Path(str(config.output_dir)))
     if resume and (Path(resume) / "ledger").exists():  # damage shows before weights load
