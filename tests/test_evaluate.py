@@ -93,8 +93,8 @@ def test_batches_do_not_matter(monkeypatch):
     model, examples, train = tiny.llama(), make(30, ["no 1", "yes"]), make(30, ["no 1", "yes"], seed=1)
     whole = evaluate.evaluate(model, examples, train)
     monkeypatch.setattr(evaluate, "TOKENS", 20)
-    assert max(len(b) for b in evaluate._batches(examples)) <= 5
-    assert sorted(i for b in evaluate._batches(examples) for i in b) == list(range(30))
+    assert max(len(b) for b in evaluate._batches(examples, 20)) <= 5
+    assert sorted(i for b in evaluate._batches(examples, 20) for i in b) == list(range(30))
     small = evaluate.evaluate(model, examples, train)
     assert small == pytest.approx(whole, rel=1e-5)
     assert evaluate.evaluate(model, examples, train) == small  # the same bits again

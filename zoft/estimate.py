@@ -17,7 +17,7 @@ from zoft.data_order import batch_indices
 from zoft.due import due
 from zoft.encode import Example, encode
 from zoft.errors import UserError
-from zoft.evaluate import TOKENS
+from zoft.evaluate import room_of
 from zoft.frozen import frozen_blocks
 from zoft.objective import Batch, collate, losses
 from zoft.rates import rates
@@ -76,7 +76,9 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     batch = collate([longest] * config.batch_size)
     train = _forward(model, batch.repeat(probes), notes)
     rows_each = batch.rows // config.batch_size
-    held_out = collate([longest] * max(1, min(TOKENS // (longest.length * rows_each), tested)))
+    held_out = collate(
+        [longest] * max(1, min(room_of(config.device) // (longest.length * rows_each), tested))
+    )
     evaluation = _forward(model, held_out, notes).activations
     trained = sum(p.numel() for n, p in model.named_parameters() if n in set(names))
     few = batch.tokens is not None  # of the output matrix only the candidates' rows are made

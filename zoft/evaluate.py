@@ -20,6 +20,7 @@ from zoft.metrics import auc, macro_f1
 from zoft.objective import collate, losses
 
 TOKENS = 8192  # a batch's rows × width at most
+CPU_TOKENS = 1024  # there: what lies between two layers of a small model then stays in the caches
 CALIBRATION = 128  # training inputs that the label bias is measured on
 RESAMPLES = 1000  # of the bootstrap
 
@@ -218,7 +219,8 @@ def totals(
         try:
             made = shared.prepare(model, examples, front, context)
             why = shared.fault(model, examples, plain, made, context)
-            room = min(TOKENS, shared.cached_tokens(model, examples[0], context)) if not why else TOKENS
+            room = room_of(next(model.parameters()).device)
+            room = room if why else min(room, shared.cached_tokens(model, examples[0], context))
         except shared.Unusable as error:
             why = str(error)
         if not why:
@@ -259,7 +261,12 @@ def _run(
         with context(batch.rows) if context else nullcontext():
             return tuple(forward(model, batch))
 
-    return _in_batches(examples, outputs, TOKENS)
+    return _in_batches(examples, outputs, room_of(device))
+
+
+def room_of(device: torch.device | str) -> int:
+    """Tokens of a batch there; no score depends on it but by rounding."""
+    return min(TOKENS, CPU_TOKENS) if str(device).startswith("cpu") else TOKENS
 
 
 def _in_batches(
@@ -275,9 +282,8 @@ def _in_batches(
     return [torch.cat(column)[back] for column in zip(*parts)]
 
 
-def _batches(examples: Sequence[Example], room: int | None = None) -> Iterator[list[int]]:
-    """Indices by length, the longest first (memory runs out at once or never), at most TOKENS a batch."""
-    room = TOKENS if room is None else room
+def _batches(examples: Sequence[Example], room: int) -> Iterator[list[int]]:
+    """Indices by length, the longest first (memory runs out at once or never), at most `room` tokens a batch."""
     rows = [1 if e.single or e.objective == "lm" else len(e.completions) for e in examples]
     order = sorted(range(len(examples)), key=lambda i: (-examples[i].length, i))
     while order:

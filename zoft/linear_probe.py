@@ -43,7 +43,9 @@ def features(model: nn.Module, examples: Sequence[Example]) -> np.ndarray:
     ]
     rows = [replace(e, completions=((0,),)) for e in rows]  # one position a row, whatever the candidates are
     try:
-        return evaluate._in_batches(rows, outputs, evaluate.TOKENS)[0].numpy()
+        return evaluate._in_batches(rows, outputs, evaluate.room_of(next(model.parameters()).device))[
+            0
+        ].numpy()
     finally:
         handle.remove()
 
