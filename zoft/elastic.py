@@ -427,7 +427,7 @@ def _built(tree: dict[str, Any], data: bytes, trust_remote_code: bool) -> Traine
 
 def refuse(config: Config) -> None:
     """Raise UserError for what elastic=true cannot have."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes.place()[1] > 1:
         raise UserError(
             "elastic=true: torchrun starts all again where one dies; use `zoft train --nproc N` and `zoft join`"
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from zoft import baseline, compose, guards, tracking
+from zoft import baseline, compose, guards, processes, tracking
 from zoft.config import ADAPTERS, Config, changed
 from zoft.due import due, next_stop
 from zoft.errors import UserError, writing
@@ -74,7 +73,7 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
         )  # a pair of a probe and a batch is a forward
     elif config.listen != "127.0.0.1:0":
         raise UserError(f"listen={config.listen}: is for elastic=true; leave it out")
-    if int(os.environ.get("RANK", "0")) == 0:  # of several processes, the one that writes
+    if processes.place()[0] == 0:  # of several processes, the one that writes
         first_look(config, resume, dry_run)
     # A signal that comes while things load says "resume me", too.
     with listening(folder), guards.memory(config):
@@ -431,7 +430,7 @@ def fit(
             elif what == "snapshot" and what not in noted:
                 t.note(snapshot.take(s.folder, s.ledger, trainer.axis.trained))
                 snapshot.prune(s.folder, config, s.ledger.events, evals)
-        if "snapshot" in due(config, step):
+        if {"snapshot", "denoise"} & {*due(config, step)}:
             world.told(lambda: None)  # however long it takes: a wait for losses has an end
 
     world.check(trainer.next, trainer.axis.trained)
