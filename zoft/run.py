@@ -447,6 +447,7 @@ def fit(
         if due(config, trainer.next):
             at_stop(trainer.next)
         paused += time.monotonic() - pause
+        t.paused()
     trainer.end()
     seconds = past + time.monotonic() - began - paused
     several: dict[str, Any] = {"processes": world.size, "wire_bytes": world.sent} if world.size > 1 else {}
