@@ -113,7 +113,14 @@ def start_elastic(count: int, args: Sequence[str], folder: str) -> int:
             )
         code = children[0].wait()
         _end(children)
-    return code if code >= 0 else RESUME
+    if code >= 0:
+        return code
+    print(
+        f"the run was killed ({signal.Signals(-code).name}); what the ledger has is kept: "
+        f"continue with `zoft train --resume {folder} --nproc {count}`",
+        file=sys.stderr,
+    )
+    return RESUME
 
 
 @contextmanager
