@@ -389,3 +389,52 @@ def test_ranks_that_are_none(monkeypatch, env, text):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=text):
         processes.place()
+
+
+def test_another_number_of_processes_shares_the_machine_anew(place):
+    """`threads` that were auto are resolved for those that are there; what was given by hand is left alone."""
+    from zoft.compose import load_run
+
+    keys = ["output_dir=cores", "threads=auto", "snapshot_every=20", "probes_per_forward=2"]
+    assert ranks.zoft(place, *keys, size=2, hook=stops_on_4_threads) == [75, 75], said(place, 1)
+    assert load_run(place / "cores").threads == 4
+    assert ranks.zoft(place, "--resume", "cores", hook=stops_on_8_threads_alone) == [75], said(place)
+    config = load_run(place / "cores")
+    assert (config.threads, config.probes_per_forward) == (4, 1)  # as begun, but for what decides bits
+    text = (place / "cores" / "config.yaml").read_text()
+    (place / "cores" / "config.yaml").write_text(text.replace("threads: 4", "threads: 3"))
+    assert ranks.zoft(place, "--resume", "cores", hook=stops_on_3_threads) == [75], said(place)
+
+
+def stops(threads, step, alone=False):
+    """Stops this process in that step if it has so many threads, and else it breaks."""
+    from zoft.layout import Unfit
+    from zoft.trainer import Trainer
+
+    torch.set_num_threads(8)
+    plain = Trainer.losses_at
+
+    def losses_at(self, t, probes, batches):
+        assert torch.get_num_threads() == threads
+        torch.set_num_threads(1)
+        if alone:
+            self.alone(t, Unfit("as asked"))
+        if t == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        values = plain(self, t, probes, batches)
+        torch.set_num_threads(threads)
+        return values
+
+    Trainer.losses_at = losses_at
+
+
+def stops_on_4_threads(rank):
+    stops(4, 3)
+
+
+def stops_on_8_threads_alone(rank):
+    stops(8, 6, alone=True)
+
+
+def stops_on_3_threads(rank):
+    stops(3, 9)

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -57,6 +57,9 @@ class World:
     stop: Stop | None = None  # of this process
     failed: bool = False  # this process has to stop, for an error that it tells once all are at one step
     sent: int = 0  # bytes of losses that this process handed to the others
+    auto: dict[str, Any] = field(
+        default_factory=dict
+    )  # keys that were `auto`, decide no weight, and what they became
 
     def probes(self, count: int) -> slice:
         """Which of a step's `count` probes this process evaluates."""

@@ -84,9 +84,11 @@ def device(config: Config) -> Config:
             )
     if where.startswith("cuda:"):  # kernels and streams go to the current device
         torch.cuda.set_device(where)
-    threads = distributed.threads_each(world) if config.threads == "auto" else int(config.threads)
-    if config.threads == "auto" and where.startswith("cuda"):
+    auto = config.threads == "auto"
+    threads = distributed.threads_each(world) if auto else int(config.threads)
+    if auto and where.startswith("cuda"):
         threads = min(threads, CUDA_THREADS)
+    world.auto = {"threads": threads} if auto else {}
     cores = os.cpu_count() or 1
     if world.rank == 0 and world.local_size > 1 and threads * world.local_size > cores:
         say(
@@ -273,7 +275,10 @@ def held(config: Config, made: ProbeAxis | InPlace) -> Config:
         return config
     need, auto = made.held_bytes(), config.hold_probe == "auto"
     fits = need <= memory_left(config.device) // 2
-    made.hold = distributed.current().all(fits) if auto else bool(config.hold_probe)
+    world = distributed.current()
+    made.hold = world.all(fits) if auto else bool(config.hold_probe)
+    if auto:
+        world.auto["hold_probe"] = made.hold
     if auto and not made.hold:
         say(
             f"hold_probe: a probe's weights take {need / 1e9:.2g} GB more, so each token makes them anew; "
