@@ -276,3 +276,51 @@ def test_nobody_is_let_in_once_a_run_has_ended(tmp_path, capsys):
             bytes.fromhex(where["secret"]),
             False,
         )
+
+
+def test_who_takes_over_for_a_worker_that_hangs_has_as_long_for_it(monkeypatch, capsys):
+    """Three processes: one worker never answers; the other needs a while for its share, and again for the rest."""
+    import time
+    from types import SimpleNamespace
+
+    from zoft import elastic
+    from zoft.probe import Probe
+
+    monkeypatch.setattr(elastic, "PATIENCE", 2.0)
+    run = elastic.ElasticTrainer.__new__(elastic.ElasticTrainer)
+    run.events, run.workers, run.next = elastic.queue.Queue(), [], 0
+    run.axis = SimpleNamespace(settle=lambda: None)
+    run.value = lambda totals: totals[:, 0] / totals[:, 1]
+    run.sums_at = lambda step, probes, batch: torch.tensor([[probes[0].scale, 2.0]], dtype=torch.float64)
+    ends = [pair([b"s" * 32, b"s" * 32]) for _ in range(2)]
+
+    def answer(line):
+        try:
+            while True:
+                facts, _ = line.receive()
+                time.sleep(1.5)
+                data = b"".join(
+                    elastic.PAIR.pack(p, b) + struct.pack("<2d", probes[p].scale, 2.0)
+                    for p, b in facts["pairs"]
+                )
+                line.send("pairs", data, step=facts["step"], columns=2)
+        except Closed:
+            pass
+
+    for name, (here, _) in zip(("slow", "silent"), ends):
+        run.workers.append(elastic.Worker(here, name))
+        run.workers[-1].ready = True
+
+    def listen(worker):
+        try:
+            while True:
+                run.events.put((worker, *worker.line.receive()))
+        except Closed:
+            pass
+
+    probes = [Probe(k, s) for k in range(4) for s in (1.0, -1.0)]
+    for target, of in ((answer, ends[0][1]), (listen, run.workers[0])):
+        threading.Thread(target=target, args=(of,), daemon=True).start()
+    assert run.losses_at(0, probes, [None]) == [p.scale / 2 for p in probes]
+    assert "worker silent does not answer, 2 processes go on" in capsys.readouterr().err
+    assert [w.name for w in run.workers] == ["slow"]

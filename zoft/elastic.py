@@ -115,12 +115,12 @@ class ElasticTrainer(Trainer):
             self._take(*self.events.get())
         found: dict[tuple[int, int], torch.Tensor] = {}  # [K] of each pair
         todo = [(p, b) for p in range(len(probes)) for b in range(len(batches))]
-        began = time.monotonic()
         own = 0.0  # seconds of this process's share
         while len(found) < len(probes) * len(batches):
             mine = self._deal(step, todo)
             todo = []
-            start = time.monotonic()
+            # From each deal anew: who takes over what another one owed has as long for it.
+            began = start = time.monotonic()
             for p, b in mine:
                 with torch.no_grad():
                     found[p, b] = self.sums_at(step, [probes[p]], batches[b])[0]
