@@ -145,3 +145,28 @@ def test_an_error_of_one_process_stops_the_others_at_its_step(place):
     assert "cannot write step 12" in said(place)[-1] and "the 12 steps so far are kept" in said(place)[-1]
     assert said(place, 1)[-1] == "stopped; continue with `zoft train --resume full`"
     assert len(read(place / "full" / "ledger").records) == 12
+
+
+def cannot_stack_at_7(rank):
+    """Rank 1 meets a batch at step 7 that cannot be stacked."""
+    ahead(lambda step, values: values)(rank)
+    if rank == 1:
+        from zoft.layout import Unfit
+
+        plain = Ahead.sums_at
+
+        def sums_at(self, step, probes, batch):
+            if step == 7 and len(probes) == 2 == self.settings.probes_per_forward:
+                self._alone(step, Unfit("as asked"))
+            return plain(self, step, probes, batch)
+
+        Ahead.sums_at = sums_at
+
+
+def test_a_fall_of_one_process_is_that_of_all_from_one_step_on(place):
+    keys = ["q=2", "steps=20", "probes_per_forward=2"]
+    assert ranks.zoft(place, "output_dir=fallen", *keys, size=2, hook=cannot_stack_at_7) == [0, 0]
+    line = f"step {7 + BEHIND + 1}: one probe a forward from here on: so does another process of this run"
+    assert line in said(place)
+    assert "probes_per_forward: 1" in (place / "fallen" / "config.yaml").read_text().splitlines()
+    assert len(read(place / "fallen" / "ledger").records) == 20
