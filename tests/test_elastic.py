@@ -324,3 +324,23 @@ def test_who_takes_over_for_a_worker_that_hangs_has_as_long_for_it(monkeypatch, 
     assert run.losses_at(0, probes, [None]) == [p.scale / 2 for p in probes]
     assert "worker silent does not answer, 2 processes go on" in capsys.readouterr().err
     assert [w.name for w in run.workers] == ["slow"]
+
+
+def test_a_run_may_listen_on_ipv6(tmp_path):
+    from types import SimpleNamespace
+
+    from zoft.elastic import ElasticTrainer
+
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    run = ElasticTrainer.__new__(ElasticTrainer)
+    run.ledger = SimpleNamespace(path=tmp_path / "ledger")
+    run.open(Config(elastic=True, listen="[::1]:0"))
+    found = json.loads((tmp_path / "join.json").read_text())
+    line = Line(
+        socket.create_connection(address(found["address"]), 5), bytes.fromhex(found["secret"]), serves=False
+    )
+    line.close()
+    run.close("done")

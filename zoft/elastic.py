@@ -69,7 +69,8 @@ class ElasticTrainer(Trainer):
         self.workers: list[Worker] = []
         host, port = address(config.listen)
         try:
-            self.server = socket.create_server((host, port))
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            self.server = socket.create_server((host, port), family=family)
         except OSError as error:
             raise UserError(f"listen={config.listen}: {error.strerror}; choose another address") from None
         where = f"{host}:{self.server.getsockname()[1]}"

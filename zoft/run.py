@@ -97,7 +97,7 @@ def resolved_anew(config: Config, resume: str | Path | None) -> Config:
     path = Path(resume or "") / "env.json"
 
     def began() -> dict[str, Any]:
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, RecursionError):
             found = json.loads(path.read_bytes())
             if isinstance(found, dict) and isinstance(found.get("auto"), dict):
                 return found
