@@ -117,3 +117,81 @@ def test_mistakes_are_one_line(place):
 
 def test_a_run_given_twice_counts_once(place):
     assert len(report.folders(["runs/a0", "runs", "./runs/a0"])) == 6
+
+
+OWN = ["task=local", "task.train=my.csv", "task.prompt={a} | {b}\\nIs that so?\\n", "task.label=l",
+       'task.choices={n: " no", p: " yes"}']  # fmt: skip
+
+
+@pytest.fixture
+def mixed(tmp_path, monkeypatch):
+    """Nine kinds of runs, one of them twice in all that is short, and two that are not finished."""
+    after = {"accuracy": 0.6, "loss": 0.4, "n": 9}
+    words = {
+        "own": OWN, "trec": ["task=trec"], "plain": [], "fast": ["lr=1e-2", "eps=1e-2", "q=4", "batch_size=4"],
+        "slow": ["lr=1e-6", "schedule=cosine", "warmup=0.1", "weight_decay=0.1", "momentum=0.9", "task.num_train=99"],
+        "other": [*OWN[:-1], 'task.choices={n: " n", p: " y"}'],
+    }  # fmt: skip
+    (tmp_path / "my.csv").write_text("a,b,l\n")
+    monkeypatch.chdir(tmp_path)
+    for name, keys in words.items():
+        folder(tmp_path, f"runs/{name}", 0, after, words=keys)
+    folder(tmp_path, "runs/base", 0, after, method="zero-shot")
+    folder(tmp_path, "runs/pipe|d", 0, words=[*OWN, "lr=3e-3"])
+    folder(tmp_path, "runs/half", 0, words=["lr=2e-3"], evals=[(5, {"accuracy": 0.55, "loss": 0.9})])
+    return tmp_path
+
+
+def test_names_of_mixed_runs_are_short_and_each_its_own(mixed):
+    some = report.groups([report.read(f) for f in report.folders(["runs"])])
+    names = {g.runs[0].folder.name: g.name for g in some}
+    assert len(set(names.values())) == len(names) == 9 and max(map(len, names.values())) <= 60, names
+    assert names["trec"] == "mezo task=trec lr=0.0005 eps=0.001" and names["base"] == "zero-shot task=reviews"
+    assert "task=my.csv" in names["own"] and "(own)" in names["own"] and "(slow)" in names["slow"], names
+    assert all(name.isprintable() for name in names.values())
+
+
+def test_a_table_of_mixed_runs_has_a_line_for_each_finished_one(mixed):
+    out = run("runs", "--csv", "all.csv")
+    lines = [line.replace("\\|", "") for line in out.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 1 + 7 and len({line.count("|") for line in lines}) == 1
+    assert all(row["n"] != "0" for row in cells(out).values())
+    assert sum(line.startswith("not finished") for line in out.splitlines()) == 2
+    found = [row["folders"] for row in csv.DictReader(open("all.csv"))]
+    assert sorted(found) == sorted(
+        ["", *(f"runs/{n}" for n in "own trec plain fast slow other base".split())]
+    )
+    out = run("runs/half")
+    assert out.startswith("not finished") and "|" not in out
+
+
+def test_the_picture_holds_the_whole_legend(mixed):
+    from matplotlib import image
+
+    for names in (["runs"], ["runs/slow"], ["runs/half"]):
+        run(*names, "--png", "c.png")
+        ink = image.imread("c.png")[..., :3].min(2) < 0.9  # [height, width]
+        edge = ink[:4].any() or ink[-4:].any() or ink[:, :4].any() or ink[:, -4:].any()
+        assert not edge and ink.any(), names
+
+
+def test_a_stopped_run_cuts_no_curve_short_and_baselines_are_named(place, monkeypatch):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    folder(place, "runs/early", 0, words=["lr=2e-3"])
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    run("runs", "--metrics", "accuracy", "--png", "c.png")
+    figure = plt.gcf()
+    lines = {
+        text.get_text(): handle.get_linestyle()
+        for text, handle in zip(figure.legends[0].get_texts(), figure.legends[0].get_lines())
+    }
+    assert lines == {
+        "mezo lr=0.0005 (3 runs)": "-", "mezo lr=0.0001": "-", "zero-shot": "--", "mezo lr=0.002 (not finished)": ":"
+    }  # fmt: skip
+    metric = figure.axes[1].get_lines()
+    assert [list(x.get_xdata()) for x in metric if x.get_linestyle() == "-"] == [[0, 320, 640], [0, 640]]
+    plt.figure(figure.number).clear()

