@@ -219,6 +219,60 @@ def test_results_table_csv_plot_and_best(place):
     assert json.loads(zoft("--results", "s", "--json").output)[0]["after"]["accuracy"] == 0.1
 
 
+def test_another_metric_leaves_the_best_config_alone(place):
+    root, names = written(place, "lr=1e-2,1e-3")
+    for name, accuracy, auc in zip(names, (0.7, 0.6), (0.8, 0.9)):
+        finish(root / name, accuracy, after={"accuracy": accuracy, "auc": auc, "loss": 1 - accuracy, "n": 10})
+    assert "(s/best.yaml)" in zoft("--results", "s").output
+    first = (root / "best.yaml").read_bytes()
+    assert first.startswith(b"# highest accuracy 0.7, of lr=0.01")
+    for words, lr in (
+        (["--metric", "auc"], "0.001"),
+        (["--metric", "accuracy", "--direction", "minimize"], "0.001"),
+    ):
+        said = zoft("--results", "s", *words).output
+        assert f": lr={lr} (s/best-{words[1]}.yaml)" in said and (root / "best.yaml").read_bytes() == first
+    assert compose("s/best-auc.yaml", []).lr == 1e-3
+    assert "(s/best.yaml)" in zoft("--results", "s", "--metric", "accuracy").output
+    # The sweep itself, told to go by auc, has a best.yaml by auc; --results alone goes by that from then on.
+    zoft("--config", "mine.yaml", "lr=1e-2,1e-3", "output_dir=s", "--metric", "auc")
+    second = (root / "best.yaml").read_bytes()
+    assert second.startswith(b"# highest auc 0.9, of lr=0.001")
+    assert "best auc 0.9: lr=0.001 (s/best.yaml)" in zoft("--results", "s").output
+    assert (root / "best.yaml").read_bytes() == second
+
+
+def test_it_is_said_where_no_job_is_better_than_before_training(place):
+    root, names = written(place, "lr=1e-2,1e-3")
+    for name in names:
+        finish(root / name, 0.5)
+    line = "no job has a better accuracy than before training"
+    assert zoft("--results", "s").output.splitlines()[-1] == line
+    finish(root / names[1], 0.6)
+    assert line not in zoft("--results", "s").output
+    assert "no job has a better loss" in zoft("--results", "s", "--metric", "loss").output
+
+
+def test_names_are_not_joined_by_a_line(place, monkeypatch):
+    pytest.importorskip("matplotlib")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import image
+    from matplotlib import pyplot as plt
+
+    root, names = written(place, "noise=gaussian,rademacher", "seed=0,1")
+    for i, name in enumerate(names):
+        finish(root / name, 0.6 + 0.05 * i)
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    sweep_plot.plot(root, "x.png")
+    drawn = [x for x in plt.gcf().axes[0].get_lines() if x.get_label() != "before training"]
+    assert drawn and all(x.get_linestyle() == "None" for x in drawn)
+    ink = image.imread("x.png")[..., :3].min(2) < 0.9  # [height, width]
+    assert not (ink[:4].any() or ink[-4:].any() or ink[:, :4].any() or ink[:, -4:].any())
+    plt.figure(plt.gcf().number).clear()
+
+
 def test_cancel_marks_what_it_is_told(place):
     root, names = written(place, "seed=range(0,3)")
     finish(root / names[0], 0.5)

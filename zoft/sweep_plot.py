@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from zoft.errors import UserError
+from zoft.packages import missing
 from zoft.sweep_view import default_metric, grouped, results
 
 
@@ -16,7 +17,7 @@ def plot(root: str | Path, out: str | Path, metric: str | None = None) -> str:
     try:
         import matplotlib
     except ImportError:
-        raise UserError("--plot: matplotlib is not installed; pip install 'zoft[plot]'") from None
+        raise UserError(missing("--plot", "matplotlib")) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -38,7 +39,8 @@ def plot(root: str | Path, out: str | Path, metric: str | None = None) -> str:
             points.sort(key=lambda p: _number(p[0]) or 0.0)
         at: list[Any] = [_number(x) if numeric else x for x, _ in points]
         middle = [fmean(v) for _, v in points]
-        (line,) = panel.plot(at, middle, marker="o", label=label or None)
+        style = "-" if numeric else ""  # between names there is nothing
+        (line,) = panel.plot(at, middle, marker="o", linestyle=style, label=label or None)
         for x, (_, v) in zip(at, points):
             panel.plot([x] * len(v), v, linestyle="", marker=".", alpha=0.5, color=line.get_color())
         if numeric and len(at) > 1:
@@ -53,11 +55,14 @@ def plot(root: str | Path, out: str | Path, metric: str | None = None) -> str:
         if min(xs) > 0 and max(xs) / min(xs) >= 10:
             panel.set_xscale("log")
     panel.set(xlabel=keys[axis] if axis is not None else "", ylabel=metric.replace("_", " "))
+    panel.margins(x=0.05 if numeric else 0.2)
+    if not numeric and sum(len(str(v[axis])) for v in groups if axis is not None) > 60:
+        panel.tick_params(axis="x", rotation=20)
     panel.grid(alpha=0.25)
     if panel.get_legend_handles_labels()[0]:
         panel.legend(frameon=False, fontsize=9)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out)
+    figure.savefig(out, bbox_inches="tight", pad_inches=0.08)
     plt.close(figure)
     return str(out)
 

@@ -127,7 +127,7 @@ def _sweep(asked: Asked, words: Sequence[str], say: Callable[[str], Any]) -> Non
         sweep.sweep(made, launch, say)
     if asked.detach:
         return say(f"`zoft sweep --status {made.root}` and `--cancel {made.root}` tell and stop")
-    _show(made.root, asked, say)
+    _show(made.root, asked, say, own=True)
     states = {name: sweep_job.state(made.root / name) for name in made.jobs}
     wrong = [name for name, state in states.items() if state not in ("done", "cancelled")]
     if wrong:
@@ -138,11 +138,12 @@ def _sweep(asked: Asked, words: Sequence[str], say: Callable[[str], Any]) -> Non
         )
 
 
-def _show(root: Path, asked: Asked, say: Callable[[str], Any]) -> None:
+def _show(root: Path, asked: Asked, say: Callable[[str], Any], own: bool = False) -> None:
     from zoft import sweep_view
 
-    say(sweep_view.results_text(root, asked.metric, asked.direction))
+    say(sweep_view.results_text(root, asked.metric, asked.direction, own=own))
     if asked.plot and sweep_view.results(root):
         from zoft import sweep_plot
 
-        say(sweep_plot.plot(root, asked.plot, asked.metric))
+        goal = asked.metric or sweep_view.goes_by(root / "best.yaml").get("metric")
+        say(sweep_plot.plot(root, asked.plot, goal))

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -150,15 +151,25 @@ def grouped(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[tuple[str, .
     return found
 
 
-def results_text(root: str | Path, metric: str | None = None, told: str | None = None) -> str:
-    """The table of `--results`; results.csv and best.yaml, the best job's config to copy, are written in the folder.
+def results_text(
+    root: str | Path, metric: str | None = None, told: str | None = None, *, own: bool = False
+) -> str:
+    """The table of `--results`; results.csv and the best job's config to copy are written in the folder.
 
-    A line a job, best first; where seeds are swept, mean ± standard deviation of each setting after it.
+    A line a job, best first; where seeds are swept, mean ± standard deviation of each setting after it. The config is
+    best.yaml where it is best by what the sweep goes by: what it was told (own), else what best.yaml says, else the default.
+    By another metric or direction it is best-METRIC.yaml, and best.yaml stays.
     """
     root, rows = Path(root), results(root)
     if not rows:
         return f"{root}: no job is done yet"
-    metric = metric or default_metric([r["after"] for r in rows])
+    said = {} if own else goes_by(root / "best.yaml")
+    default = said.get("metric") or default_metric([r["after"] for r in rows])
+    metric, way = metric or default, told
+    if metric == said.get("metric"):
+        told = told or said["direction"]
+    goal = {"metric": metric, "direction": direction(metric, told)}
+    same = goal == said if said else own or (metric == default and way is None)
     top = best(rows, metric, told)
     turn = 1 if direction(metric, told) == "minimize" else -1
     rows.sort(
@@ -184,17 +195,35 @@ def results_text(root: str | Path, metric: str | None = None, told: str | None =
         text += ["", *grid([head, *means])]
     write(root / "results.csv", as_csv(rows))
     config = yaml_tree(root / top["name"] / "config.yaml")
-    write(root / "best.yaml", copyable(config, top, metric))
+    file = root / ("best.yaml" if same else f"best-{metric}.yaml")
+    write(file, copyable(config, top, goal))
     values = " ".join(f"{k}={v}" for k, v in top["values"].items())
-    text += [
-        "",
-        f"best {metric} {_shown(top['after'][metric])}: {values or top['name']} ({root / 'best.yaml'})",
-    ]
+    text += ["", f"best {metric} {_shown(top['after'][metric])}: {values or top['name']} ({file})"]
+    if not any(improved(r, metric, turn) for r in rows):
+        text.append(f"no job has a better {metric} than before training")
     return "\n".join(text)
 
 
-def copyable(config: Mapping[str, Any], top: Mapping[str, Any], metric: str) -> str:
-    """The config of the best job as a file to train from: without its folder, and what the machine had resolved."""
+def improved(row: Mapping[str, Any], metric: str, turn: int) -> bool:
+    """Whether a job's metric is better than it was before training, or what it was is not known. turn: 1 is downwards."""
+    before, after = score({"after": row.get("before", {})}, metric), score(row, metric)
+    return before is None or (after is not None and turn * after < turn * before)
+
+
+def goes_by(file: Path) -> dict[str, str]:
+    """{metric, direction} that a best.yaml is best by, from its first line; nothing where there is no such file."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        found = re.match(r"# (lowest|highest) (\S+) ", file.read_text(encoding="utf-8"))
+        if found:
+            return {"metric": found[2], "direction": "minimize" if found[1] == "lowest" else "maximize"}
+    return {}
+
+
+def copyable(config: Mapping[str, Any], top: Mapping[str, Any], goal: Mapping[str, str]) -> str:
+    """The config of the best job as a file to train from: without its folder, and what the machine had resolved.
+
+    goal: {metric, direction} that it is best by, said in the first line.
+    """
     from zoft.compose import dump
     from zoft.config import fields
 
@@ -205,7 +234,8 @@ def copyable(config: Mapping[str, Any], top: Mapping[str, Any], metric: str) -> 
     tree["task"] = {
         k: v for k, v in config["task"].items() if v not in (None, {}, known[f"task.{k}"].default)
     }
-    return f"# {metric} {_shown(top['after'][metric])}, of {top['name']}\n{dump(tree)}"
+    metric, word = goal["metric"], "lowest" if goal["direction"] == "minimize" else "highest"
+    return f"# {word} {metric} {_shown(top['after'][metric])}, of {top['name']}\n{dump(tree)}"
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
