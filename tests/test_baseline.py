@@ -57,6 +57,19 @@ def test_zero_shot_and_calibrated_are_the_evaluations_own_figures(place):
     )
 
 
+def test_what_is_not_trained_is_told_in_one_column_without_steps(place):
+    for method, words in (("zero-shot", []), ("calibrated", []), ("first-order", ["steps=2"])):
+        done = CliRunner().invoke(app, ["baseline", "-m", method, *TASK, *words, f"output_dir={method}"])
+        result = json.loads((place / method / "result.json").read_text())
+        lines = done.stdout.splitlines()
+        assert ("before" in done.stdout) == (method == "first-order") and "0 steps" not in done.stdout
+        if method == "zero-shot":
+            assert lines[0].split() == [method] and "forwards" not in done.stdout
+            assert lines[1].split() == ["accuracy", f"{result['after']['accuracy']:.4g}"]
+        else:
+            assert f"{result['forwards']} forwards in " in lines[-1] and result["forwards"] > 0
+
+
 def test_demonstrations_stand_before_every_prompt_as_often_as_they_fit(place):
     config, data = data_of(place)
     told = baseline.demonstrated(replace(config, max_length=200), 3, data, tiny.tokenizer())

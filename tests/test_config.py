@@ -132,7 +132,7 @@ def test_labels_that_yaml_reads_as_something_else():
         ("mask=magnitud", ["mask=magnitud", "did you mean magnitude?"]),
         ("task=sst", ["task=sst", "reviews"]),
         ("task=review", ["did you mean reviews?"]),
-        ("recipe=mezzo", ["recipe=mezzo", "mezo"]),
+        ("recipe=mezzo", ["recipe=mezzo: use", "; did you mean mezo?"]),
         ("train=(", ["train=(", "regular expression"]),
         ("task.choices=bad", ["task.choices=bad", "label"]),
         ("+lr=3", ["without +"]),

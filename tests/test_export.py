@@ -71,6 +71,16 @@ def test_an_unfinished_run_exports_what_it_has(place, tmp_path):  # noqa: F811
     assert "| steps | 4 of 6 |" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_what_is_quantised_is_said_once(place, tmp_path, capfd):  # noqa: F811
+    """Although the model is loaded twice, to compare with its base."""
+    scales = train(place, "scales", "recipe=qzo", "bits=8", "group=32", "lr=1e-2", "eps=1e-2")
+    pairs = train(place, "pairs", "recipe=lora_zo", "bits=8", "group=32", "lr=1e-2", "eps=1e-2")
+    for run, kind in ((scales, "merge"), (pairs, "merge"), (pairs, "adapter")):
+        capfd.readouterr()
+        runs.export(run, tmp_path / f"{run.name}-{kind}", merge=kind == "merge", adapter=kind == "adapter")
+        assert capfd.readouterr().err.count("linear layers quantised to 8 bits") == 1, (run, kind)
+
+
 def test_what_would_be_the_base_is_not_written(place, tmp_path):  # noqa: F811
     """A change below the grid of the dtype, or no change at all."""
     run = tmp_path / "faint"

@@ -186,7 +186,10 @@ def test_bad_files_are_refused_with_their_line(tmp_path, name, content, said):
 def test_the_nearest_spelling_is_offered(tmp_path):
     path = jsonl(tmp_path / "reviews.jsonl", [{"text": "a", "label": "postive"}] * 3)
     assert "did you mean positive?" in refused(train=path)
-    assert "did you mean reviews.jsonl?" in refused(train=tmp_path / "review.jsonl")
+    assert f"did you mean {tmp_path}/reviews.jsonl?" in refused(train=tmp_path / "review.jsonl")
+    assert f"did you mean {tmp_path}/reviews.jsonl?" in refused(train=tmp_path / "reviews.csv")
+    jsonl(tmp_path / "pc.jsonl", [{"text": "a", "label": "positive"}])
+    assert "did you mean" not in refused(train=tmp_path / "nope.jsonl")
     assert "did you mean text?" in refused(train=path, prompt="{txt}")
     assert "did you mean reviews?" in refused(name="review")
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from zoft.config import Config, nearest
 from zoft.errors import UserError, writing
+from zoft.packages import missing
 
 ASKED = "baseline.json"  # in its folder from the start: what was asked for
 METHODS = ("zero-shot", "icl", "calibrated", "sfc", "linear-probe", "first-order", "first-order-lora")
@@ -280,11 +281,19 @@ def _require(method: str) -> None:
     import importlib.util
 
     if method == "linear-probe" and importlib.util.find_spec("sklearn") is None:
-        raise UserError('--method linear-probe: scikit-learn is not installed; pip install "zoft[baselines]"')
+        raise UserError(missing("--method linear-probe", "scikit-learn"))
 
 
 def text(result: Mapping[str, Any]) -> str:
-    """What a user reads."""
+    """What a user reads: what was not trained has one column, and no steps."""
     from zoft import run
 
-    return f"{result['method']}\n{run.summary(result)}"
+    method, before, after = result["method"], result["before"], result["after"]
+    rows = (
+        f"{method}\n{run.table({'before': before, 'after': after})}" if before else run.table({method: after})
+    )
+    counts = ", ".join(f"{result[k]} {k}" for k in ("steps", "forwards") if result[k])
+    return (
+        f"{rows}\n{counts}{' in ' if counts else ''}{result['train_seconds']:.0f} s, "
+        f"peak memory {result['peak_memory_gb']:.2f} GB: {result['output_dir']}"
+    )

@@ -80,7 +80,9 @@ def strict(tree: dict[str, Any], default_output: str = "run") -> Config:
     assert isinstance(merged, Config), type(merged)
     check(merged)
     if merged.recipe not in (recipes := sorted(p.stem for p in packaged("recipes").glob("[!_]*.py"))):
-        raise UserError(f"recipe={merged.recipe}: use {', '.join(recipes)}")
+        near = nearest(merged.recipe, recipes)
+        hint = f"; did you mean {near}?" if near else ""
+        raise UserError(f"recipe={merged.recipe}: use {', '.join(recipes)}{hint}")
     if merged.output_dir is not None:
         merged.output_dir = str(Path(merged.output_dir).expanduser())
     else:

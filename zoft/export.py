@@ -50,7 +50,8 @@ def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
         del model
         again = reloaded(draft, config)
         agree(logits(again), rounded, out)
-        base = bases.find(config, log.header["base"], str(folder))
+        with setup.said_before():
+            base = bases.find(config, log.header["base"], str(folder))
         if quant.layers(base.model):
             quant.make_plain(base.model)
             base = bases.of(base.model, base.tokenizer)
@@ -84,7 +85,8 @@ def adapter(config: Config, folder: Path, out: Path) -> str:
         adapters.save(model, draft, tokenizer=tokenizer, card=runs.card(config, result, **facts))
         own = logits(model)
         del model, trained
-        base, _, _ = setup.model(replace(runs.plain(config), adapter=None))
+        with setup.said_before():
+            base, _, _ = setup.model(replace(runs.plain(config), adapter=None))
         agree(logits(adapters.load(widened(base, None), draft)), own, out)
     return f"{out}: loaded again beside the base, it gives the run's logits"
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from zoft.errors import UserError
+from zoft.packages import install
 
 # struct codes of GGUF's scalar types; 8 is a string, 9 an array.
 SCALARS = dict(enumerate(["B", "b", "H", "h", "I", "i", "f", "?"])) | {10: "Q", 11: "q", 12: "d"}
@@ -120,7 +121,9 @@ def tensor(file: File, name: str) -> Any:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize
     except ImportError:
-        raise UserError(f"model={file.path}: reading GGUF needs the gguf package: pip install gguf") from None
+        raise UserError(
+            f"model={file.path}: reading GGUF needs the gguf package: {install('gguf')}"
+        ) from None
     shape, kind, start = file.tensors[name]
     try:
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]

@@ -12,6 +12,7 @@ from zoft import noise, snapshot
 from zoft.config import changed, check_value, digests, fields
 from zoft.errors import UserError
 from zoft.ledger_format import Log, Record, decode
+from zoft.packages import missing
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 60  # columns of a text plot
@@ -228,7 +229,7 @@ def plot(run: str | Path, out: str | Path) -> Path:
     try:
         import matplotlib
     except ImportError:
-        raise UserError("--plot: matplotlib is not installed; pip install matplotlib") from None
+        raise UserError(missing("--plot", "matplotlib")) from None
     matplotlib.use("Agg")
     import numpy as np
     from matplotlib import pyplot as plt

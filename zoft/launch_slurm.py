@@ -22,6 +22,7 @@ from zoft.config import nearest
 from zoft.errors import UserError
 from zoft.folder import write
 from zoft.launch_local import THREAD_VARIABLES, listening, outcome
+from zoft.packages import missing
 from zoft.stop import RESUME
 from zoft.sweep import Interrupted
 from zoft.yamlfile import strict_yaml, yaml_tree
@@ -120,7 +121,7 @@ def require() -> Any:
     try:
         import submitit
     except ImportError:
-        raise UserError("--launcher slurm: submitit is not installed; pip install 'zoft[slurm]'") from None
+        raise UserError(missing("--launcher slurm", "submitit")) from None
     for name in ("sbatch", "squeue", "scontrol", "srun"):
         if shutil.which(name) is None:
             raise UserError(f"--launcher slurm: no {name} on this machine; run it where Slurm's commands are")

@@ -8,6 +8,7 @@ from typing import Any
 
 from zoft.config import Config
 from zoft.errors import UserError
+from zoft.packages import missing
 
 
 def require(tasks: str, path: str | None) -> list[str]:
@@ -20,7 +21,7 @@ def require(tasks: str, path: str | None) -> list[str]:
             f"--lm-eval-path {path}: no such folder; give the one that your task files (.yaml) are in"
         )
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError('--lm-eval: lm-eval is not installed; pip install "zoft[lm-eval]"')
+        raise UserError(missing("--lm-eval", "lm-eval"))
     return names
 
 

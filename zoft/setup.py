@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -193,9 +194,24 @@ def dtypes(config: Config, loaded: nn.Module, names: Sequence[str]) -> Config:
     return replace(config, storage=storage, compute=compute)
 
 
+_silent = False
+
+
 def say(text: str) -> None:
     """A line about the set-up, for the reader."""
-    print(text, file=sys.stderr, flush=True)
+    if not _silent:
+        print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def said_before() -> Iterator[None]:
+    """What is set up in this context, to compare with, has been told of already."""
+    global _silent
+    was, _silent = _silent, True
+    try:
+        yield
+    finally:
+        _silent = was
 
 
 def axis(

@@ -7,6 +7,7 @@ from typing import Any
 
 from zoft import sweep, sweep_job, sweep_view
 from zoft.errors import UserError
+from zoft.packages import missing
 from zoft.sweep_grammar import Dimension, as_text
 
 JOURNAL = "optuna.journal"
@@ -17,7 +18,7 @@ def require() -> Any:
     try:
         import optuna
     except ImportError:
-        raise UserError("--trials: optuna is not installed; pip install 'zoft[optuna]'") from None
+        raise UserError(missing("--trials", "optuna")) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 from zoft.errors import UserError, writing
 from zoft.folder import write
+from zoft.packages import missing
 
 QUIET_SECONDS = 10.0  # between plain lines where the output is no terminal
 LIVE_SECONDS = 0.1  # between redraws of the live line
@@ -28,7 +29,7 @@ def require(track: str) -> None:
     import importlib.util
 
     if track == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise UserError("track=wandb: wandb is not installed; pip install wandb, or use track=none")
+        raise UserError(f"{missing('track=wandb', 'wandb')}, or use track=none")
 
 
 class Tracker:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import json
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zoft.errors import UserError
-from zoft.tasks.template import near
+from zoft.packages import install
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 LINE_MAX = 10_000_000  # characters of a row
@@ -126,7 +127,10 @@ def _why_no_file(path: Path) -> str:
     if not os.path.isdir(path.parent):
         return f"no such file: there is no folder {path.parent}"
     try:
-        return "no such file" + near(path.name, os.listdir(path.parent))
+        # Without their endings, which all are alike by.
+        stems = {Path(name).stem: name for name in sorted(os.listdir(path.parent))}
+        close = difflib.get_close_matches(path.stem, list(stems), n=1)
+        return "no such file" + (f"; did you mean {path.parent / stems[close[0]]}?" if close else "")
     except OSError as error:
         return f"no such file that can be seen: {error.strerror}"
 
@@ -247,7 +251,7 @@ def _parquet(key: str, path: Path) -> Rows:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise UserError(f"{key}={path}: reading parquet needs pyarrow: pip install pyarrow") from None
+        raise UserError(f"{key}={path}: reading parquet needs pyarrow: {install('pyarrow')}") from None
     try:
         items = parquet.read_table(path).to_pylist()
     except (ArrowException, OSError, ValueError, OverflowError) as error:
@@ -260,7 +264,7 @@ def _hub(key: str, place: str, subset: str | None, held_out: bool) -> Rows:
         import datasets
     except ImportError:
         raise UserError(
-            f"{key}={place}: no such file, and for a Hub data set the datasets package is needed: pip install datasets"
+            f"{key}={place}: no such file, and for a Hub data set the datasets package is needed: {install('datasets')}"
         ) from None
     name, _, split = place.partition(":")
     if name in getattr(datasets.packaged_modules, "_PACKAGED_DATASETS_MODULES", ()):
