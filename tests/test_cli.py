@@ -32,6 +32,7 @@ SURFACE = {
         "--lm-eval",
         "--lm-eval-path",
         "--resamples",
+        "--reward",
         "-c",
         "args",
     ],
