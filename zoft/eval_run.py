@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -210,7 +211,11 @@ def writer(config: Config, model: Any, tokenizer: Any, context: Any = None) -> A
 
 
 def lines(rows: Sequence[Mapping[str, Any]], found: Judged) -> list[str]:
-    """A JSON line an example: row, prompt, gold, scores or loss, prediction, right."""
+    """A JSON line an example: row, prompt, gold, scores or loss, prediction, right.
+
+    scores: as evaluate.scores gives them, logits where each candidate is one token. probabilities: their softmax.
+    """
+    from zoft.evaluate import log_softmax
     from zoft.tracking import finite
 
     made = []
@@ -224,6 +229,8 @@ def lines(rows: Sequence[Mapping[str, Any]], found: Judged) -> list[str]:
             about["golds"] = [row["candidates"][g] for g in found.golds[i]]
         if found.scores is not None:
             about["scores"] = dict(zip(row["candidates"], found.scores[i].tolist()))
+            among = log_softmax(found.scores[i : i + 1])[0]  # of the candidates
+            about["probabilities"] = {c: math.exp(p) for c, p in zip(row["candidates"], among.tolist())}
             about["prediction"] = row["candidates"][int(found.predicted[i])]
             about["right"] = bool(found.right[i])
         if found.sums is not None and found.counts is not None:
