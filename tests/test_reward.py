@@ -191,6 +191,21 @@ def test_a_saved_run_is_judged_by_what_it_was_trained_for(place):
         assert said in refused("eval", "judged", *words)
 
 
+@pytest.mark.parametrize("objective", ["f1", "auto"])
+def test_text_to_learn_is_judged_the_same_whatever_it_was_trained_by(place, objective):
+    text = (place / "my.yaml").read_text().partition("  label:")[0] + "  target: ' {label}'\n"
+    text += "steps: 2\nbatch_size: 2\nmax_length: 48\nmax_new_tokens: 4\nthreads: 1\neps: 0.03\n"
+    (place / "text.yaml").write_text(f"{text}objective: {objective}\n", encoding="utf-8")
+    run = f"text-{objective}"
+    assert zoft("train", "--config", "text.yaml", f"output_dir={run}").exit_code == 0
+    after = json.loads((place / run / "result.json").read_text())["after"]
+    done = zoft("eval", run, "--json", "--resamples", "0", "--examples", "each.jsonl")
+    found = json.loads(done.stdout)
+    assert found == pytest.approx(after) and {"f1", "exact_match", "loss"} <= found.keys()
+    line = first("each.jsonl")
+    assert {"answers", "prediction", "right", "f1"} <= line.keys() and "text" not in line
+
+
 def first(file):
     with open(file, encoding="utf-8") as lines:
         return json.loads(lines.readline())

@@ -163,6 +163,10 @@ def judge(
         if texts is not None:
             found.texts, scored = texts.judge(model, None, rows)
             found.scored = {name: np.array(values) for name, values in scored.items()}
+            if (
+                found.scores is None and "f1" in scored and all(r.get("answers") for r in rows)
+            ):  # as of any such text
+                found.exact, found.f1, found.scored = found.scored["exact_match"], found.scored["f1"], {}
     if out is not None:
         rows = rows_of(rows, held_out)
         with writing(out):
