@@ -146,6 +146,15 @@ def test_only_columns_stand_in_braces(bad, said):
 # --- mistakes ---------------------------------------------------------------------------------------------
 
 
+def test_a_cell_may_hold_a_whole_document(tmp_path):
+    before, text = csv.field_size_limit(), "word " * 40_000 + "end"
+    path = broken(tmp_path, "a.csv", f'text,label\n"{text}",positive\n'.encode())
+    (row,) = tasks.load(task(train=path, eval=path, prompt="{text}")).train
+    assert row["prompt"] == text and csv.field_size_limit() == before
+    broken(tmp_path, "a.csv", b'text,label\n"' + b"x" * 10_000_001 + b'",positive\n')
+    assert "a.csv:2: bad CSV: field larger" in refused(train=path) and csv.field_size_limit() == before
+
+
 def broken(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)

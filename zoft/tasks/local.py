@@ -238,6 +238,7 @@ def _csv(path: Path, text: str, delimiter: str) -> Rows:
     rows: Rows = []
     header: list[str] = []
     start = 1
+    limit = csv.field_size_limit(LINE_MAX)  # csv's own is 131,072: a cell may hold a whole document
     try:
         for cells in reader:
             where, start = f"{path}:{start}", reader.line_num + 1
@@ -263,6 +264,8 @@ def _csv(path: Path, text: str, delimiter: str) -> Rows:
             rows.append((where, {c: v if v != "" else None for c, v in zip(header, cells)}))
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: bad CSV: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
     return rows
 
 
