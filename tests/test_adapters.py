@@ -506,9 +506,20 @@ def test_resume_and_replay_are_the_run_bit_for_bit(place, train, keys):
     assert (place / "again" / "adapter_model.safetensors").read_bytes() == saved
     after = json.loads((place / "whole" / "result.json").read_text())["after"]
     assert json.loads(zoft("eval", "whole", "--json", "--resamples", "0").stdout) == pytest.approx(after)
-    bare = ("eval", "--config", "mine.yaml", "--json", "--resamples", "0")
-    base = json.loads(zoft(*bare, f"train={train}").stdout)
-    assert base == json.loads(zoft(*bare, "recipe=mezo", "train=all").stdout)
+    mine = (place / "mine.yaml").read_text()
+    (place / "it.yaml").write_text(mine + f"train: {train}\n")
+    (place / "all.yaml").write_text(mine.replace("lora_zo", "mezo") + "train: all\n")
+    base, plain = (
+        json.loads(zoft("eval", "--config", name, "--json", "--resamples", "0").stdout)
+        for name in ("it.yaml", "all.yaml")
+    )
+    assert base == plain != pytest.approx(after)
+    # An adapter says what its base is: the model of the config does not take its place.
+    (place / "other.yaml").write_text(mine.replace("model: tiny", "model: none"))
+    found = zoft("eval", "whole/adapter", "--config", "other.yaml", "--json", "--resamples", "0")
+    assert json.loads(found.stdout) == pytest.approx(after), found.stderr
+    done = zoft("eval", "whole/adapter", "--config", "mine.yaml", "adapter=whole/adapter")
+    assert done.exit_code == 2 and "is an adapter already" in done.stderr
     said = json.loads((place / "whole" / "adapter" / "adapter_config.json").read_text())
     assert said["base_model_name_or_path"] == str(place / "tiny")
 

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import json
+import math
 import os
 import re
 import signal
@@ -32,6 +33,7 @@ SURFACE = {
         "--lm-eval",
         "--lm-eval-path",
         "--resamples",
+        "--reward",
         "-c",
         "args",
     ],
@@ -393,6 +395,10 @@ def test_eval_of_a_run_agrees_with_its_result(place, finished):
     each = [json.loads(line) for line in (place / "each.jsonl").read_text().splitlines()]
     assert len(each) == after["n"] and sum(e["right"] for e in each) / len(each) == after["accuracy"]
     assert all((max(e["scores"], key=e["scores"].get) == e["gold"]) == e["right"] for e in each)
+    assert all(sum(e["probabilities"].values()) == pytest.approx(1) for e in each)
+    assert -sum(math.log(e["probabilities"][e["gold"]]) for e in each) / len(each) == pytest.approx(
+        after["loss"]
+    )
     done = zoft("eval", "--config", "mine.yaml", "eval_limit=3", "--json", "--resamples", "0", cwd=place)
     assert json.loads(done.stdout)["n"] == 3 and "ci95" not in json.loads(done.stdout)
 

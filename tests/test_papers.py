@@ -152,6 +152,9 @@ def test_encoding_of_a_decoders_task(name, smollm):
             whole = tuple(smollm(golden["prompt"] + text)["input_ids"])
             assert example.contexts[c] + example.completions[c] == whole
             assert len(example.completions[c]) == tokens
+        # Ids of the golden candidate's row, made by a slow byte-pair encoder from the merges in SmolLM2's file.
+        ids = golden["ids"]
+        assert [*example.contexts[example.gold], *example.completions[example.gold]] == ids
         assert example.gold == golden["gold"] and not example.masked
         assert example.golds == tuple(golden.get("golds", ()))
         assert example.answers == tuple(golden.get("answers", ()))

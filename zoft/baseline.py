@@ -226,6 +226,8 @@ def surface_form(
     The null prompt is task.null_prompt with the row's columns in it, else the template with empty columns.
     Source: Holtzman et al., Surface Form Competition (arXiv 2104.08315), as MeZO's code has it: sums, not means.
     """
+    import numpy as np
+
     from zoft import evaluate, tasks
     from zoft.encode import encode
     from zoft.tasks import template
@@ -245,8 +247,9 @@ def surface_form(
     free, _ = evaluate.totals(model, nulls)
     place = {kind: i for i, kind in enumerate(kinds)}
     width = min(total.shape[1], free.shape[1])
-    found = total[:, :width] - free[[place[kind] for kind in which], :width]
-    found[total[:, :width] == -float("inf")] = -float("inf")
+    total, free = total[:, :width], free[[place[kind] for kind in which], :width]
+    found = np.full_like(total, -np.inf)  # where an example has no such candidate
+    np.subtract(total, free, out=found, where=total > -np.inf)
     return found, sum(len(c) for _, c in kinds)
 
 

@@ -231,6 +231,10 @@ def evaluate(
     resamples: Annotated[
         int, typer.Option(min=0, help="Of the bootstrap that gives 95 % intervals; 0 gives none.")
     ] = 1000,
+    reward: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.py:FUNCTION", help="Judge texts by a reward of your own; runs FILE."),
+    ] = None,
     lm_eval: Annotated[
         str | None,
         typer.Option(metavar="TASKS", help="Tasks of lm-evaluation-harness instead: arc_easy,boolq."),
@@ -244,12 +248,15 @@ def evaluate(
 
     folders = [a for a in args or [] if "=" not in a and not a.startswith("-")]
     overrides = [a for a in args or [] if a not in folders]
+    overrides += [f"reward={reward}"] if reward else []
     if len(folders) > 1:
         raise UserError(f"eval: {eval_run.GIVE}")
     resolved, adapter = eval_run.source(folders[0] if folders else None, config, overrides)
     if lm_eval is not None:
         if examples is not None:
             raise UserError(f"--examples {examples}: is not of --lm-eval; leave one of them out")
+        if reward is not None:
+            raise UserError(f"--reward {reward}: is not of --lm-eval; leave one of them out")
         results, shown = eval_run.harness(resolved, adapter, lm_eval, lm_eval_path)
         typer.echo(json.dumps(results) if as_json else shown)
         return

@@ -129,9 +129,9 @@ def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None
     tasks.look(config.task)
 
 
-def rewarded(config: Config, resume: str | Path | None) -> None:
-    """Refuse to train on a reward that is not named on the command line, or not there."""
-    if config.objective == "reward" and config.reward is None:
+def rewarded(config: Config, resume: str | Path | None, *, must: bool = True) -> None:
+    """Refuse a reward that is not there, and to train on one (must) that is not named on the command line."""
+    if must and config.objective == "reward" and config.reward is None:
         if resume:
             raise compose.again(resume)
         raise UserError("objective=reward: name the function: --reward my_reward.py:score")

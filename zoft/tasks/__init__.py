@@ -133,8 +133,10 @@ def load(task: Any) -> TaskData:
     bar = int(HELD_OUT * 2**64)
     train, held_out = [r for r in train if r["key"] >= bar], [r for r in train if r["key"] < bar]
     if not train or not held_out:
+        n = len(train) + len(held_out)
         raise UserError(
-            f"task.train: {len(train) + len(held_out)} rows are too few to hold some out; give task.eval a file"
+            f"task.train: {n} rows ({len({r['key'] for r in [*train, *held_out]})} of different text) are too few to hold "
+            "some out; give task.eval a file"
         )
     notes.append(f"{len(held_out):,} of them held out for evaluation by a hash of their text")
     return drawn(train, held_out)

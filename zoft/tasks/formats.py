@@ -69,7 +69,11 @@ class Reading:
             "sharegpt": "the assistant's turns of {messages}",
         }[self.format if self.format != "messages" or "prompt" in c else "sharegpt"].format(**c)
         with_system = f", system turn {c['system']}" if "system" in c else ""
-        unread = f"; not read: {', '.join(self.unread)}" if self.unread else ""
+        unread = (
+            f"; not read: {', '.join(c or '(a column without a name)' for c in self.unread)}"
+            if self.unread
+            else ""
+        )
         return f"format {self.format}: learns {learned}{with_system}{unread}"
 
 
@@ -133,6 +137,8 @@ def recognise(key: str, rows: list[tuple[str, dict[str, Any]]], task: Any) -> Re
                 f"{key}: pairs to prefer one of ({seen}) are no format here; "
                 "task.columns={prompt: prompt, completion: chosen} learns the chosen ones"
             )
+        if why := _hidden(rows, first):
+            raise UserError(f"{key}: {why}")
         raise UserError(
             f"{key}: no known format has the columns {seen}; say which is which, as in "
             "task.columns={prompt: …, completion: …}, or write task.prompt and task.target"
@@ -199,6 +205,22 @@ def _readings(first: dict[str, Any], named: dict[str, str]) -> dict[str, Reading
 
 def _turns(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(turn, dict) for turn in value)
+
+
+def _hidden(rows: list[tuple[str, dict[str, Any]]], first: dict[str, Any]) -> str:
+    """Where rows that are no format's may hold what is: turns that are no list, or a list of rows; "" elsewhere."""
+    for column in DIALOGUE:
+        if column in first and not _turns(first[column]):
+            held = (
+                "text (JSON in it, perhaps)"
+                if isinstance(first[column], str)
+                else type(first[column]).__name__
+            )
+            return f"column {column} holds {held}, not a list of turns {{role, content}}; write it as one"
+    wrapped = [c for c, value in first.items() if _turns(value)]
+    if len(rows) == 1 and wrapped and ".json:" in rows[0][0].lower():  # not of .jsonl
+        return f"is one object, whose {wrapped[0]} is a list of {len(first[wrapped[0]])}; if those are the rows, save them alone"
+    return ""
 
 
 def _needs(kind: str) -> str:
