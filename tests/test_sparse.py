@@ -67,6 +67,8 @@ def test_every_matrix_has_its_share_and_1d_tensors_move_whole(kind, storage, spa
         assert ("lm_head.weight (9" in said[-1]) == (kind == "magnitude" and sparsity == 0.5)
     assert not sparse.mask(trained, "none", sparsity, 3) and not sparse.mask(trained, kind, 0.0, 3)
     assert all(t.mask is None for t in trained)
+    (line,) = sparse.mask([t for t in trained if t.stored.ndim == 1], kind, sparsity, 3)
+    assert "no matrix is trained" in line
 
 
 @pytest.mark.parametrize("storage, beta, kind", [

@@ -51,6 +51,7 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     model = skeleton(config)
     load = sum(p.numel() * p.element_size() for p in model.parameters())
     quantised(config, model)
+    setup.refuse_unquantised(config, model)
     if config.train in ADAPTERS:
         model = adapters.attach(model, config)
     elif place := adapter_beside.folder_of(config):

@@ -204,6 +204,7 @@ def axis(
     Returns (config with perturb and probes_per_forward resolved, tensors that are really trained, axis).
     """
     models.refuse_other_kind(config.model, loaded, train[0].masked)
+    refuse_unquantised(config, loaded)
     if update.decay_is_lost(config.lr, config.weight_decay):
         say(
             f"weight_decay={config.weight_decay:g}: times lr={config.lr:g} it is lost in fp32; nothing decays"
@@ -251,6 +252,14 @@ def axis(
             return run(small)
 
     return held(cached(config, loaded, trained, train, clean), made), trained, made
+
+
+def refuse_unquantised(config: Config, loaded: nn.Module) -> None:
+    """Raise UserError where recipe=qzo would be another recipe's run of a plain model."""
+    if config.recipe == "qzo" and not any(isinstance(p, quant.Scales) for p in loaded.parameters()):
+        raise UserError(
+            "recipe=qzo: no layer of this model is quantised; set bits=4, take such a model, or use another recipe"
+        )
 
 
 def held(config: Config, made: ProbeAxis | InPlace) -> Config:

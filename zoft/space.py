@@ -95,7 +95,7 @@ def train_names(model: nn.Module, train: str) -> list[str]:
         near = difflib.get_close_matches(
             train, ["all", "norms", "bias", "head", "scales", *floating], n=1, cutoff=0.3
         )
-        hint = f"; nearest: {near[0]}" if near else ""
+        hint = f"; nearest: {near[0]}" if near and near[0] != train else ""
         raise UserError(
             f"train={train!r} selects no tensor of this model; use all, last-2, norms, bias, head or a pattern{hint}"
         )

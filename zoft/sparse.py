@@ -28,7 +28,8 @@ def mask(trained: Sequence[Trained], kind: str, sparsity: float, seed: int) -> l
     shares = {t.name: (one(t, kind, sparsity, seed), t.stored.numel()) for t in trained}
     masked = {t.name: shares[t.name] for t in trained if t.mask is not None}
     if not masked:
-        return []
+        idle = kind in ("magnitude", "random") and sparsity > 0
+        return [f"mask={kind}: no matrix is trained, and 1-D tensors move whole"] if idle else []
     moves, numbers = (sum(both) for both in zip(*masked.values()))
     lines = [
         f"mask={kind}: {moves / numbers:.1%} of the {numbers:,.0f} numbers in {len(masked)} matrices move, "
