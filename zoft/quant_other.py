@@ -1,7 +1,7 @@
 """Other libraries' quantised layers: their live scales as trained tensors, once each has shown that it is alive.
 
-bitsandbytes (NF4 and FP4: `absmax`; int8: `SCB`) and HQQ (`scale`). Models that GPTQ has quantised are read by zoft itself
-(quant_files.py). Scales become fp32 parameters named `scales`; before each of its forwards a layer is given them, in the
+bitsandbytes (NF4 and FP4: `absmax`; int8: `SCB`), HQQ (`scale`) and gptqmodel (`scales`; folders that GPTQ has written zoft
+reads itself, quant_files.py). Scales become fp32 parameters named `scales`; before each of its forwards a layer is given them, in the
 dtype that it computes with.
 """
 
@@ -27,7 +27,13 @@ def attach(model: nn.Module) -> Iterator[tuple[str, Scales]]:
     Raises UserError for a layer whose output does not follow its scales.
     """
     for name, module in list(model.named_modules()):
-        way = WAYS.get(f"{type(module).__module__.partition('.')[0]}.{type(module).__name__}")
+        library = type(module).__module__.partition(".")[0]
+        way = WAYS.get(f"{library}.{type(module).__name__}")
+        if way is None and library == "gptqmodel" and hasattr(module, "qweight"):
+            raise UserError(
+                f"train=scales: {name} ({type(module).__name__}) has packed its scales for a kernel of its own; load the "
+                "model with gptqmodel's torch or triton backend, or give zoft the folder itself"
+            )
         if way is None:
             continue
         found, put, kept = way(module)
@@ -118,10 +124,28 @@ def _hqq(module: Any) -> tuple[Tensor, Callable, bool]:
     return module.meta["scale"], put, True
 
 
+def _gptqmodel(module: Any) -> tuple[Tensor, Callable, bool]:
+    # These layers read `scales` themselves in each forward, in the precision that it has; what was compiled or kept of
+    # the matrix would not follow it.
+    module.__dict__.pop("dequantize_weight", None)
+    if hasattr(module, "enable_weight_cache"):
+        module.enable_weight_cache(False)
+
+    def put(layer: Any, scales: Tensor) -> None:
+        if "scales" not in layer._parameters:  # while it is saved
+            layer.register_buffer("scales", scales)
+
+    return module._buffers.pop("scales"), put, False
+
+
 WAYS: dict[str, Callable[[Any], tuple[Tensor, Callable, bool]]] = {
     "bitsandbytes.Linear4bit": _bnb_4bit,
     "bitsandbytes.Linear8bitLt": _bnb_8bit,
     "hqq.HQQLinear": _hqq,
+    **{
+        f"gptqmodel.{n}": _gptqmodel
+        for n in ("TorchLinear", "TritonV2Linear", "TorchQuantLinear", "TritonV2QuantLinear")
+    },
 }
 
 
@@ -136,9 +160,10 @@ def own_form(model: nn.Module) -> Iterator[None]:
     found = {layer: layer.scales for layer in alive(model).values()}
     try:
         for layer, scales in found.items():
-            type(layer).put(layer, scales.detach())
             del layer.scales
+            type(layer).put(layer, scales.detach())
         yield
     finally:
         for layer, scales in found.items():
+            layer._buffers.pop("scales", None)
             layer.register_parameter("scales", scales)
