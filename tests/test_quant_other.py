@@ -15,7 +15,7 @@ from test_quant import wide
 from test_trainer import build
 from torch import nn
 
-from zoft import noise, quant_other
+from zoft import models, noise, quant_other
 from zoft.errors import UserError
 from zoft.objective import losses
 from zoft.quant import Scales
@@ -110,6 +110,29 @@ def test_outputs_follow_scales(kind):
     assert torch.equal(twin(x).float(), before)  # a copy has scales of its own
     scales.data /= 2
     assert torch.equal(model(x).float(), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_dequantised_layers_are_what_they_compute(kind):
+    """Rows of the matrix one at a time, in the layer's own products, before and after its scales are attached."""
+    model = nn.Sequential(KINDS[kind]())
+    model.config = hf.LlamaConfig()
+    dtype = torch.bfloat16 if "bf16" in kind else torch.float32
+    x = torch.randn(3, 256).to(dtype)
+    room = {"int8": 0.05, "hqq-bf16": 0.05}.get(kind, 1e-4)  # int8 rounds its inputs to 8 bits, too
+    quant_other.keep(model)
+    for attached in (False, True):
+        if attached:
+            ((_, scales),) = quant_other.attach(model)
+            scales.data *= 1.25
+        before, own = model(x).float(), model[0]
+        with quant_other.plain_form(model):
+            assert type(model[0]) is nn.Linear and model[0].weight.shape == (64, 256)
+            assert torch.allclose(model(x.float()), before, atol=room, rtol=room)
+        assert model[0] is own and torch.equal(model(x).float(), before)
+    quant_other.make_plain(model)
+    assert type(model[0]) is nn.Linear and torch.allclose(model(x.float()), before, atol=room, rtol=room)
 
 
 def test_scales_that_are_dead_are_refused():
@@ -213,3 +236,26 @@ def test_a_run_on_a_model_of_bitsandbytes(kind, tmp_path):
     assert json.loads(done.stdout)["loss"] == pytest.approx(after["loss"], rel=1e-5)
     done = zoft("train", "--config", "mine.yaml", "eps_mode=relative", "output_dir=other", cwd=tmp_path)
     assert done.returncode == 2 and "eps_mode=relative" in done.stderr
+    # Plain weights, by export and by the run itself, and a run beside layers that stand still.
+    room = {"nf4": 1e-5, "int8": 0.02}[kind]  # int8 layers round what comes in to 8 bits, plain ones do not
+    done = zoft("export", "run", "--merge", "--out", "plain-fp32", "--dtype", "fp32", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "quantization_config" not in json.loads((tmp_path / "plain-fp32" / "config.json").read_text())
+    opened = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "plain-fp32")
+    own = models.load(str(tmp_path / "run" / "model"))[0]
+    ids = torch.arange(3, 19).view(2, 8)
+    with torch.no_grad():
+        got, want = opened(input_ids=ids).logits, own(input_ids=ids).logits.float()
+    assert all(type(m) is nn.Linear for n, m in opened.named_modules() if n.endswith("proj"))
+    assert float((got - want).abs().max()) < max(room, 0.01) * float(want.abs().max())
+    for words in (["save_dequantised=true"], ["recipe=mezo", "train=norms"], ["recipe=mezo", "train=scales"]):
+        name = words[-1].replace("=", "-")
+        done = zoft("train", "--config", "mine.yaml", *words, f"output_dir={name}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        said = json.loads((tmp_path / name / "model" / "config.json").read_text())
+        assert ("quantization_config" in said) == ("dequantised" not in name)
+        done = zoft("eval", name, "--json", cwd=tmp_path)
+        after = json.loads((tmp_path / name / "result.json").read_text())["after"]
+        assert json.loads(done.stdout)["loss"] == pytest.approx(
+            after["loss"], rel=room if "deq" in name else 1e-5
+        ), name

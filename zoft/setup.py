@@ -130,7 +130,9 @@ def load(config: Config) -> tuple[Any, Any]:
     if config.bits is not None:
         keys: dict[str, Any] = {k: getattr(config, k) for k in ("bits", "group", "zero_points")}
         say(quant.quantise_model(loaded, **keys, head=config.quantise_head, device=config.device))
-    if config.recipe == "qzo" and not quant.layers(loaded) and (found := dict(quant_other.attach(loaded))):
+    quant_other.keep(loaded)
+    wanted = config.recipe == "qzo" or config.train == "scales"
+    if wanted and not quant.layers(loaded) and (found := dict(quant_other.attach(loaded))):
         say(f"{len(found)} quantised layers follow their scales")
     if config.eps_mode == "relative" and not quant.layers(loaded):
         raise UserError(
