@@ -236,6 +236,8 @@ def test_a_run_on_a_model_of_bitsandbytes(kind, tmp_path):
     assert json.loads(done.stdout)["loss"] == pytest.approx(after["loss"], rel=1e-5)
     done = zoft("train", "--config", "mine.yaml", "eps_mode=relative", "output_dir=other", cwd=tmp_path)
     assert done.returncode == 2 and "eps_mode=relative" in done.stderr
+    done = zoft("estimate", "--config", "mine.yaml", cwd=tmp_path)
+    assert done.returncode == 2 and "was quantised by bitsandbytes" in done.stderr
     # Plain weights, by export and by the run itself, and a run beside layers that stand still.
     room = {"nf4": 1e-5, "int8": 0.02}[kind]  # int8 layers round what comes in to 8 bits, plain ones do not
     done = zoft("export", "run", "--merge", "--out", "plain-fp32", "--dtype", "fp32", cwd=tmp_path)

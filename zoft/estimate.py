@@ -173,6 +173,12 @@ def quantised(config: Config, model: Any) -> None:
     found = quant_files.settings(source.name, model.config, folder)
     if found:
         quant.quantise_model(model, bits=found.bits, group=found.group or 1 << 30, zero_points=True)
+    elif theirs := getattr(model.config, "quantization_config", None):
+        how = theirs if isinstance(theirs, dict) else theirs.to_dict()
+        raise UserError(
+            f"estimate: {source.name} was quantised by {how.get('quant_method', 'another library')}, and what that keeps shows "
+            "only once it is loaded; run it with steps=1, which tells its peak memory"
+        )
 
 
 def weights(

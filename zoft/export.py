@@ -37,7 +37,7 @@ def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
     if beside and quant_other.layers(model):
         raise UserError(
             f"{folder}: its pairs stand beside layers that another library has quantised, and are not merged into those; "
-            "use --adapter"
+            + ("use --adapter" if config.train in ADAPTERS else f"{folder}/model has both")
         )
     if beside:
         own = logits(widened(model, None))
