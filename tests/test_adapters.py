@@ -426,6 +426,9 @@ def test_what_is_trained_says_the_defaults():
         assert {k: getattr(config, k) for k in defaults} == defaults
     config = at("recipe=lora_zo")
     assert (config.train, config.lr, config.eps, config.lora_rank) == ("lora", 1e-4, 1e-2, 8)
+    config = at("recipe=qzo", "bits=4")
+    assert (config.train, config.lr, config.eps) == ("scales", 1e-7, 1e-3)
+    assert at("recipe=qzo", "bits=4", "train=all").lr == 1e-6
     config = at("recipe=lora_zo", "train=prefix", "lr=0.5")
     assert (config.lr, config.eps, config.virtual_tokens, config.lora_rank) == (0.5, 0.1, 5, None)
     config = at()

@@ -122,7 +122,7 @@ def test_losses_are_those_without_the_cache(name, kind):
 
 
 @pytest.mark.parametrize(
-    "train, kept", [(r"layers\.1\..*norm", 1), (r"layers\.1\..*proj|^model\.norm", 1), ("norms", 0), ("head", 0), ("lora", 1)]
+    "train, kept", [(r"layers\.1\..*norm", 1), (r"layers\.1\..*proj|^model\.norm", 1), ("norms", 0), ("head", 1), (r"^lm_head|^model\.norm", 1), ("lora", 1)]
 )  # fmt: skip
 def test_other_trained_sets(train, kept):
     """What is trained in or after the last block only has the cache; the losses are the same with it or without."""
@@ -244,7 +244,8 @@ def chatty():
         (lambda: tiny.llama(tie=True), r"embed_tokens|layers\.1\.", "reads trained tensors"),
         (chatty, r"layers\.1\.", "more than hidden states"),
         (tiny.llama, "all", "first block is trained"),
-        (tiny.llama, "head", "no block is trained"),
+        (lambda: tiny.llama(tie=True), "head", "what comes before the blocks is trained"),
+        (tiny.llama, "embed_tokens", "what comes before the blocks is trained"),
     ],
 )
 def test_refused_with_the_reason_and_the_model_as_it_was(make, train, why):
@@ -274,7 +275,8 @@ def deep():
 def test_auto_is_on_where_it_pays():
     examples = data(n=20)
     assert Made(deep(), examples, "last-2", auto=True).prefix is not None
-    for train in ("last-3", "all", "head"):
+    assert Made(deep(), examples, "head", auto=True).prefix.first == 4  # all but the last block
+    for train in ("last-3", "all", "embed_tokens"):
         made = Made(deep(), examples, train, auto=True)
         assert made.prefix is None and made.note == "", train
     need = bytes_of(examples)

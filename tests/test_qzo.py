@@ -319,8 +319,11 @@ def test_a_mistake_is_one_line(place, words, said):
 
 def test_nothing_to_train_is_one_line(place, tmp_path):
     words = ["bits=null", "group=128", f"output_dir={tmp_path / 'x'}"]
-    done = zoft("train", "--config", "mine.yaml", *words, cwd=place)
-    assert done.returncode == 2 and "no layer of this model is quantised" in done.stderr
+    for train in ("train=scales", "train=all"):  # all of a plain model would be MeZO's run under QZO's name
+        done = zoft("train", "--config", "mine.yaml", train, *words, cwd=place)
+        assert done.returncode == 2 and "no layer of this model is quantised" in done.stderr
+        done = zoft("estimate", "--config", "mine.yaml", train, *words[:2], cwd=place)
+        assert done.returncode == 2 and "no layer of this model is quantised" in done.stderr
 
 
 def test_export_is_plain_weights_that_transformers_opens(place, tmp_path):

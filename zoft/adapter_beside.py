@@ -151,7 +151,7 @@ def changes(model: Any, dequantise: bool) -> dict[str, Tensor] | None:
     found = pairs(model)
     if not found:
         return {}
-    codes = quant_other.alive(model) or (quant.layers(model) and not dequantise)
+    codes = quant_other.layers(model) or (quant.layers(model) and not dequantise)
     readers: dict[int, int] = {}
     for m in model.modules():
         for p in m.parameters(recurse=False):

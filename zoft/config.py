@@ -20,13 +20,14 @@ from zoft.errors import UserError
 DTYPE_NAMES = ("auto", "fp32", "fp16", "bf16", "fp64")
 ADAPTERS = ("lora", "prefix", "prompt")  # values of `train` that add tensors to a frozen model
 # Defaults that depend on what is trained. LoRA, prefix: of the MeZO paper's grids (arXiv 2305.17333); prompt:
-# what those who compare on it use (SubZero, arXiv 2410.08989).
+# what those who compare on it use (SubZero, arXiv 2410.08989); scales: of the QZO paper (arXiv 2505.13430).
 BY_TRAIN: dict[str, dict[str, Any]] = {
     "lora": {"lora_rank": 8, "lora_alpha": 16, "lr": 1e-4, "eps": 1e-2},
     "prefix": {"virtual_tokens": 5, "lr": 1e-2, "eps": 1e-1},
     "prompt": {"virtual_tokens": 10, "lr": 1e-3, "eps": 1e-2},
+    "scales": {"lr": 1e-7, "eps": 1e-3},
 }
-BY_RECIPE: dict[str, dict[str, Any]] = {"lora_zo": {"train": "lora"}}
+BY_RECIPE: dict[str, dict[str, Any]] = {"lora_zo": {"train": "lora"}, "qzo": {"train": "scales"}}
 # Objectives of text that the model writes, and others that have no gradient either.
 GENERATED = ("exact_match", "f1", "reward")
 NO_GRADIENT = ("accuracy", "macro_f1", *GENERATED)
@@ -177,7 +178,8 @@ class Config:
     )
     lr: float = key(
         1e-6,
-        "learning rate; all weights want 1e-7 to 1e-5; not set: lora 1e-4, prefix 1e-2, prompt 1e-3",
+        "learning rate; all weights want 1e-7 to 1e-5; not set: lora 1e-4, prefix 1e-2, prompt 1e-3, "
+        "scales 1e-7",
         least=0,
     )
     schedule: str = key("constant", "learning rate over the steps", one_of=("constant", "linear", "cosine"))

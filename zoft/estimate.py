@@ -51,6 +51,7 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     model = skeleton(config)
     load = sum(p.numel() * p.element_size() for p in model.parameters())
     quantised(config, model)
+    setup.refuse_unquantised(config, model)
     if config.train in ADAPTERS:
         model = adapters.attach(model, config)
     elif place := adapter_beside.folder_of(config):
@@ -172,6 +173,12 @@ def quantised(config: Config, model: Any) -> None:
     found = quant_files.settings(source.name, model.config, folder)
     if found:
         quant.quantise_model(model, bits=found.bits, group=found.group or 1 << 30, zero_points=True)
+    elif theirs := getattr(model.config, "quantization_config", None):
+        how = theirs if isinstance(theirs, dict) else theirs.to_dict()
+        raise UserError(
+            f"estimate: {source.name} was quantised by {how.get('quant_method', 'another library')}, and what that keeps shows "
+            "only once it is loaded; run it with steps=1, which tells its peak memory"
+        )
 
 
 def weights(
@@ -238,7 +245,10 @@ def _frozen(config: Config, model: Any, names: Sequence[str], rows: Sequence[Exa
     if first in (0, count) or (auto and 2 * first < count):
         return 0, 1.0
     inside = f"{space.blocks_of(model)[0]}."
-    if not {n for n in names if not n.startswith(inside)} <= set(space.train_names(model, "last-1")):
+    outside = {
+        n for n in names if not n.startswith(inside)
+    }  # where these are all, frozen_blocks has looked at them
+    if len(outside) < len(names) and not outside <= set(space.train_names(model, "last-1")):
         return 0, 1.0  # something is trained that may come before the blocks
     states = sum(
         len(row) for row in {c + t[:-1] + e.after for e in rows for c, t in zip(e.contexts, e.completions)}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoft import adapter_beside, adapters, models, quant, replay, setup, space
+from zoft import adapter_beside, adapters, models, quant, quant_other, replay, setup, space
 from zoft import base as bases
 from zoft import run as runs
 from zoft.base import Base
@@ -34,12 +34,17 @@ def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
     if beside:  # the base as it was loaded, whatever the run computed in
         config = replace(config, compute="fp32")
     model, tokenizer, config = runs.recipe(config.recipe).rebuild(config, folder, log)
+    if beside and quant_other.layers(model):
+        raise UserError(
+            f"{folder}: its pairs stand beside layers that another library has quantised, and are not merged into those; "
+            + ("use --adapter" if config.train in ADAPTERS else f"{folder}/model has both")
+        )
     if beside:
         own = logits(widened(model, None))
         quant.make_plain(model)
         model = adapters.merge(model)
         agree(logits(model), own, out)
-    quant.make_plain(model)
+    quant_other.make_plain(model)
     plain = logits(widened(model, None))
     result, facts = replay.told(config, folder, log, replay.Ask())
     word = config.save_dtype if dtype == "auto" else dtype
@@ -51,8 +56,8 @@ def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
         again = reloaded(draft, config)
         agree(logits(again), rounded, out)
         base = bases.find(config, log.header["base"], str(folder))
-        if quant.layers(base.model):
-            quant.make_plain(base.model)
+        if quant.layers(base.model) or quant_other.layers(base.model):
+            quant_other.make_plain(base.model)
             base = bases.of(base.model, base.tokenizer)
         changed, total = differing(again, base, kept)
         if not changed:

@@ -423,8 +423,10 @@ def save(
     added = adapter_beside.changes(model, dequantise)
     with whole(out_dir) as folder, adapter_beside.without(model) as base:
         # transformers cannot undo what it did to such a model while it loaded it; it loads this form as well.
-        form = {"save_original_format": False} if quant_other.alive(base) else {}
-        with _quiet(), quant_other.own_form(base):
+        theirs = quant_other.layers(base)
+        form = {"save_original_format": False} if theirs and not dequantise else {}
+        how = quant_other.plain_form if dequantise else quant_other.own_form
+        with _quiet(), how(base):
             base.save_pretrained(folder, state_dict=_cast(base, dtype, dequantise, added or {}), **form)
         if quant.layers(base) and not dequantise:
             quant_files.mark(folder, base)

@@ -132,7 +132,9 @@ def load(config: Config) -> tuple[Any, Any]:
     if config.bits is not None:
         keys: dict[str, Any] = {k: getattr(config, k) for k in ("bits", "group", "zero_points")}
         say(quant.quantise_model(loaded, **keys, head=config.quantise_head, device=config.device))
-    if config.recipe == "qzo" and not quant.layers(loaded) and (found := dict(quant_other.attach(loaded))):
+    quant_other.keep(loaded)
+    wanted = config.recipe == "qzo" or config.train == "scales"
+    if wanted and not quant.layers(loaded) and (found := dict(quant_other.attach(loaded))):
         say(f"{len(found)} quantised layers follow their scales")
     if config.eps_mode == "relative" and not quant.layers(loaded):
         raise UserError(
@@ -206,6 +208,7 @@ def axis(
     Returns (config with perturb and probes_per_forward resolved, tensors that are really trained, axis).
     """
     models.refuse_other_kind(config.model, loaded, train[0].masked)
+    refuse_unquantised(config, loaded)
     if update.decay_is_lost(config.lr, config.weight_decay):
         say(
             f"weight_decay={config.weight_decay:g}: times lr={config.lr:g} it is lost in fp32; nothing decays"
@@ -253,6 +256,14 @@ def axis(
             return run(small)
 
     return held(cached(config, loaded, trained, train, clean), made), trained, made
+
+
+def refuse_unquantised(config: Config, loaded: nn.Module) -> None:
+    """Raise UserError where recipe=qzo would be another recipe's run of a plain model."""
+    if config.recipe == "qzo" and not any(isinstance(p, quant.Scales) for p in loaded.parameters()):
+        raise UserError(
+            "recipe=qzo: no layer of this model is quantised; set bits=4, take such a model, or use another recipe"
+        )
 
 
 def agreed(found: Found) -> Found:
