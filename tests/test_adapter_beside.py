@@ -268,15 +268,8 @@ def test_an_adapter_has_its_own_rank():
 def runs(tmp_path_factory):
     """Zeroth-order LoRA beside 4-bit codes, then the codes' scales with that adapter in place: the QZO paper's schedule."""
     folder = tmp_path_factory.mktemp("stages")
-    tiny.llama().save_pretrained(folder / "tiny")
-    tiny.tokenizer().save_pretrained(folder / "tiny")
-    rows = [{"text": "bad no " * (i % 3) + str(i), "label": "ab"[i % 2]} for i in range(60)]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "mine.yaml").write_text(
-        "model: tiny\nbits: 4\ngroup: 32\n"
-        "task: {name: local, train: data.jsonl, prompt: '{text} ', label: label, choices: {a: a b, b: no}}\n"
-        "steps: 6\nbatch_size: 4\nmax_length: 32\nthreads: 1\n"
-    )
+    settings = "bits: 4\ngroup: 32\nsteps: 6\nbatch_size: 4\nmax_length: 32\nthreads: 1\n"
+    tiny.place(folder, settings, choices="{a: a b, b: no}")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for words in (

@@ -354,15 +354,8 @@ def zoft(*args):
 
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tiny.llama().save_pretrained("tiny")
-    tiny.tokenizer().save_pretrained("tiny")
-    rows = [{"text": "bad no " * (i % 3) + str(i), "label": "ab"[i % 2]} for i in range(60)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "mine.yaml").write_text(
-        "model: tiny\n"
-        "task: {name: local, train: data.jsonl, prompt: '{text} ', label: label, choices: {a: a b, b: no}}\n"
-        "train: last-1\nsteps: 9\nbatch_size: 4\nlr: 1e-2\nmax_length: 32\nthreads: 1\neval_every: 3\n"
-    )
+    settings = "train: last-1\nsteps: 9\nbatch_size: 4\nlr: 1e-2\nmax_length: 32\nthreads: 1\neval_every: 3\n"
+    tiny.place(tmp_path, settings, choices="{a: a b, b: no}")
     done = zoft("train", "--config", "mine.yaml", "output_dir=whole")
     assert "cache_frozen: outputs of the first 1 of 2 blocks" in done.stderr
     shutil.copytree("whole", "cut")

@@ -1,6 +1,5 @@
 """Jobs on this machine: real processes, stopped, killed, gone on with; GPUs and threads shared out."""
 
-import json
 import os
 import signal
 import subprocess
@@ -29,15 +28,7 @@ def until(true, seconds=400):  # jobs take their time to start where others run,
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tiny.llama().save_pretrained("tiny")
-    tiny.tokenizer().save_pretrained("tiny")
-    rows = [{"text": "bad no " * (i % 3) + str(i), "label": "ab"[i % 2]} for i in range(60)]
-    Path("data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    Path("mine.yaml").write_text(
-        "model: tiny\nmax_length: 32\nbatch_size: 1\nsave_model: false\nmax_skipped: 1\n"
-        "task: {name: local, train: data.jsonl, prompt: '{text} ', label: label, choices: {a: a, b: b}}\n"
-    )
-    return tmp_path
+    return tiny.place(tmp_path, "max_length: 32\nbatch_size: 1\nsave_model: false\nmax_skipped: 1\n")
 
 
 def test_gpus_go_round_and_threads_are_shared():

@@ -37,8 +37,7 @@ def place(tmp_path_factory):
 
 
 def write_data(folder):
-    rows = [{"text": "bad no " * (i % 3) + str(i), "label": "ab"[i % 2]} for i in range(40)]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tiny.write_rows(folder / "data.jsonl")
     (folder / "mine.yaml").write_text(
         f"task: {{name: local, train: {folder}/data.jsonl, prompt: '{{text}} ', label: label, choices: {{a: a, b: b}}}}\n"
         "steps: 6\nbatch_size: 4\nlr: 1e-2\nmax_length: 32\nthreads: 1\ndevice: cpu\n"

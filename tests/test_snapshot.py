@@ -26,6 +26,26 @@ def names(folder):
     return sorted(p.name for p in (folder / "snapshots").iterdir())
 
 
+class Crash(Exception):
+    pass
+
+
+def fit(trainer, s, evaluate, stop):
+    """What run.fit returns; None where a crash after `stop` steps ends it."""
+    step = trainer.step
+
+    def crashing():
+        if trainer.next == stop:
+            raise Crash
+        return step()
+
+    trainer.step = crashing
+    try:
+        return runs.fit(trainer, s, evaluate)
+    except Crash:
+        return None
+
+
 def session(folder, trainer_options, steps=10, evals=None, stop=None, **keys):
     """A run in `folder`, new or resumed, until its end or a crash after `stop` steps; (result, weights)."""
     config = Config(model="m", task=Task(name="local"), steps=steps, output_dir=str(folder), device="cpu",
@@ -37,23 +57,9 @@ def session(folder, trainer_options, steps=10, evals=None, stop=None, **keys):
         asked.append(trainer.next)
         return {"loss": float((evals or {}).get(trainer.next, 1.0)), "accuracy": 0.5}
 
-    class Crash(Exception):
-        pass
-
     with runs.session(config, HEADER, folder if (folder / "ledger").exists() else None) as s:
         trainer = build(None, tiny.llama(tie=True), opened=s.ledger, steps=steps, **trainer_options)
-        step = trainer.step
-
-        def crashing():
-            if trainer.next == stop:
-                raise Crash
-            return step()
-
-        trainer.step = crashing
-        try:
-            result = runs.fit(trainer, s, evaluate)
-        except Crash:
-            result = None
+        result = fit(trainer, s, evaluate, stop)
     return result, weights(trainer.model), asked
 
 
