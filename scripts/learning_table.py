@@ -4,8 +4,8 @@
     python scripts/learning_table.py recipes --device cuda:0 --device cuda:1 --jobs 4 --json recipes.json
     python scripts/learning_table.py storage --add storage.json --add more.json    (prints, runs nothing)
 
-Each run is `zoft train` in a process of its own; the usual in-place bf16 loop is scripts/reference_loop.py, training with
-gradients is scripts/first_order.py. Prints a markdown table of mean ± sd over the seeds; results are written as they come.
+Each run is a process of its own: `zoft train`, `zoft baseline` where training takes gradients, or the usual in-place bf16
+loop, scripts/reference_loop.py. Prints a markdown table of mean ± sd over the seeds; results are written as they come.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Row:
 
     arguments: list[str]
     seeds: int = 1
-    script: str = ""  # "" is `zoft train`
+    command: str = "train"  # a verb of zoft, or a file of scripts/
     grid: tuple[str, ...] = ()
 
 
@@ -51,8 +51,17 @@ def recipe(arguments: str, *lrs: str, seeds: int = 3) -> Row:
     return Row([*fixed, *grid], seeds) if len(grid) == 1 else Row(fixed, seeds, grid=grid)
 
 
-def gradients(arguments: str) -> Row:
-    return Row([*arguments.split(), *COMMON], 1, "first_order.py")
+def gradients(method: str, arguments: str) -> Row:
+    words = [
+        "--method",
+        method,
+        "--config",
+        "mezo/reviews",
+        "task=reviews",
+        "batch_size=16",
+        *arguments.split(),
+    ]
+    return Row(words, 1, "baseline")
 
 
 def aim(arguments: str, *lrs: str) -> Row:
@@ -84,8 +93,8 @@ TABLES: dict[str, dict[str, Row]] = {
         ),
         "LoRA-ZO, rank 8": recipe("--config mezo/reviews recipe=lora_zo train=lora eps=1e-2", "3e-4", "1e-3"),
         "QZO, 4 bits": recipe(f"{QZO} bits=4 eps=1e-3", "3e-6", "1e-5"),
-        "AdamW, all weights": gradients("--config mezo/reviews train=all lr=2e-5 steps=500"),
-        "AdamW, LoRA of rank 8": gradients("--lora 8 --config mezo/reviews train=all lr=5e-4 steps=500"),
+        "AdamW, all weights": gradients("first-order", "lr=2e-5 steps=500"),
+        "AdamW, LoRA of rank 8": gradients("first-order-lora", "lora_rank=8 lr=5e-4 steps=500"),
         "QZO, 4 bits, relative": recipe(f"{QZO} bits=4 eps_mode=relative eps=1e-2", "1e-3", "3e-3", seeds=1),
         "QZO, 8 bits, relative": recipe(f"{QZO} bits=8 eps_mode=relative eps=1e-2", "1e-3", "3e-3", seeds=1),
         "prompt of 10": recipe(
@@ -117,31 +126,21 @@ def one(name: str, row: Row, seed: int, steps: int, device: str, folder: Path) -
 
     late: mean training loss of the last fifth of the steps."""
     out = folder / f"{''.join(c if c.isalnum() else '-' for c in name)}-{seed}"
-    own = [
-        f"seed={seed}",
-        f"device={device}",
-        *([] if row.script == "first_order.py" else [f"steps={steps}"]),
-    ]
-    if row.script:
-        command = [sys.executable, str(SCRIPTS / row.script), "--json", f"{out}.json", *row.arguments, *own]
+    own = [*row.arguments, f"seed={seed}", f"device={device}"]
+    if row.command != "baseline":  # whose rows name their steps: one is a backward pass, too
+        own.append(f"steps={steps}")
+    script = row.command.endswith(".py")
+    if script:
+        command = [sys.executable, str(SCRIPTS / row.command), "--json", f"{out}.json", *own]
     else:
-        command = [
-            sys.executable,
-            "-m",
-            "zoft",
-            "train",
-            *row.arguments,
-            *own,
-            f"output_dir={out}",
-            "save_model=false",
-        ]
+        command = [sys.executable, "-m", "zoft", row.command, *own, f"output_dir={out}", "save_model=false"]
     done = subprocess.run(command, capture_output=True, text=True)
     print(f"{name} seed {seed}: {'done' if done.returncode == 0 else 'failed'}", file=sys.stderr, flush=True)
     if done.returncode:
         return {"name": name, "seed": seed, "error": " ".join(done.stderr.strip().splitlines()[-3:])[-400:]}
-    found = json.loads(Path(f"{out}.json" if row.script else out / "result.json").read_text(encoding="utf-8"))
+    found = json.loads(Path(f"{out}.json" if script else out / "result.json").read_text(encoding="utf-8"))
     kept = {k: found[k] for k in ("before", "after", "steps")}
-    if not row.script:
+    if row.command == "train":
         lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         losses = [m["loss"] for m in map(json.loads, lines) if "loss" in m]
         kept["late"] = statistics.fmean(losses[-len(losses) // 5 :])
