@@ -1,6 +1,6 @@
 """The baselines' table: what a model scores without zeroth-order training, per task, mean ± sd over seeds.
 
-    python scripts/baselines_table.py --device cuda:0 --out runs/baselines
+    python scripts/baselines_table.py --device cuda:0 --device cuda:1 --jobs 8 --out runs/baselines
     python scripts/baselines_table.py --tasks reviews --methods zero-shot sfc --seeds 1 eval_limit=20
 
 Each is `zoft baseline` in a process of its own; what is finished in --out is not made again, so a stopped table goes on. Then
@@ -11,8 +11,10 @@ draw nothing run once. --runs adds zeroth-order runs of the same task to its tab
 from __future__ import annotations
 
 import argparse
+import queue
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 TASKS = {
@@ -23,7 +25,7 @@ METHODS = ("zero-shot", "icl", "calibrated", "sfc", "linear-probe", "first-order
 ONCE = ("zero-shot", "calibrated", "sfc")  # nothing is drawn
 
 
-def make(task: str, method: str, seed: int, args: argparse.Namespace) -> bool:
+def make(task: str, method: str, seed: int, device: str, args: argparse.Namespace) -> bool:
     """One baseline, unless it is there; whether it is there now."""
     folder = Path(args.out) / task / f"{method}-seed{seed}"
     if (folder / "result.json").exists():
@@ -35,7 +37,7 @@ def make(task: str, method: str, seed: int, args: argparse.Namespace) -> bool:
         "--method",
         method,
         f"seed={seed}",
-        f"device={args.device}",
+        f"device={device}",
         f"output_dir={folder}",
     ]
     if method == "icl":
@@ -55,7 +57,8 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=sorted(TASKS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", action="append", help="repeatable (auto)")
+    parser.add_argument("--jobs", type=int, default=1, help="baselines at a time, over all devices")
     parser.add_argument("--demos", type=int, default=32, help="demonstrations in context")
     parser.add_argument("--max-length", type=int, default=2048, help="tokens of a row with demonstrations")
     parser.add_argument("--epochs", type=float, help="of training with gradients")
@@ -73,7 +76,21 @@ def main() -> None:
         for method in args.methods
         for seed in range(1 if method in ONCE else args.seeds)
     ]
-    failed = [job for job in jobs if not make(*job, args)]
+    jobs.sort(key=lambda job: -METHODS.index(job[1]))  # the longest first
+    free: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for i in range(args.jobs):
+        free.put((args.device or ["auto"])[i % len(args.device or ["auto"])])
+
+    def work(job: tuple[str, str, int]) -> bool:
+        device = free.get()
+        try:
+            return make(*job, device, args)
+        finally:
+            free.put(device)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        made = list(pool.map(work, jobs))
+    failed = [job for job, there in zip(jobs, made) if not there]
     for task in args.tasks:
         folders = [str(Path(args.out) / task), *(folder for name, folder in beside if name == task)]
         print(f"\n{task}\n", flush=True)

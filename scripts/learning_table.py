@@ -1,7 +1,7 @@
 """What a choice does to learning: one model, one task, equal forwards, several seeds, side by side.
 
     python scripts/learning_table.py storage --device cuda --json storage.json
-    python scripts/learning_table.py recipes --device cuda:0 --device cuda:1 --jobs 4 --json recipes.json
+    python scripts/learning_table.py recipes --steps 3000 --device cuda:0 --device cuda:1 --jobs 8 --json recipes.json
     python scripts/learning_table.py storage --add storage.json --add more.json    (prints, runs nothing)
 
 Each run is a process of its own: `zoft train`, `zoft baseline` where training takes gradients, or the usual in-place bf16
@@ -31,7 +31,8 @@ WRITTEN = ("f1", "reward")  # of text that the model writes: columns of tables w
 METRICS = ("accuracy", "auc", "calibrated_accuracy", "macro_f1", "loss")
 MEZO = ["--config", "mezo/reviews", "task=reviews", "train=all", "cache_frozen=false", "schedule=constant", "batch_size=16",
         "eps=1e-3", "eval_every=0", "lr=1e-5"]  # fmt: skip
-COMMON = ["task=reviews", "cache_frozen=false", "batch_size=16", "eval_every=0"]
+COMMON = ["cache_frozen=false", "batch_size=16", "eval_every=0"]
+REVIEWS = "--config mezo/reviews task=reviews"
 
 
 @dataclass(frozen=True)
@@ -41,38 +42,53 @@ class Row:
     arguments: list[str]
     seeds: int = 1
     command: str = "train"  # a verb of zoft, or a file of scripts/
-    grid: tuple[str, ...] = ()
+    grid: tuple[str, ...] = ()  # of overrides, spaces between
 
 
-def recipe(arguments: str, *lrs: str, seeds: int = 3) -> Row:
-    """A recipe on all of the table's terms, its lr chosen among these."""
-    fixed = [*arguments.split(), *COMMON, "schedule=linear", "noise=gaussian"]
-    grid = tuple(f"lr={lr}" for lr in lrs)
-    return Row([*fixed, *grid], seeds) if len(grid) == 1 else Row(fixed, seeds, grid=grid)
-
-
-def gradients(method: str, arguments: str) -> Row:
-    words = [
-        "--method",
-        method,
-        "--config",
-        "mezo/reviews",
-        "task=reviews",
-        "batch_size=16",
-        *arguments.split(),
-    ]
-    return Row(words, 1, "baseline")
-
-
-def aim(arguments: str, *lrs: str) -> Row:
-    """What mezo/reviews trains (the last 2 blocks, short sentences) with another objective; batches of 64, for a metric
-    moves by whole rows. Its seconds include what is written for the evaluations, where it is one of text."""
-    fixed = ["--config", "mezo/reviews", "batch_size=64", "eval_every=0", *arguments.split()]
+def recipe(base: str, arguments: str, *lrs: str) -> Row:
+    """A recipe on the table's terms, its lr chosen among these."""
+    fixed = [*base.split(), *arguments.split(), *COMMON, "schedule=linear", "noise=gaussian"]
     return Row(fixed, 3, grid=tuple(f"lr={lr}" for lr in lrs))
 
 
+def gradients(base: str, method: str, arguments: str) -> Row:
+    return Row(["--method", method, *base.split(), "batch_size=16", *arguments.split()], 3, "baseline")
+
+
+def recipes(base: str) -> dict[str, Row]:
+    """What the papers compare, on one task; the first rows decide most."""
+    sparse, qzo, adapter = (
+        "recipe=sparse_mezo train=all eps=1e-3",
+        "recipe=qzo train=scales group=32",
+        "recipe=lora_zo",
+    )
+    return {
+        "MeZO": recipe(base, "train=all eps=1e-3", "2e-5", "4e-5", "8e-5"),
+        "Sparse-MeZO 0.75": recipe(base, f"{sparse} sparsity=0.75", "4e-5", "8e-5", "1.6e-4"),
+        "random mask 0.75": recipe(base, f"{sparse} sparsity=0.75 mask=random", "4e-5", "8e-5", "1.6e-4"),
+        "LoRA-ZO, rank 8": recipe(base, f"{adapter} train=lora eps=1e-2", "3e-4", "1e-3", "2e-3"),
+        "QZO, 4 bits": recipe(base, f"{qzo} bits=4 eps=1e-3", "3e-6", "1e-5", "3e-5"),
+        "AdamW, all weights": gradients(base, "first-order", "lr=2e-5 steps=500"),
+        "AdamW, LoRA of rank 8": gradients(base, "first-order-lora", "lora_rank=8 lr=5e-4 steps=500"),
+        "QZO, 4 bits, relative": recipe(base, f"{qzo} bits=4 eps_mode=relative eps=1e-2", "1e-3", "3e-3", "1e-2"),
+        "QZO, 8 bits": recipe(base, f"{qzo} bits=8 eps=1e-4", "3e-8", "1e-7", "3e-7"),
+        "QZO, 8 bits, relative": recipe(base, f"{qzo} bits=8 eps_mode=relative eps=1e-2", "1e-3", "3e-3", "1e-2"),
+        "prefix of 5": recipe(base, f"{adapter} train=prefix eps=1e-1", "3e-3", "1e-2", "3e-2"),
+        "prompt of 10": recipe(base, f"{adapter} train=prompt eps=1e-2", "3e-3", "1e-2"),
+        "Sparse-MeZO 0.5": recipe(base, f"{sparse} sparsity=0.5", "4e-5", "8e-5"),
+        "Sparse-MeZO 0.8": recipe(base, f"{sparse} sparsity=0.8", "8e-5", "1.6e-4"),
+    }  # fmt: skip
+
+
+def aim(arguments: str, *grid: str) -> Row:
+    """What mezo/reviews trains (the last 2 blocks, short sentences) with another objective; batches of 64, for a metric
+    moves by whole rows. Its seconds include what is written for the evaluations, where it is one of text."""
+    fixed = ["--config", "mezo/reviews", "batch_size=64", "eval_every=0", *arguments.split()]
+    return Row(fixed, 3, grid=grid)
+
+
+SCORED = ("eps=1e-2 lr=3e-4", "eps=1e-2 lr=1e-3", "eps=3e-2 lr=1e-3")  # smaller steps move few whole rows
 REWARD = f"--reward {SCRIPTS / 'sentiment_reward.py'}:score max_new_tokens=8"
-QZO = "--config mezo/reviews recipe=qzo train=scales group=32"
 TABLES: dict[str, dict[str, Row]] = {
     "storage": {
         "fp16 / bf16": Row([*MEZO, "noise=gaussian", "storage=fp16", "compute=bf16"], 3),
@@ -81,42 +97,15 @@ TABLES: dict[str, dict[str, Row]] = {
         "bf16 / bf16": Row([*MEZO, "noise=gaussian", "storage=bf16", "compute=bf16"], 1),
         "fp16 / bf16, rademacher": Row([*MEZO, "noise=rademacher", "storage=fp16", "compute=bf16"], 1),
     },
-    "recipes": {
-        "MeZO": recipe("--config mezo/reviews train=all eps=1e-3", "2e-5", "4e-5"),
-        "Sparse-MeZO 0.75": recipe(
-            "--config sparse_mezo/reviews train=all eps=1e-3 sparsity=0.75", "4e-5", "8e-5"
-        ),
-        "random mask 0.75": recipe(
-            "--config sparse_mezo/reviews train=all eps=1e-3 sparsity=0.75 mask=random",
-            "4e-5",
-            "8e-5",
-        ),
-        "LoRA-ZO, rank 8": recipe("--config mezo/reviews recipe=lora_zo train=lora eps=1e-2", "3e-4", "1e-3"),
-        "QZO, 4 bits": recipe(f"{QZO} bits=4 eps=1e-3", "3e-6", "1e-5"),
-        "AdamW, all weights": gradients("first-order", "lr=2e-5 steps=500"),
-        "AdamW, LoRA of rank 8": gradients("first-order-lora", "lora_rank=8 lr=5e-4 steps=500"),
-        "QZO, 4 bits, relative": recipe(f"{QZO} bits=4 eps_mode=relative eps=1e-2", "1e-3", "3e-3", seeds=1),
-        "QZO, 8 bits, relative": recipe(f"{QZO} bits=8 eps_mode=relative eps=1e-2", "1e-3", "3e-3", seeds=1),
-        "prompt of 10": recipe(
-            "--config mezo/reviews recipe=lora_zo train=prompt eps=1e-2", "1e-2", "3e-2", seeds=1
-        ),
-        "prefix of 5": recipe(
-            "--config mezo/reviews recipe=lora_zo train=prefix eps=1e-1", "1e-2", "1e-1", seeds=1
-        ),
-        "Sparse-MeZO 0.5": recipe(
-            "--config sparse_mezo/reviews train=all eps=1e-3 sparsity=0.5", "4e-5", seeds=1
-        ),
-        "Sparse-MeZO 0.8": recipe(
-            "--config sparse_mezo/reviews train=all eps=1e-3 sparsity=0.8", "8e-5", seeds=1
-        ),
-    },
+    "recipes": recipes(REVIEWS),
+    "trec": recipes("--config mezo/trec eval_limit=null"),
     # python scripts/learning_table.py objectives --steps 1500 --tune-steps 300 --device cuda --json objectives.json
     "objectives": {
-        "loss": aim("eps=1e-3", "2e-4", "5e-4"),
-        "accuracy": aim("objective=accuracy eps=1e-2", "1e-4", "2e-4", "5e-4"),
-        "macro-F1": aim("objective=macro_f1 eps=1e-2", "1e-4", "2e-4", "5e-4"),
-        "F1 of what it writes": aim("objective=f1 max_new_tokens=4 eps=1e-2", "1e-4", "2e-4", "5e-4"),
-        "a reward": aim(f"{REWARD} eps=1e-2", "1e-4", "2e-4", "5e-4"),
+        "loss": aim("eps=1e-3", "lr=2e-4", "lr=5e-4", "lr=1e-3"),
+        "accuracy": aim("objective=accuracy", *SCORED),
+        "macro-F1": aim("objective=macro_f1", *SCORED),
+        "F1 of what it writes": aim("objective=f1 max_new_tokens=4", *SCORED),
+        "a reward": aim(REWARD, *SCORED),
     },
 }
 
@@ -204,7 +193,9 @@ def run(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         trials = [
-            (f"{n}: {g}", replace(r, arguments=[*r.arguments, g])) for n, r in chosen.items() for g in r.grid
+            (f"{n}: {g}", replace(r, arguments=[*r.arguments, *g.split()]))
+            for n, r in chosen.items()
+            for g in r.grid
         ]
         trials = [(n, r) for n, r in trials if (n, TUNE) not in have]
         list(pool.map(lambda t: work(*t, TUNE, args.tune_steps), trials))
@@ -212,7 +203,7 @@ def run(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         for seed in range(args.seeds):
             for name, row in chosen.items():
                 if seed < row.seeds and (name, seed) not in have:
-                    best = [*row.arguments, *([tuned(name, row, rows)] if row.grid else [])]
+                    best = [*row.arguments, *(tuned(name, row, rows).split() if row.grid else [])]
                     jobs.append((name, replace(row, arguments=best), seed, args.steps))
         list(pool.map(lambda job: work(*job), jobs))
 
