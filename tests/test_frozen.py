@@ -13,7 +13,7 @@ import transformers as hf
 from test_trainer import bert
 from typer.testing import CliRunner
 
-from zoft import adapters, evaluate, frozen, models, selfcheck, setup, space
+from zoft import adapters, evaluate, frozen, saving, selfcheck, setup, space
 from zoft.cli import app
 from zoft.config import Config
 from zoft.ledger import read
@@ -334,9 +334,9 @@ def test_removal_restores_the_model_and_saving_does_not_need_it(tmp_path):
     made.at(PROBES, collate(examples))
     assert made.prefix.kept and block.forward is not own
     tokenizer = tiny.tokenizer()
-    models.save(model, tokenizer, tmp_path / "with")
+    saving.save(model, tokenizer, tmp_path / "with")
     made.prefix.remove()
-    models.save(model, tokenizer, tmp_path / "without")
+    saving.save(model, tokenizer, tmp_path / "without")
     weights = [(tmp_path / x / "model.safetensors").read_bytes() for x in ("with", "without")]
     assert weights[0] == weights[1]
     loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "with")

@@ -15,7 +15,7 @@ import transformers as hf
 from safetensors.torch import load_file
 
 from zoft import base as bases
-from zoft import ledger, models, noise, setup, shards, space
+from zoft import fingerprint, ledger, models, noise, setup, shards, space
 from zoft import run as runs
 from zoft.compose import compose, load_run
 from zoft.config import Config, Task
@@ -37,7 +37,7 @@ def place(tmp_path_factory):
 
 
 def write_data(folder):
-    tiny.write_rows(folder / "data.jsonl")
+    tiny.write_rows(folder / "data.jsonl", tiny.ROWS[:40])
     (folder / "mine.yaml").write_text(
         f"task: {{name: local, train: {folder}/data.jsonl, prompt: '{{text}} ', label: label, choices: {{a: a, b: b}}}}\n"
         "steps: 6\nbatch_size: 4\nlr: 1e-2\nmax_length: 32\nthreads: 1\ndevice: cpu\n"
@@ -272,7 +272,7 @@ def test_the_base_from_its_files_is_the_base_that_is_loaded(name, form, tmp_path
     assert (tmp_path / "model.safetensors.index.json").exists() == (form == "shards")
     loaded, _ = models.load(str(tmp_path))
     found = bases.streamed(Config(model=str(tmp_path), task=Task(name="local")))
-    assert found is not None and found.fingerprint() == models.fingerprint(loaded)
+    assert found is not None and found.fingerprint() == fingerprint.of_model(loaded)
     assert next(found.model.parameters()).is_meta
 
 
@@ -400,7 +400,7 @@ def write_run(folder, config, model, steps, multiplier=0.0009765625):
     """A run's folder as training leaves it, without the training."""
     from zoft.compose import to_yaml
 
-    base = models.fingerprint(model)
+    base = fingerprint.of_model(model)
     trained = space.adopt(model, space.train_names(model, config.train))
     space.place(model, trained, config.storage, config.compute)
     (folder / "config.yaml").write_text(to_yaml(dataclasses.replace(config, output_dir=str(folder))))

@@ -14,7 +14,8 @@ from test_trainer import build, same_bits, weights
 
 from zoft import run as runs
 from zoft import setup, snapshot
-from zoft.config import Config, Task, check
+from zoft.config import Config, Task
+from zoft.config_check import check
 from zoft.due import due, next_stop
 from zoft.errors import UserError
 from zoft.ledger import Event, Ledger, read

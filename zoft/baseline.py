@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zoft.config import Config, nearest
-from zoft.errors import UserError, writing
+from zoft.config import Config
+from zoft.errors import UserError, nearest, writing
 
 ASKED = "baseline.json"  # in its folder from the start: what was asked for
 METHODS = ("zero-shot", "icl", "calibrated", "sfc", "linear-probe", "first-order", "first-order-lora")

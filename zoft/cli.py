@@ -74,7 +74,7 @@ class _Verbs(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and not args[0].startswith("-") and args[0] not in self.commands:
-            from zoft.config import nearest
+            from zoft.errors import nearest
 
             near = nearest(args[0], self.commands)
             raise UserError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoft import adapter_beside, adapters, models, quant, replay, setup, space
+from zoft import adapter_beside, adapters, models, quant, replay, saving, setup, space
 from zoft import base as bases
 from zoft import run as runs
 from zoft.base import Base
@@ -44,8 +44,8 @@ def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
     result, facts = replay.told(config, folder, log, replay.Ask())
     word = config.save_dtype if dtype == "auto" else dtype
     kept = model.checkpoint_dtype if word == "auto" else space.DTYPES[word]
-    with models.whole(out) as draft:
-        models.save(model, tokenizer, draft, dtype=kept, card=runs.card(config, result, **facts))
+    with saving.whole(out) as draft:
+        saving.save(model, tokenizer, draft, dtype=kept, card=runs.card(config, result, **facts))
         rounded = logits(widened(model, kept))
         del model
         again = reloaded(draft, config)
@@ -80,7 +80,7 @@ def adapter(config: Config, folder: Path, out: Path) -> str:
     trained = space.adopt(model, list(log.header["trained"]))
     if adapters.fingerprint(trained) == log.header["adapter"]:
         raise UserError(f"{folder}: its adapter is as it started: {len(log.records)} steps have not moved it")
-    with models.whole(out) as draft:
+    with saving.whole(out) as draft:
         adapters.save(model, draft, tokenizer=tokenizer, card=runs.card(config, result, **facts))
         own = logits(model)
         del model, trained
@@ -104,7 +104,7 @@ def reloaded(folder: Path, config: Config) -> Any:
     from transformers import AutoConfig
 
     own = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    with models._quiet():
+    with models.quiet():
         model = models.auto_class(str(folder), own).from_pretrained(
             folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code
         )

@@ -80,7 +80,7 @@ def train(
     for p in trained:
         p.requires_grad_(True)
     schedule = {"constant": "constant_with_warmup"}.get(config.schedule, config.schedule)
-    with tempfile.TemporaryDirectory() as place, models._quiet():
+    with tempfile.TemporaryDirectory() as place, models.quiet():
         args = TrainingArguments(
             output_dir=place, per_device_train_batch_size=config.batch_size, max_steps=config.steps,
             gradient_accumulation_steps=config.accumulate, learning_rate=config.lr, lr_scheduler_type=schedule,
@@ -108,14 +108,14 @@ def train(
 
 def save(config: Config, model: nn.Module, tokenizer: Any) -> None:
     """Write model/ or adapter/, as a run has it."""
-    from zoft import models, run
+    from zoft import run, saving
 
     out = Path(str(config.output_dir)) / run.result_name(config)
     if config.train == "lora":
         adapters.save(model, out, tokenizer=tokenizer)
         return
     dtype: Any = getattr(model, "checkpoint_dtype", torch.float32)
-    models.save(model, tokenizer, out, dtype=space.DTYPES.get(config.save_dtype, dtype))
+    saving.save(model, tokenizer, out, dtype=space.DTYPES.get(config.save_dtype, dtype))
 
 
 class _Rows(torch.utils.data.Dataset):

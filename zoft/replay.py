@@ -18,7 +18,7 @@ from zoft import (
     adapters,
     inspect_run,
     ledger,
-    models,
+    saving,
     setup,
     shards,
     snapshot,
@@ -115,13 +115,13 @@ def replay(config: Config, folder: Path, out: Path, ask: Ask) -> int:
             for name, tensor in made:
                 if name in log.header["trained"]:
                     state[name].data = tensor.cpu()
-            models.save(
+            saving.save(
                 base.model, tokenizer, out, dtype=dtype, card=text, dequantise=config.save_dequantised
             )
         else:
-            with models.whole(out) as draft:
+            with saving.whole(out) as draft:
                 stream(base, made, draft, dtype)
-                models.finish_folder(draft, tokenizer, dtype, text)
+                saving.finish_folder(draft, tokenizer, dtype, text)
     return len(log.records)
 
 
@@ -152,7 +152,7 @@ def stream(base: Base, made: Iterator[tuple[str, Tensor]], folder: Path, dtype: 
     def cast() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in made:
             if name in sizes:
-                yield name, models.cast(name, tensor, sizes[name][1])
+                yield name, saving.cast(name, tensor, sizes[name][1])
 
     shards.write(folder, sizes, cast())
     model = base.model

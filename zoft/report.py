@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zoft.baseline import ASKED
-from zoft.config import FREE
+from zoft.config_digest import FREE
 from zoft.errors import UserError
 from zoft.tracking import logged
 from zoft.yamlfile import yaml_tree

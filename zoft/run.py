@@ -16,7 +16,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from zoft import baseline, compose, guards, tracking
-from zoft.config import ADAPTERS, Config, changed
+from zoft.config import ADAPTERS, Config
+from zoft.config_digest import changed
 from zoft.due import due, next_stop
 from zoft.errors import UserError, writing
 from zoft.folder import Presence, kept, refuse_unwritable, write
@@ -537,7 +538,7 @@ def save(
     """
     from safetensors import SafetensorError
 
-    from zoft import adapters, models, space
+    from zoft import adapters, saving, space
 
     text = card(config, result, **facts)
     dtype = model.checkpoint_dtype if config.save_dtype == "auto" else space.DTYPES[config.save_dtype]
@@ -546,20 +547,20 @@ def save(
             if config.train in ADAPTERS:
                 adapters.save(model, out, tokenizer=tokenizer, card=text)
             else:
-                models.save(model, tokenizer, out, dtype=dtype, card=text, dequantise=config.save_dequantised)
+                saving.save(model, tokenizer, out, dtype=dtype, card=text, dequantise=config.save_dequantised)
     except SafetensorError as error:
         raise UserError(f"cannot write {out}: {error}") from OSError(str(error))
 
 
 def card(config: Config, result: Mapping[str, Any], **facts: Any) -> str:
     """The text of a model's README.md: what it was made of, how, and its figures; facts: what else there is to say."""
-    from zoft import models
+    from zoft import models, saving
 
     keys = ("recipe", "train", "steps", "lr", "schedule", "eps", "q", "noise", "batch_size", "seed")
     rows = {"task": config.task.name} | {k: getattr(config, k) for k in keys} | facts
     for when in ("before", "after"):
         rows |= {f"{name} {when}": tracking.short(v) for name, v in result.get(when, {}).items()}
-    return models.model_card(models.resolve(config.model), rows)
+    return saving.model_card(models.resolve(config.model), rows)
 
 
 def outcome(folder: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from zoft import (
     adapter_beside,
     adapters,
     distributed,
+    fingerprint,
     guards,
     models,
     noise,
@@ -33,7 +34,8 @@ from zoft import (
     tasks,
     update,
 )
-from zoft.config import ADAPTERS, GENERATED, Config, digests
+from zoft.config import ADAPTERS, GENERATED, Config
+from zoft.config_digest import digests
 from zoft.data_order import batch_indices
 from zoft.encode import Example, encode, how
 from zoft.errors import UserError
@@ -104,7 +106,7 @@ def model(config: Config, folder: str | Path | None = None) -> tuple[nn.Module, 
     """
     say(f"loading {config.model}")
     loaded, tokenizer = load(config)
-    base = models.fingerprint(loaded)
+    base = fingerprint.of_model(loaded)
     if next(loaded.parameters()).device != torch.device(
         config.device
     ):  # some quantised models cannot be moved
