@@ -10,7 +10,8 @@ import triton.language as tl
 from zoft import noise
 from zoft.estimator import Moment
 from zoft.noise import triton as kernels
-from zoft.noise.triton import NOTHING, Plan
+from zoft.noise.triton import Plan
+from zoft.noise.triton_kernels import NOTHING
 from zoft.probe import Probe
 
 _SLOTS = 8  # uploads that may be on their way
