@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from zoft import adapter_beside, adapters, eval_run, evaluate, goal, setup, space, tasks
+from zoft import adapter_beside, adapters, eval_run, evaluate, goal, headers, setup, space, tasks
 from zoft import replay as replays
 from zoft import run as runs
 from zoft.config import Config
@@ -47,7 +47,7 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
     test = partial(score, held_out, tasks.subset(data.eval, config.eval_limit))
     choose = partial(score, dev, data.dev) if dev and data.dev else None
 
-    with runs.session(config, setup.header(config, base, trained, train) | aim.header(), resume) as s:
+    with runs.session(config, headers.of(config, base, trained, train) | aim.header(), resume) as s:
         adapters.keep(config, trained, s.folder)
         aim.watched(s.ledger.header, s.tracker)
         trainer = setup.trainer(config, model, axis, scored, s.ledger, aim)

@@ -18,7 +18,7 @@ import torch
 from bench_models import plain_causal
 from torch import Tensor, nn
 
-from zoft import adapters, setup, space
+from zoft import adapters, headers, setup, space
 from zoft.config import ADAPTERS, Config, Task
 from zoft.encode import Example
 from zoft.errors import UserError
@@ -181,7 +181,7 @@ def trainer_step(
         with tempfile.TemporaryDirectory() as folder:
             config, trained, axis = resolved(setup.device(config), model, rows)
             with Ledger.create(
-                Path(folder) / "ledger", setup.header(config, "random weights", trained)
+                Path(folder) / "ledger", headers.of(config, "random weights", trained)
             ) as ledger:
                 trainer = setup.trainer(config, model, axis, rows, ledger)
                 found = timed(trainer, ledger, device, seconds, steps)

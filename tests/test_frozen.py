@@ -13,7 +13,7 @@ import transformers as hf
 from test_trainer import bert
 from typer.testing import CliRunner
 
-from zoft import adapters, evaluate, frozen, saving, selfcheck, setup, space
+from zoft import adapters, data_order, evaluate, frozen, saving, selfcheck, setup, space
 from zoft.cli import app
 from zoft.config import Config
 from zoft.ledger import read
@@ -174,7 +174,7 @@ def test_rows_are_computed_once_and_not_before_they_are_needed(kind, ahead):
     )
     strangers = 1
     assert sum(sizes) == max(0, ahead - tried) + strangers
-    at, met = setup.batches(plan, examples), []
+    at, met = data_order.batches(plan, examples), []
     for step in range(7):  # 56 rows of 40: the last two steps meet old ones
         for batch in at(step):
             met += frozen.rows_of(batch.inputs)

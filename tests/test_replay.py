@@ -15,7 +15,7 @@ import transformers as hf
 from safetensors.torch import load_file
 
 from zoft import base as bases
-from zoft import fingerprint, ledger, models, noise, setup, shards, space
+from zoft import fingerprint, headers, ledger, models, noise, setup, shards, space
 from zoft import run as runs
 from zoft.compose import compose, load_run
 from zoft.config import Config, Task
@@ -404,6 +404,6 @@ def write_run(folder, config, model, steps, multiplier=0.0009765625):
     trained = space.adopt(model, space.train_names(model, config.train))
     space.place(model, trained, config.storage, config.compute)
     (folder / "config.yaml").write_text(to_yaml(dataclasses.replace(config, output_dir=str(folder))))
-    with Ledger.create(folder / "ledger", setup.header(config, base, trained)) as log:
+    with Ledger.create(folder / "ledger", headers.of(config, base, trained)) as log:
         for i in range(steps):
             log.append(Record(i, (multiplier,), 1.0, (1.0, 1.0)))

@@ -175,7 +175,7 @@ def demonstrated(config: Config, k: int, data: Any, tokenizer: Any) -> Any:
     """
     from zoft.encode import encode
 
-    if getattr(data, "reading", ""):
+    if data.reading:
         raise UserError(
             "--method icl: demonstrations stand before a prompt: write task.prompt and task.target (or task.label)"
         )

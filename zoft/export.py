@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoft import adapter_beside, adapters, models, quant, replay, saving, setup, space
+from zoft import adapter_beside, adapters, headers, models, quant, replay, saving, setup, space
 from zoft import base as bases
 from zoft import run as runs
 from zoft.base import Base
@@ -57,13 +57,13 @@ def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
         changed, total = differing(again, base, kept)
         if not changed:
             raise UserError(
-                f"{folder}: in {setup.short(kept)} its model is the base: {len(log.records)} steps are too few, or "
+                f"{folder}: in {headers.short(kept)} its model is the base: {len(log.records)} steps are too few, or "
                 "too small for that dtype; use --dtype fp32"
             )
     apart = float((rounded - plain).norm() / plain.norm())
     return (
         f"{out}: {changed:,} of {total:,} numbers differ from the base; loaded again, it gives the run's logits "
-        f"(rounding to {setup.short(kept)} moves them by {apart:.2g} of their size)"
+        f"(rounding to {headers.short(kept)} moves them by {apart:.2g} of their size)"
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zoft import (
     adapters,
+    headers,
     inspect_run,
     ledger,
     saving,
@@ -64,7 +65,7 @@ def asked(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
     n = len(records) if ask.steps is None else ask.steps
     if n > len(records):
         raise UserError(f"--step {n}: the ledger of {folder} has {len(records)} steps so far")
-    config = setup.from_header(config, header)
+    config = headers.with_plan(config, header)
     if ask.exact and ask.denoise:
         raise UserError(
             "--denoise: weights replayed with --storage fp32 were never rounded; leave one of them out"
