@@ -116,7 +116,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     from zoft.compose import compose
     from zoft.errors import UserError
-    from zoft.run import table
+    from zoft.results import table
 
     try:
         result = train(compose(args.config, args.overrides), args.dtype, lambda s: print(s, file=sys.stderr))

@@ -285,6 +285,6 @@ def _require(method: str) -> None:
 
 def text(result: Mapping[str, Any]) -> str:
     """What a user reads."""
-    from zoft import run
+    from zoft import results
 
-    return f"{result['method']}\n{run.summary(result)}"
+    return f"{result['method']}\n{results.summary(result)}"

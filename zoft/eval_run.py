@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft import compose, guards, run
+from zoft import compose, guards, results, run
 from zoft.config import Config
 from zoft.errors import UserError, writing
 
@@ -51,7 +51,7 @@ def source(target: str | None, name: str | None, overrides: Sequence[str]) -> tu
 
 def of_run(folder: Path, config: Config) -> tuple[Config, Path | None]:
     """As source(), of a run's folder and its config."""
-    name = run.result_name(config)
+    name = results.folder_name(config)
     saved = folder / name
     if not saved.is_dir():
         raise UserError(

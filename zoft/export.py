@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoft import adapter_beside, adapters, headers, models, quant, replay, saving, setup, space
+from zoft import adapter_beside, adapters, headers, models, quant, replay, results, saving, setup, space
 from zoft import base as bases
 from zoft import run as runs
 from zoft.base import Base
@@ -45,7 +45,7 @@ def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
     word = config.save_dtype if dtype == "auto" else dtype
     kept = model.checkpoint_dtype if word == "auto" else space.DTYPES[word]
     with saving.whole(out) as draft:
-        saving.save(model, tokenizer, draft, dtype=kept, card=runs.card(config, result, **facts))
+        saving.save(model, tokenizer, draft, dtype=kept, card=results.card(config, result, **facts))
         rounded = logits(widened(model, kept))
         del model
         again = reloaded(draft, config)
@@ -81,7 +81,7 @@ def adapter(config: Config, folder: Path, out: Path) -> str:
     if adapters.fingerprint(trained) == log.header["adapter"]:
         raise UserError(f"{folder}: its adapter is as it started: {len(log.records)} steps have not moved it")
     with saving.whole(out) as draft:
-        adapters.save(model, draft, tokenizer=tokenizer, card=runs.card(config, result, **facts))
+        adapters.save(model, draft, tokenizer=tokenizer, card=results.card(config, result, **facts))
         own = logits(model)
         del model, trained
         base, _, _ = setup.model(replace(runs.plain(config), adapter=None))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from zoft import adapters, evaluate, objective, quant, space
+from zoft import adapters, evaluate, models, objective, quant, results, saving, space
 from zoft.config import Config
 from zoft.encode import Example
 from zoft.errors import UserError
@@ -71,8 +71,6 @@ def train(
     """
     if quant.layers(model):
         raise UserError("--method first-order: gradients do not pass quantised layers; leave bits out")
-    from zoft import models
-
     before = evaluate.evaluate(model, held_out, examples, write=write)
     model = model.float()
     pairs = config.train == "lora"  # else those that are in place stand still
@@ -108,9 +106,7 @@ def train(
 
 def save(config: Config, model: nn.Module, tokenizer: Any) -> None:
     """Write model/ or adapter/, as a run has it."""
-    from zoft import run, saving
-
-    out = Path(str(config.output_dir)) / run.result_name(config)
+    out = Path(str(config.output_dir)) / results.folder_name(config)
     if config.train == "lora":
         adapters.save(model, out, tokenizer=tokenizer)
         return

@@ -19,6 +19,7 @@ from zoft import (
     headers,
     inspect_run,
     ledger,
+    results,
     saving,
     setup,
     shards,
@@ -108,7 +109,7 @@ def replay(config: Config, folder: Path, out: Path, ask: Ask) -> int:
     dtype = base.model.checkpoint_dtype if config.save_dtype == "auto" else space.DTYPES[config.save_dtype]
     found = start(folder, log, ask)
     result, facts = told(config, folder, log, ask)
-    tokenizer, text = base.tokenizer(), runs.card(config, result, **facts)
+    tokenizer, text = base.tokenizer(), results.card(config, result, **facts)
     with progress(log, found[0] if found else 0) as did:
         made = weights(config, base, log, found, did)
         if base.whole:
@@ -130,7 +131,7 @@ def told(config: Config, folder: Path, log: Log, ask: Ask) -> tuple[dict[str, An
     """(the run's result, where this is the model that it ended with, else nothing; what else a card should say)."""
     steps = len(log.records)
     if steps == config.steps and not (ask.exact or ask.denoise):
-        return runs.outcome(folder), {}
+        return results.outcome(folder), {}
     how = (
         {"replayed with": "fp32 storage"}
         if ask.exact
@@ -198,7 +199,7 @@ def in_memory(config: Config, folder: Path, out: Path, ask: Ask, rebuild: Rebuil
     config, log = asked(setup.device(config), folder, ask)
     model, tokenizer, config = rebuild(config, folder, log)
     result, facts = told(config, folder, log, ask)
-    runs.save(config, model, tokenizer, out, result, **facts)
+    results.save(config, model, tokenizer, out, result, **facts)
     return len(log.records)
 
 
