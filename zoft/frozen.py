@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from zoft.errors import UserError
 from zoft.layout import leaves
@@ -47,6 +49,7 @@ class FrozenPrefix:
             self.group_of.update(dict.fromkeys(group, group))
         self.tokens = sum(map(len, self.group_of))
         self.kept: dict[tuple[Row, ...], list[Tensor]] = {}
+        self.ready: dict[Row, Tensor] = {}  # of the groups kept: hashing whole groups in every step is slow
         self.spare = budget  # bytes that rows outside the groups may take
         self.serving: Tensor | None = None  # [R, T, H] for the forward under way
         self._undo: list[Callable[[], Any]] = []
@@ -68,6 +71,7 @@ class FrozenPrefix:
         while self._undo:
             self._undo.pop()()
         self.kept.clear()
+        self.ready.clear()
 
     def _skip(self, inner: Callable) -> Callable:
         @wraps(inner)
@@ -86,10 +90,8 @@ class FrozenPrefix:
             return
         ids, rows = kwargs["input_ids"], rows_of(kwargs)
         hidden = self._hidden(rows)
-        out = hidden[rows[0]].new_zeros(*ids.shape, hidden[rows[0]].shape[-1])  # [R, T, H]
-        for i, row in enumerate(rows):
-            out[i, : len(row)] = hidden[row]
-        self.serving = out
+        out = pad_sequence([hidden[row] for row in rows], batch_first=True)  # [R, longest, H]
+        self.serving = pad(out, (0, 0, 0, ids.shape[1] - out.shape[1]))  # [R, T, H]
 
     def _replace(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -103,9 +105,14 @@ class FrozenPrefix:
     def _hidden(self, rows: Sequence[Row]) -> dict[Row, Tensor]:
         """Hidden states of the rows, each kept or computed with its whole group: a row's bits do not depend on
         what else was asked for before."""
+        found = {r: self.ready[r] for r in rows if r in self.ready}
         others = tuple(dict.fromkeys(r for r in rows if r not in self.group_of))
-        groups = dict.fromkeys(self.group_of.get(r, others) for r in rows)
-        return {row: states for group in groups for row, states in zip(group, self._states(group))}
+        for group in dict.fromkeys(self.group_of.get(r, others) for r in rows if r not in found):
+            states = dict(zip(group, self._states(group), strict=True))
+            found |= states
+            if group is not others:
+                self.ready |= states
+        return found
 
     def _states(self, group: tuple[Row, ...]) -> list[Tensor]:
         """[T, H] of each row of a group, kept if there is room."""
