@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from zoft import evaluate, goal, objective, setup, tasks
 from zoft.cli import app
 from zoft.compose import compose, names
+from zoft.config import Task
 from zoft.encode import encode
 from zoft.errors import UserError
 from zoft.show import show
@@ -332,7 +333,7 @@ def test_rows_of_another_schema_are_one_line(tmp_path):
     with pytest.raises(UserError, match=r"a.jsonl:1: no row as task=copa .* no 'choice2'; columns: premise"):
         tasks.load(task)
     with pytest.raises(UserError, match="did you mean boolq"):
-        tasks.look(SimpleNamespace(**{**vars(task), "name": "bolq"}))
+        tasks.look(replace(task, name="bolq"))
 
 
 @pytest.mark.parametrize(
@@ -386,8 +387,7 @@ def many(n, classes=2):
 
 
 def asked(**more):
-    unset = dict.fromkeys(split.DRAWN) | {"data_seed": 0, "balanced": False}
-    return SimpleNamespace(**{**unset, "train_limit": None, **more})
+    return Task(**more)
 
 
 def test_the_papers_split():

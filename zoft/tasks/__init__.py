@@ -61,8 +61,7 @@ def load(task: Any) -> TaskData:
     laid_out = formats.wanted(task)
     prompt, after = template.at_mask("task.prompt", template.parse("task.prompt", settings["prompt"]))
     target = template.parse("task.target", task.target) if task.target else None
-    nothing = getattr(task, "null_prompt", None)
-    null = None if nothing is None else template.parse("task.null_prompt", nothing)
+    null = None if task.null_prompt is None else template.parse("task.null_prompt", task.null_prompt)
     make = papers.ROWS.get(task.name)
     if task.name in named.READERS:
         rows = named.READERS[task.name]()
@@ -87,9 +86,8 @@ def load(task: Any) -> TaskData:
     if laid_out:
         reading = formats.recognise("task.train", rows, task)
         notes.append(reading.line)
-        pack = getattr(task, "pack", False)
-        settings |= {"reading": reading.line, "chat": getattr(task, "chat", "auto"), "pack": pack}
-        if pack and reading.format != "text":
+        settings |= {"reading": reading.line, "chat": task.chat, "pack": task.pack}
+        if task.pack and reading.format != "text":
             raise UserError(
                 f"task.pack: is for format text, not {reading.format}: other examples must not see each other"
             )
@@ -162,7 +160,7 @@ def subset(rows: Sequence[dict[str, Any]], n: int | None) -> list[dict[str, Any]
 
 def _short_enough(key: str, rows: list[dict[str, Any]], task: Any) -> list[dict[str, Any]]:
     """The rows of at most task.max_words."""
-    limit = getattr(task, "max_words", None)
+    limit = task.max_words
     kept = [r for r in rows if r.pop("words") <= (math.inf if limit is None else limit)]
     if not kept:
         raise UserError(f"task.max_words={limit}: leaves no row of {key}; raise it")
@@ -173,7 +171,7 @@ def _settings(task: Any) -> dict[str, Any]:
     """The task's settings with a named task's own words filled in, checked as far as no data is needed."""
     if task.name in named.PROMPTS:
         for key in ("train", "eval", "subset", "label"):
-            if getattr(task, key, None):
+            if getattr(task, key):
                 raise UserError(f"task.{key}: task={task.name} brings its own data; for yours say task=local")
         prompt, choices = named.PROMPTS[task.name]
         prompt, choices = task.prompt or prompt, {} if task.target else dict(task.choices or choices)
