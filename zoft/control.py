@@ -67,7 +67,8 @@ class Control:
 
     master fp32 [3q + 8]: multipliers of the pending update, its decay, 1 (for tensors that do not decay; both NOTHING
     where no update is pending), the 2q scales, beta; and for steps in place: the restore of the pending update (0 where
-    nothing is to be restored), then eps, -2·eps, 0 and NOTHING. Each plan has its own contiguous copy of the entries it needs, made at the start of a step.
+    nothing is to be restored), then eps, -2·eps, 0 and NOTHING. Each plan has its own contiguous copy of the entries it
+    needs, made at the start of a step.
     """
 
     def __init__(self, q: int, eps: float, beta: float, seed: int, device: torch.device) -> None:

@@ -301,8 +301,9 @@ def nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
 def denoise(folder: Path, config: Config, log: Log, steps: int, trained: Sequence[Trained]) -> str:
     """θ ← nearest(base + Σ multipliers·z), the sum in fp32, for what a run keeps in 16 bits; returns a line about it.
 
-    The sum is that of the log's first `steps` steps. A function of base and ledger alone: the rounding noise that the run has gathered is gone, momentum and fp32
-    tensors stay as they are. The base is read again from the model's files, a tensor at a time. trained: up to date.
+    The sum is that of the log's first `steps` steps. A function of base and ledger alone: the rounding noise that the
+    run has gathered is gone, momentum and fp32 tensors stay as they are. The base is read again from the model's files,
+    a tensor at a time. trained: up to date.
     """
     began = time.monotonic()
     base = bases.find(config, log.header["base"], str(folder))

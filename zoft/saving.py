@@ -34,10 +34,11 @@ def save(
     The files go to a folder beside out_dir that takes its name when it is whole (an older out_dir is
     replaced then). The model in memory is not changed.
 
-    model: a transformers model, or one with an adapter in place: the pairs are added to the matrices where these are plain,
-    else the adapter goes along, in a folder of its own. tokenizer: its tokenizer, chat template included. dtype: torch.dtype of the
-    floating tensors on disk, or "auto": each as it is (scales of quantised layers stay in fp32). card: text of
-    README.md, see model_card(). dequantise: write quantised layers as plain weights, which every library reads.
+    model: a transformers model, or one with an adapter in place: the pairs are added to the matrices where these are
+    plain, else the adapter goes along, in a folder of its own. tokenizer: its tokenizer, chat template included. dtype:
+    torch.dtype of the floating tensors on disk, or "auto": each as it is (scales of quantised layers stay in fp32).
+    card: text of README.md, see model_card(). dequantise: write quantised layers as plain weights, which every library
+    reads.
     Errors: UserError where a value does not fit in dtype.
     """
     from zoft import adapter_beside, quant, quant_files, quant_other

@@ -20,12 +20,13 @@ class TaskData:
     """What a run trains on and is judged by.
 
     train, eval: rows {prompt: str, candidates: [str], gold: int, where: str, key: int}; key is a 64-bit hash
-    of the columns the prompt reads; columns: the row as it was read. Further fields where they apply: after (str: the prompt goes on behind the mask
-    that the candidates fill), golds ([int]: all right candidates, gold being the first), answers ([str]: texts that
-    count as right where one is generated), null (the prompt without what it asks about). objective: "choice" (candidates compete) | "lm" (the gold candidate is the
-    text to learn; where there are others, they are for evaluation). label: its column. choices: label -> candidate
-    text, in the order of the candidates; empty for lm. dev: rows to choose a model by, None where not asked for.
-    notes: lines on where the rows came from and how they were split, for a person.
+    of the columns the prompt reads; columns: the row as it was read. Further fields where they apply: after (str: the
+    prompt goes on behind the mask that the candidates fill), golds ([int]: all right candidates, gold being the first),
+    answers ([str]: texts that count as right where one is generated), null (the prompt without what it asks about).
+    objective: "choice" (candidates compete) | "lm" (the gold candidate is the text to learn; where there are others,
+    they are for evaluation). label: its column. choices: label -> candidate text, in the order of the candidates; empty
+    for lm. dev: rows to choose a model by, None where not asked for. notes: lines on where the rows came from and how
+    they were split, for a person.
     reading: what a recognised layout of a file is and what is learned of it, "" where templates name the columns;
     its rows hold `messages` (turns {role, content, scored}) or `pieces` (text). chat: "auto" | "template" |
     "plain"; pack: short texts share rows; joint: what stands between prompt and completion in plain text.
