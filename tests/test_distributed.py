@@ -273,3 +273,168 @@ def test_the_benchmark_on_a_tiny_model(tmp_path):
     assert (data["many"]["wire_bytes_per_step"], probes["many"]["wire_bytes_per_step"]) == (32, 16)
     assert probes["one"]["losses"] == pytest.approx(probes["many"]["losses"], rel=1e-5)
     assert "| tiny data 4×16 |" in done.stdout
+
+
+def cannot_stack(rank):
+    """Rank 1 finds at the start that probes cannot share a forward."""
+    if rank == 1:
+        from dataclasses import replace
+
+        from zoft import selfcheck
+
+        plain = selfcheck.find_sites
+        selfcheck.find_sites = lambda *args: replace(plain(*args), stacked=False, note="as asked")
+
+
+def cannot_stack_at_7(rank):
+    """Rank 1 meets a batch at step 7 that cannot be stacked."""
+    if rank == 1:
+        from zoft.layout import Unfit
+        from zoft.trainer import Trainer
+
+        plain = Trainer.sums_at
+
+        def sums_at(self, step, probes, batch):
+            if step == 7 and len(probes) == 2 == self.settings.probes_per_forward:
+                self.alone(step, Unfit("as asked"))
+            return plain(self, step, probes, batch)
+
+        Trainer.sums_at = sums_at
+
+
+def kept(place, name):
+    from zoft.compose import load_run
+
+    return load_run(place / name).probes_per_forward
+
+
+def test_one_process_that_cannot_stack_makes_all_run_one_probe_a_forward(place):
+    keys = ["q=2", "steps=10", "save_model=false"]
+    assert ranks.zoft(place, "output_dir=agree1", *keys) == [0]
+    hooked = [*keys, "probes_per_forward=auto"]
+    assert ranks.zoft(place, "output_dir=agree2", *hooked, size=2, hook=cannot_stack) == [0, 0]
+    assert kept(place, "agree2") == 1 and "rank 1: as asked" in said(place).splitlines()
+    assert (place / "agree2" / "ledger").read_bytes() == (place / "agree1" / "ledger").read_bytes()
+
+
+def test_a_fall_in_mid_run_is_that_of_all(place):
+    keys = ["q=2", "steps=10", "save_model=false", "probes_per_forward=2"]
+    assert ranks.zoft(place, "output_dir=fallen", *keys, size=2, hook=cannot_stack_at_7) == [0, 0]
+    assert kept(place, "fallen") == 1
+    assert (
+        "step 7: one probe a forward from here on: so does another process of this run"
+        in said(place).splitlines()
+    )
+
+
+def fast_meeting(rank):
+    import datetime
+
+    distributed.MEETING = datetime.timedelta(seconds=2)
+
+
+def test_processes_that_do_not_meet_say_why_in_a_line(place):
+    import socket
+
+    def says(rank, size, port, env=None):
+        process = ranks.start(place, [*TRAIN, "output_dir=lost"], rank, size, port, env or fast_meeting)
+        assert ranks.ended([process]) == [2], said(place, rank)
+        return said(place, rank).splitlines()
+
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = (
+            f"error: MASTER_PORT={port}: this port is in use; choose another one, the same for all processes"
+        )
+        assert says(0, 2, port) == [line]
+    line = "error: WORLD_SIZE=2: not all of them came within 2 s; start 2, with RANK 0 to 1"
+    assert says(0, 2, ranks.free_port()) == [line]
+    (line,) = says(1, 2, port)
+    assert line.startswith(
+        f"error: MASTER_ADDR=127.0.0.1 MASTER_PORT={port}: rank 0 does not answer there within 2 s"
+    )
+    assert says(0, 2, 0, no_master)[-1].startswith("error: MASTER_ADDR=: says where rank 0 is")
+    assert says(5, 2, 0)[-1].startswith("error: RANK=5, WORLD_SIZE=2: ranks go from 0")
+    assert says(0, 2, "many")[-1].startswith("error: MASTER_PORT=many: is no port")
+
+
+TRAIN = ["train", "--config", "mine.yaml"]
+
+
+def no_master(rank):
+    del os.environ["MASTER_ADDR"]
+
+
+def test_all_have_a_gpu_or_none_uses_one(capsys):
+    def of(device, have):
+        return distributed.all_on_gpu(Config(model="m", task=Task(name="x"), device=device), have)
+
+    assert of("auto", [True, True]) and not of("auto", [False, False]) and not of("cpu", [False, False])
+    assert not of("auto", [True, False]) and "all work on CPUs" in capsys.readouterr().err
+    with pytest.raises(UserError, match="device=cuda: no CUDA device at rank 1, 2;"):
+        of("cuda", [True, False, False])
+
+
+@pytest.mark.parametrize(
+    "env,text",
+    [({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: a whole number"), ({"WORLD_SIZE": "2"}, "RANK is not set")],
+)
+def test_ranks_that_are_none(monkeypatch, env, text):
+    from zoft import processes
+
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert processes.place() == (0, 1)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=text):
+        processes.place()
+
+
+def test_another_number_of_processes_shares_the_machine_anew(place):
+    """`threads` that were auto are resolved for those that are there; what was given by hand is left alone."""
+    from zoft.compose import load_run
+
+    keys = ["output_dir=cores", "threads=auto", "snapshot_every=20", "probes_per_forward=2"]
+    assert ranks.zoft(place, *keys, size=2, hook=stops_on_4_threads) == [75, 75], said(place, 1)
+    assert load_run(place / "cores").threads == 4
+    assert ranks.zoft(place, "--resume", "cores", hook=stops_on_8_threads_alone) == [75], said(place)
+    config = load_run(place / "cores")
+    assert (config.threads, config.probes_per_forward) == (4, 1)  # as begun, but for what decides bits
+    text = (place / "cores" / "config.yaml").read_text()
+    (place / "cores" / "config.yaml").write_text(text.replace("threads: 4", "threads: 3"))
+    assert ranks.zoft(place, "--resume", "cores", hook=stops_on_3_threads) == [75], said(place)
+
+
+def stops(threads, step, alone=False):
+    """Stops this process in that step if it has so many threads, and else it breaks."""
+    from zoft.layout import Unfit
+    from zoft.trainer import Trainer
+
+    torch.set_num_threads(8)
+    plain = Trainer.losses_at
+
+    def losses_at(self, t, probes, batches):
+        assert torch.get_num_threads() == threads
+        torch.set_num_threads(1)
+        if alone:
+            self.alone(t, Unfit("as asked"))
+        if t == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        values = plain(self, t, probes, batches)
+        torch.set_num_threads(threads)
+        return values
+
+    Trainer.losses_at = losses_at
+
+
+def stops_on_4_threads(rank):
+    stops(4, 3)
+
+
+def stops_on_8_threads_alone(rank):
+    stops(8, 6, alone=True)
+
+
+def stops_on_3_threads(rank):
+    stops(3, 9)

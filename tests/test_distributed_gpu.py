@@ -100,3 +100,28 @@ def test_a_signal_to_one_stops_both_after_the_same_step_and_one_goes_on(place):
     assert len(read(place / "stopped" / "ledger").records) == 17 + 5  # BEHIND + 1 steps were on their way
     assert ranks.zoft(place, "--resume", "stopped", timeout=300) == [0], said(place)
     assert same(place, "stopped")
+
+
+def no_number_at_12(rank):
+    """Weights that are no numbers, on both, before step 12; rank 1 runs eagerly, so that they land steps at other times."""
+    from zoft.captured import CapturedTrainer
+
+    eager(rank)
+    plain = CapturedTrainer.step
+
+    def step(self):
+        if rank == 1 and self.next % 7 == 0:
+            self._land_all()
+        if self.next == 12:
+            self.axis.trained[0].stored.fill_(float("nan"))
+        return plain(self)
+
+    CapturedTrainer.step = step
+
+
+def test_steps_that_are_skipped_too_often_stop_both_at_once(place):
+    keys = [*KEYS, "parallel=data", "max_skipped=5", "output_dir=skipped"]
+    assert ranks.zoft(place, *keys, size=2, hook=no_number_at_12, timeout=120) == [2, 2], said(place)
+    assert all("max_skipped=5 steps in a row" in text for text in said(place)[:2])
+    skipped = [r.skipped for r in read(place / "skipped" / "ledger").records]
+    assert skipped.index(True) == 12 and all(skipped[12:])

@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -214,3 +215,132 @@ def test_workers_as_ray_tasks(place):
     (place / "go").touch()
     assert ranks.ended([run]) == [0] and same(place, "rays")
     assert tasks.communicate(timeout=60)[0].count("pairs were mine") == 2
+
+
+def other_messages(rank):
+    from zoft import elastic
+
+    elastic.VERSION = 99
+
+
+def test_a_worker_of_another_zoft_is_told_so_in_a_line_and_the_run_goes_on(place):
+    run = coordinator(place, "others")
+    worker = ranks.start(place, ["join", "others"], rank=1, hook=other_messages)
+    assert ranks.ended([worker]) == [2]
+    (line,) = said(place, 1).splitlines()
+    assert re.match(
+        r"error: 127\S+: the run is of zoft \S+, and this one \(\S+\) sends other messages: join with", line
+    )
+    assert re.search(
+        r"worker 127\S+ cannot join: it is of zoft \S+, which sends other messages", said(place, 0)
+    )
+    (place / "go").touch()
+    assert ranks.ended([run]) == [0] and same(place, "others")
+
+
+def test_keys_that_a_worker_does_not_have_are_named():
+    import dataclasses
+
+    from zoft.elastic import _config
+
+    tree = dataclasses.asdict(Config(model="m", lr=0.5))
+    assert _config(tree) == Config(model="m", lr=0.5)
+    with pytest.raises(UserError, match="warp: the run's config has what zoft .* does not know"):
+        _config({**tree, "warp": 9})
+    with pytest.raises(UserError, match="drive: the run's"):
+        _config({**tree, "task": {**tree["task"], "drive": 1}})
+
+
+def test_a_message_that_says_nothing_is_none():
+    a, b = pair([b"s" * 32, b"s" * 32])
+    for text in (b"[1, 2]", b'{"step": 1}'):
+        body = struct.pack("<IQ", len(text), 0) + text
+        a.connection.sendall(body + a._code(True, a._number(True) + body))
+        with pytest.raises(Closed, match="says nothing"):
+            b.receive()
+
+
+def test_nobody_is_let_in_once_a_run_has_ended(tmp_path, capsys):
+    from types import SimpleNamespace
+
+    from zoft.elastic import ElasticTrainer
+
+    run = ElasticTrainer.__new__(ElasticTrainer)
+    run.ledger = SimpleNamespace(path=tmp_path / "ledger")
+    run.open(Config(elastic=True))
+    where = json.loads((tmp_path / "join.json").read_text())
+    run.close("done")
+    with pytest.raises(OSError):  # a connection that is taken would be one that nobody answers
+        Line(
+            socket.create_connection(address(where["address"]), timeout=5),
+            bytes.fromhex(where["secret"]),
+            False,
+        )
+
+
+def test_who_takes_over_for_a_worker_that_hangs_has_as_long_for_it(monkeypatch, capsys):
+    """Three processes: one worker never answers; the other needs a while for its share, and again for the rest."""
+    import time
+    from types import SimpleNamespace
+
+    from zoft import elastic
+    from zoft.probe import Probe
+
+    monkeypatch.setattr(elastic, "PATIENCE", 2.0)
+    run = elastic.ElasticTrainer.__new__(elastic.ElasticTrainer)
+    run.events, run.workers, run.next = elastic.queue.Queue(), [], 0
+    run.axis = SimpleNamespace(settle=lambda: None)
+    run.value = lambda totals: totals[:, 0] / totals[:, 1]
+    run.sums_at = lambda step, probes, batch: torch.tensor([[probes[0].scale, 2.0]], dtype=torch.float64)
+    ends = [pair([b"s" * 32, b"s" * 32]) for _ in range(2)]
+
+    def answer(line):
+        try:
+            while True:
+                facts, _ = line.receive()
+                time.sleep(1.5)
+                data = b"".join(
+                    elastic.PAIR.pack(p, b) + struct.pack("<2d", probes[p].scale, 2.0)
+                    for p, b in facts["pairs"]
+                )
+                line.send("pairs", data, step=facts["step"], columns=2)
+        except Closed:
+            pass
+
+    for name, (here, _) in zip(("slow", "silent"), ends):
+        run.workers.append(elastic.Worker(here, name))
+        run.workers[-1].ready = True
+
+    def listen(worker):
+        try:
+            while True:
+                run.events.put((worker, *worker.line.receive()))
+        except Closed:
+            pass
+
+    probes = [Probe(k, s) for k in range(4) for s in (1.0, -1.0)]
+    for target, of in ((answer, ends[0][1]), (listen, run.workers[0])):
+        threading.Thread(target=target, args=(of,), daemon=True).start()
+    assert run.losses_at(0, probes, [None]) == [p.scale / 2 for p in probes]
+    assert "worker silent does not answer, 2 processes go on" in capsys.readouterr().err
+    assert [w.name for w in run.workers] == ["slow"]
+
+
+def test_a_run_may_listen_on_ipv6(tmp_path):
+    from types import SimpleNamespace
+
+    from zoft.elastic import ElasticTrainer
+
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    run = ElasticTrainer.__new__(ElasticTrainer)
+    run.ledger = SimpleNamespace(path=tmp_path / "ledger")
+    run.open(Config(elastic=True, listen="[::1]:0"))
+    found = json.loads((tmp_path / "join.json").read_text())
+    line = Line(
+        socket.create_connection(address(found["address"]), 5), bytes.fromhex(found["secret"]), serves=False
+    )
+    line.close()
+    run.close("done")

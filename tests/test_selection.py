@@ -128,3 +128,29 @@ def test_a_run_that_ends_early_keeps_its_best_weights_and_resumes_to_the_same_bi
         }
         assert (part / "ledger").read_bytes() == (place / "whole" / "ledger").read_bytes()
         assert (part / "model" / "model.safetensors").read_bytes() == saved[0]
+
+
+@pytest.mark.parametrize(
+    "keys", [["train=all", "lr=0.02"], ["train=lora", "lr=0.5"]], ids=["weights", "lora"]
+)
+def test_save_best_that_is_asked_for_at_a_resume_has_the_figures_of_the_step_it_keeps(
+    place, monkeypatch, keys
+):
+    monkeypatch.chdir(place)
+    name = f"later-{keys[0][6:]}"
+    words = [k for k in TRAIN if not k.startswith(("lr=", "save_best="))]
+    zoft(*words, *keys, f"output_dir={name}")
+    part = place / name
+    evals = [json.loads(line) for line in (part / "metrics.jsonl").read_text().splitlines()]
+    evals = {r["step"]: r["eval"] for r in evals if "eval" in r}
+    best = min(sorted(evals), key=lambda s: evals[s]["dev_loss"])
+    assert 0 < best < max(evals) and "loss" not in evals[best]  # nobody looked at the evaluation rows there
+    (part / "result.json").unlink()
+    text = (part / "config.yaml").read_text()
+    (part / "config.yaml").write_text(text.replace("save_best: false", "save_best: true"))
+    zoft("train", "--resume", name)
+    found = json.loads((part / "result.json").read_text())
+    assert found["best_step"] == best
+    judged = json.loads(zoft("eval", name, "--json", "--resamples", "0").stdout)
+    assert found["after"] == pytest.approx(judged | evals[best], rel=1e-5)
+    assert found["last"]["loss"] != found["after"]["loss"]

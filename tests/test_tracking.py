@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -154,3 +155,60 @@ def _now():
 
 def _path():
     return {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(tracking.__file__))}
+
+
+class Clock:
+    """A clock that goes on when it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(tracking.time, "monotonic", lambda: self.now)
+
+    def steps(self, tracker, first, last, seconds):
+        for step in range(first, last):
+            self.now += seconds
+            tracker.step(step, loss=1.0)
+
+
+def eta(out):
+    """(steps a second, seconds to go) of the last line."""
+    rate, left = re.search(r"  (\S+) steps/s  ETA (\S+)", out.getvalue().splitlines()[-1]).groups()
+    return float(rate), sum(int(n) * 60**i for i, n in enumerate(reversed(left.split(":"))))
+
+
+def test_the_time_to_go_follows_the_steps_of_late(tmp_path, monkeypatch):
+    out, clock = io.StringIO(), Clock(monkeypatch)
+    with Tracker(tmp_path, 2000, stream=out) as t:
+        clock.steps(t, 0, 1, 300)  # kernels
+        clock.steps(t, 1, 101, 10)  # the first time over the rows
+        assert eta(out) == (0.1, 18990)
+        clock.steps(t, 101, 201, 1)
+        assert eta(out)[0] == 1 and eta(out)[1] == pytest.approx(1800, abs=15)  # a line every ten seconds
+        clock.steps(t, 201, 261, 4)
+        assert eta(out)[0] == 0.25 and eta(out)[1] == pytest.approx(4 * 1740, abs=12)
+
+
+def test_evaluations_between_steps_are_time_to_go_but_no_speed(tmp_path, monkeypatch):
+    out, clock = io.StringIO(), Clock(monkeypatch)
+    with Tracker(tmp_path, 1000, stream=out) as t:
+        clock.now += 500
+        t.paused()  # the one before training
+        for first in range(0, 500, 100):
+            clock.steps(t, first, first + 100, 1)
+            clock.now += 200
+            t.paused()
+        clock.steps(t, 500, 501, 1)
+    assert eta(out)[0] == 1
+    assert eta(out)[1] == pytest.approx(499 * (1 + 1000 / 501), abs=1)  # at step 501
+
+
+def test_a_file_that_was_put_right_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    log(tmp_path, 0, 6)
+    seen, real, place = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (seen.append(os.fstat(fd).st_ino), real(fd))[1])
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: (seen.append((os.stat(a).st_ino, str(b))), place(a, b))[1]
+    )
+    log(tmp_path, 4, 5)
+    (inode, name) = seen[1]
+    assert seen[0] == inode and name.endswith("metrics.jsonl")

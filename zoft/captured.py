@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoft import noise, update
+from zoft import distributed, noise, update
 from zoft.device import DeviceAxis
 from zoft.device_inplace import DeviceInPlace
+from zoft.errors import UserError
 from zoft.layout import Unfit
 from zoft.ledger import Ledger, Record
 from zoft.objective import Batch, losses
@@ -57,10 +58,17 @@ class CapturedTrainer(Trainer):
         self.under_way = False  # the device has begun a step since the weights were last brought up to date
         self.scratch: list[Any] = []  # graphs point into it, however much the axis may need later
         self.halt_at: int | None = None  # the step that no process of the run takes any more
+        self.alone_at: int | None = None  # the step from which all of them run one probe a forward
+        self.failure: UserError | None = (
+            None  # what stops the run, told where all of its processes are at one step
+        )
 
     def step(self) -> dict[str, Any] | None:
         """Send a step to the device; returns the metrics of the step that has landed meanwhile, if one had to."""
-        s, t = self.settings, self.next
+        t = self.next
+        if self.alone_at is not None and t >= self.alone_at:
+            self._alone(t, "so does another process of this run")
+        s = self.settings
         lr = update.lr_at(t, lr=s.lr, steps=s.steps, schedule=s.schedule, warmup=s.warmup)
         decay = update.make_update(t, s.seed, (), lr=lr, weight_decay=s.weight_decay).decay
         batches = [bucket(b) for b in self.batches(t)]
@@ -69,9 +77,7 @@ class CapturedTrainer(Trainer):
         except Unfit as error:
             if s.probes_per_forward == 1:
                 raise
-            self._land_all()
-            self.alone(t, error)
-            self.shapes.clear()  # graphs of several probes a forward
+            self._alone(t, error)
             self._send(batches, t, lr, decay)
         record, done = self.pinned[t % len(self.pinned)], torch.cuda.Event()
         record.copy_(self.axis.control.record, non_blocking=True)
@@ -80,6 +86,14 @@ class CapturedTrainer(Trainer):
         self.next = t + 1
         self.forwards += 2 * s.q * sum(b.examples for b in batches)
         return self._land() if len(self.flight) > BEHIND else None
+
+    def _alone(self, step: int, why: Unfit | str) -> None:
+        """One probe a forward from here on."""
+        self.alone_at = None
+        if self.settings.probes_per_forward > 1:
+            self._land_all()
+            self.alone(step, why)
+            self.shapes.clear()  # graphs of several probes a forward
 
     def _send(self, batches: list[Batch], step: int, lr: float, decay: float) -> None:
         """Start a step over these batches on the device."""
@@ -119,24 +133,52 @@ class CapturedTrainer(Trainer):
         own shapes when it meets them, and a collective has to be met by all at once."""
         if self.world.size > 1:
             control = self.axis.control
-            totals, asked = self.world.exchange(control.totals[self.world.probes(len(control.probes))])
+            mine = control.totals[self.world.probes(len(control.probes))]
+            totals, wishes = self.world.exchange(mine, self.settings.probes_per_forward == 1)
             control.totals.copy_(totals)
-            control.record[-1].copy_(asked)
+            control.record[-1].copy_(wishes)
             control.close()
 
-    def _land(self) -> dict[str, Any]:
-        """Wait for the oldest step under way and write it down: from here on it is a fact."""
+    def _land(self) -> dict[str, Any] | None:
+        """Wait for the oldest step under way and write it down: from here on it is a fact. None where that stops the run."""
         t, lr, record, done = self.flight.popleft()
         done.synchronize()
         s, q = self.settings, self.settings.q
         values, good = tuple(record[: 2 * q].tolist()), bool(record[3 * q])
-        if record[3 * q + 1] and self.halt_at is None:
-            # Others land this step earlier or later; all have sent this many when the last one knows.
+        wishes = int(record[3 * q + 1])
+        # Others land this step earlier or later; all have sent this many when the last one knows.
+        if wishes & distributed.STOP and self.halt_at is None:
             self.halt_at = t + BEHIND + 1
+        if wishes & distributed.ALONE and self.alone_at is None and s.probes_per_forward > 1:
+            self.alone_at = t + BEHIND + 1
         multipliers = tuple(record[2 * q : 3 * q].tolist()) if good else (0.0,) * q
         decay = update.make_update(t, s.seed, (), lr=lr, weight_decay=s.weight_decay).decay if good else 1.0
         self.pending = noise.Update(t, s.seed, multipliers, decay) if good else None
-        return self.write_down(Record(t, multipliers, decay, values, not good, lr))
+        assert self.ledger is not None
+        if self.failure is not None and self.ledger.last_step != t - 1:
+            return None  # the ledger could not take a step before this one
+        try:
+            return self.write_down(Record(t, multipliers, decay, values, not good, lr))
+        except UserError as error:
+            self._fail(error)
+            return None
+
+    def _fail(self, error: UserError) -> None:
+        """Stop for this error: alone at once, with others at the step that all of them stop at, as after a signal. Who
+        left now would let them wait for losses that never come."""
+        self.failure = self.failure or error
+        self.world.failed = self.world.size > 1
+        self.halted = self.halted or self.world.size == 1
+
+    def _tell(
+        self, on_step: Callable[[dict[str, Any]], None], landed: Sequence[dict[str, Any] | None]
+    ) -> None:
+        for metrics in landed:
+            if metrics is not None and self.failure is None:
+                try:
+                    on_step(metrics)
+                except UserError as error:
+                    self._fail(error)
 
     def _shape(self, batches: list[Batch]) -> Shape:
         """The captured shape of these batches, holding them."""
@@ -206,23 +248,24 @@ class CapturedTrainer(Trainer):
         self, on_step: Callable[[dict[str, Any]], None] = lambda metrics: None, until: int | None = None
     ) -> None:
         """Steps until `until`; on return and on exceptions every step is written down and the weights are up to date."""
-        self.landed: list[dict[str, Any]] = []
+        self.landed: list[dict[str, Any] | None] = []
         self.axis.control.configure(self.settings.clip, self.moment)
         try:
             while self.next < (self.settings.steps if until is None else until) and not self.halted:
                 metrics = self.step()
-                self.halted = self.halt_at is not None and self.next >= self.halt_at
-                for m in [*self.landed, *([metrics] if metrics else [])]:
-                    on_step(m)
+                self._tell(on_step, [*self.landed, metrics])
                 self.landed.clear()
+                self.halted = self.halted or (self.halt_at is not None and self.next >= self.halt_at)
             while self.flight:
-                on_step(self._land())
+                self._tell(on_step, [self._land()])
         finally:
             while self.flight:
                 self._land()
             self.flush_pending()
+        if self.failure is not None:
+            raise self.failure
 
-    landed: list[dict[str, Any]] = []
+    landed: list[dict[str, Any] | None] = []
 
 
 def bucket(batch: Batch) -> Batch:

@@ -144,7 +144,7 @@ def train(
     ] = None,
 ) -> None:
     """Fine-tune a model: zoft train --config mezo/reviews lr=1e-5."""
-    from zoft import results, run
+    from zoft import processes, results, run
     from zoft.compose import compose, load_run
 
     overrides = [*(overrides or []), *([f"reward={reward}"] if reward else [])]
@@ -159,8 +159,6 @@ def train(
             raise UserError(f"{others[0]}: a resumed run keeps its own config; leave {', '.join(others)} out")
         resolved = load_run(resume, overrides or [])
     if nproc > 1 and not dry_run:
-        from zoft import processes
-
         run.first_look(resolved, resume, dry_run)
         given = [
             *[text for text in overrides if text != f"reward={reward}"],
@@ -171,7 +169,7 @@ def train(
         begin = processes.start_elastic if resolved.elastic else processes.start
         raise typer.Exit(begin(nproc, ["train", *given], str(resume or resolved.output_dir)))
     result = run.train(resolved, resume=resume, dry_run=dry_run)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if processes.place()[0] == 0:
         typer.echo(results.plan_text(result) if dry_run else results.summary(result))
 
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -39,6 +39,7 @@ MEETING = timedelta(minutes=5)  # for all processes to be there
 WAITING = timedelta(days=1)  # for one that evaluates or saves; one that dies closes its connections
 STEPPING = timedelta(minutes=30)  # for a GPU's losses: kernels may have to be compiled first
 CHUNK = 1 << 24  # numbers of a weight that are summed at a time
+STOP, ALONE = 1, 2  # bits of what processes tell each other beside their losses
 
 
 @dataclass
@@ -51,10 +52,14 @@ class World:
     shards: int = 1  # of each batch's examples
     local_size: int = 1  # processes on this machine
     folder: str = ""
+    cuda: bool | None = None  # whether all of them have a GPU; None: one process sees for itself
     wire: Any = None  # the process group that losses travel by; None is the default one, on CPUs
     stop: Stop | None = None  # of this process
-    asked: bool = False  # some process has been asked to stop; known by all after the same step
+    failed: bool = False  # this process has to stop, for an error that it tells once all are at one step
     sent: int = 0  # bytes of losses that this process handed to the others
+    auto: dict[str, Any] = field(
+        default_factory=dict
+    )  # keys that were `auto`, decide no weight, and what they became
 
     def probes(self, count: int) -> slice:
         """Which of a step's `count` probes this process evaluates."""
@@ -68,28 +73,34 @@ class World:
         shard, n = self.rank % self.shards, len(batch)
         return batch[shard * n // self.shards : (shard + 1) * n // self.shards]
 
-    def exchange(self, mine: Tensor) -> tuple[Tensor, Tensor]:
-        """This process's totals fp64 [m, K], sums and a count -> (those of all probes [parts·m, K], whether to stop).
+    def exchange(self, mine: Tensor, alone: bool = False) -> tuple[Tensor, Tensor]:
+        """This process's totals fp64 [m, K], sums and a count -> (those of all probes [parts·m, K], wishes int64 []).
 
-        Shards are added up in their order, on each process alike. The last column, a count, is never negative: its sign
-        says that this process was asked to stop. Where `mine` is on a GPU nothing waits for it.
+        Shards are added up in their order, on each process alike. The last column is a count, whole and never negative: its
+        sign carries the wish STOP (a signal, or an error, of this process), a half more the wish ALONE (it runs one probe
+        a forward, and so shall all). Where `mine` is on a GPU nothing waits for it.
         """
-        if self.stop is not None and self.stop.number:
-            mine = torch.cat([mine[:, :-1], -mine[:, -1:]], 1)
+        count = mine[:, -1:] + 0.5 * alone
+        if self.failed or (self.stop is not None and self.stop.number):
+            count = -count
+        mine = torch.cat([mine[:, :-1], count], 1)
         self.sent += mine.numel() * mine.element_size()
         gathered = mine.new_empty(self.size, *mine.shape)
         if mine.is_cuda:
-            dist.all_gather_into_tensor(gathered.flatten(0, 1), mine.contiguous(), group=self.wire)
+            with self.together(dist.DistError):
+                dist.all_gather_into_tensor(gathered.flatten(0, 1), mine, group=self.wire)
         else:
             with self.together():
-                dist.all_gather(list(gathered), mine.contiguous())
-        asked = (torch.signbit(gathered[..., -1]) & ~gathered[..., -1].isnan()).any()
-        gathered[..., -1].abs_()
+                dist.all_gather(list(gathered), mine)
+        counts = gathered[..., -1]
+        asked = (torch.signbit(counts) & ~counts.isnan()).any()
+        wishes = asked * STOP + (counts.abs().frac() == 0.5).any() * ALONE
+        counts.abs_().floor_()
         grid = gathered.view(self.parts, self.shards, *mine.shape)
         total = grid[:, 0].clone()
         for shard in range(1, self.shards):
             total += grid[:, shard]
-        return total.flatten(0, 1), asked
+        return total.flatten(0, 1), wishes
 
     def told(self, make: Callable[[], T]) -> T:
         """What rank 0's make() gives, on all processes; as JSON has it."""
@@ -120,11 +131,11 @@ class World:
         return text.numpy().tobytes()
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, gone: type[Exception] = RuntimeError) -> Iterator[None]:
         """Raise Stopped where another process is gone: what the ledger has can be resumed."""
         try:
             yield
-        except RuntimeError as error:
+        except gone as error:
             why = f"rank {self.rank}: another process of this run is gone"
             raise Stopped(0, self.folder, why) from error
 
@@ -158,6 +169,10 @@ class World:
     def least(self, value: int) -> int:
         """The least of all processes' values."""
         return min(self.everyone(value))
+
+    def all(self, value: bool) -> bool:
+        """Whether all processes say so: what one cannot do, none does."""
+        return all(self.everyone(bool(value)))
 
 
 _current = [World()]
@@ -235,7 +250,7 @@ def joined(config: Config, folder: str) -> Iterator[World]:
 
     Others than rank 0 keep quiet. Raises UserError for a grid that does not come out even, or a GPU that is not there.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    rank, size = processes.place()
     if size == 1:
         if config.parallel != "auto":
             print(
@@ -246,19 +261,16 @@ def joined(config: Config, folder: str) -> Iterator[World]:
         return
     processes.with_parent()
     parts, shards = grid(config, size)
-    local, local_size = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    local, local_size = processes.number("LOCAL_RANK", rank), processes.number("LOCAL_WORLD_SIZE", size)
     cuda = on_gpu(config, local, local_size)
     with ExitStack() as stack:
         if rank:
             stack.enter_context(redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
-        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=MEETING))
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=WAITING)
+        meet(rank, size)
         world = World(rank, size, parts, shards, local_size, folder)
-        if cuda:
-            world.wire = dist.new_group(backend="nccl", timeout=STEPPING)
-            world.exchange(torch.ones(1, 2, dtype=torch.float64, device="cuda"))  # connects
-            torch.cuda.synchronize()
-            world.sent = 0
+        world.cuda = all_on_gpu(config, world.everyone(cuda))
+        if world.cuda:
+            connect(world)
         _current.append(world)
         how = "data" if parts == 1 else "probes" if shards == 1 else "2d"
         print(
@@ -273,6 +285,72 @@ def joined(config: Config, folder: str) -> Iterator[World]:
             raise UserError(f"rank {rank}: {error}" if rank else str(error)) from error.__cause__
         finally:
             _current.pop()
+
+
+def meet(rank: int, size: int) -> None:
+    """Make the process group that everything but a GPU's losses goes by. Raises UserError where they do not find each other."""
+    where = [f"{name}={os.environ.get(name, '')}" for name in ("MASTER_ADDR", "MASTER_PORT")]
+    try:
+        with quiet():
+            store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=MEETING))
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=WAITING)
+    except (RuntimeError, ValueError, OSError) as error:
+        said, time = " ".join(str(error).split()), f"{MEETING.total_seconds():.0f} s"
+        if not os.environ.get("MASTER_ADDR"):
+            why = f"{where[0]}: says where rank 0 is; set it, or let `zoft train --nproc` or torchrun do so"
+        elif not os.environ.get("MASTER_PORT", "").isdigit():
+            why = f"{where[1]}: is no port; give a number, such as 29500"
+        elif "EADDRINUSE" in said:
+            why = f"{where[1]}: this port is in use; choose another one, the same for all processes"
+        elif "waiting for clients" in said:
+            why = f"WORLD_SIZE={size}: not all of them came within {time}; start {size}, with RANK 0 to {size - 1}"
+        elif rank and ("connect" in said or "address" in said):
+            why = f"{' '.join(where)}: rank 0 does not answer there within {time}; start it, or mend the address"
+        else:
+            why = (
+                f"{' '.join(where)}: {size} processes could not meet ({said[:200]}); start all of them again"
+            )
+        raise UserError(why) from None
+
+
+def connect(world: World) -> None:
+    """The group that losses on GPUs travel by, tried once. Raises UserError where NCCL does not work."""
+    try:
+        world.wire = dist.new_group(backend="nccl", timeout=STEPPING)
+        world.exchange(torch.ones(1, 2, dtype=torch.float64, device="cuda"))
+        torch.cuda.synchronize()
+    except (RuntimeError, ValueError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"device=cuda: NCCL does not connect {world.size} processes ({said}); use device=cpu, or one process"
+        ) from None
+    world.sent = 0
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing that C++ writes to stderr: torch says there with a stack what is raised as well."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
+def all_on_gpu(config: Config, have: Sequence[bool]) -> bool:
+    """Whether a run's processes work on GPUs: all do, or none. Raises UserError where device=cuda asks for what some lack."""
+    if config.device.startswith("cuda") and not all(have):
+        lack = ", ".join(str(r) for r, has in enumerate(have) if not has)
+        raise UserError(
+            f"device={config.device}: no CUDA device at rank {lack}; use device=cpu, or start them elsewhere"
+        )
+    if any(have) and not all(have):
+        print("device=auto: not every process has a CUDA device; all work on CPUs", file=sys.stderr)
+    return all(have)
 
 
 def on_gpu(config: Config, local: int, local_size: int) -> bool:

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from zoft.objective import Batch
 from zoft.probe import Probe
 from zoft.stop import Stopped
 from zoft.trainer import Trainer
-from zoft.wire import Closed, Line, address
+from zoft.wire import VERSION, Closed, Line, address
 
 JOIN = "join.json"  # in the run's folder: where workers connect, and the secret
 LAG = 8  # steps that a worker may lack when it is given its first pairs
@@ -55,6 +56,7 @@ class ElasticTrainer(Trainer):
     """A Trainer, the coordinator, whose losses come from whoever is there."""
 
     check_every = 0
+    closed = False
 
     def open(self, config: Config) -> None:
         """Listen for workers."""
@@ -67,7 +69,8 @@ class ElasticTrainer(Trainer):
         self.workers: list[Worker] = []
         host, port = address(config.listen)
         try:
-            self.server = socket.create_server((host, port))
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            self.server = socket.create_server((host, port), family=family)
         except OSError as error:
             raise UserError(f"listen={config.listen}: {error.strerror}; choose another address") from None
         where = f"{host}:{self.server.getsockname()[1]}"
@@ -88,8 +91,11 @@ class ElasticTrainer(Trainer):
         while True:
             try:
                 connection, (host, port, *_) = self.server.accept()
-            except OSError:  # closed
-                return
+            except OSError:
+                if self.server.fileno() < 0 or self.closed:
+                    return
+                time.sleep(0.1)  # one that went away while it waited, or no descriptors left for now
+                continue
             threading.Thread(target=self._listen, args=(connection, f"{host}:{port}"), daemon=True).start()
 
     def _listen(self, connection: socket.socket, name: str) -> None:
@@ -110,12 +116,12 @@ class ElasticTrainer(Trainer):
             self._take(*self.events.get())
         found: dict[tuple[int, int], torch.Tensor] = {}  # [K] of each pair
         todo = [(p, b) for p in range(len(probes)) for b in range(len(batches))]
-        began = time.monotonic()
         own = 0.0  # seconds of this process's share
         while len(found) < len(probes) * len(batches):
             mine = self._deal(step, todo)
             todo = []
-            start = time.monotonic()
+            # From each deal anew: who takes over what another one owed has as long for it.
+            began = start = time.monotonic()
             for p, b in mine:
                 with torch.no_grad():
                     found[p, b] = self.sums_at(step, [probes[p]], batches[b])[0]
@@ -160,11 +166,19 @@ class ElasticTrainer(Trainer):
         assert self.ledger is not None
         if facts is None:
             return self._lose(worker, "is gone")
-        if facts["kind"] == "hello":
+        if facts["kind"] == "hello" and worker not in self.workers:
+            if facts.get("wire") != VERSION:
+                self._say(
+                    f"worker {worker.name} cannot join: it is of zoft {facts.get('zoft')}, which sends other messages"
+                )
+                with suppress(Closed):
+                    worker.line.send("refused", wire=VERSION, zoft=__version__)
+                return []
             self.workers.append(worker)
             whole = self.ledger.path.read_bytes()
             try:
-                worker.line.send("run", whole, config=dataclasses.asdict(self.config), name=worker.name)
+                tree = dataclasses.asdict(self.config)
+                worker.line.send("run", whole, config=tree, name=worker.name, wire=VERSION, zoft=__version__)
             except Closed as error:
                 return self._lose(worker, str(error))
         elif facts["kind"] == "at" and worker in self.workers and not worker.ready:
@@ -254,13 +268,22 @@ class ElasticTrainer(Trainer):
             raise
 
     def end(self) -> None:
-        self.check()
+        try:
+            self.check()
+        except BaseException:
+            self.close("stopped")
+            raise
         self._say(f"weights at the end: {distributed.digest(self.axis.trained)}")
         self.close("done")
 
     def close(self, why: str) -> None:
         """Send the workers home."""
         self._tell("bye", why=why)
+        self.closed = True
+        with suppress(
+            OSError
+        ):  # else the thread that waits in `accept` lets one more in, whom nobody answers
+            self.server.shutdown(socket.SHUT_RDWR)
         self.server.close()
         deadline = (
             time.monotonic() + 5.0
@@ -314,7 +337,8 @@ def work(place: str, secret_file: str | None, trust_remote_code: bool) -> str:
         raise UserError(f"{where}: {error.strerror or error}; is the run there, with elastic=true?") from None
     except Closed as error:
         raise UserError(f"{where}: refused ({error}): take join.json from the run as it is now") from None
-    line.send("hello", zoft=__version__)
+    with suppress(Closed):
+        line.send("hello", zoft=__version__, wire=VERSION)
     inbox: queue.Queue[tuple[dict | None, bytes]] = queue.Queue()
 
     def read() -> (
@@ -330,10 +354,16 @@ def work(place: str, secret_file: str | None, trust_remote_code: bool) -> str:
     facts, data = inbox.get()
     if facts is None:
         raise Stopped(0, "", "the coordinator is gone")
+    if facts.get("wire") != VERSION or facts["kind"] != "run":
+        raise UserError(
+            f"{where}: the run is of zoft {facts.get('zoft', 'before 0.1')}, and this one ({__version__}) sends other "
+            "messages: join with the zoft that the run has"
+        )
     try:
         trainer = _built(facts["config"], data, trust_remote_code)
     except UserError as error:
-        line.send("refuses", why=str(error))
+        with suppress(Closed):
+            line.send("refuses", why=str(error))
         raise
     return _serve(trainer, line, inbox)
 
@@ -342,7 +372,8 @@ def _serve(trainer: Trainer, line: Line, inbox: queue.Queue[tuple[dict | None, b
     """Answer until the run ends."""
     probes = [Probe(k, s * trainer.settings.eps) for k in range(trainer.settings.q) for s in (1.0, -1.0)]
     joined, pairs = False, 0
-    line.send("at", step=trainer.next)
+    with suppress(Closed):  # the run may have ended meanwhile: the inbox says so
+        line.send("at", step=trainer.next)
     while True:
         facts, data = inbox.get()
         if facts is None:
@@ -403,7 +434,7 @@ def _built(tree: dict[str, Any], data: bytes, trust_remote_code: bool) -> Traine
     from zoft import run as runs
 
     log, _, _ = decode(data, "the run's ledger")
-    config = Config(**{**tree, "task": Task(**tree["task"])})
+    config = _config(tree)
     if config.trust_remote_code and not trust_remote_code:
         raise UserError(
             "the run has trust_remote_code=true: join with --trust-remote-code if you do trust it"
@@ -425,9 +456,19 @@ def _built(tree: dict[str, Any], data: bytes, trust_remote_code: bool) -> Traine
     return trainer
 
 
+def _config(tree: dict[str, Any]) -> Config:
+    """The run's config. Raises UserError for keys that this zoft does not have: they may decide what a step is."""
+    for kind, keys in ((Config, tree), (Task, tree.get("task", {}))):
+        if new := sorted({*keys} - {f.name for f in dataclasses.fields(kind)}):
+            raise UserError(
+                f"{', '.join(new)}: the run's config has what zoft {__version__} does not know: join with the zoft that the run has"
+            )
+    return Config(**{**tree, "task": Task(**tree["task"])})
+
+
 def refuse(config: Config) -> None:
     """Raise UserError for what elastic=true cannot have."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes.place()[1] > 1:
         raise UserError(
             "elastic=true: torchrun starts all again where one dies; use `zoft train --nproc N` and `zoft join`"
         )

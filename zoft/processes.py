@@ -14,9 +14,33 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from zoft.errors import UserError
 from zoft.stop import RESUME, SIGNALS
 
 PATIENCE = 15.0  # seconds between the end of one process that failed and the end of the others
+
+
+def place() -> tuple[int, int]:
+    """(rank, processes) of this one, as torchrun sets them; (0, 1) alone. Raises UserError."""
+    size = number("WORLD_SIZE", 1)
+    rank = number("RANK", 0) if size > 1 else 0
+    if size < 1 or rank >= size:
+        raise UserError(
+            f"RANK={rank}, WORLD_SIZE={size}: ranks go from 0 to WORLD_SIZE - 1; set both, or neither"
+        )
+    if size > 1 and "RANK" not in os.environ:
+        raise UserError(f"WORLD_SIZE={size}: RANK is not set; set both, or neither")
+    return rank, size
+
+
+def number(name: str, default: int) -> int:
+    """An environment variable that counts processes. Raises UserError."""
+    text = os.environ.get(name, "")
+    if text and not text.isdecimal():
+        raise UserError(
+            f"{name}={text}: a whole number is expected; torchrun and `zoft train --nproc` set it"
+        )
+    return int(text) if text else default
 
 
 def start(count: int, args: Sequence[str], folder: str) -> int:
@@ -89,7 +113,14 @@ def start_elastic(count: int, args: Sequence[str], folder: str) -> int:
             )
         code = children[0].wait()
         _end(children)
-    return code if code >= 0 else RESUME
+    if code >= 0:
+        return code
+    print(
+        f"the run was killed ({signal.Signals(-code).name}); what the ledger has is kept: "
+        f"continue with `zoft train --resume {folder} --nproc {count}`",
+        file=sys.stderr,
+    )
+    return RESUME
 
 
 @contextmanager

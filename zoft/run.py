@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from zoft import baseline, compose, guards, results, tracking
+from zoft import baseline, compose, guards, processes, results, tracking
 from zoft.config import ADAPTERS, Config
 from zoft.config_digest import changed
 from zoft.due import due, next_stop
@@ -23,6 +22,7 @@ from zoft.errors import UserError, writing
 from zoft.folder import Presence, kept, refuse_unwritable, write
 from zoft.stop import Stop, listening
 from zoft.tracking import logged
+from zoft.yamlfile import yaml_tree
 
 if TYPE_CHECKING:
     from zoft.ledger import Ledger, Log
@@ -40,6 +40,9 @@ OURS = (
     "start.safetensors",
     "snapshots",
 )
+
+# What another number of processes resolves anew where it was `auto`: no weight depends on it beyond rounding.
+ELSEWHERE = ("threads", "hold_probe")
 
 # What it means where a resumed run's ledger says something else.
 DIFFERS = {
@@ -75,14 +78,39 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
         )  # a pair of a probe and a batch is a forward
     elif config.listen != "127.0.0.1:0":
         raise UserError(f"listen={config.listen}: is for elastic=true; leave it out")
-    if int(os.environ.get("RANK", "0")) == 0:  # of several processes, the one that writes
+    if processes.place()[0] == 0:  # of several processes, the one that writes
         first_look(config, resume, dry_run)
     # A signal that comes while things load says "resume me", too.
     with listening(folder), guards.memory(config):
         from zoft import distributed
 
         with distributed.joined(config, folder):
+            config = resolved_anew(config, resume)
             return recipe(config.recipe).run(within(absolute(config)), resume=resume, dry_run=dry_run)
+
+
+def resolved_anew(config: Config, resume: str | Path | None) -> Config:
+    """Of a resumed run, what was `auto` and decides no weight is `auto` again where another number of processes goes on:
+    each has its share of this machine. What config.yaml was given by hand since stays."""
+    from zoft import distributed
+
+    world = distributed.current()
+    path = Path(resume or "") / "env.json"
+
+    def began() -> dict[str, Any]:
+        with suppress(OSError, ValueError, RecursionError):
+            found = json.loads(path.read_bytes())
+            if isinstance(found, dict) and isinstance(found.get("auto"), dict):
+                return found
+        return {}
+
+    found = world.told(began) if resume else {}
+    if found.get("processes", world.size) == world.size:
+        return config
+    now: dict[str, Any] = {
+        k: "auto" for k in ELSEWHERE if k in found["auto"] and found["auto"][k] == getattr(config, k)
+    }
+    return dataclasses.replace(config, **now)
 
 
 def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None:
@@ -218,7 +246,8 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         write(folder / "config.yaml", compose.to_yaml(config))
-        write(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
+        place = {"processes": world.size, "auto": world.auto}
+        write(folder / "env.json", json.dumps(environment() | place, indent=2) + "\n")
         ledger = Ledger.create(folder / "ledger", dict(header), sync=config.sync)
     with kept(ledger), ledger, listening(str(folder)) as stop:
         if first:
@@ -302,10 +331,8 @@ def fit(
             folder.look()
         if trainer.settings.probes_per_forward != s.config.probes_per_forward:  # a batch could not be stacked
             s.config = dataclasses.replace(s.config, probes_per_forward=trainer.settings.probes_per_forward)
-            if world.rank == 0:
-                write(
-                    s.folder / "config.yaml", compose.to_yaml(s.config)
-                )  # on resume, too, for the same bits
+            if world.rank == 0:  # on resume, too, for the same bits
+                write(s.folder / "config.yaml", compose.to_yaml(as_begun(s)))
         if world.size == 1:  # else all stop after the same step, by trainer.halted
             s.stop.check()
 
@@ -324,7 +351,7 @@ def fit(
             elif what == "snapshot" and what not in noted:
                 t.note(snapshot.take(s.folder, s.ledger, trainer.axis.trained))
                 snapshot.prune(s.folder, config, s.ledger.events, evals)
-        if "snapshot" in due(config, step):
+        if {"snapshot", "denoise"} & {*due(config, step)}:
             world.told(lambda: None)  # however long it takes: a wait for losses has an end
 
     world.check(trainer.next, trainer.axis.trained)
@@ -341,6 +368,7 @@ def fit(
         if due(config, trainer.next):
             at_stop(trainer.next)
         paused += time.monotonic() - pause
+        t.paused()
     trainer.end()
     seconds = past + time.monotonic() - began - paused
     several: dict[str, Any] = {"processes": world.size, "wire_bytes": world.sent} if world.size > 1 else {}
@@ -349,6 +377,11 @@ def fit(
         evals[last] = {**world.told(evaluate), **evals[last]}
         t.evaluation(last, evals[last])
     chosen = selection.best(config, evals) if config.save_best else last
+    if not selection.tested(evals[chosen]):
+        back = world.told(
+            lambda: selection.look_back(config, s.folder, chosen, trainer.axis.trained, evaluate)
+        )
+        evals[chosen] = {**back, **evals[chosen]}
     if last < config.steps:
         several["stopped_early"] = True
         t.note(
@@ -366,6 +399,13 @@ def fit(
         "before": evals[0],
         "after": evals[chosen],
     }
+
+
+def as_begun(s: Session) -> Config:
+    """A run's config with those keys as its config.yaml has them that another number of processes resolves for itself."""
+    path = s.folder / "config.yaml"
+    tree = yaml_tree(path) if path.is_file() else {}
+    return dataclasses.replace(s.config, **{k: tree[k] for k in ELSEWHERE if k in tree})
 
 
 def before(folder: Path) -> tuple[list[tuple[int, dict[str, Any]]], float]:

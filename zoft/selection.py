@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zoft.config import Config
 from zoft.snapshot import badness, of_best
+
+if TYPE_CHECKING:
+    from zoft.space import Trained
 
 Evals = Mapping[int, Mapping[str, Any]]  # step -> metrics, those on the dev set as dev_…
 
@@ -59,6 +62,21 @@ def note(config: Config, evals: Evals) -> str:
         f"best_by={config.best_by}: there is no dev set, so the evaluation rows choose among this run's weights, and its "
         "figures on them flatter; task.num_dev=… keeps other rows aside for that"
     )
+
+
+def look_back(
+    config: Config, folder: Path, step: int, trained: Sequence[Trained], test: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """A past step's metrics on the evaluation rows, where nobody looked at them then (save_best came later). Leaves the
+    weights in memory at that step, rebuilt from base and ledger."""
+    from zoft.replay import Ask, asked, live
+
+    config, log = asked(config, folder, Ask(step))
+    model, _, _ = live(config, folder, log)
+    made = dict(model.named_parameters())
+    for t in trained:
+        t.stored.copy_(made[t.name])
+    return test()
 
 
 def save(config: Config, folder: Path, out: Path, step: int) -> None:

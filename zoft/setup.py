@@ -41,6 +41,7 @@ from zoft.goal import Goal, Prompts
 from zoft.ledger import Ledger
 from zoft.objective import Batch, collate, losses
 from zoft.probe import InPlace, ProbeAxis
+from zoft.sites import Found
 from zoft.space import Trained
 from zoft.tasks import TaskData
 from zoft.trainer import Settings, Trainer
@@ -52,9 +53,9 @@ CUDA_THREADS = 4
 
 def device(config: Config) -> Config:
     """Resolve device and threads, and set the threads."""
-    where = config.device
+    where, world = config.device, distributed.current()
     if where == "auto":
-        where = "cuda" if torch.cuda.is_available() else "cpu"
+        where = "cuda" if (torch.cuda.is_available() if world.cuda is None else world.cuda) else "cpu"
     elif where.startswith("cuda"):
         count = torch.cuda.device_count()
         if int(where.partition(":")[2] or 0) >= count:
@@ -63,10 +64,11 @@ def device(config: Config) -> Config:
             )
     if where.startswith("cuda:"):  # kernels and streams go to the current device
         torch.cuda.set_device(where)
-    world = distributed.current()
-    threads = distributed.threads_each(world) if config.threads == "auto" else int(config.threads)
-    if config.threads == "auto" and where.startswith("cuda"):
+    auto = config.threads == "auto"
+    threads = distributed.threads_each(world) if auto else int(config.threads)
+    if auto and where.startswith("cuda"):
         threads = min(threads, CUDA_THREADS)
+    world.auto = {"threads": threads} if auto else {}
     cores = os.cpu_count() or 1
     if world.rank == 0 and world.local_size > 1 and threads * world.local_size > cores:
         say(
@@ -203,7 +205,7 @@ def axis(
         return losses(loaded, batch)[0]
 
     small, double = (b.to(config.device) for b in calibration(train))
-    found = selfcheck.find_sites(loaded, trained, run, small, double, config.eps)
+    found = agreed(selfcheck.find_sites(loaded, trained, run, small, double, config.eps))
     for t in found.unread:
         say(f"{t.name}: no forward reads it; it is not trained")
     if found.note:
@@ -233,6 +235,17 @@ def axis(
     return held(cached(config, loaded, trained, train, clean), made), trained, made
 
 
+def agreed(found: Found) -> Found:
+    """Of several processes, what one of them found for all: probes share a forward everywhere or nowhere. The two of a direction,
+    run in two ways, would differ by rounding that is not theirs; and config.yaml says one thing for the run."""
+    world = distributed.current()
+    seen = world.everyone([found.stacked, found.note])
+    if all(stacked for stacked, _ in seen):
+        return found
+    rank, note = next((r, note) for r, (stacked, note) in enumerate(seen) if not stacked)
+    return replace(found, stacked=False, note=f"rank {rank}: {note}" if rank else note)
+
+
 def held(config: Config, made: ProbeAxis | InPlace) -> Config:
     """Resolve hold_probe where text is written: a probe's weights once beside θ, where half of the free memory has room.
 
@@ -241,7 +254,11 @@ def held(config: Config, made: ProbeAxis | InPlace) -> Config:
     if config.objective not in GENERATED or not isinstance(made, ProbeAxis):
         return config
     need, auto = made.held_bytes(), config.hold_probe == "auto"
-    made.hold = need <= memory_left(config.device) // 2 if auto else bool(config.hold_probe)
+    fits = need <= memory_left(config.device) // 2
+    world = distributed.current()
+    made.hold = world.all(fits) if auto else bool(config.hold_probe)
+    if auto:
+        world.auto["hold_probe"] = made.hold
     if auto and not made.hold:
         say(
             f"hold_probe: a probe's weights take {need / 1e9:.2g} GB more, so each token makes them anew; "
@@ -295,9 +312,13 @@ def cached(
     if config.cache_frozen is False or (auto and config.device.startswith("cuda")):  # there, graphs gain more
         return replace(config, cache_frozen=False)
     prefix, note = prefix_of(loaded, trained, first_met(config, train), FROZEN_BYTES, clean, auto)
+    kept = distributed.current().all(prefix is not None)
+    if prefix is not None and not kept:
+        prefix.remove()
+        note = "another process of this run cannot"
     if note:
         say(f"cache_frozen: {note}")
-    return replace(config, cache_frozen=prefix is not None)
+    return replace(config, cache_frozen=kept)
 
 
 def first_met(config: Config, train: Sequence[Example]) -> Iterator[list[Row]]:
@@ -409,8 +430,6 @@ def trainer(
 
     assert isinstance(made, (DeviceAxis, DeviceInPlace)), type(made)
     why = "cache_frozen looks rows up on the CPU" if config.cache_frozen else ""
-    if not why:  # it sends them itself, without waiting for the device
-        at = batches(replace(config, device="cpu"), train)
     if not why and mask_is_idle(config, loaded, made, train):
         plain, at = at, lambda step: [b.unmasked() for b in plain(step)]
     return CapturedTrainer(loaded, made, at, ledger, settings(config), goal.forward, capture=why)
@@ -428,7 +447,8 @@ def mask_is_idle(
     with made.clean(batch.rows):
         plain = losses(loaded, batch.unmasked())[0]
     tolerance = 1e-4 if config.compute == "fp32" else 0.02
-    return bool(((masked - plain).abs() <= tolerance * (1 + masked.abs())).all())
+    idle = bool(((masked - plain).abs() <= tolerance * (1 + masked.abs())).all())
+    return distributed.current().all(idle)  # the probes of a direction are run in one way
 
 
 def settings(config: Config) -> Settings:

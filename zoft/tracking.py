@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,11 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from zoft.errors import UserError, writing
+from zoft.folder import write
 
 QUIET_SECONDS = 10.0  # between plain lines where the output is no terminal
 LIVE_SECONDS = 0.1  # between redraws of the live line
+RECENT = 50  # steps whose mean time is the speed: a run gets faster once its frozen outputs are all there
 
 
 def require(track: str) -> None:
@@ -62,8 +65,9 @@ class Tracker:
                 _mend(path, resume_step, known)
             # Unbuffered: what a full disk did not take must not be tried again by close.
             self._file = path.open("ab" if resume_step else "wb", buffering=0)
-        self._started = self._shown = time.monotonic()
-        self._rate_from = (resume_step, self._started)  # the first step compiles kernels: leave it out
+        self._shown = self._since = time.monotonic()  # since the last step, or what came after it
+        self._took: deque[float] = deque(maxlen=RECENT)  # seconds of a step
+        self._paused = 0.0  # seconds of all that was no step, from the first step on
         self._live = _live(self.stream) if self.stream.isatty() else None
         self._wandb = (
             _wandb(Path(run_dir), config or {}) if track == "wandb" and run_dir is not None else None
@@ -82,12 +86,19 @@ class Tracker:
         self._write({"step": step, **metrics})
         self.next = step + 1
         now = time.monotonic()
-        if step == self.first:
-            self._rate_from = (step + 1, now)
+        if step > self.first:  # which compiles kernels
+            self._took.append(now - self._since)
+        self._since = now
         due = LIVE_SECONDS if self._live else QUIET_SECONDS
         if now - self._shown >= due or step in (self.first, self.steps - 1):
             self._shown = now
-            self._show(self._line(step, metrics, now))
+            self._show(self._line(step, metrics))
+
+    def paused(self) -> None:
+        """What was done since the last step was no step: an evaluation, a snapshot."""
+        now = time.monotonic()
+        self._paused += (now - self._since) * (self.next > self.first)
+        self._since = now
 
     def fill(self, known: Sequence[Mapping[str, Any]]) -> None:
         """Write the lines of steps that the ledger has more than the file: known[s] are the metrics of step s."""
@@ -145,15 +156,15 @@ class Tracker:
             else:
                 print(line, file=self.stream, flush=True)
 
-    def _line(self, step: int, metrics: Mapping[str, Any], now: float) -> str:
+    def _line(self, step: int, metrics: Mapping[str, Any]) -> str:
         parts = [f"step {step + 1}/{self.steps}"]
         for name, label in (("loss", "loss"), ("projected_gradient", "pg"), ("lr", "lr")):
             if name in metrics:
                 parts.append(f"{label} {short(metrics[name])}")
-        done, since = step + 1 - self._rate_from[0], now - self._rate_from[1]
-        if done > 0 and since > 0:
-            rate = done / since
-            parts += [f"{rate:.3g} steps/s", f"ETA {_clock((self.steps - step - 1) / rate)}"]
+        each = sum(self._took) / max(1, len(self._took))
+        if each > 0:
+            left = (self.steps - step - 1) * (each + self._paused / (step + 1 - self.first))
+            parts += [f"{1 / each:.3g} steps/s", f"ETA {_clock(left)}"]
         return "  ".join([*parts, f"{peak_memory_gb(self.device):.2f} GB"])
 
 
@@ -194,9 +205,7 @@ def _mend(path: Path, next_step: int, known: Sequence[Mapping[str, Any]]) -> Non
     have = {row["step"] for row in rows if "eval" not in row}
     rows += [finite(row) for row in known[:next_step] if row["step"] not in have]
     rows.sort(key=lambda row: (row["step"], "eval" not in row))  # stable; an evaluation comes before its step
-    draft = path.with_name(path.name + ".new")
-    draft.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(draft, path)
+    write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _live(stream: TextIO) -> Any:

@@ -109,8 +109,10 @@ class Trainer:
         self.axis.settle()
         totals = torch.cat(parts)  # [len(mine), K]
         if self.world.size > 1:
-            totals, asked = self.world.exchange(totals)
-            self.halted = self.halted or bool(asked)
+            totals, wishes = self.world.exchange(totals, self.settings.probes_per_forward == 1)
+            self.halted = self.halted or bool(int(wishes) & distributed.STOP)
+            if int(wishes) & distributed.ALONE:
+                self.alone(step, "so does another process of this run")
         return self.value(totals).tolist()
 
     def sums_at(self, step: int, probes: Sequence[Probe], batch: Batch) -> torch.Tensor:
@@ -131,8 +133,10 @@ class Trainer:
         self.forwards += batch.examples * len(probes)
         return torch.stack(columns, -1).view(len(probes), -1, len(columns)).double().sum(1).cpu()
 
-    def alone(self, step: int, why: Unfit) -> None:
+    def alone(self, step: int, why: Unfit | str) -> None:
         """One probe a forward from here on."""
+        if self.settings.probes_per_forward == 1:
+            return
         print(f"step {step}: one probe a forward from here on: {why}", file=sys.stderr, flush=True)
         self.settings = replace(self.settings, probes_per_forward=1)
 

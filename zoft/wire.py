@@ -17,6 +17,7 @@ import threading
 
 from zoft.errors import UserError
 
+VERSION = 1  # of the messages between a run and its workers; another one is refused before anything is taken from it
 LARGEST = 1 << 32  # bytes of a frame: a ledger of 2²⁷ records
 HEAD = struct.Struct("<IQ")  # bytes of the JSON, bytes after it
 CODE = 16
@@ -34,11 +35,11 @@ class Line:
         self.connection = connection
         self._lock = threading.Lock()
         self.sent = self.received = 0  # bytes
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection.settimeout(HANDSHAKE_SECONDS)
         mine = os.urandom(32)
         try:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            connection.settimeout(HANDSHAKE_SECONDS)
             connection.sendall(mine)
             theirs = self._exactly(32)
             nonces = mine + theirs if serves else theirs + mine
@@ -88,7 +89,10 @@ class Line:
         if not hmac.compare_digest(code, self._code(False, self._number(False) + head + rest)):
             raise Closed("a message that is not theirs")
         self.received += HEAD.size + len(rest) + CODE
-        return json.loads(rest[:text]), rest[text:]
+        facts = json.loads(rest[:text])
+        if not isinstance(facts, dict) or not isinstance(facts.get("kind"), str):
+            raise Closed("a message that says nothing")
+        return facts, rest[text:]
 
     def close(self) -> None:
         try:
