@@ -472,16 +472,8 @@ def zoft(*args):
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tiny.llama().save_pretrained("tiny")
-    tiny.tokenizer().save_pretrained("tiny")
-    rows = [{"text": "bad no " * (i % 3) + str(i), "label": "ab"[i % 2]} for i in range(60)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "mine.yaml").write_text(
-        "recipe: lora_zo\nmodel: tiny\n"
-        "task: {name: local, train: data.jsonl, prompt: '{text} ', label: label, choices: {a: a b, b: no}}\n"
-        "steps: 9\nbatch_size: 4\nlr: 1e-2\nmax_length: 32\nthreads: 1\neval_every: 3\n"
-    )
-    return tmp_path
+    settings = "steps: 9\nbatch_size: 4\nlr: 1e-2\nmax_length: 32\nthreads: 1\neval_every: 3\n"
+    return tiny.place(tmp_path, f"recipe: lora_zo\n{settings}", choices="{a: a b, b: no}")
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,8 @@ TASK = [
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    tiny.llama().save_pretrained(tmp_path / "tiny")
-    tiny.tokenizer().save_pretrained(tmp_path / "tiny")
-    (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    tiny.save(tmp_path / "tiny")
+    tiny.write_rows(tmp_path / "my.jsonl", ROWS)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -251,17 +251,8 @@ def test_a_parameter_a_user_may_type_needs_no_converter():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("work")
-    tiny.llama().save_pretrained(folder / "tiny")
-    tiny.tokenizer().save_pretrained(folder / "tiny")
-    rows = [{"text": "bad no " * (i % 3) + str(i), "label": "ab"[i % 2]} for i in range(60)]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "mine.yaml").write_text(
-        "model: tiny\n"
-        "task: {name: local, train: data.jsonl, prompt: '{text} ', label: label, choices: {a: a, b: b}}\n"
-        "steps: 6\nbatch_size: 4\nlr: 1e-2\nmax_length: 32\nmomentum: 0.5\nthreads: 1\n"
-    )
-    return folder
+    settings = "steps: 6\nbatch_size: 4\nlr: 1e-2\nmax_length: 32\nmomentum: 0.5\nthreads: 1\n"
+    return tiny.place(tmp_path_factory.mktemp("work"), settings)
 
 
 @pytest.fixture(scope="module")

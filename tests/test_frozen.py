@@ -13,7 +13,7 @@ import transformers as hf
 from test_trainer import bert
 from typer.testing import CliRunner
 
-from zoft import adapters, evaluate, frozen, models, selfcheck, setup, space
+from zoft import adapters, data_order, evaluate, frozen, saving, selfcheck, setup, space
 from zoft.cli import app
 from zoft.config import Config
 from zoft.ledger import read
@@ -174,7 +174,7 @@ def test_rows_are_computed_once_and_not_before_they_are_needed(kind, ahead):
     )
     strangers = 1
     assert sum(sizes) == max(0, ahead - tried) + strangers
-    at, met = setup.batches(plan, examples), []
+    at, met = data_order.batches(plan, examples), []
     for step in range(7):  # 56 rows of 40: the last two steps meet old ones
         for batch in at(step):
             met += frozen.rows_of(batch.inputs)
@@ -336,9 +336,9 @@ def test_removal_restores_the_model_and_saving_does_not_need_it(tmp_path):
     made.at(PROBES, collate(examples))
     assert made.prefix.kept and block.forward is not own
     tokenizer = tiny.tokenizer()
-    models.save(model, tokenizer, tmp_path / "with")
+    saving.save(model, tokenizer, tmp_path / "with")
     made.prefix.remove()
-    models.save(model, tokenizer, tmp_path / "without")
+    saving.save(model, tokenizer, tmp_path / "without")
     weights = [(tmp_path / x / "model.safetensors").read_bytes() for x in ("with", "without")]
     assert weights[0] == weights[1]
     loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "with")
@@ -356,15 +356,8 @@ def zoft(*args):
 
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tiny.llama().save_pretrained("tiny")
-    tiny.tokenizer().save_pretrained("tiny")
-    rows = [{"text": "bad no " * (i % 3) + str(i), "label": "ab"[i % 2]} for i in range(60)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "mine.yaml").write_text(
-        "model: tiny\n"
-        "task: {name: local, train: data.jsonl, prompt: '{text} ', label: label, choices: {a: a b, b: no}}\n"
-        "train: last-1\nsteps: 9\nbatch_size: 4\nlr: 1e-2\nmax_length: 32\nthreads: 1\neval_every: 3\n"
-    )
+    settings = "train: last-1\nsteps: 9\nbatch_size: 4\nlr: 1e-2\nmax_length: 32\nthreads: 1\neval_every: 3\n"
+    tiny.place(tmp_path, settings, choices="{a: a b, b: no}")
     done = zoft("train", "--config", "mine.yaml", "output_dir=whole")
     assert "cache_frozen: outputs of the first 1 of 2 blocks" in done.stderr
     shutil.copytree("whole", "cut")

@@ -217,14 +217,9 @@ def test_a_run_on_a_model_of_bitsandbytes(kind, tmp_path):
     )
     model.save_pretrained(tmp_path / "q")
     tiny.tokenizer().save_pretrained(tmp_path / "q")
-    rows = [{"text": "bad no " * (i % 3) + str(i), "label": "ab"[i % 2]} for i in range(60)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "mine.yaml").write_text(
-        "recipe: qzo\nmodel: q\ntrain: scales\ndevice: cpu\n"
-        "task: {name: local, train: data.jsonl, prompt: '{text} ', label: label, choices: {a: a, b: b}}\n"
-        "steps: 6\nbatch_size: 4\nlr: 1e-3\nmax_length: 32\nthreads: 1\n"
-    )
-    done = zoft("train", "--config", "mine.yaml", "output_dir=run", cwd=tmp_path)
+    settings = "recipe: qzo\ntrain: scales\ndevice: cpu\nsteps: 6\nbatch_size: 4\nlr: 1e-3\nmax_length: 32\nthreads: 1\n"
+    tiny.place(tmp_path, settings)
+    done = zoft("train", "--config", "mine.yaml", "model=q", "output_dir=run", cwd=tmp_path)
     assert done.returncode == 0 and "7 quantised layers follow their scales" in done.stderr, done.stderr
     done = zoft("replay", "run", "--out", "again", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -234,7 +229,8 @@ def test_a_run_on_a_model_of_bitsandbytes(kind, tmp_path):
     after = json.loads((tmp_path / "run" / "result.json").read_text())["after"]
     # The run had its scales in fp32, and so has what it saved.
     assert json.loads(done.stdout)["loss"] == pytest.approx(after["loss"], rel=1e-5)
-    done = zoft("train", "--config", "mine.yaml", "eps_mode=relative", "output_dir=other", cwd=tmp_path)
+    keys = ["model=q", "eps_mode=relative", "output_dir=other"]
+    done = zoft("train", "--config", "mine.yaml", *keys, cwd=tmp_path)
     assert done.returncode == 2 and "eps_mode=relative" in done.stderr
     done = zoft("estimate", "--config", "mine.yaml", cwd=tmp_path)
     assert done.returncode == 2 and "was quantised by bitsandbytes" in done.stderr

@@ -233,17 +233,9 @@ def test_training_lowers_the_loss(tmp_path):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("qzo")
-    tiny.llama().save_pretrained(folder / "tiny")
-    tiny.tokenizer().save_pretrained(folder / "tiny")
-    rows = [{"text": "bad no " * (i % 3) + str(i), "label": "ab"[i % 2]} for i in range(60)]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "mine.yaml").write_text(
-        "recipe: qzo\nmodel: tiny\ntrain: scales\nbits: 4\ngroup: 32\n"
-        "task: {name: local, train: data.jsonl, prompt: '{text} ', label: label, choices: {a: a, b: b}}\n"
-        "steps: 6\nbatch_size: 4\nlr: 1e-3\nmax_length: 32\nthreads: 1\n"
-    )
-    return folder
+    quantised = "recipe: qzo\ntrain: scales\nbits: 4\ngroup: 32\n"
+    settings = "steps: 6\nbatch_size: 4\nlr: 1e-3\nmax_length: 32\nthreads: 1\n"
+    return tiny.place(tmp_path_factory.mktemp("qzo"), quantised + settings)
 
 
 @pytest.mark.parametrize("mode", ["absolute", "relative"])

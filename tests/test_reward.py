@@ -92,10 +92,8 @@ BREAKS = "import pathlib; p = pathlib.Path('calls'); n = len(p.read_text()) if p
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reward")
-    tiny.llama().save_pretrained(folder / "tiny")
-    tiny.tokenizer().save_pretrained(folder / "tiny")
-    rows = [{"text": "bad no " * (i % 3) + str(i), "label": ("a", "b")[i % 2]} for i in range(40)]
-    (folder / "my.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    tiny.save(folder / "tiny")
+    tiny.write_rows(folder / "my.jsonl")
     (folder / "mine.py").write_text(COUNTS.format("pass"), encoding="utf-8")
     (folder / "my.yaml").write_text(
         "model: tiny\ntask:\n  name: local\n  train: my.jsonl\n  prompt: 'o {text} y:'\n  label: label\n"

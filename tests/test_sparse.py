@@ -1,7 +1,6 @@
 """Sparse-MeZO: thresholds against sorting, runs against a slow twin that keeps its masks, resume and replay."""
 
 import copy
-import json
 
 import noise_twin as twin
 import numpy as np
@@ -224,10 +223,8 @@ def test_embeddings_and_heads_that_make_rows_only_see_the_mask(tie, tmp_path):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sparse")
-    tiny.llama().save_pretrained(folder / "tiny")
-    tiny.tokenizer().save_pretrained(folder / "tiny")
-    rows = [{"text": "bad no " * (i % 3) + str(i), "label": "ab"[i % 2]} for i in range(60)]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tiny.save(folder / "tiny")
+    tiny.write_rows(folder / "data.jsonl")
     return folder
 
 

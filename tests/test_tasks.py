@@ -4,11 +4,11 @@ import csv
 import gzip
 import json
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 
 from zoft import packages, tasks
+from zoft.config import Task
 from zoft.errors import UserError
 from zoft.tasks import template
 
@@ -19,13 +19,9 @@ CHOICES = {"negative": " terrible", "positive": " great"}
 
 
 def task(**settings):
-    defaults = {
-        "name": "local", "train": None, "eval": None, "subset": None, "train_limit": None,
-        "prompt": "Review: {text}\nSentiment:", "label": "label", "choices": CHOICES, "target": None, "max_words": None,
-    }  # fmt: skip
-    return SimpleNamespace(
-        **{**defaults, **{k: str(v) if k in ("train", "eval") else v for k, v in settings.items()}}
-    )
+    defaults = {"name": "local", "prompt": "Review: {text}\nSentiment:", "label": "label", "choices": CHOICES}
+    places = {k: str(settings[k]) for k in ("train", "eval") if k in settings}
+    return Task(**{**defaults, **settings, **places})
 
 
 def jsonl(path, rows):

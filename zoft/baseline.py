@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zoft.config import Config, nearest
-from zoft.errors import UserError, writing
+from zoft.config import Config
+from zoft.errors import UserError, nearest, writing
 
 ASKED = "baseline.json"  # in its folder from the start: what was asked for
 METHODS = ("zero-shot", "icl", "calibrated", "sfc", "linear-probe", "first-order", "first-order-lora")
@@ -175,7 +175,7 @@ def demonstrated(config: Config, k: int, data: Any, tokenizer: Any) -> Any:
     """
     from zoft.encode import encode
 
-    if getattr(data, "reading", ""):
+    if data.reading:
         raise UserError(
             "--method icl: demonstrations stand before a prompt: write task.prompt and task.target (or task.label)"
         )
@@ -288,6 +288,6 @@ def _require(method: str) -> None:
 
 def text(result: Mapping[str, Any]) -> str:
     """What a user reads."""
-    from zoft import run
+    from zoft import results
 
-    return f"{result['method']}\n{run.summary(result)}"
+    return f"{result['method']}\n{results.summary(result)}"

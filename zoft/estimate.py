@@ -137,7 +137,7 @@ def skeleton(config: Config) -> Any:
 
     source = models.resolve(config.model)
     models.check(source)
-    with models._user_errors(source):
+    with models.user_errors(source):
         if source.kind == "gguf":
             from zoft import gguf
 

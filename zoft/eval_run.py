@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft import compose, guards, run
+from zoft import compose, guards, results, run
 from zoft.config import GENERATED, Config
 from zoft.errors import UserError, writing
 from zoft.yamlfile import yaml_tree
@@ -90,7 +90,7 @@ def _source(
 
 def of_run(folder: Path, config: Config) -> tuple[Config, Path | None]:
     """As source(), of a run's folder and its config."""
-    name = run.result_name(config)
+    name = results.folder_name(config)
     saved = folder / name
     if not saved.is_dir():
         raise UserError(

@@ -82,10 +82,10 @@ def wanted(task: Any) -> bool:
 
     Errors: UserError for keys that do not go together, or do not apply.
     """
-    kind, columns = getattr(task, "format", "auto"), getattr(task, "columns", {})
-    own = [k for k in ("prompt", "label", "choices", "target") if getattr(task, k, None)]
+    kind = task.format
+    own = [k for k in ("prompt", "label", "choices", "target") if getattr(task, k)]
     if task.name == "local" and not own and kind != "label":
-        if bad := [k for k in columns if k not in NAMES]:
+        if bad := [k for k in task.columns if k not in NAMES]:
             hint = template.near(bad[0], NAMES)
             raise UserError(f"task.columns: {bad[0]} is none of {', '.join(NAMES)}{hint}")
         return True
@@ -99,7 +99,7 @@ def wanted(task: Any) -> bool:
         why = "templates (task.prompt, …) name the columns themselves"
     defaults: dict[str, Any] = {"format": "auto", "columns": {}, "chat": "auto", "pack": False}
     for name, default in defaults.items():
-        value: Any = getattr(task, name, default)
+        value: Any = getattr(task, name)
         if value != default and (name, value, task.name) != ("format", "label", "local"):
             raise UserError(f"task.{name}: {why}; leave it out")
     return False
@@ -112,7 +112,7 @@ def recognise(key: str, rows: list[tuple[str, dict[str, Any]]], task: Any) -> Re
     Errors: UserError in one line with the columns seen and the key that decides, where nothing fits, more than
     one reading does, or a column says that there is more in the rows than the format takes.
     """
-    named = {k: str(v) for k, v in getattr(task, "columns", {}).items()}
+    named = {k: str(v) for k, v in task.columns.items()}
     first: dict[str, Any] = {}  # column -> its first value
     for _, row in rows:
         for column, value in row.items():
@@ -125,7 +125,7 @@ def recognise(key: str, rows: list[tuple[str, dict[str, Any]]], task: Any) -> Re
                 f"task.columns: {column} is no column of {key} ({seen}){template.near(column, first)}"
             )
     found = _readings(first, named)
-    kind = getattr(task, "format", "auto")
+    kind = task.format
     if kind != "auto":
         if kind not in found:
             raise UserError(f"task.format={kind}: {key} lacks {_needs(kind)}; its columns are {seen}")
