@@ -125,7 +125,7 @@ def load(named: str, seconds: float) -> Reward:
         raise UserError(f"reward={named}: {place}{type(error).__name__}: {said}") from None
     made = getattr(module, function, None)
     if not callable(made):
-        from zoft.config import nearest
+        from zoft.errors import nearest
 
         ours = [
             n
