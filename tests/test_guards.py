@@ -77,7 +77,6 @@ def test_numbers_are_counted_right():
         (134_500_000, {"lr": 3e-5}),
         (7_100_000, {"lr": 1e-3, "noise": "rademacher"}),
         (3_000, {"lr": 1e-2}),
-        (3_000, {"lr": 0.0}),
         (355_000_000, {"lr": 8e-5, "q": 8}),
     ],
 )
@@ -93,6 +92,8 @@ def test_what_has_worked_is_met_with_silence(numbers, changes):
         (7_100_000, {"lr": 2e-3}, ["lr=0.002", "far above", "0.0005 for 7,100,000 trained numbers"]),
         (355_000_000, {"lr": 2e-5, "momentum": 0.9}, ["lr=2e-05", "far above"]),
         (355_000_000, {"lr": 1e-9}, ["lr=1e-09", "far below"]),
+        (355_000_000, {"lr": 0.0}, ["lr=0: no step will change a weight"]),
+        (3_000, {"lr": 0.0, "train": "prompt"}, ["lr=0: no step will change a weight"]),
         (355_000_000, {"eps": 1.0}, ["eps=1 ", "far above", "eps 0.001"]),
         (355_000_000, {"eps": 1e-6}, ["eps=1e-06", "far below"]),
     ],

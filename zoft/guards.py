@@ -64,13 +64,13 @@ def lr_range(config: Config, k: Known, numbers: int) -> tuple[float, float]:
 
 
 def at_start(config: Config, trained: Sequence[Trained]) -> list[str]:
-    """A line for each of lr and eps that is far outside of what is known to work; lr=0 is taken as meant."""
-    k = known(config)
+    """A line for each of lr and eps that is far outside of what is known to work, and for an lr that moves nothing."""
+    k, idle = known(config), ["lr=0: no step will change a weight"] * (config.lr == 0)
     if k is None:
-        return []
+        return idle
     numbers = sum(t.stored.numel() for t in trained)
     low, high = lr_range(config, k, numbers)
-    lines = []
+    lines = idle
     # With meazo, lr is the size of a step; nobody has searched that.
     if config.lr and not config.meazo and not FAR_BELOW * low <= config.lr <= k.far * high:
         lines.append(
