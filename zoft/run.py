@@ -426,11 +426,12 @@ def fit(
     log = Log(s.ledger.header, s.ledger.records, s.ledger.events)  # the ledger's own lists: they grow
     catch_up(trainer, s.folder, config, log, t.note)
     watch = guards.Watch(config, trainer.axis.trained, steps_of(s.ledger, config))
+    cores = guards.cores(config, world.size)
     folder = Presence(s.ledger, {"config.yaml": compose.to_yaml(config)})
 
     def on_step(metrics: dict[str, Any]) -> None:
         seconds = past + time.monotonic() - began - paused
-        lines = watch.see(metrics)
+        lines = watch.see(metrics) + cores.step()
         t.step(metrics.pop("step"), **metrics, seconds=round(seconds, 3))
         for line in lines:
             t.note(line)
@@ -464,6 +465,7 @@ def fit(
     world.check(trainer.next, trainer.axis.trained)
     at_stop(trainer.next)
     began, paused = time.monotonic(), 0.0
+    cores.paused()
     while trainer.next < config.steps and not selection.stops(config, evals):
         with s.stop.finishing():
             trainer.run(on_step, until=next_stop(config, trainer.next, world.size))
@@ -476,6 +478,7 @@ def fit(
             at_stop(trainer.next)
         paused += time.monotonic() - pause
         t.paused()
+        cores.paused()
     trainer.end()
     seconds = past + time.monotonic() - began - paused
     several: dict[str, Any] = {"processes": world.size, "wire_bytes": world.sent} if world.size > 1 else {}
