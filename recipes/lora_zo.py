@@ -26,6 +26,7 @@ from zoft.ledger import Log
 
 def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = False) -> dict[str, Any]:
     """Train, from the start or from where `resume` stopped; returns result.json's content, or the plan of a dry run."""
+    # config.train names the adapter, which is put beside the frozen model as that loads; the rest is MeZO's.
     return runs.recipe("mezo").run(config, resume=resume, dry_run=dry_run)
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from zoft import adapter_beside, adapters, eval_run, evaluate, goal, setup, space, tasks
+from zoft import adapter_beside, adapters, eval_run, evaluate, goal, headers, setup, space, tasks
 from zoft import replay as replays
 from zoft import run as runs
 from zoft.config import Config
@@ -26,11 +26,13 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
     """Train, from the start or from where `resume` stopped; returns result.json's content, or the plan of a dry run."""
     config = setup.device(config)
     data = tasks.load(config.task)  # a mistake in the data shows before weights load
-    config, mine = goal.resolve(config, data), goal.reward(config)
+    config, reward = goal.resolve(config, data), goal.reward(config)
     model, tokenizer, base = setup.model(config, resume)
     train, held_out = setup.examples(config, tokenizer, data)
-    aim = goal.make(config, data, tokenizer, mine)
-    scored = aim.examples(train)
+    objective = goal.make(config, data, tokenizer, reward)
+    scored = objective.examples(train)
+
+    # The space, then the axis: which tensors are trained, in which precision, and how the model runs at θ + s·z.
     names = space.train_names(model, config.train)
     config = setup.dtypes(config, model, names)
     config, trained, axis = setup.axis(config, model, space.adopt(model, names), scored)
@@ -38,19 +40,19 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
         return setup.plan(config, model, trained, train, held_out)
 
     dev = setup.dev_examples(config, tokenizer, data)
-    write = None if aim.texts else eval_run.writer(config, model, tokenizer, axis.clean)
+    write = None if objective.texts else eval_run.writer(config, model, tokenizer, axis.clean)
 
     def score(examples: list[Example], rows: list[dict[str, Any]]) -> dict[str, Any]:
         found = evaluate.evaluate(model, examples, train, context=axis.clean, write=write)
-        return {**found, **aim.evaluate(model, axis.clean, rows)}
+        return {**found, **objective.evaluate(model, axis.clean, rows)}
 
     test = partial(score, held_out, tasks.subset(data.eval, config.eval_limit))
     choose = partial(score, dev, data.dev) if dev and data.dev else None
 
-    with runs.session(config, setup.header(config, base, trained, train) | aim.header(), resume) as s:
+    with runs.session(config, headers.of(config, base, trained, train) | objective.header(), resume) as s:
         adapters.keep(config, trained, s.folder)
-        aim.watched(s.ledger.header, s.tracker)
-        trainer = setup.trainer(config, model, axis, scored, s.ledger, aim)
+        objective.watched(s.ledger.header, s.tracker)
+        trainer = setup.trainer(config, model, axis, scored, s.ledger, objective)
         result = runs.fit(trainer, s, test, choose)
         return runs.finish(s, model, tokenizer, result)
 

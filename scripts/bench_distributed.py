@@ -26,7 +26,7 @@ import bench_parts as parts
 import torch
 from bench_models import MODELS, build
 
-from zoft import distributed, setup, space
+from zoft import distributed, headers, setup
 from zoft.config import Config, Task
 from zoft.env import environment
 from zoft.ledger import Ledger
@@ -49,15 +49,11 @@ def cell(args: argparse.Namespace, name: str, how: str, batch: int, tokens: int)
         config = setup.device(config)
         model = build(name, config.device, DTYPES[args.dtype])
         rows = parts.random_rows(model, 8 * whole, tokens, padded=False)
-        names = space.train_names(model, "all")
-        config = setup.dtypes(config, model, names)
-        config, trained, axis = setup.axis(config, model, space.adopt(model, names), rows)
-        with Ledger.create(
-            Path(folder) / "ledger", setup.header(config, "random weights", trained)
-        ) as ledger:
+        config, trained, axis = parts.resolved(config, model, rows)
+        with Ledger.create(Path(folder) / "ledger", headers.of(config, "random weights", trained)) as ledger:
             trainer = setup.trainer(config, model, axis, rows, ledger)
             # Of as many steps on every process, however fast each is.
-            found = parts._timed(trainer, ledger, args.device, 1e9, args.steps)
+            found = parts.timed(trainer, ledger, args.device, 1e9, args.steps)
             fingerprints = world.everyone(distributed.digest(trained))
             ledgers = world.everyone(list(ledger.records[-1].losses))
             found |= {

@@ -18,7 +18,7 @@ import torch
 from bench_models import plain_causal
 from torch import Tensor, nn
 
-from zoft import adapters, setup, space
+from zoft import adapters, headers, setup, space
 from zoft.config import ADAPTERS, Config, Task
 from zoft.encode import Example
 from zoft.errors import UserError
@@ -179,15 +179,12 @@ def trainer_step(
     release(device)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            config = setup.device(config)
-            names = space.train_names(model, config.train)
-            config = setup.dtypes(config, model, names)
-            config, trained, axis = setup.axis(config, model, space.adopt(model, names), rows)
+            config, trained, axis = resolved(setup.device(config), model, rows)
             with Ledger.create(
-                Path(folder) / "ledger", setup.header(config, "random weights", trained)
+                Path(folder) / "ledger", headers.of(config, "random weights", trained)
             ) as ledger:
                 trainer = setup.trainer(config, model, axis, rows, ledger)
-                found = _timed(trainer, ledger, device, seconds, steps)
+                found = timed(trainer, ledger, device, seconds, steps)
                 used = ledger.records[-1]
                 found |= {"losses": list(used.losses), "skipped": sum(r.skipped for r in ledger.records)}
         found |= {
@@ -208,20 +205,27 @@ def trainer_step(
             p.data = p.data.to(precisions[n])
 
 
-def _timed(trainer: Trainer, ledger: Any, device: str, seconds: float, steps: int) -> dict[str, Any]:
+def resolved(config: Config, model: Any, rows: list[Example]) -> tuple[Config, Any, Any]:
+    """(config with nothing left at auto, trained tensors, axis), as a recipe makes them."""
+    names = space.train_names(model, config.train)
+    config = setup.dtypes(config, model, names)
+    return setup.axis(config, model, space.adopt(model, names), rows)
+
+
+def timed(trainer: Trainer, ledger: Any, device: str, seconds: float, steps: int) -> dict[str, Any]:
     cuda = device.startswith("cuda")
     walls: list[float] = []
     events: list[Any] = []
     append = ledger.append
 
-    def timed(record: Any) -> None:
+    def noted(record: Any) -> None:
         append(record)
         walls.append(time.perf_counter())
         if cuda:
             events.append(torch.cuda.Event(enable_timing=True))
             events[-1].record()
 
-    ledger.append = timed
+    ledger.append = noted
     trainer.run(until=WARM // 2)
     sync(device)
     setup_peak = peak(device)[0]

@@ -4,8 +4,8 @@
     python scripts/learning_table.py recipes --steps 2000 --tune-steps 1000 --device cuda:0 --device cuda:1 --jobs 8 --json recipes.json
     python scripts/learning_table.py storage --add storage.json --add more.json    (prints, runs nothing)
 
-Each run is `zoft train` in a process of its own; the usual in-place bf16 loop is scripts/reference_loop.py, training with
-gradients is scripts/first_order.py. Prints a markdown table of mean ± sd over the seeds; results are written as they come.
+Each run is a process of its own: `zoft train`, `zoft baseline` where training takes gradients, or the usual in-place bf16
+loop, scripts/reference_loop.py. Prints a markdown table of mean ± sd over the seeds; results are written as they come.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Row:
 
     arguments: list[str]
     seeds: int = 1
-    script: str = ""  # "" is `zoft train`
+    command: str = "train"  # a verb of zoft, or a file of scripts/
     grid: tuple[str, ...] = ()  # of overrides, spaces between
 
 
@@ -51,8 +51,8 @@ def recipe(base: str, arguments: str, *lrs: str) -> Row:
     return Row(fixed, 3, grid=tuple(f"lr={lr}" for lr in lrs))
 
 
-def gradients(base: str, arguments: str) -> Row:
-    return Row([*arguments.split(), *base.split(), "train=all", *COMMON], 3, "first_order.py")
+def gradients(base: str, method: str, arguments: str) -> Row:
+    return Row(["--method", method, *base.split(), "batch_size=16", *arguments.split()], 3, "baseline")
 
 
 def recipes(base: str) -> dict[str, Row]:
@@ -74,8 +74,8 @@ def recipes(base: str) -> dict[str, Row]:
         "prompt of 10": recipe(base, f"{adapter} train=prompt eps=1e-2", "3e-3", "1e-2"),
         "Sparse-MeZO 0.5": recipe(base, f"{sparse} sparsity=0.5", "2e-5", "4e-5"),
         "Sparse-MeZO 0.8": recipe(base, f"{sparse} sparsity=0.8", "4e-5", "8e-5"),
-        "AdamW, all weights": gradients(base, "lr=2e-5 steps=500"),
-        "AdamW, LoRA of rank 8": gradients(base, "--lora 8 lr=5e-4 steps=500"),
+        "AdamW, all weights": gradients(base, "first-order", "lr=2e-5 steps=500"),
+        "AdamW, LoRA of rank 8": gradients(base, "first-order-lora", "lora_rank=8 lr=5e-4 steps=500"),
     }  # fmt: skip
 
 
@@ -114,31 +114,21 @@ def one(name: str, row: Row, seed: int, steps: int, device: str, folder: Path) -
 
     late: mean training loss of the last fifth of the steps."""
     out = folder / f"{''.join(c if c.isalnum() else '-' for c in name)}-{seed}"
-    own = [
-        f"seed={seed}",
-        f"device={device}",
-        *([] if row.script == "first_order.py" else [f"steps={steps}"]),
-    ]
-    if row.script:
-        command = [sys.executable, str(SCRIPTS / row.script), "--json", f"{out}.json", *row.arguments, *own]
+    own = [*row.arguments, f"seed={seed}", f"device={device}"]
+    if row.command != "baseline":  # whose rows name their steps: one is a backward pass, too
+        own.append(f"steps={steps}")
+    script = row.command.endswith(".py")
+    if script:
+        command = [sys.executable, str(SCRIPTS / row.command), "--json", f"{out}.json", *own]
     else:
-        command = [
-            sys.executable,
-            "-m",
-            "zoft",
-            "train",
-            *row.arguments,
-            *own,
-            f"output_dir={out}",
-            "save_model=false",
-        ]
+        command = [sys.executable, "-m", "zoft", row.command, *own, f"output_dir={out}", "save_model=false"]
     done = subprocess.run(command, capture_output=True, text=True)
     print(f"{name} seed {seed}: {'done' if done.returncode == 0 else 'failed'}", file=sys.stderr, flush=True)
     if done.returncode:
         return {"name": name, "seed": seed, "error": " ".join(done.stderr.strip().splitlines()[-3:])[-400:]}
-    found = json.loads(Path(f"{out}.json" if row.script else out / "result.json").read_text(encoding="utf-8"))
+    found = json.loads(Path(f"{out}.json" if script else out / "result.json").read_text(encoding="utf-8"))
     kept = {k: found[k] for k in ("before", "after", "steps")}
-    if not row.script:
+    if row.command == "train":
         lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         losses = [m["loss"] for m in map(json.loads, lines) if "loss" in m]
         kept["late"] = statistics.fmean(losses[-len(losses) // 5 :])

@@ -62,7 +62,7 @@ def train(config: Any, dtype: str, say: Callable[[str], Any]) -> dict[str, Any]:
     Uses model, task, train, lr (with its schedule), eps, steps, batch_size, seed, max_length, eval_*, device.
     Returns {before, after, evals [(step, metrics)], seconds, dtype, moved: ‖θ − θ₀‖ / ‖θ₀‖ }.
     """
-    from zoft import evaluate, setup, space, tasks
+    from zoft import data_order, evaluate, setup, space, tasks
     from zoft import update as schedules
     from zoft.objective import losses
 
@@ -76,7 +76,7 @@ def train(config: Any, dtype: str, say: Callable[[str], Any]) -> dict[str, Any]:
     names = set(space.train_names(model, config.train))
     params = [p for n, p in model.named_parameters() if n in names]
     start = [p.data.cpu() for p in params]
-    batches = setup.batches(config, examples)
+    batches = data_order.batches(config, examples)
     every = config.eval_every or config.steps
     evals = [(0, evaluate.evaluate(model, held_out, examples))]
     say(f"0 {evals[0][1]}")
@@ -116,7 +116,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     from zoft.compose import compose
     from zoft.errors import UserError
-    from zoft.run import table
+    from zoft.results import table
 
     try:
         result = train(compose(args.config, args.overrides), args.dtype, lambda s: print(s, file=sys.stderr))

@@ -41,10 +41,8 @@ def template(root: Path) -> Path:
     """A folder with a model, a config, data, and a finished run `run`."""
     place = root / "template"
     place.mkdir()
-    tiny.llama().save_pretrained(place / "tiny")
-    tiny.tokenizer().save_pretrained(place / "tiny")
-    rows = [{"text": "bad no " * (i % 3) + str(i), "label": "ab"[i % 2]} for i in range(60)]
-    (place / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tiny.save(place / "tiny")
+    tiny.write_rows(place / "data.jsonl")
     (place / "mine.yaml").write_text(json.dumps(CONFIG))
     with working(place):
         done = CliRunner().invoke(app, ["train", "--config", "mine.yaml", "output_dir=run"])

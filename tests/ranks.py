@@ -1,6 +1,5 @@
 """Processes of one run, forked from a server that has imported everything: real processes, without the wait for imports."""
 
-import json
 import multiprocessing
 import os
 import signal
@@ -18,20 +17,13 @@ CONTEXT: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() 
 CONTEXT.set_forkserver_preload(
     ["zoft.run", "zoft.setup", "zoft.evaluate", "zoft.distributed", "ranks_imports"]
 )
-ROWS = [{"text": "bad no " * (i % 3) + str(i), "label": "ab"[i % 2]} for i in range(60)]
 
 
 def make_place(folder: Path, **settings) -> Path:
     """A folder with a tiny model, data, and mine.yaml."""
-    tiny.llama().save_pretrained(folder / "tiny")
-    tiny.tokenizer().save_pretrained(folder / "tiny")
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     keys = {"steps": 50, "batch_size": 4, "lr": 1e-3, "max_length": 32, "momentum": 0.5, "threads": 1, "storage": "bf16",
             "probes_per_forward": 1, **settings}  # fmt: skip
-    task = "{name: local, train: data.jsonl, prompt: '{text} ', label: label, choices: {a: a, b: b}}"
-    text = "".join(f"{k}: {v}\n" for k, v in keys.items())
-    (folder / "mine.yaml").write_text(f"model: tiny\ntask: {task}\n{text}")
-    return folder
+    return tiny.place(folder, "".join(f"{k}: {v}\n" for k, v in keys.items()))
 
 
 def free_port() -> int:

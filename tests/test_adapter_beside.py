@@ -15,7 +15,7 @@ from test_qzo import Twin, quantised
 from test_trainer import build, z
 from zoo import PROBES, apart, batch, make, off, twin
 
-from zoft import adapter_beside, adapters, models, quant, routes, routes_adapter, space
+from zoft import adapter_beside, adapters, models, quant, routes, routes_adapter, saving, space
 from zoft.compose import compose
 from zoft.config import Config
 from zoft.errors import UserError
@@ -183,7 +183,7 @@ def test_a_saved_model_has_its_pairs_merged_or_beside_its_codes(tmp_path, name):
         ways = [("plain", True), ("codes", False)] if codes else [("plain", False)]
         for form, dequantise in ways:
             out = tmp_path / str(codes) / form
-            models.save(model, tiny.tokenizer(), out, dequantise=dequantise)
+            saving.save(model, tiny.tokenizer(), out, dequantise=dequantise)
             assert torch.equal(model(ids).logits, want)  # the model in memory is as it was
             assert (out / "adapter").is_dir() == (form == "codes")
             if form == "plain":
@@ -197,7 +197,7 @@ def test_a_saved_model_has_its_pairs_merged_or_beside_its_codes(tmp_path, name):
 def test_a_pair_on_a_tied_matrix_is_kept_beside_it(tmp_path):
     model = place(tmp_path, tiny.llama(tie=True), lora_targets="lm_head")
     model.beside = adapter_beside.files(tmp_path / "adapter")
-    models.save(model, tiny.tokenizer(), tmp_path / "out")
+    saving.save(model, tiny.tokenizer(), tmp_path / "out")
     assert (tmp_path / "out" / "adapter").is_dir()
     ids = torch.arange(12).view(2, 6) + 3
     again = adapters.load(models.load(str(tmp_path / "out"))[0], tmp_path / "out" / "adapter")
@@ -268,15 +268,8 @@ def test_an_adapter_has_its_own_rank():
 def runs(tmp_path_factory):
     """Zeroth-order LoRA beside 4-bit codes, then the codes' scales with that adapter in place: the QZO paper's schedule."""
     folder = tmp_path_factory.mktemp("stages")
-    tiny.llama().save_pretrained(folder / "tiny")
-    tiny.tokenizer().save_pretrained(folder / "tiny")
-    rows = [{"text": "bad no " * (i % 3) + str(i), "label": "ab"[i % 2]} for i in range(60)]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "mine.yaml").write_text(
-        "model: tiny\nbits: 4\ngroup: 32\n"
-        "task: {name: local, train: data.jsonl, prompt: '{text} ', label: label, choices: {a: a b, b: no}}\n"
-        "steps: 6\nbatch_size: 4\nmax_length: 32\nthreads: 1\n"
-    )
+    settings = "bits: 4\ngroup: 32\nsteps: 6\nbatch_size: 4\nmax_length: 32\nthreads: 1\n"
+    tiny.place(folder, settings, choices="{a: a b, b: no}")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for words in (
@@ -375,7 +368,7 @@ def test_what_stage_one_saves_is_plain_peft(runs, tmp_path):
     """Beside the dequantised model, opened by transformers and peft alone, it gives the logits of zoft's own export."""
     base, tokenizer = models.load(str(runs / "tiny"))
     quant.quantise_model(base, bits=4, group=32, zero_points=True)
-    models.save(base, tokenizer, tmp_path / "plain", dequantise=True)
+    saving.save(base, tokenizer, tmp_path / "plain", dequantise=True)
     plain = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
     ids = torch.arange(12).view(2, 6) + 3
     without = plain(ids).logits.detach()

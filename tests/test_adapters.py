@@ -426,6 +426,9 @@ def test_what_is_trained_says_the_defaults():
         assert {k: getattr(config, k) for k in defaults} == defaults
     config = at("recipe=lora_zo")
     assert (config.train, config.lr, config.eps, config.lora_rank) == ("lora", 1e-4, 1e-2, 8)
+    config = at("recipe=qzo", "bits=4")
+    assert (config.train, config.lr, config.eps) == ("scales", 1e-7, 1e-3)
+    assert at("recipe=qzo", "bits=4", "train=all").lr == 1e-6
     config = at("recipe=lora_zo", "train=prefix", "lr=0.5")
     assert (config.lr, config.eps, config.virtual_tokens, config.lora_rank) == (0.5, 0.1, 5, None)
     config = at()
@@ -469,16 +472,8 @@ def zoft(*args):
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tiny.llama().save_pretrained("tiny")
-    tiny.tokenizer().save_pretrained("tiny")
-    rows = [{"text": "bad no " * (i % 3) + str(i), "label": "ab"[i % 2]} for i in range(60)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "mine.yaml").write_text(
-        "recipe: lora_zo\nmodel: tiny\n"
-        "task: {name: local, train: data.jsonl, prompt: '{text} ', label: label, choices: {a: a b, b: no}}\n"
-        "steps: 9\nbatch_size: 4\nlr: 1e-2\nmax_length: 32\nthreads: 1\neval_every: 3\n"
-    )
-    return tmp_path
+    settings = "steps: 9\nbatch_size: 4\nlr: 1e-2\nmax_length: 32\nthreads: 1\neval_every: 3\n"
+    return tiny.place(tmp_path, f"recipe: lora_zo\n{settings}", choices="{a: a b, b: no}")
 
 
 @pytest.mark.parametrize(
@@ -506,9 +501,20 @@ def test_resume_and_replay_are_the_run_bit_for_bit(place, train, keys):
     assert (place / "again" / "adapter_model.safetensors").read_bytes() == saved
     after = json.loads((place / "whole" / "result.json").read_text())["after"]
     assert json.loads(zoft("eval", "whole", "--json", "--resamples", "0").stdout) == pytest.approx(after)
-    bare = ("eval", "--config", "mine.yaml", "--json", "--resamples", "0")
-    base = json.loads(zoft(*bare, f"train={train}").stdout)
-    assert base == json.loads(zoft(*bare, "recipe=mezo", "train=all").stdout)
+    mine = (place / "mine.yaml").read_text()
+    (place / "it.yaml").write_text(mine + f"train: {train}\n")
+    (place / "all.yaml").write_text(mine.replace("lora_zo", "mezo") + "train: all\n")
+    base, plain = (
+        json.loads(zoft("eval", "--config", name, "--json", "--resamples", "0").stdout)
+        for name in ("it.yaml", "all.yaml")
+    )
+    assert base == plain != pytest.approx(after)
+    # An adapter says what its base is: the model of the config does not take its place.
+    (place / "other.yaml").write_text(mine.replace("model: tiny", "model: none"))
+    found = zoft("eval", "whole/adapter", "--config", "other.yaml", "--json", "--resamples", "0")
+    assert json.loads(found.stdout) == pytest.approx(after), found.stderr
+    done = zoft("eval", "whole/adapter", "--config", "mine.yaml", "adapter=whole/adapter")
+    assert done.exit_code == 2 and "is an adapter already" in done.stderr
     said = json.loads((place / "whole" / "adapter" / "adapter_config.json").read_text())
     assert said["base_model_name_or_path"] == str(place / "tiny")
 

@@ -27,9 +27,8 @@ TASK = [
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    tiny.llama().save_pretrained(tmp_path / "tiny")
-    tiny.tokenizer().save_pretrained(tmp_path / "tiny")
-    (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    tiny.save(tmp_path / "tiny")
+    tiny.write_rows(tmp_path / "my.jsonl", ROWS)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -119,6 +118,26 @@ def test_surface_form_is_a_difference_of_sums(place):
     other, _ = baseline.surface_form(config, data, model, tokenizer, examples)
     want = [total(data.eval[0]["prompt"], c) - total("d:", c) for c in data.eval[0]["candidates"]]
     assert np.diff(other[0]) == pytest.approx(np.diff(want), abs=1e-4)
+
+
+@pytest.mark.filterwarnings("error:invalid value")
+def test_surface_form_of_rows_that_differ_in_their_number_of_candidates(place):
+    config, data = data_of(place)
+    model, tokenizer = tiny.llama(), tiny.tokenizer()
+    data.eval = [
+        row | {"candidates": [" no", " yes", " no 1"][: 2 + i % 2]} for i, row in enumerate(data.eval)
+    ]
+    got, forwards = baseline.surface_form(
+        config, data, model, tokenizer, encode(data.eval, tokenizer, data, 60)
+    )
+    for row, scores in zip(data.eval, got, strict=True):
+        want = [
+            sum(log_probs(model, row["prompt"], c)) - sum(log_probs(model, "a  b:", c))
+            for c in row["candidates"]
+        ]
+        assert np.diff(scores[: len(want)]) == pytest.approx(np.diff(want), abs=1e-4)
+        assert (scores[len(want) :] == -np.inf).all()
+    assert forwards == 5
 
 
 def test_features_are_the_last_hidden_state_of_each_prompt():

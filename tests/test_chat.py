@@ -325,7 +325,7 @@ def test_the_loss_of_a_mask_is_that_of_a_slow_twin():
 def test_a_mask_is_part_of_the_data():
     from dataclasses import replace
 
-    from zoft.setup import data_digest
+    from zoft.headers import data_digest
 
     (e,) = encode([row("u:q", "a:r", "u:s", "a:t")], chatty.tokenizer(), Data(), 512)
     other = replace(e, scored=(True,) * len(e.scored))

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import json
+import math
 import os
 import re
 import signal
@@ -32,6 +33,7 @@ SURFACE = {
         "--lm-eval",
         "--lm-eval-path",
         "--resamples",
+        "--reward",
         "-c",
         "args",
     ],
@@ -250,17 +252,8 @@ def test_a_parameter_a_user_may_type_needs_no_converter():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("work")
-    tiny.llama().save_pretrained(folder / "tiny")
-    tiny.tokenizer().save_pretrained(folder / "tiny")
-    rows = [{"text": "bad no " * (i % 3) + str(i), "label": "ab"[i % 2]} for i in range(60)]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "mine.yaml").write_text(
-        "model: tiny\n"
-        "task: {name: local, train: data.jsonl, prompt: '{text} ', label: label, choices: {a: a, b: b}}\n"
-        "steps: 6\nbatch_size: 4\nlr: 1e-2\nmax_length: 32\nmomentum: 0.5\nthreads: 1\n"
-    )
-    return folder
+    settings = "steps: 6\nbatch_size: 4\nlr: 1e-2\nmax_length: 32\nmomentum: 0.5\nthreads: 1\n"
+    return tiny.place(tmp_path_factory.mktemp("work"), settings)
 
 
 @pytest.fixture(scope="module")
@@ -394,6 +387,10 @@ def test_eval_of_a_run_agrees_with_its_result(place, finished):
     each = [json.loads(line) for line in (place / "each.jsonl").read_text().splitlines()]
     assert len(each) == after["n"] and sum(e["right"] for e in each) / len(each) == after["accuracy"]
     assert all((max(e["scores"], key=e["scores"].get) == e["gold"]) == e["right"] for e in each)
+    assert all(sum(e["probabilities"].values()) == pytest.approx(1) for e in each)
+    assert -sum(math.log(e["probabilities"][e["gold"]]) for e in each) / len(each) == pytest.approx(
+        after["loss"]
+    )
     done = zoft("eval", "--config", "mine.yaml", "eval_limit=3", "--json", "--resamples", "0", cwd=place)
     assert json.loads(done.stdout)["n"] == 3 and "ci95" not in json.loads(done.stdout)
 

@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
-KEYS = ["device=cuda", "storage=fp16", "compute=bf16", "batch_size=8", "threads=auto", "check_every=10"]
+KEYS = ["device=cuda", "storage=fp16", "compute=bf16", "batch_size=8", "threads=2", "check_every=10"]
 
 
 @pytest.fixture(scope="module")

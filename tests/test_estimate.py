@@ -8,7 +8,7 @@ import tiny
 import torch
 import transformers as hf
 
-from zoft import estimate, evaluate, footprint, rates, setup, space
+from zoft import data_order, estimate, evaluate, footprint, rates, setup, space
 from zoft.config import Config, Task
 from zoft.encode import Example
 from zoft.ledger import Ledger
@@ -114,7 +114,7 @@ def test_memory_of_a_step_of_the_trainer(folder):
     plan = setup.dtypes(plan, model, space.train_names(model, "all"))
     plan, trained, axis = setup.axis(plan, model, space.adopt(model, space.train_names(model, "all")), rows)
     with Ledger.create(folder / "ledger", {"seed": 0}) as ledger:
-        trainer = Trainer(model, axis, setup.batches(plan, rows), ledger, setup.settings(plan))
+        trainer = Trainer(model, axis, data_order.batches(plan, rows), ledger, setup.settings(plan))
         measured = allocated(trainer.step)
     assert found["scratch_bytes"] + found["activation_bytes"] == pytest.approx(measured, rel=0.25)
 
@@ -136,7 +136,7 @@ def test_peak_of_a_whole_run(folder, train, momentum):
         evaluate.evaluate(model, rows, rows, context=axis.clean)
 
     with Ledger.create(folder / "ledger", {"seed": 0}) as ledger:
-        trainer = Trainer(model, axis, setup.batches(plan, rows), ledger, setup.settings(plan))
+        trainer = Trainer(model, axis, data_order.batches(plan, rows), ledger, setup.settings(plan))
         measured = allocated(whole)
     assert found["peak_bytes"] - found["weights_bytes"] == pytest.approx(measured, rel=0.25)
 

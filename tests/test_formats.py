@@ -87,7 +87,7 @@ REFUSED = {
     "missing_cell.jsonl": ({}, "missing_cell.jsonl:2: column completion is empty"),
     "no_assistant.jsonl": ({}, "no_assistant.jsonl:2: no turn of the assistant is there to learn"),
     "weights_zero.jsonl": ({}, "weights_zero.jsonl:1: no turn of the assistant is there to learn"),
-    "turns_as_text.jsonl": ({}, "no known format has the columns messages"),
+    "turns_as_text.jsonl": ({}, "column messages holds text (JSON in it, perhaps), not a list of turns"),
     "special_token.jsonl": ({}, "special_token.jsonl:1: turn 1 holds <|im_end|>, a special token"),
     "squad_nested.json": ({}, "no known format has the columns id, title, context, question, answers"),
     "question_context.jsonl": ({}, "fit format completion but for context"),
@@ -208,6 +208,51 @@ def test_texts_in_a_folder_know_their_file(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match="b.txt:1: not UTF-8"):
         tasks.load(Task(name="local", train=str(tmp_path), eval=str(tmp_path)))
+
+
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(
+    "tree, said",
+    [
+        ({"data": [{"prompt": "q", "completion": "a"}] * 3}, "is one object, whose data is a list of 3; if those are the rows, save"),
+        ({"messages": json.dumps(TURNS)}, "column messages holds text (JSON in it, perhaps), not a list of turns"),
+        ({"conversation": {"turns": TURNS}}, "column conversation holds dict, not a list of turns"),
+    ],
+)  # fmt: skip
+def test_what_hides_the_rows_is_named(tmp_path, tree, said, indent):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(tree, indent=indent), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        tasks.load(Task(name="local", train=str(path), eval=str(path)))
+    assert str(caught.value).startswith("task.train: ") and said in str(caught.value)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_one_object_is_one_row(tmp_path, indent):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"messages": TURNS}, indent=indent), encoding="utf-8")
+    (row,) = tasks.load(Task(name="local", train=str(path), eval=str(path))).train
+    assert [(t["content"], t["scored"]) for t in row["messages"]] == [("q", False), ("a", True)]
+
+
+def test_letters_that_look_like_line_ends_part_no_rows(tmp_path):
+    """U+2028, U+2029, U+0085 and a lone CR are letters of a cell; a BOM and CRLF are none of it; blank lines are no rows."""
+    answer = "a\u2028b\u2029c\x85d\x0b\x0ce"
+    lines = [json.dumps({"prompt": f"q{i}", "completion": answer}, ensure_ascii=False) for i in range(2)]
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n \r\n".join([*lines, ""]).encode())
+    cells = f'"q0","{answer}\r\n"\r\n\r\n"q1","{answer}\r\n"\r\n'
+    (tmp_path / "a.csv").write_bytes(
+        b"\xef\xbb\xbf" + f",prompt,completion\r\n0,{cells}".replace('\n"q1', '\n1,"q1').encode()
+    )
+    for name, wanted in (("a.jsonl", answer), ("a.csv", answer + "\r\n")):
+        data = tasks.load(Task(name="local", train=str(tmp_path / name), eval=str(tmp_path / name)))
+        assert [r["candidates"] for r in data.train] == [[wanted], [wanted]]
+        assert "without a name" in data.reading or name == "a.jsonl"
+        for e in encode(data.train, chatty.tokenizer(), data, 512):
+            assert chatty.runs(e, chatty.tokenizer()) == [wanted + END]
 
 
 def test_the_split_is_by_what_comes_before_the_first_answer():

@@ -13,7 +13,7 @@ import transformers as hf
 from test_trainer import bert
 from typer.testing import CliRunner
 
-from zoft import adapters, evaluate, frozen, models, selfcheck, setup, space
+from zoft import adapters, data_order, evaluate, frozen, saving, selfcheck, setup, space
 from zoft.cli import app
 from zoft.config import Config
 from zoft.ledger import read
@@ -122,7 +122,7 @@ def test_losses_are_those_without_the_cache(name, kind):
 
 
 @pytest.mark.parametrize(
-    "train, kept", [(r"layers\.1\..*norm", 1), (r"layers\.1\..*proj|^model\.norm", 1), ("norms", 0), ("head", 0), ("lora", 1)]
+    "train, kept", [(r"layers\.1\..*norm", 1), (r"layers\.1\..*proj|^model\.norm", 1), ("norms", 0), ("head", 1), (r"^lm_head|^model\.norm", 1), ("lora", 1)]
 )  # fmt: skip
 def test_other_trained_sets(train, kept):
     """What is trained in or after the last block only has the cache; the losses are the same with it or without."""
@@ -174,7 +174,7 @@ def test_rows_are_computed_once_and_not_before_they_are_needed(kind, ahead):
     )
     strangers = 1
     assert sum(sizes) == max(0, ahead - tried) + strangers
-    at, met = setup.batches(plan, examples), []
+    at, met = data_order.batches(plan, examples), []
     for step in range(7):  # 56 rows of 40: the last two steps meet old ones
         for batch in at(step):
             met += frozen.rows_of(batch.inputs)
@@ -244,7 +244,8 @@ def chatty():
         (lambda: tiny.llama(tie=True), r"embed_tokens|layers\.1\.", "reads trained tensors"),
         (chatty, r"layers\.1\.", "more than hidden states"),
         (tiny.llama, "all", "first block is trained"),
-        (tiny.llama, "head", "no block is trained"),
+        (lambda: tiny.llama(tie=True), "head", "what comes before the blocks is trained"),
+        (tiny.llama, "embed_tokens", "what comes before the blocks is trained"),
     ],
 )
 def test_refused_with_the_reason_and_the_model_as_it_was(make, train, why):
@@ -274,7 +275,8 @@ def deep():
 def test_auto_is_on_where_it_pays():
     examples = data(n=20)
     assert Made(deep(), examples, "last-2", auto=True).prefix is not None
-    for train in ("last-3", "all", "head"):
+    assert Made(deep(), examples, "head", auto=True).prefix.first == 4  # all but the last block
+    for train in ("last-3", "all", "embed_tokens"):
         made = Made(deep(), examples, train, auto=True)
         assert made.prefix is None and made.note == "", train
     need = bytes_of(examples)
@@ -334,9 +336,9 @@ def test_removal_restores_the_model_and_saving_does_not_need_it(tmp_path):
     made.at(PROBES, collate(examples))
     assert made.prefix.kept and block.forward is not own
     tokenizer = tiny.tokenizer()
-    models.save(model, tokenizer, tmp_path / "with")
+    saving.save(model, tokenizer, tmp_path / "with")
     made.prefix.remove()
-    models.save(model, tokenizer, tmp_path / "without")
+    saving.save(model, tokenizer, tmp_path / "without")
     weights = [(tmp_path / x / "model.safetensors").read_bytes() for x in ("with", "without")]
     assert weights[0] == weights[1]
     loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "with")
@@ -354,15 +356,8 @@ def zoft(*args):
 
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tiny.llama().save_pretrained("tiny")
-    tiny.tokenizer().save_pretrained("tiny")
-    rows = [{"text": "bad no " * (i % 3) + str(i), "label": "ab"[i % 2]} for i in range(60)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "mine.yaml").write_text(
-        "model: tiny\n"
-        "task: {name: local, train: data.jsonl, prompt: '{text} ', label: label, choices: {a: a b, b: no}}\n"
-        "train: last-1\nsteps: 9\nbatch_size: 4\nlr: 1e-2\nmax_length: 32\nthreads: 1\neval_every: 3\n"
-    )
+    settings = "train: last-1\nsteps: 9\nbatch_size: 4\nlr: 1e-2\nmax_length: 32\nthreads: 1\neval_every: 3\n"
+    tiny.place(tmp_path, settings, choices="{a: a b, b: no}")
     done = zoft("train", "--config", "mine.yaml", "output_dir=whole")
     assert "cache_frozen: outputs of the first 1 of 2 blocks" in done.stderr
     shutil.copytree("whole", "cut")

@@ -10,7 +10,7 @@ import torch
 from test_generate import slow
 from test_trainer import same_bits, weights
 
-from zoft import goal, metrics, noise, setup, space
+from zoft import data_order, goal, metrics, noise, setup, space
 from zoft.config import Config, Task
 from zoft.encode import encode, prompts
 from zoft.errors import UserError
@@ -125,7 +125,7 @@ def test_a_step_minimises_minus_the_metric_of_weights_perturbed_by_hand(tmp_path
     for step in range(3):
         trainer.axis.flush()
         start = copy.deepcopy(trainer.model)
-        chosen = [trainer.made[i] for picks in setup.picked(c, len(trainer.made), step) for i in picks]
+        chosen = [trainer.made[i] for picks in data_order.picked(c, len(trainer.made), step) for i in picks]
         assert len(chosen) == 6
         trainer.step()
         wanted = []
@@ -213,7 +213,7 @@ def test_microbatches_are_one_batch(tmp_path, objective):
     def join(parts):
         if objective in goal.GENERATED:
             return [goal.Prompts(sum((p.picks for p in parts), ()))]
-        picks = [i for p in setup.picked(two.config, len(two.made), two.next) for i in p]
+        picks = [i for p in data_order.picked(two.config, len(two.made), two.next) for i in p]
         data = data_of(two.made)
         return [goal.objective.collate([encode(two.made, tiny.tokenizer(), data, 32)[i] for i in picks])]
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import math
 import os
 import subprocess
@@ -242,14 +241,12 @@ def test_memory_that_runs_out_is_told_from_other_errors():
 
 def test_a_run_that_runs_out_of_memory_says_what_to_lower(tmp_path):
     """A real process under a real limit, which the batch is too big for."""
-    tiny.llama().save_pretrained(tmp_path / "tiny")
-    tiny.tokenizer().save_pretrained(tmp_path / "tiny")
-    rows = [{"text": "bad no " * 6 + str(i), "label": "ab"[i % 2]} for i in range(60)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "mine.yaml").write_text(
-        "model: tiny\n"
-        "task: {name: local, train: data.jsonl, prompt: '{text} ', label: label, choices: {a: a, b: b}}\n"
-        "steps: 3\nbatch_size: 60000\nmax_length: 64\nlr: 1e-2\noutput_dir: run\nprobes_per_forward: 2\n"
+    tiny.place(
+        tmp_path,
+        "steps: 3\nbatch_size: 60000\nmax_length: 64\nlr: 1e-2\noutput_dir: run\nprobes_per_forward: 2\n",
+    )
+    tiny.write_rows(
+        tmp_path / "data.jsonl", [row | {"text": "bad no " * 6 + row["text"]} for row in tiny.ROWS]
     )
     code = (
         "import resource, sys, re\n"

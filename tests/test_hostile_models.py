@@ -415,8 +415,7 @@ def test_real_processes_say_one_line_too(place):
     for name, part in cases:
         m = place / "tiny"
         shutil.rmtree(m)
-        tiny.llama().save_pretrained(m)
-        tiny.tokenizer().save_pretrained(m)
+        tiny.save(m)
         CASES[name][0](m)
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "zoft", *hostile.TRAIN]

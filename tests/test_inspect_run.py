@@ -17,7 +17,7 @@ import tiny
 from test_trainer import build
 from typer.testing import CliRunner
 
-from zoft import compose, inspect_run, setup, snapshot
+from zoft import compose, headers, inspect_run, snapshot
 from zoft import run as runs
 from zoft.cli import app
 from zoft.config import Config, Task
@@ -36,7 +36,7 @@ def finished(tmp_path_factory):
     )  # fmt: skip
     config = compose.strict(dataclasses.asdict(config))
     trained = build(folder.parent, tiny.llama()).axis.trained
-    with runs.session(config, setup.header(config, "blake2b:1", trained), None) as s:
+    with runs.session(config, headers.of(config, "blake2b:1", trained), None) as s:
         trainer = build(None, tiny.llama(), opened=s.ledger, steps=10)
         result = runs.fit(trainer, s, lambda: {"loss": 1.0})
         runs.write(folder / "result.json", json.dumps(result))

@@ -1,6 +1,5 @@
 """Jobs on this machine: real processes, stopped, killed, gone on with; GPUs and threads shared out."""
 
-import json
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from zoft.run import train
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "0,1", "OMP_NUM_THREADS": "1"}
 STEPS = 1500
+SWEEP = [sys.executable, "-m", "zoft", "sweep", "--config", "mine.yaml", "output_dir=s"]
 
 
 def until(true, seconds=400):  # jobs take their time to start where others run, too
@@ -29,15 +29,7 @@ def until(true, seconds=400):  # jobs take their time to start where others run,
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tiny.llama().save_pretrained("tiny")
-    tiny.tokenizer().save_pretrained("tiny")
-    rows = [{"text": "bad no " * (i % 3) + str(i), "label": "ab"[i % 2]} for i in range(60)]
-    Path("data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    Path("mine.yaml").write_text(
-        "model: tiny\nmax_length: 32\nbatch_size: 1\nsave_model: false\nmax_skipped: 1\n"
-        "task: {name: local, train: data.jsonl, prompt: '{text} ', label: label, choices: {a: a, b: b}}\n"
-    )
-    return tmp_path
+    return tiny.place(tmp_path, "max_length: 32\nbatch_size: 1\nsave_model: false\nmax_skipped: 1\n")
 
 
 def test_gpus_go_round_and_threads_are_shared():
@@ -60,17 +52,7 @@ def test_gpus_go_round_and_threads_are_shared():
 @pytest.mark.slow
 def test_jobs_are_stopped_orphaned_and_gone_on_with(place):
     """Ctrl-C stops them resumably; kill -9 of the parent leaves them running; nothing is run twice; bits stay."""
-    command = [
-        sys.executable,
-        "-m",
-        "zoft",
-        "sweep",
-        "--config",
-        "mine.yaml",
-        "lr=1e-3,1e-2,3e38",
-        f"steps={STEPS}",
-    ]
-    command += ["output_dir=s", "--jobs", "2"]
+    command = [*SWEEP, "lr=1e-3,1e-2,3e38", f"steps={STEPS}", "--jobs", "2"]
     root = place / "s"
 
     def parent():
@@ -114,18 +96,8 @@ def test_jobs_are_stopped_orphaned_and_gone_on_with(place):
 
 def test_in_the_background(place):
     """--detach: the parent goes on alone, and its log tells."""
-    command = [
-        sys.executable,
-        "-m",
-        "zoft",
-        "sweep",
-        "--config",
-        "mine.yaml",
-        "lr=3e38",
-        "steps=2",
-        "output_dir=s",
-    ]
-    done = subprocess.run([*command, "--detach"], env=ENV, capture_output=True, text=True)
+    command = [*SWEEP, "lr=3e38", "steps=2", "--detach"]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0 and "in the background" in done.stdout, done.stderr
     log = place / "s" / "sweep.log"
     until(lambda: "did not finish" in log.read_text())

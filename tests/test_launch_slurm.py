@@ -27,15 +27,10 @@ CONFIGS = [*LONG, *SHORT, FAILS, "steps: 11"]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
-    tiny.llama().save_pretrained(folder / "tiny")
-    tiny.tokenizer().save_pretrained(folder / "tiny")
-    rows = [{"text": "bad no " * (i % 3) + str(i), "label": "ab"[i % 2]} for i in range(60)]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tiny.place(folder, "max_length: 32\nbatch_size: 1\ndevice: cpu\nsave_model: false\nmax_skipped: 1\n")
+    shared = (folder / "mine.yaml").read_text()
     for i, text in enumerate(CONFIGS):
-        (folder / f"c{i}.yaml").write_text(
-            f"model: tiny\nmax_length: 32\nbatch_size: 1\ndevice: cpu\nsave_model: false\nmax_skipped: 1\n{text}\n"
-            "task: {name: local, train: data.jsonl, prompt: '{text} ', label: label, choices: {a: a, b: b}}\n"
-        )
+        (folder / f"c{i}.yaml").write_text(f"{shared}{text}\n")
     return folder
 
 

@@ -430,7 +430,7 @@ def test_so_do_they_with_the_header_of_a_large_model(tmp_path):
     import torch
     import transformers as hf
 
-    from zoft import setup, space
+    from zoft import headers, space
     from zoft.config import Config, Task
 
     shape = {"hidden_size": 5120, "word_embed_proj_dim": 5120, "ffn_dim": 20480, "num_hidden_layers": 40}
@@ -438,7 +438,7 @@ def test_so_do_they_with_the_header_of_a_large_model(tmp_path):
         model = hf.OPTForCausalLM(hf.OPTConfig(num_attention_heads=40, **shape))
     trained = space.adopt(model, space.train_names(model, "all"))
     config = Config(model="m", task=Task(name="local"), storage="fp16", compute="bf16")
-    header = setup.header(config, "blake2b-sampled:" + "0" * 32, trained)
+    header = headers.of(config, "blake2b-sampled:" + "0" * 32, trained)
     with Ledger.create(tmp_path / "ledger", header) as ledger:
         ledger.append(step(0, q=1))
     assert len(trained) > 600

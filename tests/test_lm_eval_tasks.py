@@ -31,9 +31,8 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    tiny.llama().save_pretrained(tmp_path / "tiny")
-    tiny.tokenizer().save_pretrained(tmp_path / "tiny")
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    tiny.save(tmp_path / "tiny")
+    tiny.write_rows(tmp_path / "rows.jsonl", ROWS)
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "ours.yaml").write_text(TASK % (tmp_path / "rows.jsonl"))
     monkeypatch.chdir(tmp_path)

@@ -10,7 +10,7 @@ import tiny
 import torch
 import transformers as hf
 
-from zoft import gguf, models
+from zoft import fingerprint, gguf, models, saving
 from zoft.errors import UserError
 
 
@@ -136,27 +136,27 @@ def test_code_of_a_model_is_not_run_unasked(folder):
 
 def test_a_fingerprint_sees_every_bit_and_only_the_weights(folder, monkeypatch):
     model, _ = models.load(str(folder))
-    base = models.fingerprint(model)
-    assert base == models.fingerprint(models.load(str(folder))[0]) and base.startswith("blake2b:")
+    base = fingerprint.of_model(model)
+    assert base == fingerprint.of_model(models.load(str(folder))[0]) and base.startswith("blake2b:")
     weight = model.model.layers[0].self_attn.k_proj.weight
     weight[1, 1] = torch.nextafter(weight[1, 1], torch.tensor(9.0))
-    assert models.fingerprint(model) != base
-    assert models.fingerprint(model.bfloat16()) != base
-    monkeypatch.setattr(models, "FULL_HASH_BYTES", 100)
-    sampled = models.fingerprint(models.load(str(folder))[0])
+    assert fingerprint.of_model(model) != base
+    assert fingerprint.of_model(model.bfloat16()) != base
+    monkeypatch.setattr(fingerprint, "FULL_HASH_BYTES", 100)
+    sampled = fingerprint.of_model(models.load(str(folder))[0])
     assert (
         sampled.startswith("blake2b-sampled:") and sampled.split(":")[1] == base.split(":")[1]
     )  # all tensors small
-    monkeypatch.setattr(models, "SAMPLE", 8)
-    assert models.fingerprint(models.load(str(folder))[0]) != sampled
+    monkeypatch.setattr(fingerprint, "SAMPLE", 8)
+    assert fingerprint.of_model(models.load(str(folder))[0]) != sampled
 
 
 def test_a_zero_keeps_its_sign_in_the_fingerprint():
     model = tiny.llama()
     model.lm_head.weight[0, 0] = 0.0
-    plus = models.fingerprint(model)
+    plus = fingerprint.of_model(model)
     model.lm_head.weight[0, 0] = -0.0
-    assert models.fingerprint(model) != plus
+    assert fingerprint.of_model(model) != plus
 
 
 # --- saving -----------------------------------------------------------------------------------------------
@@ -167,9 +167,9 @@ def test_a_zero_keeps_its_sign_in_the_fingerprint():
 def test_others_load_what_is_saved(tmp_path, tie, dtype):
     model, tokenizer = tiny.llama(tie=tie), tiny.tokenizer()
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    before = models.fingerprint(model)
-    models.save(model, tokenizer, tmp_path / "run" / "model", dtype=dtype, card="# card\n")
-    assert models.fingerprint(model) == before and model.dtype == torch.float32
+    before = fingerprint.of_model(model)
+    saving.save(model, tokenizer, tmp_path / "run" / "model", dtype=dtype, card="# card\n")
+    assert fingerprint.of_model(model) == before and model.dtype == torch.float32
     assert sorted(os.listdir(tmp_path / "run")) == ["model"]
     (tmp_path / "plain").touch()  # as any new file, for whoever may read those
     modes = {f.stat().st_mode for f in (tmp_path / "run" / "model").rglob("*") if f.is_file()}
@@ -190,32 +190,32 @@ def test_others_load_what_is_saved(tmp_path, tie, dtype):
 def test_saving_replaces_whole_or_not_at_all(tmp_path, monkeypatch):
     model, tokenizer = tiny.llama(), tiny.tokenizer()
     out = tmp_path / "model"
-    models.save(model, tokenizer, out)
-    first = models.fingerprint(models.load(str(out))[0])
+    saving.save(model, tokenizer, out)
+    first = fingerprint.of_model(models.load(str(out))[0])
     model.lm_head.weight.add_(1.0)
     monkeypatch.setattr(
         type(tokenizer), "save_pretrained", lambda *a: (_ for _ in ()).throw(OSError("disk full"))
     )
     with pytest.raises(OSError, match="disk full"):
-        models.save(model, tokenizer, out)
-    assert os.listdir(tmp_path) == ["model"] and models.fingerprint(models.load(str(out))[0]) == first
+        saving.save(model, tokenizer, out)
+    assert os.listdir(tmp_path) == ["model"] and fingerprint.of_model(models.load(str(out))[0]) == first
     monkeypatch.undo()
-    models.save(model, tokenizer, out)
-    assert os.listdir(tmp_path) == ["model"] and models.fingerprint(
+    saving.save(model, tokenizer, out)
+    assert os.listdir(tmp_path) == ["model"] and fingerprint.of_model(
         models.load(str(out))[0]
-    ) == models.fingerprint(model)
+    ) == fingerprint.of_model(model)
 
 
 def test_values_beyond_a_dtype_are_refused(tmp_path):
     model = tiny.llama()
     model.lm_head.weight[0, 0] = 1e6
-    message = refused(models.save, model, tiny.tokenizer(), tmp_path / "m", dtype=torch.float16)
+    message = refused(saving.save, model, tiny.tokenizer(), tmp_path / "m", dtype=torch.float16)
     assert "lm_head.weight" in message and not (tmp_path / "m").exists()
 
 
 def test_a_model_card_has_front_matter_and_facts():
     source = models.Source("hub", "a/b", "a/b", "a/b")
-    card = models.model_card(source, {"steps": 10, "accuracy": "0.5 → 0.7"})
+    card = saving.model_card(source, {"steps": 10, "accuracy": "0.5 → 0.7"})
     front, body = card.removeprefix("---\n").split("---\n", 1)
     assert 'base_model: "a/b"' in front and "| steps | 10 |" in body and "| accuracy | 0.5 → 0.7 |" in body
 
@@ -338,7 +338,7 @@ def test_what_is_not_known_here_goes_to_transformers(tmp_path):
     file = gguf.read(path)
     assert gguf.model(file, torch.float32) is None and gguf.tokenizer(file) is None
     model, tokenizer = models.load(str(path))
-    models.save(
+    saving.save(
         model, tokenizer, tmp_path / "saved"
     )  # transformers itself refuses to save what it read from GGUF
     loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
@@ -406,9 +406,9 @@ def test_smollm_finds_text_likelier_with_its_digits_split_off(smollm, text):
 @pytest.mark.slow
 def test_smollm_survives_a_save(smollm, tmp_path):
     model, tokenizer = smollm
-    models.save(model, tokenizer, tmp_path / "m", card=models.model_card(models.resolve("smollm2-135m"), {}))
+    saving.save(model, tokenizer, tmp_path / "m", card=saving.model_card(models.resolve("smollm2-135m"), {}))
     again, tokenizer2 = models.load(str(tmp_path / "m"))
-    assert models.fingerprint(again) == models.fingerprint(model)
+    assert fingerprint.of_model(again) == fingerprint.of_model(model)
     text = "On  1 May  2020\n  3 things <|im_end|>"
     assert tokenizer2(text).input_ids == tokenizer(text).input_ids
     assert tokenizer2.chat_template == tokenizer.chat_template

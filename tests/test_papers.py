@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from zoft import evaluate, goal, objective, setup, tasks
 from zoft.cli import app
 from zoft.compose import compose, names
+from zoft.config import Task
 from zoft.encode import encode
 from zoft.errors import UserError
 from zoft.show import show
@@ -126,6 +127,16 @@ def log_probs(model, ids):
     return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
 
 
+def candidate_scores(model, tokenizer, golden):
+    """Mean log-probability of each candidate's tokens, a row at a time."""
+    means = []
+    for text, n in zip(golden["candidates"], golden["tokens"]):
+        ids = tokenizer(golden["prompt"] + text)["input_ids"]
+        table = log_probs(model, ids)
+        means.append(np.mean([table[t - 1, ids[t]] for t in range(len(ids) - n, len(ids))]))
+    return means
+
+
 # --- encodings against the golden file --------------------------------------------------------------------
 
 
@@ -152,6 +163,9 @@ def test_encoding_of_a_decoders_task(name, smollm):
             whole = tuple(smollm(golden["prompt"] + text)["input_ids"])
             assert example.contexts[c] + example.completions[c] == whole
             assert len(example.completions[c]) == tokens
+        # Ids of the golden candidate's row, made by a slow byte-pair encoder from the merges in SmolLM2's file.
+        ids = golden["ids"]
+        assert [*example.contexts[example.gold], *example.completions[example.gold]] == ids
         assert example.gold == golden["gold"] and not example.masked
         assert example.golds == tuple(golden.get("golds", ()))
         assert example.answers == tuple(golden.get("answers", ()))
@@ -174,11 +188,7 @@ def test_loss_of_a_decoders_task(name, smollm):
     sums, counts = objective.losses(model, objective.collate(encode(data.train, smollm, data, 2048)))
     slow, scored = [], []
     for golden in GOLDEN[name]:
-        means = []
-        for text, n in zip(golden["candidates"], golden["tokens"]):
-            ids = smollm(golden["prompt"] + text)["input_ids"]
-            table = log_probs(model, ids)
-            means.append(np.mean([table[t - 1, ids[t]] for t in range(len(ids) - n, len(ids))]))
+        means = candidate_scores(model, smollm, golden)
         if name in CHOICE:
             slow.append(np.log(np.exp(means).sum()) - means[golden["gold"]])
             scored.append(1)
@@ -197,12 +207,7 @@ def test_candidates_that_a_row_brings_are_ranked_whatever_their_number(smollm):
     found = objective.scores(model, objective.collate(examples)).numpy()
     assert found.shape == (3, 4)
     for row, golden in zip(found, GOLDEN["record"]):
-        for c, (text, n) in enumerate(zip(golden["candidates"], golden["tokens"])):
-            ids = smollm(golden["prompt"] + text)["input_ids"]
-            table = log_probs(model, ids)
-            assert row[c] == pytest.approx(
-                np.mean([table[t - 1, ids[t]] for t in range(len(ids) - n, len(ids))])
-            )
+        assert row[: len(golden["candidates"])] == pytest.approx(candidate_scores(model, smollm, golden))
         assert (row[len(golden["candidates"]) :] == -np.inf).all()
 
 
@@ -226,11 +231,7 @@ def test_what_is_learned_as_text_is_judged_by_candidates(name, smollm):
     found = evaluate.evaluate(model, examples, encode(data.train, smollm, data, 2048))
     hits, total, tokens = [], 0.0, 0
     for golden in GOLDEN[name]:
-        means = []
-        for text, n in zip(golden["candidates"], golden["tokens"]):
-            ids = smollm(golden["prompt"] + text)["input_ids"]
-            table = log_probs(model, ids)
-            means.append(np.mean([table[t - 1, ids[t]] for t in range(len(ids) - n, len(ids))]))
+        means = candidate_scores(model, smollm, golden)
         hits.append(int(np.argmax(means)) in golden["golds"])
         total -= means[golden["gold"]] * golden["tokens"][golden["gold"]]
         tokens += golden["tokens"][golden["gold"]]
@@ -335,7 +336,7 @@ def test_rows_of_another_schema_are_one_line(tmp_path):
     with pytest.raises(UserError, match=r"a.jsonl:1: no row as task=copa .* no 'choice2'; columns: premise"):
         tasks.load(task)
     with pytest.raises(UserError, match="did you mean boolq"):
-        tasks.look(SimpleNamespace(**{**vars(task), "name": "bolq"}))
+        tasks.look(replace(task, name="bolq"))
 
 
 @pytest.mark.parametrize(
@@ -389,8 +390,7 @@ def many(n, classes=2):
 
 
 def asked(**more):
-    unset = dict.fromkeys(split.DRAWN) | {"data_seed": 0, "balanced": False}
-    return SimpleNamespace(**{**unset, "train_limit": None, **more})
+    return Task(**more)
 
 
 def test_the_papers_split():

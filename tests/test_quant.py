@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from zoft import models, quant
+from zoft import fingerprint, models, quant, saving
 from zoft.errors import UserError
 from zoft.quant import QuantLinear
 
@@ -194,15 +194,15 @@ def test_saved_and_loaded_again(name, bits, tmp_path):
     quant.quantise_model(model, bits=bits, group=32, zero_points=bits == 4)
     ids = torch.randint(3, tiny.VOCAB, (2, 7))
     want = model(input_ids=ids).logits
-    models.save(model, tiny.tokenizer(), tmp_path / "own")
+    saving.save(model, tiny.tokenizer(), tmp_path / "own")
     again, _ = models.load(str(tmp_path / "own"))
     assert torch.equal(again(input_ids=ids).logits, want)
-    assert models.fingerprint(again) == models.fingerprint(model) and type(again) is type(model)
-    models.save(model, tiny.tokenizer(), tmp_path / "plain", dequantise=True)
+    assert fingerprint.of_model(again) == fingerprint.of_model(model) and type(again) is type(model)
+    saving.save(model, tiny.tokenizer(), tmp_path / "plain", dequantise=True)
     plain = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert not quant.layers(plain)
     assert torch.allclose(plain(input_ids=ids).logits, want, atol=1e-5)
-    models.save(model, tiny.tokenizer(), tmp_path / "half", dtype=torch.bfloat16)
+    saving.save(model, tiny.tokenizer(), tmp_path / "half", dtype=torch.bfloat16)
     half, _ = models.load(str(tmp_path / "half"))
     assert {m.scales.dtype for m in quant.layers(half).values()} == {torch.float32}
     assert half.checkpoint_dtype == half.dtype == torch.bfloat16
@@ -288,7 +288,7 @@ def test_a_gptq_checkpoint(make, bits, group, act_order, v2, old_config, tmp_pat
     with torch.no_grad():
         got, want = loaded(input_ids=ids).logits, plain(input_ids=ids).logits
     assert torch.allclose(got, want, atol=1e-3 * float(want.abs().max())), float((got - want).abs().max())
-    models.save(loaded, tiny.tokenizer(), tmp_path / "own")
+    saving.save(loaded, tiny.tokenizer(), tmp_path / "own")
     again, _ = models.load(str(tmp_path / "own"))
     assert torch.equal(again(input_ids=ids).logits, got)
 

@@ -233,17 +233,9 @@ def test_training_lowers_the_loss(tmp_path):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("qzo")
-    tiny.llama().save_pretrained(folder / "tiny")
-    tiny.tokenizer().save_pretrained(folder / "tiny")
-    rows = [{"text": "bad no " * (i % 3) + str(i), "label": "ab"[i % 2]} for i in range(60)]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "mine.yaml").write_text(
-        "recipe: qzo\nmodel: tiny\ntrain: scales\nbits: 4\ngroup: 32\n"
-        "task: {name: local, train: data.jsonl, prompt: '{text} ', label: label, choices: {a: a, b: b}}\n"
-        "steps: 6\nbatch_size: 4\nlr: 1e-3\nmax_length: 32\nthreads: 1\n"
-    )
-    return folder
+    quantised = "recipe: qzo\ntrain: scales\nbits: 4\ngroup: 32\n"
+    settings = "steps: 6\nbatch_size: 4\nlr: 1e-3\nmax_length: 32\nthreads: 1\n"
+    return tiny.place(tmp_path_factory.mktemp("qzo"), quantised + settings)
 
 
 @pytest.mark.parametrize("mode", ["absolute", "relative"])
@@ -319,8 +311,11 @@ def test_a_mistake_is_one_line(place, words, said):
 
 def test_nothing_to_train_is_one_line(place, tmp_path):
     words = ["bits=null", "group=128", f"output_dir={tmp_path / 'x'}"]
-    done = zoft("train", "--config", "mine.yaml", *words, cwd=place)
-    assert done.returncode == 2 and "no layer of this model is quantised" in done.stderr
+    for train in ("train=scales", "train=all"):  # all of a plain model would be MeZO's run under QZO's name
+        done = zoft("train", "--config", "mine.yaml", train, *words, cwd=place)
+        assert done.returncode == 2 and "no layer of this model is quantised" in done.stderr
+        done = zoft("estimate", "--config", "mine.yaml", train, *words[:2], cwd=place)
+        assert done.returncode == 2 and "no layer of this model is quantised" in done.stderr
 
 
 def test_export_is_plain_weights_that_transformers_opens(place, tmp_path):

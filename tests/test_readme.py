@@ -60,13 +60,9 @@ def place(tmp_path_factory):
         [{"role": "user", "content": f"{i} yes"}, {"role": "assistant", "content": f"no {i % 7}"}]
         for i in range(40)
     ]
-    (folder / "chats.jsonl").write_text(
-        "\n".join(json.dumps({"messages": t}) for t in turns), encoding="utf-8"
-    )
-    rows = [
-        {"text": "bad no " * (i % 3) + str(i), "label": ("negative", "positive")[i % 2]} for i in range(60)
-    ]
-    (folder / "my.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    tiny.write_rows(folder / "chats.jsonl", [{"messages": t} for t in turns])
+    words = {"a": "negative", "b": "positive"}
+    tiny.write_rows(folder / "my.jsonl", [row | {"label": words[row["label"]]} for row in tiny.ROWS])
     shutil.copytree(ROOT / "scripts", folder / "scripts")
     for task in ("squad", "copa"):  # data sets of the Hub's schema
         (folder / task).mkdir()

@@ -15,7 +15,7 @@ import transformers as hf
 from safetensors.torch import load_file
 
 from zoft import base as bases
-from zoft import ledger, models, noise, setup, shards, space
+from zoft import fingerprint, headers, ledger, models, noise, setup, shards, space, verbs
 from zoft import run as runs
 from zoft.compose import compose, load_run
 from zoft.config import Config, Task
@@ -37,8 +37,7 @@ def place(tmp_path_factory):
 
 
 def write_data(folder):
-    rows = [{"text": "bad no " * (i % 3) + str(i), "label": "ab"[i % 2]} for i in range(40)]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tiny.write_rows(folder / "data.jsonl", tiny.ROWS[:40])
     (folder / "mine.yaml").write_text(
         f"task: {{name: local, train: {folder}/data.jsonl, prompt: '{{text}} ', label: label, choices: {{a: a, b: b}}}}\n"
         "steps: 6\nbatch_size: 4\nlr: 1e-2\nmax_length: 32\nthreads: 1\ndevice: cpu\n"
@@ -77,7 +76,7 @@ WAYS = {
 def test_the_bits_of_the_run(place, way, tmp_path, capsys):
     """Every file of the run's model/, but for the card's figures; `full`: frozen weights were rounded to run."""
     run = train(place, way, *WAYS[way], model="full" if way == "last" else "half")
-    assert "6 steps replayed" in runs.replay(run, tmp_path / "again")
+    assert "6 steps replayed" in verbs.replay(run, tmp_path / "again")
     assert bits(tmp_path / "again") == bits(run / "model")
     assert ("starting from the snapshot at step" in capsys.readouterr().err) == ("snapshots" in way)
     for file in (run / "model").iterdir():
@@ -91,13 +90,13 @@ def test_the_bits_of_the_run(place, way, tmp_path, capsys):
 def test_a_step_on_the_way_is_the_run_that_ended_there(place, tmp_path):
     short = train(place, "three", "steps=3", "storage=fp16", "momentum=0.5")
     long = train(place, "six", "storage=fp16", "momentum=0.5")
-    runs.replay(long, tmp_path / "three", step=3)
+    verbs.replay(long, tmp_path / "three", step=3)
     assert bits(tmp_path / "three") == bits(short / "model") != bits(long / "model")
     assert "steps | 3 of 6" in (tmp_path / "three" / "README.md").read_text()
-    runs.replay(long, tmp_path / "base", step=0)
+    verbs.replay(long, tmp_path / "base", step=0)
     assert bits(tmp_path / "base") == bits(place / "half")
     with pytest.raises(UserError, match="--step 7: .* has 6 steps"):
-        runs.replay(long, tmp_path / "seven", step=7)
+        verbs.replay(long, tmp_path / "seven", step=7)
     assert not (tmp_path / "seven").exists()
 
 
@@ -122,7 +121,7 @@ def test_denoised_in_the_run_resumed_and_replayed(place, tmp_path, way):
         runs.train(load_run(cut), resume=cut)
         assert bits(cut / "model") == bits(whole / "model"), kept
         assert (cut / "ledger").read_bytes() == data, kept
-    runs.replay(whole, tmp_path / "again")
+    verbs.replay(whole, tmp_path / "again")
     assert bits(tmp_path / "again") == bits(whole / "model")
 
 
@@ -150,8 +149,8 @@ def test_denoise_is_the_sum_rounded_once(place, tmp_path, capsys):
     assert float(line.split("moved it ")[1].split()[0]) > 3  # × as far as training
     names = [n for n, t in ledger.read(plain / "ledger").header["trained"].items() if t[2] == "bf16"]
     true = summed(place, plain, names)
-    runs.replay(plain, tmp_path / "denoised", denoise=True)
-    runs.replay(plain, tmp_path / "exact", storage="fp32")
+    verbs.replay(plain, tmp_path / "denoised", denoise=True)
+    verbs.replay(plain, tmp_path / "exact", storage="fp32")
     assert bits(own / "model") == bits(tmp_path / "denoised")
     noisy, clean, exact = (
         load_file(p / "model.safetensors")
@@ -175,12 +174,12 @@ def test_denoise_is_the_sum_rounded_once(place, tmp_path, capsys):
 def test_earlier_denoisings_do_not_matter_to_later_ones(place, tmp_path):
     often = train(place, "often", "storage=bf16", "denoise_every=2", "schedule=linear")
     header, records, events = ledger.read(often / "ledger")
-    runs.replay(often, tmp_path / "again", denoise=True)
+    verbs.replay(often, tmp_path / "again", denoise=True)
     with Ledger.create(tmp_path / "ledger", header) as bare:
         for r in records:
             bare.append(r)
     (tmp_path / "config.yaml").write_text((often / "config.yaml").read_text())
-    runs.replay(tmp_path, tmp_path / "once", denoise=True)
+    verbs.replay(tmp_path, tmp_path / "once", denoise=True)
     assert len(events) == 3 and bits(tmp_path / "once") == bits(tmp_path / "again") == bits(often / "model")
 
 
@@ -198,26 +197,26 @@ def test_what_cannot_be_denoised_is_refused(place, tmp_path):
     sparse = train(place, "sparse-refused", "steps=1", "storage=bf16", "recipe=sparse_mezo")
     for wish in ({"denoise": True}, {"storage": "fp32"}):
         with pytest.raises(UserError, match="what moves depends on the weights"):
-            runs.replay(sparse, tmp_path / "x", **wish)
+            verbs.replay(sparse, tmp_path / "x", **wish)
     with pytest.raises(UserError, match="mask=magnitude the rounded weights decide what moves"):
         train(place, "sparse-2", "denoise_every=1", "storage=bf16", "recipe=sparse_mezo")
     full = train(place, "full-storage", "steps=1", "storage=fp32")
     for wish in ({"denoise": True}, {"storage": "fp32"}):
         with pytest.raises(UserError, match="stores its weights in fp32"):
-            runs.replay(full, tmp_path / "x", **wish)
+            verbs.replay(full, tmp_path / "x", **wish)
     with pytest.raises(UserError, match="leave one of them out"):
-        runs.replay(full, tmp_path / "x", storage="fp32", denoise=True)
+        verbs.replay(full, tmp_path / "x", storage="fp32", denoise=True)
     with pytest.raises(UserError, match="--storage bf16: use fp32"):
-        runs.replay(full, tmp_path / "x", storage="bf16")
+        verbs.replay(full, tmp_path / "x", storage="bf16")
     with pytest.raises(UserError, match="say where with --out"):
-        runs.replay(full, denoise=True)
+        verbs.replay(full, denoise=True)
     assert not (tmp_path / "x").exists()
 
 
 def test_without_out_it_says_what_would_be_made(place):
     run = train(place, "looked", "storage=bf16", "denoise_every=4", "train=last-1")
     before = sorted(p.name for p in run.iterdir())
-    text = runs.replay(run)
+    text = verbs.replay(run)
     count = sum(
         p.numel() for n, p in tiny.llama().named_parameters() if "layers.1." in n or n == "model.norm.weight"
     )
@@ -237,9 +236,9 @@ def test_a_run_that_is_being_written(place, tmp_path):
         with (live / "ledger").open("ab") as file:  # half of a fifth
             file.write(b"half of it")
         before = (live / "ledger").read_bytes()
-        assert "4 steps replayed of 6: the run is not finished" in runs.replay(live, tmp_path / "four")
+        assert "4 steps replayed of 6: the run is not finished" in verbs.replay(live, tmp_path / "four")
         assert (live / "ledger").read_bytes() == before and len(list(live.iterdir())) == 2
-    runs.replay(whole, tmp_path / "same", step=4)
+    verbs.replay(whole, tmp_path / "same", step=4)
     assert bits(tmp_path / "four") == bits(tmp_path / "same")
 
 
@@ -256,7 +255,7 @@ def test_another_base_is_refused(place, tmp_path):
     )
     for out in (None, tmp_path / "x"):
         with pytest.raises(UserError, match="starts from other weights"):
-            runs.replay(run, out)
+            verbs.replay(run, out)
     assert not (tmp_path / "x").exists()
 
 
@@ -273,7 +272,7 @@ def test_the_base_from_its_files_is_the_base_that_is_loaded(name, form, tmp_path
     assert (tmp_path / "model.safetensors.index.json").exists() == (form == "shards")
     loaded, _ = models.load(str(tmp_path))
     found = bases.streamed(Config(model=str(tmp_path), task=Task(name="local")))
-    assert found is not None and found.fingerprint() == models.fingerprint(loaded)
+    assert found is not None and found.fingerprint() == fingerprint.of_model(loaded)
     assert next(found.model.parameters()).is_meta
 
 
@@ -293,7 +292,7 @@ def test_a_checkpoint_that_transformers_converts(place, tmp_path):
         place, "moe", "steps=2", "train=experts", "storage=bf16", "denoise_every=1", model=tmp_path / "moe"
     )
     assert bases.streamed(load_run(run)) is None
-    runs.replay(run, tmp_path / "again")
+    verbs.replay(run, tmp_path / "again")
     assert bits(tmp_path / "again") == bits(run / "model") != bits(tmp_path / "moe")
 
 
@@ -350,12 +349,12 @@ def test_a_large_model_is_written_in_shards_that_transformers_loads(tmp_path):
 MEMORY = """
 import sys
 from pathlib import Path
-from zoft import run, tracking
+from zoft import tracking, verbs
 small, large, out = sys.argv[1:]
-run.replay(small, Path(out) / "small", **{})  # whatever is imported, compiled and kept
+verbs.replay(small, Path(out) / "small", **{})  # whatever is imported, compiled and kept
 before = tracking.peak_memory_gb()
 for how in ({}, {"denoise": True}):
-    run.replay(large, Path(out) / str(len(how)), **how)
+    verbs.replay(large, Path(out) / str(len(how)), **how)
 print(tracking.peak_memory_gb() - before)
 """
 
@@ -401,10 +400,10 @@ def write_run(folder, config, model, steps, multiplier=0.0009765625):
     """A run's folder as training leaves it, without the training."""
     from zoft.compose import to_yaml
 
-    base = models.fingerprint(model)
+    base = fingerprint.of_model(model)
     trained = space.adopt(model, space.train_names(model, config.train))
     space.place(model, trained, config.storage, config.compute)
     (folder / "config.yaml").write_text(to_yaml(dataclasses.replace(config, output_dir=str(folder))))
-    with Ledger.create(folder / "ledger", setup.header(config, base, trained)) as log:
+    with Ledger.create(folder / "ledger", headers.of(config, base, trained)) as log:
         for i in range(steps):
             log.append(Record(i, (multiplier,), 1.0, (1.0, 1.0)))

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from test_replay import bits, place, train  # noqa: F401 (place is a fixture)
 
-from zoft import ledger
+from zoft import ledger, verbs
 from zoft import run as runs
 from zoft.compose import load_run
 
@@ -20,10 +20,10 @@ def test_a_gpu_run_replayed_on_a_cpu(place, tmp_path, kind, momentum):  # noqa: 
     run = train(
         place, f"{kind}-{momentum}", *keys, f"noise={kind}", f"momentum={momentum}", "save_dtype=fp32"
     )
-    runs.replay(run, tmp_path / "gpu")
-    runs.replay(run, tmp_path / "twice", device="cuda")
+    verbs.replay(run, tmp_path / "gpu")
+    verbs.replay(run, tmp_path / "twice", device="cuda")
     assert bits(tmp_path / "gpu") == bits(tmp_path / "twice") == bits(run / "model")
-    runs.replay(run, tmp_path / "cpu", device="cpu")
+    verbs.replay(run, tmp_path / "cpu", device="cpu")
     ours, theirs, base = (
         load_file(p / "model.safetensors") for p in (tmp_path / "cpu", run / "model", place / "half")
     )
@@ -50,16 +50,16 @@ def test_denoised_on_a_gpu_resumed_and_replayed(place, tmp_path, kind, storage):
         (cut / "ledger").write_bytes(data[: -32 * dropped])
         runs.train(load_run(cut), resume=cut)
         assert bits(cut / "model") == bits(whole / "model"), dropped
-    runs.replay(whole, tmp_path / "again")
+    verbs.replay(whole, tmp_path / "again")
     assert bits(tmp_path / "again") == bits(whole / "model")
     if kind == "rademacher":
-        runs.replay(whole, tmp_path / "cpu", device="cpu")
+        verbs.replay(whole, tmp_path / "cpu", device="cpu")
         assert bits(tmp_path / "cpu") == bits(whole / "model")
 
 
 def test_export_of_a_gpu_run(place, tmp_path):  # noqa: F811
     run = train(place, "exported-gpu", "device=cuda", "train=last-1", "eps=1e-2")
-    line = runs.export(run, tmp_path / "out", merge=True, adapter=False)
+    line = verbs.export(run, tmp_path / "out", merge=True, adapter=False)
     assert bits(tmp_path / "out") == bits(run / "model") and "gives the run's logits" in line
-    line = runs.export(run, tmp_path / "cpu", merge=True, adapter=False, device="cpu", dtype="fp32")
+    line = verbs.export(run, tmp_path / "cpu", merge=True, adapter=False, device="cpu", dtype="fp32")
     assert "gives the run's logits" in line

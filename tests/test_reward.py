@@ -110,10 +110,8 @@ BREAKS = "import pathlib; p = pathlib.Path('calls'); n = len(p.read_text()) if p
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reward")
-    tiny.llama().save_pretrained(folder / "tiny")
-    tiny.tokenizer().save_pretrained(folder / "tiny")
-    rows = [{"text": "bad no " * (i % 3) + str(i), "label": ("a", "b")[i % 2]} for i in range(40)]
-    (folder / "my.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    tiny.save(folder / "tiny")
+    tiny.write_rows(folder / "my.jsonl")
     (folder / "mine.py").write_text(COUNTS.format("pass"), encoding="utf-8")
     (folder / "my.yaml").write_text(
         "model: tiny\ntask:\n  name: local\n  train: my.jsonl\n  prompt: 'o {text} y:'\n  label: label\n"
@@ -168,6 +166,65 @@ def test_a_run_whose_reward_broke_goes_on_with_the_mended_one_to_the_same_bits(p
         (place / f / "model.safetensors").read_bytes() for f in ("whole/model", "part/model", "rebuilt")
     ]
     assert weights[0] == weights[1] == weights[2]
+
+
+def test_a_saved_run_is_judged_by_what_it_was_trained_for(place):
+    """The figures of the training itself, and of each text; numbers of a file that counts letters again."""
+    done = zoft("train", "--config", "my.yaml", "--reward", "mine.py:score", "output_dir=judged")
+    assert done.exit_code == 0, (done.output, done.exception)
+    after = json.loads((place / "judged/result.json").read_text())["after"]
+    done = zoft("eval", "judged", "--json", "--examples", "each.jsonl")
+    assert done.exit_code == 0 and "reward" not in json.loads(done.stdout), done.output
+    assert f"--reward {place / 'mine.py:score'} asks it" in done.stderr and "text" not in first("each.jsonl")
+    done = zoft("eval", "judged", "--reward", "mine.py:score", "--json", "--examples", "each.jsonl")
+    assert done.exit_code == 0, (done.output, done.exception)
+    found = json.loads(done.stdout)
+    low, high = found.pop("ci95")["reward"]
+    assert found == pytest.approx(after) and low <= found["reward"] <= high
+    each = [json.loads(line) for line in (place / "each.jsonl").read_text().splitlines()]
+    names: dict = {}
+    exec((place / "mine.py").read_text(), names)
+    lines = [json.loads(line) for line in (place / "my.jsonl").read_text().splitlines()]
+    rows = [lines[int(e["row"].rpartition(":")[2]) - 1] for e in each]
+    assert [e["reward"] for e in each] == names["score"](rows, [e["text"] for e in each])
+    assert sum(e["reward"] for e in each) / len(each) == pytest.approx(found["reward"])
+
+    # Another objective's texts, of any run or model; no key but those that an evaluation reads.
+    done = zoft("eval", "judged", "objective=f1", "--json", "--resamples", "0", "--examples", "each.jsonl")
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert json.loads(done.stdout)["f1"] == 0 and {"text", "exact_match", "f1"} <= first("each.jsonl").keys()
+    words = ["eval", "judged/model", "--config", "my.yaml", "--reward", "mine.py:score", "--json"]
+    assert json.loads(zoft(*words).stdout)["reward"] == pytest.approx(found["reward"])
+    for words, said in [
+        (["objective=lm"], "objective=lm: metrics of labels and losses are there anyway"),
+        (["lr=5"], "lr: does nothing in an evaluation"),
+        (["task.prompt={text}", "seed=3"], "seed: does nothing in an evaluation"),
+        (["model=tiny"], "model: judged is a run, whose own model is judged"),
+        (["bits=4"], "bits: judged is a run, whose own model is judged"),
+        (["--reward", "none.py:score"], "no such .py file"),
+        (["--reward", "mine.py:score", "--lm-eval", "boolq"], "is not of --lm-eval"),
+    ]:
+        assert said in refused("eval", "judged", *words)
+
+
+@pytest.mark.parametrize("objective", ["f1", "auto"])
+def test_text_to_learn_is_judged_the_same_whatever_it_was_trained_by(place, objective):
+    text = (place / "my.yaml").read_text().partition("  label:")[0] + "  target: ' {label}'\n"
+    text += "steps: 2\nbatch_size: 2\nmax_length: 48\nmax_new_tokens: 4\nthreads: 1\neps: 0.03\n"
+    (place / "text.yaml").write_text(f"{text}objective: {objective}\n", encoding="utf-8")
+    run = f"text-{objective}"
+    assert zoft("train", "--config", "text.yaml", f"output_dir={run}").exit_code == 0
+    after = json.loads((place / run / "result.json").read_text())["after"]
+    done = zoft("eval", run, "--json", "--resamples", "0", "--examples", "each.jsonl")
+    found = json.loads(done.stdout)
+    assert found == pytest.approx(after) and {"f1", "exact_match", "loss"} <= found.keys()
+    line = first("each.jsonl")
+    assert {"answers", "prediction", "right", "f1"} <= line.keys() and "text" not in line
+
+
+def first(file):
+    with open(file, encoding="utf-8") as lines:
+        return json.loads(lines.readline())
 
 
 def test_no_file_names_a_reward(place):

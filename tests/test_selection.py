@@ -73,16 +73,14 @@ def test_what_does_nothing_is_refused(words, said):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chosen")
-    tiny.llama().save_pretrained(folder / "tiny")
-    tiny.tokenizer().save_pretrained(folder / "tiny")
-    rows = [{"text": "bad no " * (i % 3) + str(i), "label": ("n", "p")[i % 2]} for i in range(60)]
-    (folder / "my.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    tiny.save(folder / "tiny")
+    tiny.write_rows(folder / "my.jsonl")
     return folder
 
 
 TRAIN = [
     "train", "task=local", "task.train=my.jsonl", "task.prompt=a {text} b:", "task.label=label", "task.num_dev=15",
-    'task.choices={n: " no", p: " yes"}', "model=tiny", "steps=40", "eval_every=4", "batch_size=4", "threads=1",
+    'task.choices={a: " no", b: " yes"}', "model=tiny", "steps=40", "eval_every=4", "batch_size=4", "threads=1",
     "early_stop=2", "save_best=true", "lr=0.02", "max_length=60",
 ]  # fmt: skip
 

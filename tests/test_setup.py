@@ -7,7 +7,7 @@ from test_estimate import allocated
 
 from zoft import setup, space
 from zoft.config import Config, Task
-from zoft.objective import Example, losses
+from zoft.objective import Example, collate, losses
 
 
 def example(*lengths, single=True):
@@ -28,7 +28,7 @@ def test_calibration_sees_padding_and_two_lengths_where_there_are_any(lengths, s
     assert torch.equal(double.inputs["attention_mask"], mask.repeat(2, 1)) and double.rows == 2 * n
     assert torch.equal(double.inputs["input_ids"][:n], small.inputs["input_ids"])
     model = tiny.llama()
-    want = torch.cat([losses(model, setup.collate([e]))[0] for e in (examples[0], examples[-1])])
+    want = torch.cat([losses(model, collate([e]))[0] for e in (examples[0], examples[-1])])
     if len(set(lengths)) == 1:  # a column more changes no loss
         torch.testing.assert_close(losses(model, small)[0], want)
 
@@ -42,7 +42,7 @@ def test_probes_a_forward_go_by_the_memory_there_is():
     model = tiny.opt()
     config, _, axis = setup.axis(config, model, space.adopt(model, space.train_names(model, "all")), train)
     assert config.probes_per_forward == 12  # a tiny model's activations fit anywhere
-    batch = setup.collate(sorted(train, key=lambda e: -e.length))
+    batch = collate(sorted(train, key=lambda e: -e.length))
     with axis.clean(batch.rows):
         each = allocated(lambda: losses(model, batch))
     for room, want in ((0.5, 1), (3, 2), (5, 4), (7.5, 6), (11, 6), (13, 12)):

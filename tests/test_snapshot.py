@@ -12,9 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_trainer import build, same_bits, weights
 
+from zoft import headers, snapshot
 from zoft import run as runs
-from zoft import setup, snapshot
-from zoft.config import Config, Task, check
+from zoft.config import Config, Task
+from zoft.config_check import check
 from zoft.due import due, next_stop
 from zoft.errors import UserError
 from zoft.ledger import Event, Ledger, read
@@ -24,6 +25,26 @@ HEADER = {"seed": 7, "base": "blake2b:1"}
 
 def names(folder):
     return sorted(p.name for p in (folder / "snapshots").iterdir())
+
+
+class Crash(Exception):
+    pass
+
+
+def fit(trainer, s, evaluate, stop):
+    """What run.fit returns; None where a crash after `stop` steps ends it."""
+    step = trainer.step
+
+    def crashing():
+        if trainer.next == stop:
+            raise Crash
+        return step()
+
+    trainer.step = crashing
+    try:
+        return runs.fit(trainer, s, evaluate)
+    except Crash:
+        return None
 
 
 def session(folder, trainer_options, steps=10, evals=None, stop=None, **keys):
@@ -37,23 +58,9 @@ def session(folder, trainer_options, steps=10, evals=None, stop=None, **keys):
         asked.append(trainer.next)
         return {"loss": float((evals or {}).get(trainer.next, 1.0)), "accuracy": 0.5}
 
-    class Crash(Exception):
-        pass
-
     with runs.session(config, HEADER, folder if (folder / "ledger").exists() else None) as s:
         trainer = build(None, tiny.llama(tie=True), opened=s.ledger, steps=steps, **trainer_options)
-        step = trainer.step
-
-        def crashing():
-            if trainer.next == stop:
-                raise Crash
-            return step()
-
-        trainer.step = crashing
-        try:
-            result = runs.fit(trainer, s, evaluate)
-        except Crash:
-            result = None
+        result = fit(trainer, s, evaluate, stop)
     return result, weights(trainer.model), asked
 
 
@@ -288,22 +295,22 @@ def test_the_header_tells_other_keys_data_and_noise_apart(tmp_path):
 
     trained = build(tmp_path, tiny.llama()).axis.trained
     config = Config(model="m", task=Task(name="local"), storage="fp32", compute="fp32")
-    made = setup.header(config, "b", trained, examples())
+    made = headers.of(config, "b", trained, examples())
     first = trained[0]
     assert made["trained"][first.name] == [first.id, list(first.stored.shape), "fp32"]
     free = dataclasses.replace(
         config, output_dir="x", model="y", threads=2, device="cpu", sync="step", keep_last=9
     )
-    runs.agree(made, setup.header(free, "b", trained, examples()), tmp_path)
+    runs.agree(made, headers.of(free, "b", trained, examples()), tmp_path)
     other = dataclasses.replace(config, lr=2e-6)
     # A ledger of a zoft that did not have some keys.
     elder = {**made, "config": {k: v for k, v in made["config"].items() if k not in ("clip", "meazo")}}
     runs.agree(elder, made, tmp_path)
     for wanted, line in (
-        (setup.header(other, "b", trained, examples()), "another lr than config.yaml has"),
-        (setup.header(config, "c", trained, examples()), "starts from other weights"),
-        (setup.header(config, "b", trained, examples(seed=1)), "other training data"),
-        (setup.header(config, "b", trained[:-1], examples()), f"other tensors .*{trained[-1].name}"),
+        (headers.of(other, "b", trained, examples()), "another lr than config.yaml has"),
+        (headers.of(config, "c", trained, examples()), "starts from other weights"),
+        (headers.of(config, "b", trained, examples(seed=1)), "other training data"),
+        (headers.of(config, "b", trained[:-1], examples()), f"other tensors .*{trained[-1].name}"),
         ({**made, "noise_version": 9}, "noise of version 1, this zoft makes version 9"),
         ({**made, "eps": 9}, "written with eps=0.001, not 9"),
     ):

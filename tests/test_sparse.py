@@ -1,7 +1,6 @@
 """Sparse-MeZO: thresholds against sorting, runs against a slow twin that keeps its masks, resume and replay."""
 
 import copy
-import json
 
 import noise_twin as twin
 import numpy as np
@@ -28,10 +27,14 @@ def test_kth_smallest_is_that_of_a_sort(dtype, monkeypatch):
         ).to(dtype)
         x[: n // 5] = x[0]  # ties
         x[n // 2 :: 7] = 0.0
-        size = np.sort(np.abs(x.double().numpy()).astype(np.float32))
+        size = np.sort(np.abs(x.double().numpy()))
         for k in {1, n // 4 + 1, n // 2 + 1, n}:
             h, count = sparse.kth_smallest(x, k)
-            assert h == size[k - 1] and count == (size <= h).sum() >= k
+            near = np.float32(size[k - 1])
+            above = near if near >= size[k - 1] else np.nextafter(near, np.float32(np.inf))
+            assert h == above and count == (size <= h).sum() >= k
+            moving = noise.moving(x, 1, noise.Mask(threshold=h))
+            assert int(moving.sum()) == count
 
 
 @pytest.mark.parametrize("kind", ["magnitude", "random"])
@@ -67,6 +70,8 @@ def test_every_matrix_has_its_share_and_1d_tensors_move_whole(kind, storage, spa
         assert ("lm_head.weight (9" in said[-1]) == (kind == "magnitude" and sparsity == 0.5)
     assert not sparse.mask(trained, "none", sparsity, 3) and not sparse.mask(trained, kind, 0.0, 3)
     assert all(t.mask is None for t in trained)
+    (line,) = sparse.mask([t for t in trained if t.stored.ndim == 1], kind, sparsity, 3)
+    assert "no matrix is trained" in line
 
 
 @pytest.mark.parametrize("storage, beta, kind", [
@@ -218,10 +223,8 @@ def test_embeddings_and_heads_that_make_rows_only_see_the_mask(tie, tmp_path):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sparse")
-    tiny.llama().save_pretrained(folder / "tiny")
-    tiny.tokenizer().save_pretrained(folder / "tiny")
-    rows = [{"text": "bad no " * (i % 3) + str(i), "label": "ab"[i % 2]} for i in range(60)]
-    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tiny.save(folder / "tiny")
+    tiny.write_rows(folder / "data.jsonl")
     return folder
 
 

@@ -5,24 +5,12 @@ import math
 from pathlib import Path
 
 import pytest
+from test_sweep import place  # noqa: F401
 
 from zoft import sweep, sweep_job, sweep_search
 from zoft.errors import UserError
 
 optuna = pytest.importorskip("optuna")
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / "config.json").write_text('{"model_type": "llama"}')
-    (tmp_path / "data.jsonl").write_text('{"text": "x", "label": "a"}\n')
-    (tmp_path / "mine.yaml").write_text(
-        "model: tiny\ntask: {name: local, train: data.jsonl, prompt: '{text} ', label: label, choices: {a: a, b: b}}\n"
-    )
-    monkeypatch.setattr("zoft.models.check", lambda source: None)
-    return tmp_path
 
 
 def launch(log, slots=3, stop_after=None):
@@ -47,7 +35,7 @@ def launch(log, slots=3, stop_after=None):
 WORDS = ["lr=tag(log,interval(1e-6,1e-2))", "q=interval(1,5)", "output_dir=s"]
 
 
-def test_a_search_finds_the_bowl_and_goes_on_where_it_stopped(place):
+def test_a_search_finds_the_bowl_and_goes_on_where_it_stopped(place):  # noqa: F811
     made = sweep.plan("mine.yaml", WORDS, search="loss")
     assert not made.jobs and not Path("s").exists()
     first = []
@@ -73,7 +61,7 @@ def test_a_search_finds_the_bowl_and_goes_on_where_it_stopped(place):
     assert len(third) <= len([n for n in second if n in failed])  # only what failed is made up for
 
 
-def test_mistakes(place):
+def test_mistakes(place):  # noqa: F811
     made = sweep.plan("mine.yaml", WORDS, search="loss")
     sweep_search.search(made, launch([]), 2, "loss", None, print)
     with pytest.raises(UserError, match="is to minimize"):

@@ -1,6 +1,5 @@
 """docs/sweeps.md: what it has of other tools, run with those tools."""
 
-import json
 import os
 import re
 import subprocess
@@ -22,14 +21,7 @@ SMALL = "steps=2 eval_limit=4 threads=1 save_model=false"
 @pytest.fixture
 def place(tmp_path):
     """A folder with a tiny model, a config, and `zoft` on the path."""
-    tiny.llama().save_pretrained(tmp_path / "tiny")
-    tiny.tokenizer().save_pretrained(tmp_path / "tiny")
-    rows = [{"text": "bad no " * (i % 3) + str(i), "label": "ab"[i % 2]} for i in range(40)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "mine.yaml").write_text(
-        "model: tiny\nmax_length: 32\n"
-        "task: {name: local, train: data.jsonl, prompt: '{text} ', label: label, choices: {a: a, b: b}}\n"
-    )
+    tiny.place(tmp_path, "max_length: 32\n")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "zoft").write_text(f'#!/bin/sh\nexec {sys.executable} -m zoft "$@"\n')
     (tmp_path / "bin" / "zoft").chmod(0o755)

@@ -4,11 +4,11 @@ import csv
 import gzip
 import json
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 
 from zoft import packages, tasks
+from zoft.config import Task
 from zoft.errors import UserError
 from zoft.tasks import template
 
@@ -19,13 +19,9 @@ CHOICES = {"negative": " terrible", "positive": " great"}
 
 
 def task(**settings):
-    defaults = {
-        "name": "local", "train": None, "eval": None, "subset": None, "train_limit": None,
-        "prompt": "Review: {text}\nSentiment:", "label": "label", "choices": CHOICES, "target": None, "max_words": None,
-    }  # fmt: skip
-    return SimpleNamespace(
-        **{**defaults, **{k: str(v) if k in ("train", "eval") else v for k, v in settings.items()}}
-    )
+    defaults = {"name": "local", "prompt": "Review: {text}\nSentiment:", "label": "label", "choices": CHOICES}
+    places = {k: str(settings[k]) for k in ("train", "eval") if k in settings}
+    return Task(**{**defaults, **settings, **places})
 
 
 def jsonl(path, rows):
@@ -146,6 +142,15 @@ def test_only_columns_stand_in_braces(bad, said):
 # --- mistakes ---------------------------------------------------------------------------------------------
 
 
+def test_a_cell_may_hold_a_whole_document(tmp_path):
+    before, text = csv.field_size_limit(), "word " * 40_000 + "end"
+    path = broken(tmp_path, "a.csv", f'text,label\n"{text}",positive\n'.encode())
+    (row,) = tasks.load(task(train=path, eval=path, prompt="{text}")).train
+    assert row["prompt"] == text and csv.field_size_limit() == before
+    broken(tmp_path, "a.csv", b'text,label\n"' + b"x" * 10_000_001 + b'",positive\n')
+    assert "a.csv:2: bad CSV: field larger" in refused(train=path) and csv.field_size_limit() == before
+
+
 def broken(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
@@ -165,6 +170,10 @@ def broken(tmp_path, name, content):
         ("a.jsonl", b'{"text": "ok"}\n{"text": "caf\xe9"}\n', "a.jsonl:2: not UTF-8 (byte 0xe9)"),
         ("a.csv", b"text,label\na,b,c\n", "a.csv:2: 3 cells where the header has 2 (text, label)"),
         ("a.csv", b'text,label\n"a,b\n', "bad CSV"),
+        ("a.csv", b"text;label\na;b\n", "a.csv:1: its header is one column, 'text;label': cells are parted by commas here, not by semicolons"),
+        ("a.csv", b"text\tlabel\na\tb\n", "or call it .tsv"),
+        ("a.tsv", b"text,label\na,b\n", "cells are parted by tabs here, not by commas"),
+        ("a.csv", "text,label\na,positive\n".encode("utf-16"), "a.csv:1: not UTF-8 (byte 0xff); convert it: iconv -f utf-16"),
         ("a.csv", b"text,text\na,b\n", "two columns are called 'text'"),
         ("a.csv", b"text,label\n,positive\n", "a.csv:2: column text is empty"),
         ("a.jsonl", b'{"text": null, "label": "positive"}\n', "a.jsonl:1: column text is empty"),

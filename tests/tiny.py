@@ -1,5 +1,8 @@
 """Tiny models and a tiny tokenizer, from config and by hand: nothing is downloaded."""
 
+import json
+from pathlib import Path
+
 import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, processors
@@ -8,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, processors
 MERGES = [("a", "b"), ("n", "o"), (" ", "no"), ("e", "s"), ("y", "es"), (" ", "y")]
 WORDS = ["<pad>", "<bos>", "<eos>", *" abcdenoyst:.0123456789", "es", "ab", "no", " no", "yes", " y"]
 VOCAB = len(WORDS)
+ROWS = [{"text": "bad no " * (i % 3) + str(i), "label": "ab"[i % 2]} for i in range(60)]
 
 
 def tokenizer(bos: bool = True, eos: bool = False):
@@ -64,3 +68,22 @@ MODELS = {"llama": llama, "opt": opt, "gpt2": gpt2, "gemma2": gemma2}
 def build(kind, config):
     torch.manual_seed(0)
     return kind(config).eval().requires_grad_(False)
+
+
+def save(folder: Path) -> None:
+    """A checkpoint's folder: a model and its tokenizer."""
+    llama().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+
+
+def write_rows(file: Path, rows=ROWS) -> None:
+    file.write_text("\n".join(map(json.dumps, rows)))
+
+
+def place(folder: Path, settings: str, choices: str = "{a: a, b: b}") -> Path:
+    """A folder to train in: the model tiny/, data.jsonl, and mine.yaml, which names both and has these lines."""
+    save(folder / "tiny")
+    write_rows(folder / "data.jsonl")
+    task = f"{{name: local, train: data.jsonl, prompt: '{{text}} ', label: label, choices: {choices}}}"
+    (folder / "mine.yaml").write_text(f"model: tiny\ntask: {task}\n{settings}")
+    return folder

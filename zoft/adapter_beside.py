@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from zoft import checkpoint, models, quant, quant_other
 from zoft.errors import UserError
+from zoft.fingerprint import raw_bytes
 
 if TYPE_CHECKING:
     from zoft.config import Config
@@ -80,7 +81,7 @@ def fingerprint(folder: Path) -> str:
     h.update(json.dumps({k: settings.get(k) for k in counts}, sort_keys=True).encode())
     for name, t in sorted(tensors((folder / FILES[1]).read_bytes()).items()):
         h.update(f"{name} {tuple(t.shape)} {t.dtype}\n".encode())
-        h.update(memoryview(models._bytes(t.flatten())))
+        h.update(memoryview(raw_bytes(t.flatten())))
     return f"adapter:{h.hexdigest()}"
 
 
@@ -151,7 +152,7 @@ def changes(model: Any, dequantise: bool) -> dict[str, Tensor] | None:
     found = pairs(model)
     if not found:
         return {}
-    codes = quant_other.alive(model) or (quant.layers(model) and not dequantise)
+    codes = quant_other.layers(model) or (quant.layers(model) and not dequantise)
     readers: dict[int, int] = {}
     for m in model.modules():
         for p in m.parameters(recurse=False):

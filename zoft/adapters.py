@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from zoft import adapter_beside, adapter_start, models, space
+from zoft import adapter_beside, adapter_start, models, saving, space
 from zoft.config import ADAPTERS, Config
 from zoft.errors import UserError
+from zoft.fingerprint import raw_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -230,7 +231,7 @@ def fingerprint(trained: Sequence[Trained]) -> str:
     h = hashlib.blake2b(digest_size=16)
     for t in trained:
         h.update(f"{t.name} {tuple(t.stored.shape)} {t.stored.dtype}\n".encode())
-        h.update(memoryview(models._bytes(t.stored.detach().flatten())))
+        h.update(memoryview(raw_bytes(t.stored.detach().flatten())))
     return f"blake2b:{h.hexdigest()}"
 
 
@@ -260,9 +261,9 @@ def save(model: Any, folder: str | Path, *, tokenizer: Any = None, card: str = "
     """Write the adapter as peft does, in the dtype it is kept in; all or nothing.
 
     adapter_config.json and adapter_model.safetensors, which PeftModel.from_pretrained reads; the tokenizer, if one is
-    given; card: text of README.md, see models.model_card.
+    given; card: text of README.md, see saving.model_card.
     """
-    with models.whole(folder) as place, _quiet():
+    with saving.whole(folder) as place, _quiet():
         model.save_pretrained(str(place), save_embedding_layers=False)
         if tokenizer is not None:
             tokenizer.save_pretrained(place)
@@ -306,7 +307,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """peft's and transformers' advice is for those who call them."""
-    with warnings.catch_warnings(), models._quiet():
+    with warnings.catch_warnings(), models.quiet():
         warnings.simplefilter("ignore")
         yield
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import GenerationConfig
 
-from zoft import adapter_beside, gguf, models, setup, shards
+from zoft import adapter_beside, fingerprint, gguf, models, setup, shards
 from zoft.config import Config
 from zoft.errors import UserError
 from zoft.estimate import skeleton
@@ -37,9 +37,9 @@ class Base:
     whole: bool = False
 
     def fingerprint(self) -> str:
-        """models.fingerprint of the model, from its files."""
+        """fingerprint.of_model of the model, from its files."""
         size = sum(t.nbytes for t in self.tensors.values())
-        return models.hashed(((name, self.read(name)) for name in self.tensors), size)
+        return fingerprint.of_tensors(((name, self.read(name)) for name in self.tensors), size)
 
 
 def find(config: Config, wanted: str, where: str) -> Base:
@@ -75,7 +75,7 @@ def loaded(config: Config) -> Base:
 
 def of(model: Any, tokenizer: Callable[[], Any]) -> Base:
     """The base that a model in memory is."""
-    tensors = models._tensors(model)
+    tensors = fingerprint.distinct(model)
     return Base(model, tensors, lambda name: tensors[name].clone(), tokenizer, whole=True)
 
 
@@ -87,7 +87,7 @@ def streamed(config: Config) -> Base | None:
         return None
     source = models.resolve(config.model)
     models.check(source)
-    with models._user_errors(source):
+    with models.user_errors(source):
         held = _gguf(Path(source.place)) if source.kind == "gguf" else _files(_folder(source))
     if not held:
         return None
@@ -108,7 +108,7 @@ def streamed(config: Config) -> Base | None:
     def read(name: str) -> Tensor:
         get = reads[name]
         assert get is not None, name
-        with models._user_errors(source):
+        with models.user_errors(source):
             return get().to(tensors[name].dtype)
 
     if source.kind != "gguf":

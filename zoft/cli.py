@@ -74,7 +74,7 @@ class _Verbs(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and not args[0].startswith("-") and args[0] not in self.commands:
-            from zoft.config import nearest
+            from zoft.errors import nearest
 
             near = nearest(args[0], self.commands)
             raise UserError(
@@ -144,7 +144,7 @@ def train(
     ] = None,
 ) -> None:
     """Fine-tune a model: zoft train --config mezo/reviews lr=1e-5."""
-    from zoft import processes, run
+    from zoft import processes, results, run
     from zoft.compose import compose, load_run
 
     overrides = [*(overrides or []), *([f"reward={reward}"] if reward else [])]
@@ -175,7 +175,7 @@ def train(
         raise typer.Exit(begin(nproc, ["train", *given], str(resume or resolved.output_dir)))
     result = run.train(resolved, resume=resume, dry_run=dry_run)
     if processes.place()[0] == 0:
-        typer.echo(run.plan_text(result) if dry_run else run.summary(result))
+        typer.echo(results.plan_text(result) if dry_run else results.summary(result))
 
 
 @app.command(cls=_Verb)
@@ -236,6 +236,10 @@ def evaluate(
     resamples: Annotated[
         int, typer.Option(min=0, help="Of the bootstrap that gives 95 % intervals; 0 gives none.")
     ] = 1000,
+    reward: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.py:FUNCTION", help="Judge texts by a reward of your own; runs FILE."),
+    ] = None,
     lm_eval: Annotated[
         str | None,
         typer.Option(metavar="TASKS", help="Tasks of lm-evaluation-harness instead: arc_easy,boolq."),
@@ -249,12 +253,15 @@ def evaluate(
 
     folders = [a for a in args or [] if "=" not in a and not a.startswith("-")]
     overrides = [a for a in args or [] if a not in folders]
+    overrides += [f"reward={reward}"] if reward else []
     if len(folders) > 1:
         raise UserError(f"eval: {eval_run.GIVE}")
     resolved, adapter = eval_run.source(folders[0] if folders else None, config, overrides)
     if lm_eval is not None:
         if examples is not None:
             raise UserError(f"--examples {examples}: is not of --lm-eval; leave one of them out")
+        if reward is not None:
+            raise UserError(f"--reward {reward}: is not of --lm-eval; leave one of them out")
         results, shown = eval_run.harness(resolved, adapter, lm_eval, lm_eval_path)
         typer.echo(json.dumps(results) if as_json else shown)
         return
@@ -307,9 +314,9 @@ def replay(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: where it ran.")] = None,
 ) -> None:
     """Rebuild a run's model from its base and its ledger, bit for bit."""
-    from zoft import run
+    from zoft import verbs
 
-    typer.echo(run.replay(folder, out, step=step, storage=storage, denoise=denoise, device=device))
+    typer.echo(verbs.replay(folder, out, step=step, storage=storage, denoise=denoise, device=device))
 
 
 @app.command(cls=_Verb)
@@ -324,9 +331,9 @@ def export(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: where it ran.")] = None,
 ) -> None:
     """Write a run's model as others load it, and check it: zoft export runs/mine --merge --out mine."""
-    from zoft import run
+    from zoft import verbs
 
-    typer.echo(run.export(folder, out, merge=merge, adapter=adapter, dtype=dtype, device=device))
+    typer.echo(verbs.export(folder, out, merge=merge, adapter=adapter, dtype=dtype, device=device))
 
 
 @app.command(cls=_Verb)
@@ -430,11 +437,11 @@ def data(
     as_json: Json = False,
 ) -> None:
     """Show training examples as the model reads them, scored tokens marked, and counts of them all."""
-    from zoft import run
+    from zoft import verbs
     from zoft.compose import compose
 
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    run.show_data(compose(config, overrides or []), count, typer.echo, as_json=as_json, colour=colour)
+    verbs.show_data(compose(config, overrides or []), count, typer.echo, as_json=as_json, colour=colour)
 
 
 @app.command(cls=_Verb)

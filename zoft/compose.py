@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from zoft.config import Config, Task, check, fields, filled, nearest, unknown_key
-from zoft.errors import UserError
+from zoft.config import Config, Task, fields, filled
+from zoft.config_check import check, unknown_key
+from zoft.errors import UserError, nearest
 from zoft.yamlfile import calls, check_file, strict_yaml, yaml_tree
 
 GROUPS = ("model", "task")

@@ -10,7 +10,8 @@ import triton.language as tl
 from zoft import noise
 from zoft.estimator import Moment
 from zoft.noise import triton as kernels
-from zoft.noise.triton import NOTHING, Plan
+from zoft.noise.triton import Plan
+from zoft.noise.triton_kernels import NOTHING
 from zoft.probe import Probe
 
 _SLOTS = 8  # uploads that may be on their way
@@ -66,7 +67,8 @@ class Control:
 
     master fp32 [3q + 8]: multipliers of the pending update, its decay, 1 (for tensors that do not decay; both NOTHING
     where no update is pending), the 2q scales, beta; and for steps in place: the restore of the pending update (0 where
-    nothing is to be restored), then eps, -2·eps, 0 and NOTHING. Each plan has its own contiguous copy of the entries it needs, made at the start of a step.
+    nothing is to be restored), then eps, -2·eps, 0 and NOTHING. Each plan has its own contiguous copy of the entries it
+    needs, made at the start of a step.
     """
 
     def __init__(self, q: int, eps: float, beta: float, seed: int, device: torch.device) -> None:

@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
 
+from zoft import distributed
+from zoft.config import Config
+from zoft.encode import Example
+from zoft.objective import Batch, collate
+
 PURPOSE = 0x64617461  # the last counter word; noise uses others
+
+
+def batches(config: Config, train: Sequence[Example]) -> Callable[[int], list[Batch]]:
+    """step -> its batches, a pure function of the step; of several processes, this one's examples of each."""
+    mine = distributed.current().examples
+
+    def at(step: int) -> list[Batch]:
+        return [
+            collate([train[i] for i in mine(picks)]).to(config.device)
+            for picks in picked(config, len(train), step)
+        ]
+
+    return at
+
+
+def picked(config: Config, n: int, step: int) -> list[list[int]]:
+    """Which of n examples each batch of a step holds."""
+    return batch_indices(
+        step, n=n, batch_size=config.batch_size, accumulate=config.accumulate, seed=config.seed
+    )
 
 
 def batch_indices(step: int, *, n: int, batch_size: int, accumulate: int, seed: int) -> list[list[int]]:

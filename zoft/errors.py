@@ -1,9 +1,10 @@
-"""The one exception that a user is meant to see."""
+"""The one exception that a user is meant to see, and what helps to word it."""
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -18,3 +19,9 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def nearest(word: str, words: Iterable[str]) -> str | None:
+    """The most similar of words, or None when none is close."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return close[0] if close else None

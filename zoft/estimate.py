@@ -43,7 +43,7 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     models.resolve(config.model)  # a mistake shows before data loads
     config = setup.device(config)
     notes: list[str] = []
-    tested = 1 << 30
+    tested: int | None = None
     if rows is None:
         rows, tested, note = _examples(config)
         notes += [note] if note else []
@@ -51,6 +51,7 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     model = skeleton(config)
     load = sum(p.numel() * p.element_size() for p in model.parameters())
     quantised(config, model)
+    setup.refuse_unquantised(config, model)
     if config.train in ADAPTERS:
         model = adapters.attach(model, config)
     elif place := adapter_beside.folder_of(config):
@@ -77,7 +78,7 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     train = _forward(model, batch.repeat(probes), notes)
     rows_each = batch.rows // config.batch_size
     held_out = collate(
-        [longest] * max(1, min(room_of(config.device) // (longest.length * rows_each), tested))
+        [longest] * max(1, min(room_of(config.device) // (longest.length * rows_each), tested or 1 << 30))
     )
     evaluation = _forward(model, held_out, notes).activations
     trained = sum(p.numel() for n, p in model.named_parameters() if n in set(names))
@@ -93,7 +94,7 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
             "tokens takes a small forward more, and its keys and values some memory"
         )
     momentum = (8 if compute == torch.float64 else 4) * trained if config.momentum else 0
-    frozen, share = _frozen(config, model, names, rows)
+    frozen, share = _frozen(config, model, names, rows, tested)
     spaces = WORKSPACES if config.device.startswith("cuda") else 0
     peak = max(load, total + momentum + scratch + spaces + frozen + max(train.activations, evaluation))
 
@@ -136,7 +137,7 @@ def skeleton(config: Config) -> Any:
 
     source = models.resolve(config.model)
     models.check(source)
-    with models._user_errors(source):
+    with models.user_errors(source):
         if source.kind == "gguf":
             from zoft import gguf
 
@@ -172,6 +173,12 @@ def quantised(config: Config, model: Any) -> None:
     found = quant_files.settings(source.name, model.config, folder)
     if found:
         quant.quantise_model(model, bits=found.bits, group=found.group or 1 << 30, zero_points=True)
+    elif theirs := getattr(model.config, "quantization_config", None):
+        how = theirs if isinstance(theirs, dict) else theirs.to_dict()
+        raise UserError(
+            f"estimate: {source.name} was quantised by {how.get('quant_method', 'another library')}, and what that keeps shows "
+            "only once it is loaded; run it with steps=1, which tells its peak memory"
+        )
 
 
 def weights(
@@ -196,7 +203,7 @@ def weights(
     return dict(sizes)
 
 
-def _examples(config: Config) -> tuple[list[Example], int, str]:
+def _examples(config: Config) -> tuple[list[Example], int | None, str]:
     """(training examples, how many there are to evaluate on, "" or why they are made up)."""
     from zoft import tasks
 
@@ -209,7 +216,7 @@ def _examples(config: Config) -> tuple[list[Example], int, str]:
         context = (0,) * config.max_length
         made = Example((context, context), ((1,), (2,)), 0, "choice", True)
         note = f"the data cannot be read here ({error}): rows of max_length={config.max_length} are assumed"
-        return [made], 1 << 30, note
+        return [made], None, note
 
 
 def _usual_width(config: Config, rows: Sequence[Example]) -> float:
@@ -229,8 +236,13 @@ def _met(config: Config, rows: Sequence[Example]) -> int:
     return min(len(rows), config.steps * config.batch_size * config.accumulate)
 
 
-def _frozen(config: Config, model: Any, names: Sequence[str], rows: Sequence[Example]) -> tuple[int, float]:
-    """With cache_frozen: (bytes of kept hidden states, share of the blocks that a step still runs)."""
+def _frozen(
+    config: Config, model: Any, names: Sequence[str], rows: Sequence[Example], tested: int | None
+) -> tuple[int, float]:
+    """With cache_frozen: (bytes of kept hidden states, share of the blocks that a step still runs).
+
+    tested: rows to evaluate on; None takes those training rows that the steps do not meet.
+    """
     auto = config.cache_frozen == "auto"
     if not config.cache_frozen or config.perturb == "inplace" or (auto and config.device.startswith("cuda")):
         return 0, 1.0
@@ -238,16 +250,20 @@ def _frozen(config: Config, model: Any, names: Sequence[str], rows: Sequence[Exa
     if first in (0, count) or (auto and 2 * first < count):
         return 0, 1.0
     inside = f"{space.blocks_of(model)[0]}."
-    if not {n for n in names if not n.startswith(inside)} <= set(space.train_names(model, "last-1")):
+    outside = {
+        n for n in names if not n.startswith(inside)
+    }  # where these are all, frozen_blocks has looked at them
+    if len(outside) < len(names) and not outside <= set(space.train_names(model, "last-1")):
         return 0, 1.0  # something is trained that may come before the blocks
     states = sum(
         len(row) for row in {c + t[:-1] + e.after for e in rows for c, t in zip(e.contexts, e.completions)}
     )
-    states = states * _met(config, rows) // len(rows)
-    size = states * _width(model) * next(model.parameters()).element_size()
-    if auto and size > setup.FROZEN_BYTES:
+    met = _met(config, rows)
+    row = states / len(rows) * _width(model) * next(model.parameters()).element_size()  # bytes
+    if auto and met * row > setup.FROZEN_BYTES:
         return 0, 1.0
-    return min(size, setup.FROZEN_BYTES), 1 - first / count
+    kept = met + (len(rows) - met if tested is None else tested)  # rows of evaluations take what is left
+    return min(int(kept * row), setup.FROZEN_BYTES), 1 - first / count
 
 
 def _forward(model: Any, batch: Batch, notes: list[str]) -> footprint.Cost:

@@ -4,26 +4,54 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft import compose, guards, run
-from zoft.config import Config
+from zoft import compose, guards, results, run
+from zoft.config import GENERATED, Config
 from zoft.errors import UserError, writing
+from zoft.yamlfile import yaml_tree
 
 if TYPE_CHECKING:
     from zoft.evaluate import Judged
 
 GIVE = "give one run's folder, a model's or an adapter's, or --config NAME|FILE"
+# Keys that an evaluation takes from the command line; what a config says besides is of its training.
+BASE = ("model", "bits", "group", "zero_points", "quantise_head", "adapter")  # whose model it is
+ANY = ("task", "max_length", "eval_limit", "device", "threads", "trust_remote_code", "max_new_tokens", "stop",
+       "objective", "reward", "reward_seconds")  # fmt: skip
 
 
 def source(target: str | None, name: str | None, overrides: Sequence[str]) -> tuple[Config, Path | None]:
     """(config whose model is to be judged, adapter folder or None) of what the command line says.
 
     target: a run's folder, or one of a model or of an adapter; name: of a config, whose task (and, without a target, whose
-    model) is taken. An adapter's base is the model of `name` or `model=…`, else the one it says itself.
+    model) is taken. An adapter's base is `model=…`, else the one it says itself, else the model of `name`.
+    Raises UserError for keys that do nothing here.
     """
+    keys = {text.partition("=")[0].partition(".")[0] for text in overrides}
+    for key in (text.partition("=")[0] for text in overrides):
+        if key.partition(".")[0] not in ANY + BASE:
+            raise UserError(f"{key}: does nothing in an evaluation; leave it out")
+    if other := [t for t in overrides if t.startswith("objective=") and t[10:] not in GENERATED]:
+        raise UserError(
+            f"{other[0]}: metrics of labels and losses are there anyway; leave it out, or ask for those of text that is "
+            "written: exact_match, f1"
+        )
+    if keys & {"objective", "reward"}:
+        # Settings of a training by losses, which a run has resolved, would not do for one by texts.
+        overrides = [*overrides, "probes_per_forward=auto", "cache_frozen=auto"]
+    if "reward" in keys and "objective" not in keys:
+        overrides = [*overrides, "objective=reward"]
+    return _source(target, name, overrides, keys)
+
+
+def _source(
+    target: str | None, name: str | None, overrides: Sequence[str], keys: set[str]
+) -> tuple[Config, Path | None]:
     if target is None:
         if name is None:
             raise UserError(f"eval: {GIVE}")
@@ -34,7 +62,15 @@ def source(target: str | None, name: str | None, overrides: Sequence[str]) -> tu
             raise UserError(
                 f"--config {name}: {target} is a run, which has its own config; leave --config out"
             )
-        return of_run(folder, compose.load_run(folder, overrides))
+        config, saved = of_run(folder, compose.load_run(folder, overrides))
+        for key in BASE:
+            if key in keys and (saved is None or key == "adapter"):
+                raise UserError(f"{key}: {target} is a run, whose own model is judged; leave it out")
+        if config.objective == "reward" and config.reward is None:
+            named = yaml_tree(folder / "config.yaml").get("reward")
+            print(f"{target}: its reward runs code, so it is not asked here; --reward {named} asks it",
+                  file=sys.stderr)  # fmt: skip
+        return config, saved
     adapter = folder / "adapter_config.json"
     if not adapter.is_file() and not (folder / "config.json").is_file():
         raise UserError(f"{target}: not a run's folder (it has no config.yaml); {GIVE}")
@@ -43,15 +79,18 @@ def source(target: str | None, name: str | None, overrides: Sequence[str]) -> tu
         if given:
             raise UserError(f"{given[0]}: {target} is a model already; leave one of them out")
         overrides = [*overrides, f"model={target}"]
-    elif name is None and not given:
-        overrides = [*overrides, f"model={_base(adapter)}"]
+    else:
+        if "adapter" in keys:
+            raise UserError(f"adapter: {target} is an adapter already; leave one of them out")
+        if not given and (base := _base(adapter, must=name is None)):
+            overrides = [*overrides, f"model={base}"]
     config = compose.compose(name, overrides)
     return dataclasses.replace(config, eps_mode="absolute"), folder if adapter.is_file() else None
 
 
 def of_run(folder: Path, config: Config) -> tuple[Config, Path | None]:
     """As source(), of a run's folder and its config."""
-    name = run.result_name(config)
+    name = results.folder_name(config)
     saved = folder / name
     if not saved.is_dir():
         raise UserError(
@@ -65,12 +104,15 @@ def of_run(folder: Path, config: Config) -> tuple[Config, Path | None]:
     return config, None  # an adapter that was in place is in that folder, or merged
 
 
-def _base(adapter: Path) -> str:
+def _base(adapter: Path, must: bool) -> str | None:
+    """The base that an adapter says it has, None where it says none and need not."""
     try:
         found = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):
         found = None
     if not isinstance(found, str) or not found:
+        if not must:
+            return None
         raise UserError(f"{adapter.parent}: this adapter does not say what its base is; add model=…")
     return found
 
@@ -89,27 +131,44 @@ def judge(
 ) -> dict[str, Any]:
     """Metrics of a model on a config's evaluation data; with resamples, {metric: [low, high]} beside them as ci95.
 
+    Where the config's objective is of texts that the model writes (exact_match, f1, a reward), they are written and judged.
     out: a .jsonl file that gets a line an example. Raises UserError before weights load where it can.
     """
+    import numpy as np
+
     from zoft import models, tasks
 
     if out is not None:
         with writing(out):  # not after an hour of work
             Path(out).parent.mkdir(parents=True, exist_ok=True)
             open(out, "wb").close()
+    run.rewarded(config, None, must=False)
     models.check(models.resolve(config.model))
     tasks.look(config.task)
-    from zoft import evaluate, setup
+    from zoft import evaluate, goal, setup
     from zoft.encode import rows_of
 
     with guards.memory(config):
+        writes = config.objective in GENERATED and (config.objective, config.reward) != ("reward", None)
+        mine = goal.reward(config)
         data = tasks.load(config.task)
+        config = goal.resolve(config, data) if writes else config
         config, model, tokenizer = load(config, adapter)
         train, held_out = setup.examples(config, tokenizer, data)
         models.refuse_other_kind(config.model, model, held_out[0].masked)
-        found = evaluate.judge(model, held_out, train, write=writer(config, model, tokenizer))
+        texts = goal.make(config, data, tokenizer, mine).texts if writes else None
+        write = None if texts else writer(config, model, tokenizer)
+        found = evaluate.judge(model, held_out, train, write=write)
+        rows = tasks.subset(data.eval, config.eval_limit)
+        if texts is not None:
+            found.texts, scored = texts.judge(model, None, rows)
+            found.scored = {name: np.array(values) for name, values in scored.items()}
+            if (
+                found.scores is None and "f1" in scored and all(r.get("answers") for r in rows)
+            ):  # as of any such text
+                found.exact, found.f1, found.scored = found.scored["exact_match"], found.scored["f1"], {}
     if out is not None:
-        rows = rows_of(tasks.subset(data.eval, config.eval_limit), held_out)
+        rows = rows_of(rows, held_out)
         with writing(out):
             Path(out).write_text("".join(lines(rows, found)), encoding="utf-8")
     result = evaluate.figures(found)
@@ -156,7 +215,11 @@ def writer(config: Config, model: Any, tokenizer: Any, context: Any = None) -> A
 
 
 def lines(rows: Sequence[Mapping[str, Any]], found: Judged) -> list[str]:
-    """A JSON line an example: row, prompt, gold, scores or loss, prediction, right."""
+    """A JSON line an example: row, prompt, gold, scores or loss, prediction, right.
+
+    scores: as evaluate.scores gives them, logits where each candidate is one token. probabilities: their softmax.
+    """
+    from zoft.evaluate import log_softmax
     from zoft.tracking import finite
 
     made = []
@@ -170,6 +233,8 @@ def lines(rows: Sequence[Mapping[str, Any]], found: Judged) -> list[str]:
             about["golds"] = [row["candidates"][g] for g in found.golds[i]]
         if found.scores is not None:
             about["scores"] = dict(zip(row["candidates"], found.scores[i].tolist()))
+            among = log_softmax(found.scores[i : i + 1])[0]  # of the candidates
+            about["probabilities"] = {c: math.exp(p) for c, p in zip(row["candidates"], among.tolist())}
             about["prediction"] = row["candidates"][int(found.predicted[i])]
             about["right"] = bool(found.right[i])
         if found.sums is not None and found.counts is not None:
@@ -177,6 +242,9 @@ def lines(rows: Sequence[Mapping[str, Any]], found: Judged) -> list[str]:
         if found.texts is not None and found.exact is not None and found.f1 is not None:
             about |= {"answers": row["answers"], "prediction": found.texts[i], "right": bool(found.right[i])}
             about |= {"exact_match": float(found.exact[i]), "f1": float(found.f1[i])}
+        elif found.texts is not None:
+            about["text"] = found.texts[i]
+        about |= {name: float(values[i]) for name, values in found.scored.items()}
         made.append(json.dumps(finite(about), ensure_ascii=False) + "\n")
     return made
 

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ class Judged:
     gold: int [n]. golds[i]: all right candidates of example i. scores: fp64 [n, C] for choice, -inf where there is no
     such candidate. bias: [C] of each label, or None where candidates differ in number. majority: the training set's
     commonest label. sums, counts: [n] loss and target tokens of text. texts, exact, f1: of generated text, or None.
+    scored: {metric: [n]}, numbers of the texts whose means are metrics of their own (an objective's: zoft.goal).
     """
 
     gold: np.ndarray
@@ -48,6 +49,7 @@ class Judged:
     texts: list[str] | None = None
     exact: np.ndarray | None = None
     f1: np.ndarray | None = None
+    scored: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def predicted(self) -> np.ndarray:
@@ -139,7 +141,8 @@ def figures(j: Judged, pick: np.ndarray | None = None) -> dict[str, Any]:
         tokens = int(j.counts[at].sum())
         loss = float(j.sums[at].sum()) / tokens
         perplexity = math.exp(min(loss, 700.0))
-        return {**result, "loss": loss, "perplexity": perplexity, "tokens": tokens, "n": len(at)}
+        result |= {"loss": loss, "perplexity": perplexity, "tokens": tokens, "n": len(at)}
+        return result | {name: float(values[at].mean()) for name, values in j.scored.items()}
     assert j.scores is not None
     gold, logp = j.gold[at], log_softmax(j.scores[at])
     predicted = j.scores[at].argmax(1)
@@ -152,7 +155,7 @@ def figures(j: Judged, pick: np.ndarray | None = None) -> dict[str, Any]:
         result["majority"] = float((gold == j.majority).mean())
     result["loss"] = float(-logp[np.arange(len(gold)), gold].mean())
     result["n"] = len(at)
-    return result
+    return result | {name: float(values[at].mean()) for name, values in j.scored.items()}
 
 
 def bootstrap(

@@ -9,7 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoft import adapter_beside, adapters, models, quant, replay, setup, space
+from zoft import (
+    adapter_beside,
+    adapters,
+    headers,
+    models,
+    quant,
+    quant_other,
+    replay,
+    results,
+    saving,
+    setup,
+    space,
+)
 from zoft import base as bases
 from zoft import run as runs
 from zoft.base import Base
@@ -34,36 +46,41 @@ def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
     if beside:  # the base as it was loaded, whatever the run computed in
         config = replace(config, compute="fp32")
     model, tokenizer, config = runs.recipe(config.recipe).rebuild(config, folder, log)
+    if beside and quant_other.layers(model):
+        raise UserError(
+            f"{folder}: its pairs stand beside layers that another library has quantised, and are not merged into those; "
+            + ("use --adapter" if config.train in ADAPTERS else f"{folder}/model has both")
+        )
     if beside:
         own = logits(widened(model, None))
         quant.make_plain(model)
         model = adapters.merge(model)
         agree(logits(model), own, out)
-    quant.make_plain(model)
+    quant_other.make_plain(model)
     plain = logits(widened(model, None))
     result, facts = replay.told(config, folder, log, replay.Ask())
     word = config.save_dtype if dtype == "auto" else dtype
     kept = model.checkpoint_dtype if word == "auto" else space.DTYPES[word]
-    with models.whole(out) as draft:
-        models.save(model, tokenizer, draft, dtype=kept, card=runs.card(config, result, **facts))
+    with saving.whole(out) as draft:
+        saving.save(model, tokenizer, draft, dtype=kept, card=results.card(config, result, **facts))
         rounded = logits(widened(model, kept))
         del model
         again = reloaded(draft, config)
         agree(logits(again), rounded, out)
         base = bases.find(config, log.header["base"], str(folder))
-        if quant.layers(base.model):
-            quant.make_plain(base.model)
+        if quant.layers(base.model) or quant_other.layers(base.model):
+            quant_other.make_plain(base.model)
             base = bases.of(base.model, base.tokenizer)
         changed, total = differing(again, base, kept)
         if not changed:
             raise UserError(
-                f"{folder}: in {setup.short(kept)} its model is the base: {len(log.records)} steps are too few, or "
+                f"{folder}: in {headers.short(kept)} its model is the base: {len(log.records)} steps are too few, or "
                 "too small for that dtype; use --dtype fp32"
             )
     apart = float((rounded - plain).norm() / plain.norm())
     return (
         f"{out}: {changed:,} of {total:,} numbers differ from the base; loaded again, it gives the run's logits "
-        f"(rounding to {setup.short(kept)} moves them by {apart:.2g} of their size)"
+        f"(rounding to {headers.short(kept)} moves them by {apart:.2g} of their size)"
     )
 
 
@@ -80,8 +97,8 @@ def adapter(config: Config, folder: Path, out: Path) -> str:
     trained = space.adopt(model, list(log.header["trained"]))
     if adapters.fingerprint(trained) == log.header["adapter"]:
         raise UserError(f"{folder}: its adapter is as it started: {len(log.records)} steps have not moved it")
-    with models.whole(out) as draft:
-        adapters.save(model, draft, tokenizer=tokenizer, card=runs.card(config, result, **facts))
+    with saving.whole(out) as draft:
+        adapters.save(model, draft, tokenizer=tokenizer, card=results.card(config, result, **facts))
         own = logits(model)
         del model, trained
         base, _, _ = setup.model(replace(runs.plain(config), adapter=None))
@@ -104,7 +121,7 @@ def reloaded(folder: Path, config: Config) -> Any:
     from transformers import AutoConfig
 
     own = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    with models._quiet():
+    with models.quiet():
         model = models.auto_class(str(folder), own).from_pretrained(
             folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code
         )

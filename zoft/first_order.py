@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from zoft import adapters, evaluate, objective, quant, space
+from zoft import adapters, evaluate, models, objective, quant, results, saving, space
 from zoft.config import Config
 from zoft.encode import Example
 from zoft.errors import UserError
@@ -71,8 +71,6 @@ def train(
     """
     if quant.layers(model):
         raise UserError("--method first-order: gradients do not pass quantised layers; leave bits out")
-    from zoft import models
-
     before = evaluate.evaluate(model, held_out, examples, write=write)
     model = model.float()
     pairs = config.train == "lora"  # else those that are in place stand still
@@ -80,7 +78,7 @@ def train(
     for p in trained:
         p.requires_grad_(True)
     schedule = {"constant": "constant_with_warmup"}.get(config.schedule, config.schedule)
-    with tempfile.TemporaryDirectory() as place, models._quiet():
+    with tempfile.TemporaryDirectory() as place, models.quiet():
         args = TrainingArguments(
             output_dir=place, per_device_train_batch_size=config.batch_size, max_steps=config.steps,
             gradient_accumulation_steps=config.accumulate, learning_rate=config.lr, lr_scheduler_type=schedule,
@@ -108,14 +106,12 @@ def train(
 
 def save(config: Config, model: nn.Module, tokenizer: Any) -> None:
     """Write model/ or adapter/, as a run has it."""
-    from zoft import models, run
-
-    out = Path(str(config.output_dir)) / run.result_name(config)
+    out = Path(str(config.output_dir)) / results.folder_name(config)
     if config.train == "lora":
         adapters.save(model, out, tokenizer=tokenizer)
         return
     dtype: Any = getattr(model, "checkpoint_dtype", torch.float32)
-    models.save(model, tokenizer, out, dtype=space.DTYPES.get(config.save_dtype, dtype))
+    saving.save(model, tokenizer, out, dtype=space.DTYPES.get(config.save_dtype, dtype))
 
 
 class _Rows(torch.utils.data.Dataset):

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from zoft.errors import UserError
 from zoft.layout import leaves
 from zoft.objective import uncached
-from zoft.space import Trained, blocks_of
+from zoft.space import Trained, after, blocks_of
 
 Row = tuple[int, ...]  # token ids, no padding
 
@@ -159,13 +159,22 @@ class FrozenPrefix:
 
 
 def frozen_blocks(model: nn.Module, trained: set[int]) -> tuple[int, int]:
-    """(blocks before the first one that holds a trained tensor, blocks in all); trained: ids of parameters."""
+    """(blocks before the first one that holds a trained tensor, blocks in all); trained: ids of parameters.
+
+    Where only what follows the blocks is trained (a head of its own, the final norm) it is all blocks but the last one.
+    """
     try:
-        blocks = blocks_of(model)[1]
+        name, blocks = blocks_of(model)
     except UserError:
         return 0, 0
-    first = (i for i, b in enumerate(blocks) if any(id(p) in trained for p in b.parameters()))
-    return next(first, len(blocks)), len(blocks)
+    for i, block in enumerate(blocks):
+        if any(id(p) in trained for p in block.parameters()):
+            return i, len(blocks)
+    head, table = (getattr(model, f"get_{w}_embeddings", lambda: None)() for w in ("output", "input"))
+    later = {id(p) for n, p in model.named_parameters() if n in after(model, name)}
+    later |= {id(p) for p in head.parameters()} if head is not None else set()
+    later -= {id(p) for p in table.parameters()} if table is not None else set()
+    return len(blocks) - (trained <= later), len(blocks)
 
 
 def prefix_of(
@@ -182,7 +191,10 @@ def prefix_of(
     if auto and (first in (0, count) or 2 * first < count):
         return None, ""
     if first in (0, count):
-        return None, "the first block is trained" if first < count else "no block is trained"
+        return (
+            None,
+            "the first block is trained" if first < count else "what comes before the blocks is trained",
+        )
     prefix = FrozenPrefix(model, first, batches, budget)
     try:
         with torch.no_grad():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from zoft.errors import UserError
-from zoft.models import _quiet
+from zoft.models import quiet
 
 TOKENS = 8192  # a batch's rows × (width + max_new_tokens) at most: what its key-value cache holds
 _TOLERANCE = 1e-3, 0.1  # of logits, in their own spread, that padding may change: fp32 and wider, 16 bits
@@ -148,7 +148,7 @@ def _plain(model: Any) -> Iterator[None]:
     try:
         for m in holders:
             m.generation_config = GenerationConfig()
-        with _quiet(), warnings.catch_warnings():
+        with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft's, about positions that it makes itself
             yield
     finally:

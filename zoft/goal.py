@@ -227,6 +227,16 @@ class Texts:
         self, model: Any, context: Callable[[int], AbstractContextManager], rows: Sequence[dict[str, Any]]
     ) -> dict[str, float]:
         """{exact_match, f1}, or {reward}, of held-out rows."""
+        _, found = self.judge(model, context, rows)
+        return {name: sum(values) / len(values) for name, values in found.items()}
+
+    def judge(
+        self,
+        model: Any,
+        context: Callable[[int], AbstractContextManager] | None,
+        rows: Sequence[dict[str, Any]],
+    ) -> tuple[list[str], dict[str, list[float]]]:
+        """(the text written after each row, {metric: a number a row})."""
         done, contexts = 0, prompts(rows, self.tokenizer, self.room, self.data)
 
         def did(count: int) -> None:
@@ -237,7 +247,7 @@ class Texts:
 
         texts = generate.generate(model, self.tokenizer, contexts, context=context, progress=did, **self.how)
         names = ("reward",) if self.reward else ("exact_match", "f1")
-        return {n: sum(self.scores(n, rows, texts)) / len(texts) for n in names}
+        return texts, {n: self.scores(n, rows, texts) for n in names}
 
     def scores(self, name: str, rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[float]:
         """A number a row, the larger the better."""

@@ -48,8 +48,9 @@ WINDOW = 100  # steps whose losses are compared with the first ones'
 
 def known(config: Config) -> Known | None:
     """What is known of training what this config trains; None: nothing."""
-    if (
-        config.recipe == "qzo" or config.train == "prompt"
+    if config.recipe == "qzo" or config.train in (
+        "prompt",
+        "scales",
     ):  # scales of a quantisation; in no grid of that paper
         return None
     return {"lora": LORA, "prefix": PREFIX}.get(config.train, WEIGHTS)

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from zoft import noise, snapshot
-from zoft.config import changed, check_value, digests, fields
+from zoft.config import fields
+from zoft.config_check import check_value
+from zoft.config_digest import changed, digests
 from zoft.errors import UserError
 from zoft.ledger_format import Log, Record, decode
 

@@ -18,8 +18,7 @@ from types import FrameType
 from typing import Any
 
 from zoft import sweep_job
-from zoft.config import nearest
-from zoft.errors import UserError
+from zoft.errors import UserError, nearest
 from zoft.folder import write
 from zoft.launch_local import THREAD_VARIABLES, listening, outcome
 from zoft.stop import RESUME

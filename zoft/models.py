@@ -1,14 +1,11 @@
-"""Models: found, loaded, checked, fingerprinted and saved."""
+"""Models: found, loaded and checked."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +16,6 @@ from zoft.errors import UserError
 from zoft.packages import packaged_file
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 # Models that come in pip packages: name -> (module, requirement, file in it, its home).
@@ -31,8 +27,6 @@ PACKAGED = {
         "HuggingFaceTB/SmolLM2-135M-Instruct",
     )
 }
-FULL_HASH_BYTES = 1 << 30  # models up to this size are fingerprinted whole
-SAMPLE = 1 << 14  # elements of each tensor that stand for a larger one
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,7 @@ def check(source: Source) -> dict[str, str]:
     if source.kind == "folder":
         return checkpoint.check(source.name, Path(source.place))
     if source.kind == "gguf":
-        with _user_errors(source), open(source.place, "rb") as file:
+        with user_errors(source), open(source.place, "rb") as file:
             if file.read(4) != b"GGUF":
                 raise UserError(f"model={source.name}: not a GGUF file of version 2 or 3")
     return {}
@@ -148,7 +142,7 @@ def load(model: str, *, dtype: Any = "auto", trust_remote_code: bool = False) ->
     """
     source = resolve(model)
     held = check(source)
-    with _quiet(), _user_errors(source):
+    with quiet(), user_errors(source):
         loaded, tokenizer = (_load_gguf if source.kind == "gguf" else _load_pretrained)(
             source, dtype, trust_remote_code
         )
@@ -288,7 +282,7 @@ def refuse_other_kind(name: str, model: Any, masked: bool) -> None:
 
 
 @contextmanager
-def _user_errors(source: Source) -> Iterator[None]:
+def user_errors(source: Source) -> Iterator[None]:
     """Whatever reading a model's files raises, in transformers or here, as one line."""
     try:
         yield
@@ -308,7 +302,7 @@ def _user_errors(source: Source) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars over a load that takes seconds, and no report of what is checked here."""
     from transformers.utils import logging
 
@@ -326,7 +320,7 @@ def _quiet() -> Iterator[None]:
 def tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     """A model's tokenizer alone. Errors: UserError, as for `load`."""
     source = resolve(model)
-    with _quiet(), _user_errors(source):
+    with quiet(), user_errors(source):
         if source.kind == "gguf":
             from zoft import gguf
 
@@ -378,173 +372,3 @@ def set_pad_token(tokenizer: Any) -> None:
     if tokenizer.pad_token_id is None:
         # Padding is masked and never scored, so any token that exists will do.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """The identity of a base: a hash over names, shapes, dtypes and bytes of all its tensors.
-
-    Ties count once, under their first name. Models over 1 GiB are sampled: 16,384 evenly spaced elements of
-    each larger tensor stand for it, and the result says "sampled". The same on every device.
-    """
-    tensors = _tensors(model)
-    return hashed(tensors.items(), sum(t.nbytes for t in tensors.values()))
-
-
-def hashed(tensors: Iterable[tuple[str, torch.Tensor]], size: int) -> str:
-    """The fingerprint of tensors that come one by one; size: bytes of all of them."""
-    whole = size <= FULL_HASH_BYTES
-    h = hashlib.blake2b(digest_size=16)
-    for name, t in tensors:
-        h.update(f"{name} {tuple(t.shape)} {t.dtype}\n".encode())
-        flat = t.detach().reshape(-1)
-        if not whole and flat.numel() > SAMPLE:
-            flat = flat[:: flat.numel() // SAMPLE]
-        h.update(memoryview(_bytes(flat)))
-    return f"blake2b{'' if whole else '-sampled'}:{h.hexdigest()}"
-
-
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    first: dict[tuple, str] = {}
-    state = model.state_dict()
-    return {n: t for n, t in state.items() if t.numel() == 0 or first.setdefault(_place(t), n) == n}
-
-
-def _place(t: torch.Tensor) -> tuple:
-    """Equal for tensors that are one memory: ties."""
-    return t.device, t.data_ptr(), t.shape, t.stride()
-
-
-def _bytes(flat: torch.Tensor) -> Any:
-    import torch
-
-    return flat.cpu().contiguous().view(torch.uint8).numpy()
-
-
-def save(
-    model: Any,
-    tokenizer: Any,
-    out_dir: str | Path,
-    *,
-    dtype: Any = "auto",
-    card: str = "",
-    dequantise: bool = False,
-) -> None:
-    """Write model, tokenizer and model card as others read them; all or nothing.
-
-    The files go to a folder beside out_dir that takes its name when it is whole (an older out_dir is
-    replaced then). The model in memory is not changed.
-
-    model: a transformers model, or one with an adapter in place: the pairs are added to the matrices where these are plain,
-    else the adapter goes along, in a folder of its own. tokenizer: its tokenizer, chat template included. dtype: torch.dtype of the
-    floating tensors on disk, or "auto": each as it is (scales of quantised layers stay in fp32). card: text of
-    README.md, see model_card(). dequantise: write quantised layers as plain weights, which every library reads.
-    Errors: UserError where a value does not fit in dtype.
-    """
-    from zoft import adapter_beside, quant, quant_files, quant_other
-
-    added = adapter_beside.changes(model, dequantise)
-    with whole(out_dir) as folder, adapter_beside.without(model) as base:
-        # transformers cannot undo what it did to such a model while it loaded it; it loads this form as well.
-        form = {"save_original_format": False} if quant_other.alive(base) else {}
-        with _quiet(), quant_other.own_form(base):
-            base.save_pretrained(folder, state_dict=_cast(base, dtype, dequantise, added or {}), **form)
-        if quant.layers(base) and not dequantise:
-            quant_files.mark(folder, base)
-        if added is None:
-            adapter_beside.write(model, folder)
-        finish_folder(folder, tokenizer, dtype, card)
-
-
-def finish_folder(folder: Path, tokenizer: Any, dtype: Any, card: str) -> None:
-    """What goes with weights and config.json: the dtype in it, the tokenizer, the model card."""
-    if dtype != "auto":
-        # save_pretrained writes the dtype that the model in memory has.
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tokenizer.save_pretrained(folder)
-    if card:
-        (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-@contextmanager
-def whole(out_dir: str | Path) -> Iterator[Path]:
-    """A folder to write into, which takes the name out_dir when the context ends well, in place of an older one."""
-    out = Path(out_dir)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)  # mkdtemp's folder is private, and so are safetensors' files
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(0o666 & ~umask)
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-            os.rename(out, old / "model")
-            os.rename(temporary, out)
-            shutil.rmtree(old)
-        else:
-            os.rename(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def cast(name: str, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor to save, on the CPU in dtype. Raises UserError for values that it cannot hold."""
-    import torch
-
-    made = t.to("cpu", dtype)
-    if made.dtype != t.dtype and made.numel() and not torch.stack(torch.aminmax(made)).isfinite().all():
-        raise UserError(f"save_dtype: {name} has values that {dtype} cannot hold; use bf16 or fp32")
-    return made
-
-
-def _cast(
-    model: nn.Module, dtype: Any, dequantise: bool, added: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    from zoft import quant_files
-
-    tensors, kept = quant_files.state(model, dequantise)
-    for name, change in added.items():  # summed in fp32 at least, rounded once
-        w = tensors[name]
-        tensors[name] = cast(name, w.to("cpu") + change, w.dtype if dtype == "auto" else dtype)
-    done: dict[tuple, torch.Tensor] = {}  # ties stay ties
-    out = {}
-    for name, t in tensors.items():
-        if name not in kept and dtype != "auto" and t.is_floating_point() and t.dtype != dtype:
-            if _place(t) not in done:
-                done[_place(t)] = cast(name, t, dtype)
-            t = done[_place(t)]
-        out[name] = t
-    return out
-
-
-def model_card(base: Source | str, facts: dict[str, Any]) -> str:
-    """The text of a README.md: front matter that the Hub reads, then the facts as a table.
-
-    base: what was trained. facts: label -> value, one row each, in order (recipe, steps, accuracy, …).
-    """
-    source = base if isinstance(base, Source) else Source("folder", base, base)
-    front = ["---", "library_name: transformers", "tags: [zoft, zeroth-order, mezo]"]
-    if source.home:
-        front.append(f"base_model: {json.dumps(source.home)}")
-    rows = [f"| {k} | {v} |" for k, v in facts.items()]
-    return "\n".join(
-        [
-            *front,
-            "---",
-            "",
-            f"# {Path(source.name).name}, fine-tuned with forward passes only",
-            "",
-            "Trained by zoft with zeroth-order optimisation: forward passes, no back-propagation.",
-            "",
-            "| | |",
-            "|---|---|",
-            f"| base | {source.name} |",
-            *rows,
-            "",
-        ]
-    )

@@ -40,7 +40,8 @@ class QuantLinear(nn.Module):
     """y = x Wᵀ + b with W as above; an nn.Linear, or a Conv1D, whose weight is codes and scales.
 
     codes: uint8 [out, G·n·bits/8], n = group (padded to even, and to whole groups in a row). scales: fp32 [out, G].
-    zeros: int16 [out, G], in units of 1/UNIT, or None: 2^(bits−1) for all. order: int32 [in], which column stands where, or None.
+    zeros: int16 [out, G], in units of 1/UNIT, or None: 2^(bits−1) for all. order: int32 [in], which column stands
+    where, or None.
     """
 
     codes: Tensor

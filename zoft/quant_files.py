@@ -200,7 +200,7 @@ def state(model: nn.Module, dequantise: bool) -> tuple[dict[str, Tensor], set[st
     """(a model's tensors as they are saved, names of those that keep their dtype): scales as they are, never as
     logarithms; with dequantise plain weights on the CPU in place of codes and scales."""
     tensors, kept = dict(model.state_dict()), set()
-    for name in quant_other.alive(model):
+    for name in quant_other.layers(model):
         kept |= {key for key in tensors if key.startswith(f"{name}.")}
     for name, layer in quant.layers(model).items():
         if dequantise:

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from zoft import (
     adapters,
+    headers,
     inspect_run,
     ledger,
-    models,
+    results,
+    saving,
     setup,
     shards,
     snapshot,
@@ -64,7 +66,7 @@ def asked(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
     n = len(records) if ask.steps is None else ask.steps
     if n > len(records):
         raise UserError(f"--step {n}: the ledger of {folder} has {len(records)} steps so far")
-    config = setup.from_header(config, header)
+    config = headers.with_plan(config, header)
     if ask.exact and ask.denoise:
         raise UserError(
             "--denoise: weights replayed with --storage fp32 were never rounded; leave one of them out"
@@ -107,7 +109,7 @@ def replay(config: Config, folder: Path, out: Path, ask: Ask) -> int:
     dtype = base.model.checkpoint_dtype if config.save_dtype == "auto" else space.DTYPES[config.save_dtype]
     found = start(folder, log, ask)
     result, facts = told(config, folder, log, ask)
-    tokenizer, text = base.tokenizer(), runs.card(config, result, **facts)
+    tokenizer, text = base.tokenizer(), results.card(config, result, **facts)
     with progress(log, found[0] if found else 0) as did:
         made = weights(config, base, log, found, did)
         if base.whole:
@@ -115,13 +117,13 @@ def replay(config: Config, folder: Path, out: Path, ask: Ask) -> int:
             for name, tensor in made:
                 if name in log.header["trained"]:
                     state[name].data = tensor.cpu()
-            models.save(
+            saving.save(
                 base.model, tokenizer, out, dtype=dtype, card=text, dequantise=config.save_dequantised
             )
         else:
-            with models.whole(out) as draft:
+            with saving.whole(out) as draft:
                 stream(base, made, draft, dtype)
-                models.finish_folder(draft, tokenizer, dtype, text)
+                saving.finish_folder(draft, tokenizer, dtype, text)
     return len(log.records)
 
 
@@ -129,7 +131,7 @@ def told(config: Config, folder: Path, log: Log, ask: Ask) -> tuple[dict[str, An
     """(the run's result, where this is the model that it ended with, else nothing; what else a card should say)."""
     steps = len(log.records)
     if steps == config.steps and not (ask.exact or ask.denoise):
-        return runs.outcome(folder), {}
+        return results.outcome(folder), {}
     how = (
         {"replayed with": "fp32 storage"}
         if ask.exact
@@ -152,7 +154,7 @@ def stream(base: Base, made: Iterator[tuple[str, Tensor]], folder: Path, dtype: 
     def cast() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in made:
             if name in sizes:
-                yield name, models.cast(name, tensor, sizes[name][1])
+                yield name, saving.cast(name, tensor, sizes[name][1])
 
     shards.write(folder, sizes, cast())
     model = base.model
@@ -197,7 +199,7 @@ def in_memory(config: Config, folder: Path, out: Path, ask: Ask, rebuild: Rebuil
     config, log = asked(setup.device(config), folder, ask)
     model, tokenizer, config = rebuild(config, folder, log)
     result, facts = told(config, folder, log, ask)
-    runs.save(config, model, tokenizer, out, result, **facts)
+    results.save(config, model, tokenizer, out, result, **facts)
     return len(log.records)
 
 
@@ -299,8 +301,9 @@ def nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
 def denoise(folder: Path, config: Config, log: Log, steps: int, trained: Sequence[Trained]) -> str:
     """θ ← nearest(base + Σ multipliers·z), the sum in fp32, for what a run keeps in 16 bits; returns a line about it.
 
-    The sum is that of the log's first `steps` steps. A function of base and ledger alone: the rounding noise that the run has gathered is gone, momentum and fp32
-    tensors stay as they are. The base is read again from the model's files, a tensor at a time. trained: up to date.
+    The sum is that of the log's first `steps` steps. A function of base and ledger alone: the rounding noise that the
+    run has gathered is gone, momentum and fp32 tensors stay as they are. The base is read again from the model's files,
+    a tensor at a time. trained: up to date.
     """
     began = time.monotonic()
     base = bases.find(config, log.header["base"], str(folder))

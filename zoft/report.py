@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zoft import results
 from zoft.baseline import ASKED
-from zoft.config import FREE
+from zoft.config_digest import FREE
 from zoft.errors import UserError
 from zoft.tracking import logged
 from zoft.yamlfile import yaml_tree
@@ -60,8 +61,6 @@ class Group:
 
 def read(folder: Path) -> Run:
     """A run's folder. Raises UserError where it is none, or damaged."""
-    from zoft import run
-
     tree = yaml_tree(folder / "config.yaml")
     task = tree.pop("task", {})
     flat = tree | {f"task.{k}": v for k, v in (task if isinstance(task, dict) else {"name": task}).items()}
@@ -72,7 +71,7 @@ def read(folder: Path) -> Run:
         except ValueError:
             raise UserError(f"{folder / ASKED}: damaged; make the baseline again") from None
     rows = logged(folder / "metrics.jsonl")
-    result = run.outcome(folder)
+    result = results.outcome(folder)
     steps = int(result.get("steps", flat.get("steps", 0)))
     each = 2 * int(flat.get("q", 1)) * int(flat.get("batch_size", 1)) * int(flat.get("accumulate", 1))
     if result and steps:

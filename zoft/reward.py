@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zoft.errors import UserError
+from zoft.errors import UserError, nearest
 
 
 @dataclass
@@ -172,8 +172,6 @@ def _bound(code: bytes) -> set[str]:
 
 
 def _near(function: str, names: Iterable[str]) -> str:
-    from zoft.config import nearest
-
     near = nearest(function, names)
     return f"; did you mean {near}?" if near else ""
 

@@ -1,4 +1,4 @@
-"""What all recipes share around the trainer: a run's folder, its start, its end, and the other verbs."""
+"""What all recipes share around the trainer: a run's start, its folder, what is due on the way, and its end."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from zoft import baseline, compose, guards, processes, tracking
-from zoft.config import ADAPTERS, Config, changed
+from zoft import baseline, compose, guards, processes, results, tracking
+from zoft.config import ADAPTERS, Config
+from zoft.config_digest import changed
 from zoft.due import due, next_stop
 from zoft.errors import UserError, writing
 from zoft.folder import Presence, alone, kept, refuse_unwritable, write
@@ -63,7 +64,7 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
     Returns result.json's content. Raises UserError before anything heavy where a mistake shows early.
     """
     if resume and (Path(resume) / "result.json").exists():
-        found = outcome(Path(resume))
+        found = results.outcome(Path(resume))
         print(f"{resume}: this run is finished; its result follows", file=sys.stderr)
         return found
     if resume and (Path(resume) / baseline.ASKED).exists():
@@ -148,9 +149,9 @@ def devices(config: Config) -> None:
             raise UserError(f"device={config.device}: no CUDA devices here; use device=cpu or device=auto")
 
 
-def rewarded(config: Config, resume: str | Path | None) -> None:
-    """Refuse to train on a reward that is not named on the command line, or not there."""
-    if config.objective == "reward" and config.reward is None:
+def rewarded(config: Config, resume: str | Path | None, *, must: bool = True) -> None:
+    """Refuse a reward that is not there, and to train on one (must) that is not named on the command line."""
+    if must and config.objective == "reward" and config.reward is None:
         if resume:
             raise compose.again(resume)
         raise UserError("objective=reward: name the function: --reward my_reward.py:score")
@@ -180,117 +181,9 @@ def within(config: Config) -> Config:
     return dataclasses.replace(config, steps=steps)
 
 
-def replay(
-    folder: str | Path, out: str | Path | None = None, *, step: int | None = None, storage: str | None = None,
-    denoise: bool = False, device: str | None = None,
-) -> str:  # fmt: skip
-    """Rebuild the model of a run in `out`, or check and say what would be made; returns a line about it.
-
-    step: after so many steps. storage: "fp32" replays 16-bit weights without rounding them. denoise: rounds them once.
-    The run may be unfinished, or still going on: its folder is only read. Raises UserError on another base.
-    """
-    if out is not None and Path(out).exists():
-        raise UserError(f"--out {out}: exists; choose another name")
-    if storage not in (None, "fp32"):
-        raise UserError(f"--storage {storage}: use fp32, or leave it out for the run's own")
-    if out is None and (storage or denoise):
-        raise UserError(
-            f"{'--denoise' if denoise else '--storage'}: makes another model; say where with --out DIR"
-        )
-    config = of_run(folder, device)
-    from zoft import replay as replays
-
-    ask = replays.Ask(step, exact=storage == "fp32", denoise=denoise)
-    if out is None:
-        return replays.look(config, Path(folder), ask)
-    done = recipe(config.recipe).replay(config, Path(folder), Path(out), ask)
-    unfinished = (
-        f" of {config.steps}: the run is not finished"
-        if step is None and done < config.steps and not (Path(folder) / "result.json").exists()
-        else ""
-    )
-    return f"{done} steps replayed{unfinished}: {out}"
-
-
-def export(
-    folder: str | Path, out: str | Path, *, merge: bool, adapter: bool, dtype: str | None = None, device: str | None = None
-) -> str:  # fmt: skip
-    """Write a run's model, or its adapter alone, as others load it, checked; returns a line about it.
-
-    dtype: of the model on disk; None is the run's save_dtype. The run may be unfinished; its folder is only read.
-    """
-    if merge == adapter:
-        raise UserError(
-            "export: say --merge for the whole model, or --adapter for what was trained beside it"
-        )
-    if Path(out).exists():
-        raise UserError(f"--out {out}: exists; choose another name")
-    if dtype is not None and dtype not in (known := ("fp32", "fp16", "bf16")):
-        raise UserError(f"--dtype {dtype}: use {', '.join(known)}")
-    config = of_run(folder, device)
-    if adapter and config.train not in ADAPTERS:
-        raise UserError(f"{folder}: it trained the model's own weights, so there is no adapter; use --merge")
-    if adapter and dtype is not None:
-        raise UserError(f"--dtype {dtype}: an adapter is written as it is kept; leave it out")
-    from zoft import export as exports
-
-    if adapter:
-        return exports.adapter(config, Path(folder), Path(out))
-
-    return exports.merge(config, Path(folder), Path(out), dtype or config.save_dtype)
-
-
-def of_run(folder: str | Path, device: str | None) -> Config:
-    """A run's config, to rebuild its weights on `device` (None: where it ran). Raises UserError without that device."""
-    config = compose.load_run(folder, [f"device={device}"] if device else [])
-    if config.device.startswith("cuda") and not device:
-        import torch
-
-        if not torch.cuda.is_available():
-            raise UserError(
-                f"{folder}: it ran on {config.device}, which is not here; --device cpu gives the same bits with rademacher, "
-                "and weights within 1e-5 with gaussian and storage=fp32"
-            )
-    return dataclasses.replace(config, threads="auto")  # they change no bit of a replay
-
-
-def result_name(config: Config) -> str:
-    """What a run leaves: `model`, or `adapter` where one was trained beside a frozen model."""
-    return "adapter" if config.train in ADAPTERS else "model"
-
-
 def plain(config: Config) -> Config:
     """The config of the base alone, without the adapter that it would train (but with one that it starts from)."""
     return dataclasses.replace(config, train="all") if config.train in ADAPTERS else config
-
-
-def show_data(
-    config: Config, count: int, say: Callable[[str], Any], *, as_json: bool = False, colour: bool = False
-) -> None:
-    """Print the first examples of training as the model reads them, scored tokens in ⟦ ⟧, and counts of them all.
-
-    colour: for a terminal, where long stretches that are not scored are folded, too.
-    """
-    from zoft import models, tasks
-
-    models.check(models.resolve(config.model))
-    tasks.look(config.task)
-    from zoft import setup, show
-    from zoft.encode import encode
-
-    data = tasks.load(config.task)
-    tokenizer = setup.tokenizer(config)
-    examples = encode(data.train, tokenizer, data, config.max_length, pack=data.pack)
-    found = show.counts(examples)
-    notes = [n for n in data.notes if n != data.reading] + setup.reading(tokenizer, data)
-    if as_json:
-        shown = [show.as_tree(e, tokenizer) for e in examples[:count]]
-        say(json.dumps({"notes": notes, **found, "shown": shown}))
-        return
-    for line in [*notes, show.counted(found)]:
-        say(line)
-    for example in examples[:count]:
-        say(f"\n{show.show(example, tokenizer, colour=colour, fold=True)}")
 
 
 def recipe(name: str) -> ModuleType:
@@ -577,9 +470,9 @@ def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> di
         return result
     Presence(s.ledger, {"config.yaml": compose.to_yaml(s.config)}).look(now=True)
     if s.config.save_model:
-        out, best = s.folder / result_name(s.config), result.get("best_step", s.config.steps)
+        out, best = s.folder / results.folder_name(s.config), result.get("best_step", s.config.steps)
         if best == s.config.steps:
-            save(s.config, model, tokenizer, out, result)
+            results.save(s.config, model, tokenizer, out, result)
         else:
             from zoft import selection
 
@@ -588,88 +481,3 @@ def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> di
     result = {**result, "output_dir": str(s.folder)}
     write(s.folder / "result.json", json.dumps(result, indent=2) + "\n")
     return result
-
-
-def save(
-    config: Config, model: Any, tokenizer: Any, out: Path, result: Mapping[str, Any], **facts: Any
-) -> None:
-    """Write a run's model as others load it, in the checkpoint's dtype or save_dtype; facts: more for its card.
-
-    Of a model with an adapter, the adapter alone.
-    """
-    from safetensors import SafetensorError
-
-    from zoft import adapters, models, space
-
-    text = card(config, result, **facts)
-    dtype = model.checkpoint_dtype if config.save_dtype == "auto" else space.DTYPES[config.save_dtype]
-    try:
-        with writing(out):
-            if config.train in ADAPTERS:
-                adapters.save(model, out, tokenizer=tokenizer, card=text)
-            else:
-                models.save(model, tokenizer, out, dtype=dtype, card=text, dequantise=config.save_dequantised)
-    except SafetensorError as error:
-        raise UserError(f"cannot write {out}: {error}") from OSError(str(error))
-
-
-def card(config: Config, result: Mapping[str, Any], **facts: Any) -> str:
-    """The text of a model's README.md: what it was made of, how, and its figures; facts: what else there is to say."""
-    from zoft import models
-
-    keys = ("recipe", "train", "steps", "lr", "schedule", "eps", "q", "noise", "batch_size", "seed")
-    rows = {"task": config.task.name} | {k: getattr(config, k) for k in keys} | facts
-    for when in ("before", "after"):
-        rows |= {f"{name} {when}": tracking.short(v) for name, v in result.get(when, {}).items()}
-    return models.model_card(models.resolve(config.model), rows)
-
-
-def outcome(folder: Path) -> dict[str, Any]:
-    """result.json's content, empty for a run that is not finished."""
-    path = folder / "result.json"
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_bytes() if path.is_file() else b"")
-        summary(found)
-        return found
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise UserError(
-            f"{path}: damaged; delete it, and `zoft train --resume {folder}` writes it again"
-        ) from None
-
-
-def summary(result: Mapping[str, Any]) -> str:
-    """What a user reads at the end of a run."""
-    rows = table({"before": result["before"], "after": result["after"]})
-    return (
-        f"{rows}\n{result['steps']} steps, {result['forwards']} forwards in {result['train_seconds']:.0f} s, "
-        f"peak memory {result['peak_memory_gb']:.2f} GB: {result['output_dir']}"
-    )
-
-
-def table(columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """Metrics side by side, a line each, columns named."""
-    names = list(dict.fromkeys(name for metrics in columns.values() for name in metrics))
-    head = [f"{'':22}" + "".join(f"{title:>12}" for title in columns)] if any(columns) else []
-    return "\n".join(
-        head
-        + [
-            f"{n:22}" + "".join(f"{tracking.short(m.get(n, '')):>12}" for m in columns.values())
-            for n in names
-        ]
-    )
-
-
-def plan_text(plan: Mapping[str, Any]) -> str:
-    """What a dry run prints: the resolved config, then what training would do."""
-    config = plan["config"]
-    return (
-        f"{compose.dump(config)}\n"
-        f"{plan['train_examples']} training and {plan['eval_examples']} evaluation examples, "
-        f"the longest of {plan['longest']} tokens\n"
-        f"{plan['trained_tensors']} tensors trained, {plan['trained_numbers']:,} numbers, "
-        f"{plan['trained_share']:.1%} of the model; the weakest realised direction has cosine "
-        f"{plan['weakest_cosine']:.4f} with z ({plan['weakest_direction']})\n"
-        f"{config['steps']} steps, {plan['forwards']} forwards; nothing was trained or written"
-    )

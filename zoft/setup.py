@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,12 @@ import torch
 from torch import nn
 
 from zoft import (
-    __version__,
     adapter_beside,
     adapters,
     distributed,
+    fingerprint,
     guards,
     models,
-    noise,
     objective,
     precision,
     quant,
@@ -33,8 +30,8 @@ from zoft import (
     tasks,
     update,
 )
-from zoft.config import ADAPTERS, GENERATED, Config, digests
-from zoft.data_order import batch_indices
+from zoft.config import ADAPTERS, GENERATED, Config
+from zoft.data_order import batches, picked
 from zoft.encode import Example, encode, how
 from zoft.errors import UserError
 from zoft.evaluate import CALIBRATION, spread
@@ -52,23 +49,6 @@ from zoft.trainer import Settings, Trainer
 FROZEN_BYTES = 1 << 30  # kept outputs of frozen blocks; rows beyond it are computed again each time
 # Where a GPU works, a CPU only puts batches together; more threads spin while they wait, and take from runs beside it.
 CUDA_THREADS = 4
-# What a ledger's header says of the run, beside the base and the trained tensors.
-PLAN = (
-    "seed",
-    "noise",
-    "momentum",
-    "eps",
-    "q",
-    "storage",
-    "compute",
-    "perturb",
-    "mask",
-    "sparsity",
-    "eps_mode",
-)
-# What it says for people, of how the run began; another machine may go on with it otherwise.
-MADE = ("recipe", "train", "steps", "lr", "schedule", "warmup", "clip", "meazo", "weight_decay", "batch_size", "accumulate",
-        "device", "threads", "probes_per_forward", "cache_frozen")  # fmt: skip
 
 
 def device(config: Config) -> Config:
@@ -106,7 +86,7 @@ def model(config: Config, folder: str | Path | None = None) -> tuple[nn.Module, 
     """
     say(f"loading {config.model}")
     loaded, tokenizer = load(config)
-    base = models.fingerprint(loaded)
+    base = fingerprint.of_model(loaded)
     if next(loaded.parameters()).device != torch.device(
         config.device
     ):  # some quantised models cannot be moved
@@ -132,7 +112,9 @@ def load(config: Config) -> tuple[Any, Any]:
     if config.bits is not None:
         keys: dict[str, Any] = {k: getattr(config, k) for k in ("bits", "group", "zero_points")}
         say(quant.quantise_model(loaded, **keys, head=config.quantise_head, device=config.device))
-    if config.recipe == "qzo" and not quant.layers(loaded) and (found := dict(quant_other.attach(loaded))):
+    quant_other.keep(loaded)
+    wanted = config.recipe == "qzo" or config.train == "scales"
+    if wanted and not quant.layers(loaded) and (found := dict(quant_other.attach(loaded))):
         say(f"{len(found)} quantised layers follow their scales")
     if config.eps_mode == "relative" and not quant.layers(loaded):
         raise UserError(
@@ -150,7 +132,7 @@ def tokenizer(config: Config) -> Any:
 def examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[list[Example], list[Example]]:
     """Training rows and the evaluation rows that eval_limit keeps, as token ids."""
     held_out = tasks.subset(data.eval, config.eval_limit)
-    train = encode(data.train, tokenizer, data, config.max_length, pack=getattr(data, "pack", False))
+    train = encode(data.train, tokenizer, data, config.max_length, pack=data.pack)
     made = train, encode(held_out, tokenizer, data, config.max_length)
     for line in reading(tokenizer, data):
         say(line)
@@ -163,7 +145,7 @@ def examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[list[Examp
 
 def reading(tokenizer: Any, data: TaskData) -> list[str]:
     """What was recognised in the user's own data, and how it is written for the model; none where templates say."""
-    if not getattr(data, "reading", ""):
+    if not data.reading:
         return []
     return [data.reading, how(tokenizer, data)]
 
@@ -206,6 +188,7 @@ def axis(
     Returns (config with perturb and probes_per_forward resolved, tensors that are really trained, axis).
     """
     models.refuse_other_kind(config.model, loaded, train[0].masked)
+    refuse_unquantised(config, loaded)
     if update.decay_is_lost(config.lr, config.weight_decay):
         say(
             f"weight_decay={config.weight_decay:g}: times lr={config.lr:g} it is lost in fp32; nothing decays"
@@ -253,6 +236,14 @@ def axis(
             return run(small)
 
     return held(cached(config, loaded, trained, train, clean), made), trained, made
+
+
+def refuse_unquantised(config: Config, loaded: nn.Module) -> None:
+    """Raise UserError where recipe=qzo would be another recipe's run of a plain model."""
+    if config.recipe == "qzo" and not any(isinstance(p, quant.Scales) for p in loaded.parameters()):
+        raise UserError(
+            "recipe=qzo: no layer of this model is quantised; set bits=4, take such a model, or use another recipe"
+        )
 
 
 def agreed(found: Found) -> Found:
@@ -471,26 +462,6 @@ def mask_is_idle(
     return distributed.current().all(idle)  # the probes of a direction are run in one way
 
 
-def batches(config: Config, train: Sequence[Example]) -> Callable[[int], list[Batch]]:
-    """step -> its batches, a pure function of the step; of several processes, this one's examples of each."""
-    mine = distributed.current().examples
-
-    def at(step: int) -> list[Batch]:
-        return [
-            collate([train[i] for i in mine(picks)]).to(config.device)
-            for picks in picked(config, len(train), step)
-        ]
-
-    return at
-
-
-def picked(config: Config, n: int, step: int) -> list[list[int]]:
-    """Which of n examples each batch of a step holds."""
-    return batch_indices(
-        step, n=n, batch_size=config.batch_size, accumulate=config.accumulate, seed=config.seed
-    )
-
-
 def settings(config: Config) -> Settings:
     """What the trainer needs of a resolved config."""
     names = Settings.__dataclass_fields__
@@ -523,43 +494,3 @@ def plan(
         "weakest_cosine": realised[weakest],
         "forwards": config.steps * 2 * config.q * config.batch_size * config.accumulate,
     }
-
-
-def header(
-    config: Config, base: str, trained: Sequence[Trained], train: Sequence[Example] = ()
-) -> dict[str, Any]:
-    """The ledger's header: what the run is, all that replay needs beside the base, and how the run was made."""
-    tensors = {t.name: [t.id, list(t.stored.shape), short(t.stored.dtype)] for t in trained}
-    known = {k: getattr(config, k) for k in PLAN}
-    if config.train in ADAPTERS:
-        known["adapter"] = adapters.fingerprint(trained)
-    found: dict[str, Any] = {
-        "zoft": __version__,
-        "noise_version": noise.VERSION,
-        "base": base,
-        "config": digests(config),
-    }
-    if train:
-        found["data"] = data_digest(train)
-    floors = {t.name: t.floor for t in trained if t.floor is not None}
-    found |= {"floors": floors} if floors else {}
-    return {**found, **known, "trained": tensors, "plan": {k: getattr(config, k) for k in MADE}}
-
-
-def short(dtype: torch.dtype) -> str:
-    """The name that config and ledger have for a dtype."""
-    return next(name for name, d in space.DTYPES.items() if d == dtype)
-
-
-def data_digest(train: Sequence[Example]) -> str:
-    """A hash of the training examples' tokens, in their order."""
-    h = hashlib.blake2b(digest_size=16)
-    for e in train:
-        rest: list[Any] = [e.after] if e.masked else [e.scored] if e.scored is not None else []
-        h.update(json.dumps([e.contexts, e.completions, e.gold, *rest]).encode())
-    return f"blake2b:{h.hexdigest()}"
-
-
-def from_header(config: Config, found: Mapping[str, Any]) -> Config:
-    """The config with the plan that a ledger was written under."""
-    return replace(config, **{k: found[k] for k in PLAN if k in found})

@@ -66,7 +66,7 @@ def train_names(model: nn.Module, train: str) -> list[str]:
                 f"train={train}: the model has {len(blocks)} blocks; use last-1 to last-{len(blocks)}"
             )
         starts = tuple(f"{prefix}.{i}." for i in range(len(blocks) - k, len(blocks)))
-        chosen = [n for n in floating if n.startswith(starts) or n in _after(model, prefix)]
+        chosen = [n for n in floating if n.startswith(starts) or n in after(model, prefix)]
     elif train == "norms":
         chosen = [n for n in floating if params[n].ndim == 1 and not n.endswith("bias")]
     elif train == "bias":
@@ -95,7 +95,7 @@ def train_names(model: nn.Module, train: str) -> list[str]:
         near = difflib.get_close_matches(
             train, ["all", "norms", "bias", "head", "scales", *floating], n=1, cutoff=0.3
         )
-        hint = f"; nearest: {near[0]}" if near else ""
+        hint = f"; nearest: {near[0]}" if near and near[0] != train else ""
         raise UserError(
             f"train={train!r} selects no tensor of this model; use all, last-2, norms, bias, head or a pattern{hint}"
         )
@@ -120,7 +120,7 @@ def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return best[1], best[2]
 
 
-def _after(model: nn.Module, prefix: str) -> set[str]:
+def after(model: nn.Module, prefix: str) -> set[str]:
     """Names of the parameters of the modules that follow the stack inside its parent (the final norm)."""
     parent_name, _, own = prefix.rpartition(".")
     parent = model.get_submodule(parent_name) if parent_name else model

@@ -28,7 +28,8 @@ def mask(trained: Sequence[Trained], kind: str, sparsity: float, seed: int) -> l
     shares = {t.name: (one(t, kind, sparsity, seed), t.stored.numel()) for t in trained}
     masked = {t.name: shares[t.name] for t in trained if t.mask is not None}
     if not masked:
-        return []
+        idle = kind in ("magnitude", "random") and sparsity > 0
+        return [f"mask={kind}: no matrix is trained, and 1-D tensors move whole"] if idle else []
     moves, numbers = (sum(both) for both in zip(*masked.values()))
     lines = [
         f"mask={kind}: {moves / numbers:.1%} of the {numbers:,.0f} numbers in {len(masked)} matrices move, "
@@ -59,7 +60,7 @@ def one(t: Trained, kind: str, sparsity: float, seed: int) -> float:
 
 
 def kth_smallest(theta: Tensor, k: int) -> tuple[float, int]:
-    """(h, how many |θ| <= h): h the k-th smallest |θ|, in fp32, exact for dtypes that fp32 holds.
+    """(h, how many |θ| <= h): h the k-th smallest |θ|, exact for dtypes that fp32 holds; of fp64 the next fp32 value above.
 
     By counting the bits of fp32, which order sizes as numbers do: the upper 16, then the lower 16 of those that
     share them with h. Two passes, memory for a chunk, no sorting; the same on every device. theta: finite.
@@ -79,5 +80,9 @@ def _counts(theta: Tensor, digits: Callable[[Tensor], Tensor], size: int) -> Ten
     """How often each of `size` values occurs among the digits of the fp32 bits of |θ|."""
     found = torch.zeros(size, dtype=torch.int64, device=theta.device)
     for part in theta.detach().flatten().split(CHUNK):
-        found += torch.bincount(digits(part.float().abs().view(torch.int32)), minlength=size)
+        exact = part.abs()
+        sizes = exact.float()
+        if part.dtype == torch.float64:  # up, so that |θ| <= h holds of θ itself where it is counted
+            sizes = torch.where(sizes < exact, sizes.nextafter(torch.full_like(sizes, torch.inf)), sizes)
+        found += torch.bincount(digits(sizes.view(torch.int32)), minlength=size)
     return found

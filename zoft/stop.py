@@ -22,7 +22,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal
 RESUME = 75
 
 
-def command(folder: str) -> str:
+def way_on(folder: str) -> str:
     """What continues the run in `folder`, with what its config.yaml holds and only a command line may say: code to run."""
     from zoft.yamlfile import yaml_tree
 
@@ -43,7 +43,7 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, number: int, folder: str, why: str = "") -> None:
         if os.path.exists(os.path.join(folder, "config.yaml")):
-            text = f"stopped; continue with `{command(folder)}`"
+            text = f"stopped; continue with `{way_on(folder)}`"
         else:
             text = "stopped before the run began: nothing is written; give the same command again"
         super().__init__(f"{why}: {text}" if why and folder else why or text)

@@ -51,8 +51,8 @@ class Trainer:
 
     axis: how the model is run at a probe (probe.ProbeAxis or probe.InPlace). batches(step) -> the step's
     microbatches, all of which see the same directions. ledger: open for appending, it is the run; None only to replay.
-    forward(model, batch) -> K numbers an example, the last of them a count; value(their totals over a step's examples [P, K]) -> what is
-    minimised, [P]: so an objective may be no mean of rows, and still see its microbatches one at a time.
+    forward(model, batch) -> K numbers an example, the last of them a count. value(their totals over all examples of a
+    step [P, K]) -> what is minimised [P]: an objective need be no mean of rows to see its microbatches one at a time.
     Source: MeZO (arXiv 2305.17333), Algorithm 1 and, for q > 1, Algorithm 2 with one batch for all directions.
     """
 
@@ -66,61 +66,36 @@ class Trainer:
         forward: Callable[[nn.Module, Batch], tuple[torch.Tensor, ...]] = losses,
         value: Callable[[torch.Tensor], torch.Tensor] = mean,
     ) -> None:
-        self.model, self.axis, self.batches, self.ledger, self.settings = (
-            model,
-            axis,
-            batches,
-            ledger,
-            settings,
-        )
+        self.model, self.axis, self.batches = model, axis, batches
+        self.ledger, self.settings = ledger, settings
         self.forward, self.value = forward, value
         self.next = 0  # the step to be taken
         self.forwards = 0  # examples × probes so far
         self.skipped_in_a_row = 0
+        self.halted = False  # a process of the run was asked to stop; all know it after the same step
         self.moment = Moment(settings.meazo)
         self.world = distributed.current()
 
     def step(self) -> dict[str, Any] | None:
-        """One update of θ from 2q losses; returns what a log line wants."""
+        """One update of θ from 2q losses; returns its metrics, or None while they are on their way from the device.
+
+        θ ← θ - lr·(Σ_k c_k·z_k + weight_decay·θ),  c_k = (l(θ + eps·z_k) - l(θ - eps·z_k)) / (2·eps·q)
+        """
         s, t = self.settings, self.next
         probes = [Probe(k, sign * s.eps) for k in range(s.q) for sign in (1.0, -1.0)]  # [2q]
-        values = self.losses_at(t, probes, self.batches(t))  # [2q]
-        coefficients = self.scaled(values)  # [q]
+        losses = self.losses_at(t, probes, self.batches(t))  # [2q]
+        coefficients = self.scaled(losses)  # [q]
         lr = update.lr_at(t, lr=s.lr, steps=s.steps, schedule=s.schedule, warmup=s.warmup)
         change = update.make_update(t, s.seed, coefficients, lr=lr, weight_decay=s.weight_decay)
         # A multiplier may overflow fp32 where its losses do not.
-        good = finite([*values, *change.multipliers])
+        good = finite([*losses, *change.multipliers])
         if not good:
             change = noise.Update(t, s.seed, (0.0,) * s.q)
-        metrics = self.write_down(Record(t, change.multipliers, change.decay, tuple(values), not good, lr))
+        metrics = self.write_down(Record(t, change.multipliers, change.decay, tuple(losses), not good, lr))
         if good:  # the step is now a fact; the next reader of each tensor applies it
             self.axis.commit(change)
         self.next = t + 1
         return metrics
-
-    def scaled(self, values: Sequence[float]) -> list[float]:
-        """A step's coefficients [q] from its losses [2q]: clipped, and over the root of their second moment."""
-        seen = replace(self.moment)  # kept once the step turns out to be an update
-        if finite(values):
-            seen.see(torch.tensor(values, dtype=torch.float32).tolist(), self.settings.eps)
-        return seen.scaled(two_sided(values, self.settings.eps, self.settings.clip))
-
-    def write_down(self, record: Record) -> dict[str, Any]:
-        """Append a step to the ledger; returns its metrics. Raises UserError after too many skipped ones in a row."""
-        assert self.ledger is not None, "a step is written down"
-        self.ledger.append(record)
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if record.skipped else 0
-        s = self.settings
-        if not record.skipped:
-            self.moment.see(self.ledger.records[-1].losses, s.eps)
-        if self.skipped_in_a_row >= s.max_skipped:
-            raise UserError(
-                f"lr={s.lr:g}, eps={s.eps:g}: the loss was not finite for max_skipped={s.max_skipped} steps in a row; "
-                "the weights are as before them: start again with a lower lr, or with compute=fp32"
-            )
-        return metrics_of(record, s.eps)
-
-    halted = False  # some process of the run was asked to stop; all of them know it after the same step
 
     @torch.no_grad()
     def losses_at(self, step: int, probes: Sequence[Probe], batches: Sequence[Batch]) -> list[float]:
@@ -141,8 +116,10 @@ class Trainer:
         return self.value(totals).tolist()
 
     def sums_at(self, step: int, probes: Sequence[Probe], batch: Batch) -> torch.Tensor:
-        """[P, K]: a batch's totals at each probe (K = 2: loss sum, count), from one forward; a batch that cannot be
-        stacked gets one forward a probe, and so do all that follow it."""
+        """[P, K]: a batch's totals at each probe (K = 2: loss sum, count), from one forward.
+
+        A batch that cannot be stacked gets one forward a probe, and so do all that follow it.
+        """
         if len(probes) > self.settings.probes_per_forward:
             return torch.cat([self.sums_at(step, [p], batch) for p in probes])
         try:
@@ -162,6 +139,28 @@ class Trainer:
             return
         print(f"step {step}: one probe a forward from here on: {why}", file=sys.stderr, flush=True)
         self.settings = replace(self.settings, probes_per_forward=1)
+
+    def scaled(self, losses: Sequence[float]) -> list[float]:
+        """A step's coefficients [q] from its losses [2q]: clipped, and over the root of their second moment."""
+        seen = replace(self.moment)  # kept once the step turns out to be an update
+        if finite(losses):
+            seen.see(torch.tensor(losses, dtype=torch.float32).tolist(), self.settings.eps)
+        return seen.scaled(two_sided(losses, self.settings.eps, self.settings.clip))
+
+    def write_down(self, record: Record) -> dict[str, Any]:
+        """Append a step to the ledger; returns its metrics. Raises UserError after too many skipped ones in a row."""
+        assert self.ledger is not None, "a step is written down"
+        self.ledger.append(record)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if record.skipped else 0
+        s = self.settings
+        if not record.skipped:
+            self.moment.see(self.ledger.records[-1].losses, s.eps)
+        if self.skipped_in_a_row >= s.max_skipped:
+            raise UserError(
+                f"lr={s.lr:g}, eps={s.eps:g}: the loss was not finite for max_skipped={s.max_skipped} steps in a row; "
+                "the weights are as before them: start again with a lower lr, or with compute=fp32"
+            )
+        return metrics_of(record, s.eps)
 
     def run(
         self, on_step: Callable[[dict[str, Any]], None] = lambda metrics: None, until: int | None = None

@@ -34,7 +34,7 @@ Specification
     Probe: fl(θ + fl(scale·z)), then to out's dtype, nearest even; scale 0: θ itself.
     Mask: an element that is left out keeps its bits: restores, decay, sums and rounding pass it over (in its s is -0, so
         that a momentum buffer only fades), its probes are θ itself, to out's dtype.
-        by magnitude: |θ| <= threshold moves, θ as it is stored before the update, compared in fp32. Several updates
+        by magnitude: |θ| <= threshold moves, θ as it is stored before the update, compared as it is. Several updates
         in one pass each look anew, probes look at θ after them all: the order of steps, whatever is fused. So the
         probes of a step and its update, which comes later and finds the same θ, have one mask.
         at random (purpose 2, key(seed, 0, 0)): c = i // 8, half-word i mod 8, low halves first: 16 bits r; r < share

@@ -20,12 +20,13 @@ class TaskData:
     """What a run trains on and is judged by.
 
     train, eval: rows {prompt: str, candidates: [str], gold: int, where: str, key: int}; key is a 64-bit hash
-    of the columns the prompt reads; columns: the row as it was read. Further fields where they apply: after (str: the prompt goes on behind the mask
-    that the candidates fill), golds ([int]: all right candidates, gold being the first), answers ([str]: texts that
-    count as right where one is generated), null (the prompt without what it asks about). objective: "choice" (candidates compete) | "lm" (the gold candidate is the
-    text to learn; where there are others, they are for evaluation). label: its column. choices: label -> candidate
-    text, in the order of the candidates; empty for lm. dev: rows to choose a model by, None where not asked for.
-    notes: lines on where the rows came from and how they were split, for a person.
+    of the columns the prompt reads; columns: the row as it was read. Further fields where they apply: after (str: the
+    prompt goes on behind the mask that the candidates fill), golds ([int]: all right candidates, gold being the first),
+    answers ([str]: texts that count as right where one is generated), null (the prompt without what it asks about).
+    objective: "choice" (candidates compete) | "lm" (the gold candidate is the text to learn; where there are others,
+    they are for evaluation). label: its column. choices: label -> candidate text, in the order of the candidates; empty
+    for lm. dev: rows to choose a model by, None where not asked for. notes: lines on where the rows came from and how
+    they were split, for a person.
     reading: what a recognised layout of a file is and what is learned of it, "" where templates name the columns;
     its rows hold `messages` (turns {role, content, scored}) or `pieces` (text). chat: "auto" | "template" |
     "plain"; pack: short texts share rows; joint: what stands between prompt and completion in plain text.
@@ -61,8 +62,7 @@ def load(task: Any) -> TaskData:
     laid_out = formats.wanted(task)
     prompt, after = template.at_mask("task.prompt", template.parse("task.prompt", settings["prompt"]))
     target = template.parse("task.target", task.target) if task.target else None
-    nothing = getattr(task, "null_prompt", None)
-    null = None if nothing is None else template.parse("task.null_prompt", nothing)
+    null = None if task.null_prompt is None else template.parse("task.null_prompt", task.null_prompt)
     make = papers.ROWS.get(task.name)
     if task.name in named.READERS:
         rows = named.READERS[task.name]()
@@ -87,9 +87,8 @@ def load(task: Any) -> TaskData:
     if laid_out:
         reading = formats.recognise("task.train", rows, task)
         notes.append(reading.line)
-        pack = getattr(task, "pack", False)
-        settings |= {"reading": reading.line, "chat": getattr(task, "chat", "auto"), "pack": pack}
-        if pack and reading.format != "text":
+        settings |= {"reading": reading.line, "chat": task.chat, "pack": task.pack}
+        if task.pack and reading.format != "text":
             raise UserError(
                 f"task.pack: is for format text, not {reading.format}: other examples must not see each other"
             )
@@ -133,8 +132,10 @@ def load(task: Any) -> TaskData:
     bar = int(HELD_OUT * 2**64)
     train, held_out = [r for r in train if r["key"] >= bar], [r for r in train if r["key"] < bar]
     if not train or not held_out:
+        n = len(train) + len(held_out)
         raise UserError(
-            f"task.train: {len(train) + len(held_out)} rows are too few to hold some out; give task.eval a file"
+            f"task.train: {n} rows ({len({r['key'] for r in [*train, *held_out]})} of different text) are too few to hold "
+            "some out; give task.eval a file"
         )
     notes.append(f"{len(held_out):,} of them held out for evaluation by a hash of their text")
     return drawn(train, held_out)
@@ -162,7 +163,7 @@ def subset(rows: Sequence[dict[str, Any]], n: int | None) -> list[dict[str, Any]
 
 def _short_enough(key: str, rows: list[dict[str, Any]], task: Any) -> list[dict[str, Any]]:
     """The rows of at most task.max_words."""
-    limit = getattr(task, "max_words", None)
+    limit = task.max_words
     kept = [r for r in rows if r.pop("words") <= (math.inf if limit is None else limit)]
     if not kept:
         raise UserError(f"task.max_words={limit}: leaves no row of {key}; raise it")
@@ -173,7 +174,7 @@ def _settings(task: Any) -> dict[str, Any]:
     """The task's settings with a named task's own words filled in, checked as far as no data is needed."""
     if task.name in named.PROMPTS:
         for key in ("train", "eval", "subset", "label"):
-            if getattr(task, key, None):
+            if getattr(task, key):
                 raise UserError(f"task.{key}: task={task.name} brings its own data; for yours say task=local")
         prompt, choices = named.PROMPTS[task.name]
         prompt, choices = task.prompt or prompt, {} if task.target else dict(task.choices or choices)

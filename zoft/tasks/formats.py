@@ -69,7 +69,11 @@ class Reading:
             "sharegpt": "the assistant's turns of {messages}",
         }[self.format if self.format != "messages" or "prompt" in c else "sharegpt"].format(**c)
         with_system = f", system turn {c['system']}" if "system" in c else ""
-        unread = f"; not read: {', '.join(self.unread)}" if self.unread else ""
+        unread = (
+            f"; not read: {', '.join(c or '(a column without a name)' for c in self.unread)}"
+            if self.unread
+            else ""
+        )
         return f"format {self.format}: learns {learned}{with_system}{unread}"
 
 
@@ -78,10 +82,10 @@ def wanted(task: Any) -> bool:
 
     Errors: UserError for keys that do not go together, or do not apply.
     """
-    kind, columns = getattr(task, "format", "auto"), getattr(task, "columns", {})
-    own = [k for k in ("prompt", "label", "choices", "target") if getattr(task, k, None)]
+    kind = task.format
+    own = [k for k in ("prompt", "label", "choices", "target") if getattr(task, k)]
     if task.name == "local" and not own and kind != "label":
-        if bad := [k for k in columns if k not in NAMES]:
+        if bad := [k for k in task.columns if k not in NAMES]:
             hint = template.near(bad[0], NAMES)
             raise UserError(f"task.columns: {bad[0]} is none of {', '.join(NAMES)}{hint}")
         return True
@@ -95,7 +99,7 @@ def wanted(task: Any) -> bool:
         why = "templates (task.prompt, …) name the columns themselves"
     defaults: dict[str, Any] = {"format": "auto", "columns": {}, "chat": "auto", "pack": False}
     for name, default in defaults.items():
-        value: Any = getattr(task, name, default)
+        value: Any = getattr(task, name)
         if value != default and (name, value, task.name) != ("format", "label", "local"):
             raise UserError(f"task.{name}: {why}; leave it out")
     return False
@@ -108,7 +112,7 @@ def recognise(key: str, rows: list[tuple[str, dict[str, Any]]], task: Any) -> Re
     Errors: UserError in one line with the columns seen and the key that decides, where nothing fits, more than
     one reading does, or a column says that there is more in the rows than the format takes.
     """
-    named = {k: str(v) for k, v in getattr(task, "columns", {}).items()}
+    named = {k: str(v) for k, v in task.columns.items()}
     first: dict[str, Any] = {}  # column -> its first value
     for _, row in rows:
         for column, value in row.items():
@@ -121,7 +125,7 @@ def recognise(key: str, rows: list[tuple[str, dict[str, Any]]], task: Any) -> Re
                 f"task.columns: {column} is no column of {key} ({seen}){template.near(column, first)}"
             )
     found = _readings(first, named)
-    kind = getattr(task, "format", "auto")
+    kind = task.format
     if kind != "auto":
         if kind not in found:
             raise UserError(f"task.format={kind}: {key} lacks {_needs(kind)}; its columns are {seen}")
@@ -133,6 +137,8 @@ def recognise(key: str, rows: list[tuple[str, dict[str, Any]]], task: Any) -> Re
                 f"{key}: pairs to prefer one of ({seen}) are no format here; "
                 "task.columns={prompt: prompt, completion: chosen} learns the chosen ones"
             )
+        if why := _hidden(rows, first):
+            raise UserError(f"{key}: {why}")
         raise UserError(
             f"{key}: no known format has the columns {seen}; say which is which, as in "
             "task.columns={prompt: …, completion: …}, or write task.prompt and task.target"
@@ -199,6 +205,22 @@ def _readings(first: dict[str, Any], named: dict[str, str]) -> dict[str, Reading
 
 def _turns(value: Any) -> bool:
     return isinstance(value, list) and any(isinstance(turn, dict) for turn in value)
+
+
+def _hidden(rows: list[tuple[str, dict[str, Any]]], first: dict[str, Any]) -> str:
+    """Where rows that are no format's may hold what is: turns that are no list, or a list of rows; "" elsewhere."""
+    for column in DIALOGUE:
+        if column in first and not _turns(first[column]):
+            held = (
+                "text (JSON in it, perhaps)"
+                if isinstance(first[column], str)
+                else type(first[column]).__name__
+            )
+            return f"column {column} holds {held}, not a list of turns {{role, content}}; write it as one"
+    wrapped = [c for c, value in first.items() if _turns(value)]
+    if len(rows) == 1 and wrapped and ".json:" in rows[0][0].lower():  # not of .jsonl
+        return f"is one object, whose {wrapped[0]} is a list of {len(first[wrapped[0]])}; if those are the rows, save them alone"
+    return ""
 
 
 def _needs(kind: str) -> str:

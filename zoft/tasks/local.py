@@ -138,9 +138,17 @@ def _file(key: str, path: Path) -> Rows:
     text = _decode(path)
     if kind in (".csv", ".tsv"):
         return _csv(path, text, "\t" if kind == ".tsv" else ",")
-    if kind == ".json" and text.lstrip().startswith("["):
+    if kind == ".json" and (text.lstrip().startswith("[") or _is_one_object(text)):
         return _json(path, text)
     return _jsonl(path, text)
+
+
+def _is_one_object(text: str) -> bool:
+    """Whether a text is one JSON object of several lines, as objects a line are not."""
+    try:
+        return "\n" in text.strip() and isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _suffix(key: str, path: Path) -> str:
@@ -162,9 +170,16 @@ def _decode(path: Path) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
+        marks = {
+            b"\xff\xfe\0\0": "utf-32",
+            b"\0\0\xfe\xff": "utf-32",
+            b"\xff\xfe": "utf-16",
+            b"\xfe\xff": "utf-16",
+        }
+        kind = next((name for mark, name in marks.items() if raw.startswith(mark)), "latin1")
         raise UserError(
             f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}); "
-            f"convert it: iconv -f latin1 -t utf-8 {path.name} > new{path.suffix}"
+            f"convert it: iconv -f {kind} -t utf-8 {path.name} > new{path.suffix}"
         ) from None
 
 
@@ -202,6 +217,7 @@ def _json(path: Path, text: str) -> Rows:
     except (ValueError, RecursionError) as error:
         said = "nested too deep" if isinstance(error, RecursionError) else str(error)
         raise UserError(f"{path}: bad JSON: {said}") from None
+    items = [items] if isinstance(items, dict) else items
     for i, item in enumerate(items, 1):
         if not isinstance(item, dict):
             raise UserError(f"{path}: item {i} is a {type(item).__name__}, not an object with columns")
@@ -222,6 +238,7 @@ def _csv(path: Path, text: str, delimiter: str) -> Rows:
     rows: Rows = []
     header: list[str] = []
     start = 1
+    limit = csv.field_size_limit(LINE_MAX)  # csv's own is 131,072: a cell may hold a whole document
     try:
         for cells in reader:
             where, start = f"{path}:{start}", reader.line_num + 1
@@ -229,6 +246,13 @@ def _csv(path: Path, text: str, delimiter: str) -> Rows:
                 continue
             if not header:
                 header = [c.strip() for c in cells]
+                if other := [c for c in ";\t|," if c != delimiter and len(header) == 1 and c in header[0]]:
+                    name = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
+                    raise UserError(
+                        f"{where}: its header is one column, {header[0]!r}: cells are parted by {name[delimiter]} here, not "
+                        f"by {name[other[0]]}; write it so"
+                        + (", or call it .tsv" if other[0] == "\t" else "")
+                    )
                 if twice := [c for c in header if header.count(c) > 1]:
                     raise UserError(f"{where}: two columns are called {twice[0]!r}; rename one")
                 continue
@@ -240,6 +264,8 @@ def _csv(path: Path, text: str, delimiter: str) -> Rows:
             rows.append((where, {c: v if v != "" else None for c, v in zip(header, cells)}))
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: bad CSV: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
     return rows
 
 

@@ -13,9 +13,8 @@ Rows = list[dict[str, Any]]
 
 
 def asked(task: Any) -> dict[str, Any]:
-    """The task's settings of this file, as far as it has them."""
-    unset: dict[str, Any] = {"data_seed": 0, "balanced": False}
-    return {name: getattr(task, name, unset.get(name)) for name in DRAWN}
+    """The task's settings of this file."""
+    return {name: getattr(task, name) for name in DRAWN}
 
 
 def check(task: Any, classes: bool) -> None:
@@ -38,7 +37,7 @@ def check(task: Any, classes: bool) -> None:
         raise UserError(
             f"task.data_seed={a['data_seed']}: nothing is drawn; set task.num_train, task.num_eval or task.k_shot, too"
         )
-    if getattr(task, "train_limit", None) is not None and (found := [n for n in drawn if n != "num_eval"]):
+    if task.train_limit is not None and (found := [n for n in drawn if n != "num_eval"]):
         raise UserError(f"task.train_limit={task.train_limit}: task.{found[0]} says how many; leave one out")
 
 
@@ -73,7 +72,7 @@ def draw(
         cut = len(chosen) - (a["num_dev"] or 0)
         if cut < 1:
             raise UserError(
-                f"task.num_dev={a['num_dev']}: there are only {len(order)} rows, so none is left to train on; lower it"
+                f"task.num_dev={a['num_dev']}: there are only {len(order)} rows, so none is left to train on; lower it, or null"
             )
         first, second = chosen[:cut], chosen[cut:]
     said = f"{len(first):,} rows to train on"
