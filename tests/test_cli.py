@@ -140,6 +140,7 @@ def test_help_and_version():
         (["train"], "model is not set"),
         (["train", "--resume", "nowhere"], "not a run's folder"),
         (["train", "--resume", "nowhere", "lr=3"], "leave lr=3 out"),
+        (["train", "--resume", "nowhere", "threads=1"], "write threads: 1 into nowhere/config.yaml"),
         (["train", "--resume", "nowhere", "--config", "mezo/reviews"], "leave --config out"),
         (["train", "--config", "mezo/reviews", "model=no/where.gguf"], "no such file"),
         (["eval"], "one run's folder"),

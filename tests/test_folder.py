@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import tempfile
+from pathlib import Path
 
 import pytest
 import tiny
@@ -15,7 +16,7 @@ from test_trainer import build, same_bits, weights
 from zoft import run as runs
 from zoft.config import Config, Task
 from zoft.errors import UserError
-from zoft.folder import Presence, refuse_unwritable
+from zoft.folder import Presence, alone, refuse_unwritable
 from zoft.ledger import Ledger, Record, read
 from zoft.stop import Stopped
 from zoft.trainer import Trainer
@@ -220,6 +221,29 @@ def test_a_read_only_place_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(UserError, match="file is no folder"):
         refuse_unwritable("output_dir", tmp_path / "file" / "x")
     refuse_unwritable("output_dir", tmp_path / "new" / "x")
+
+
+def test_a_folder_is_one_processs_at_a_time_and_goes_again_while_empty(tmp_path):
+    place = tmp_path / "runs" / "x"
+    for new, fix in ((True, "choose another name with output_dir=…"), (False, "or stop it")):
+        with (
+            alone(place, True),
+            pytest.raises(UserError, match=f"another process is writing this run: .*{fix}"),
+        ):
+            with alone(place, new):
+                pytest.fail("two at a time")
+        assert not (tmp_path / "runs").exists()
+    with pytest.raises(ZeroDivisionError), alone(place, True):
+        (place / "ledger").touch()
+        1 / 0  # noqa: B018
+    with alone(place, False), contextlib.suppress(UserError):
+        pass
+    assert (place / "ledger").exists()
+    with (
+        pytest.raises(UserError, match="output_dir=/proc/zoft/x: cannot be made"),
+        alone(Path("/proc/zoft/x"), True),
+    ):
+        pytest.fail("made")
 
 
 def test_a_deleted_folder_is_put_back_with_its_steps(tmp_path, end):

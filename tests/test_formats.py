@@ -273,3 +273,17 @@ def test_a_hidden_cell_is_not_read_as_text(tmp_path):
         path.write_text(json.dumps({"messages": [{"role": "user", "content": value}]}))
         with pytest.raises(UserError, match=said):
             tasks.load(Task(name="local", train=str(path), eval=str(path)))
+
+
+def test_a_column_of_few_short_values_is_named_as_a_label(tmp_path):
+    def said(sentiments):
+        lines = [f"film {i} was long,{s}" for i, s in enumerate(sentiments)]
+        (tmp_path / "my.csv").write_text("\n".join(["sentence,sentiment", *lines]))
+        with pytest.raises(UserError, match="no known format has the columns sentence, sentiment") as error:
+            tasks.load(Task(name="local", train=str(tmp_path / "my.csv")))
+        return str(error.value)
+
+    wanted = 'task.label=sentiment, task.choices=\'{neg: " …", pos: " …"}\''
+    assert said(["pos", "neg"] * 5).endswith(wanted)
+    assert "label" not in said([f"mood {i}" for i in range(10)])
+    assert "label" not in said(["pos"] * 10)

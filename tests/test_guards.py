@@ -1,5 +1,6 @@
 """Guards: silent on what works, one line on what does not, and once."""
 
+import dataclasses
 import importlib.util
 import math
 import os
@@ -76,7 +77,6 @@ def test_numbers_are_counted_right():
         (134_500_000, {"lr": 3e-5}),
         (7_100_000, {"lr": 1e-3, "noise": "rademacher"}),
         (3_000, {"lr": 1e-2}),
-        (3_000, {"lr": 0.0}),
         (355_000_000, {"lr": 8e-5, "q": 8}),
     ],
 )
@@ -92,6 +92,8 @@ def test_what_has_worked_is_met_with_silence(numbers, changes):
         (7_100_000, {"lr": 2e-3}, ["lr=0.002", "far above", "0.0005 for 7,100,000 trained numbers"]),
         (355_000_000, {"lr": 2e-5, "momentum": 0.9}, ["lr=2e-05", "far above"]),
         (355_000_000, {"lr": 1e-9}, ["lr=1e-09", "far below"]),
+        (355_000_000, {"lr": 0.0}, ["lr=0: no step will change a weight"]),
+        (3_000, {"lr": 0.0, "train": "prompt"}, ["lr=0: no step will change a weight"]),
         (355_000_000, {"eps": 1.0}, ["eps=1 ", "far above", "eps 0.001"]),
         (355_000_000, {"eps": 1e-6}, ["eps=1e-06", "far below"]),
     ],
@@ -176,6 +178,50 @@ def test_the_first_skipped_step_is_said_and_too_many_stop(tmp_path):
     with pytest.raises(UserError, match="not finite for max_skipped=3 steps in a row"):
         trainer.run()
     assert len(trainer.ledger.records) == 3
+
+
+@pytest.mark.parametrize(
+    ("cpu_s", "wall_s", "threads", "fewer"),
+    [
+        (36, 60, 2, 1),  # two threads that share 60 % of one core
+        (71, 60, 2, 1),
+        (120, 60, 32, 2),  # a limit of two cores on a machine of 32
+        (10, 60, 4, 1),
+    ],
+)
+def test_threads_that_wait_for_each_other_are_told_of_a_number_that_has_its_cores(
+    cpu_s, wall_s, threads, fewer
+):
+    line = guards.crowded(cpu_s, wall_s, threads)
+    assert line.startswith(f"threads={threads}: ") and line.endswith(f" threads={fewer} may be faster")
+    assert f" {cpu_s / wall_s / threads:.0%} of the CPU time" in line
+
+
+def test_threads_that_work_are_met_with_silence():
+    for cpu_s, wall_s, threads in ((73, 60, 2), (120, 60, 2), (20, 60, 1), (160, 60, 4)):
+        assert guards.crowded(cpu_s, wall_s, threads) is None
+
+
+def test_a_crowded_machine_is_said_once_and_after_a_minute_of_steps():
+    """Steps of 7 s of which a thread pair gets 5 s of CPU time; between them evaluations that would hide it."""
+    now = [0.0, 0.0]
+    cores, said = guards.Cores(2, lambda: tuple(now)), []
+    for step in range(40):
+        now[0], now[1] = now[0] + 5, now[1] + 7
+        said += [(step, line) for line in cores.step()]
+        now[0], now[1] = now[0] + 200, now[1] + 100
+        cores.paused()
+    assert [step for step, _ in said] == [8]  # 63 s
+    assert "in the last 63 s of steps they had 36% of" in said[0][1]
+
+
+def test_only_a_run_whose_steps_are_all_its_own_looks_at_its_cores():
+    own = config(device="cpu", threads=2)
+    for changes, processes in (
+        ({"threads": 1}, 1), ({"device": "cuda"}, 1), ({}, 2), ({"elastic": True}, 1), ({"reward": "r.py:f"}, 1),
+    ):  # fmt: skip
+        assert guards.cores(dataclasses.replace(own, **changes), processes).threads == 1
+    assert guards.cores(own, 1).threads == 2
 
 
 def test_memory_that_runs_out_is_told_from_other_errors():

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from zoft.cli import app
 from zoft.errors import UserError
-from zoft.reward import load
+from zoft.reward import load, look
 
 SCORE = "def score(rows, texts):\n    return [len(t) + r['n'] for r, t in zip(rows, texts)]\n"
 ROWS, TEXTS, WHERE = [{"n": 1}, {"n": 2}, {"n": 3}], ["a", "bb", ""], ["f:1", "f:2", "f:3"]
@@ -64,10 +64,28 @@ def test_what_goes_wrong_in_it_is_one_line_with_the_function_and_the_row(tmp_pat
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "from math import *\n",
+        "globals()['sco' + 're'] = len\n",
+        "import math as score\n",
+        "try:\n    score = len\nexcept ValueError:\n    score = max\n",
+        "def other(rows, texts): return []\n\nscore, x = other, 1\n",
+        "if True:\n    async def score(rows, texts): pass\n",
+    ],
+)
+def test_a_file_that_may_have_the_function_is_not_refused_unrun(tmp_path, text):
+    (tmp_path / "mine.py").write_text(f"{text}\nraise SystemExit('run')\n")
+    assert look(f"{tmp_path}/mine.py:score")[1] == "score"
+    with pytest.raises(UserError, match="SystemExit: run"):
+        load(f"{tmp_path}/mine.py:score", 1.0)
+
+
+@pytest.mark.parametrize(
     "text,name,said",
     [
         ("def score(rows, texts:\n", "score", "line 1: "),
-        ("x = 1\nimport no_such_module\n", "score", "line 2: ModuleNotFoundError"),
+        ("x = 1\nimport no_such_module\n" + SCORE, "score", "line 2: ModuleNotFoundError"),
         (SCORE, "scores", "no function scores in it; did you mean score?"),
         ("score = 3\n", "score", "no function score in it"),
         (SCORE, "", "name a file and a function in it: my_reward.py:score"),

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -56,6 +57,21 @@ def test_the_first_signal_waits_for_the_end_of_the_step_and_the_second_does_not(
         with listening("runs/x"), pytest.raises(Stopped):  # an evaluation: nothing is half done
             me(number)
     assert [signal.getsignal(n) for n in SIGNALS] == before
+
+
+def test_the_way_on_names_what_only_a_command_line_may(tmp_path):
+    """A shell's own words, so that the line can be pasted as it is."""
+    for folder, text, more in (
+        ("plain", "lr: 1.0\nreward: null\ntrust_remote_code: false\n", []),
+        ("a run", "reward: /my things/r.py:score\n", ["--reward", "/my things/r.py:score"]),
+        ("both", "reward: /r.py:f\ntrust_remote_code: true\n", ["--reward", "/r.py:f", "trust_remote_code=true"]),
+        ("damaged", "reward: [\n", []),
+    ):  # fmt: skip
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.yaml").write_text(text)
+        said = str(Stopped(signal.SIGTERM, f"{tmp_path}/{folder}"))
+        words = shlex.split(re.fullmatch("stopped; continue with `(.*)`", said)[1])
+        assert words == ["zoft", "train", "--resume", f"{tmp_path}/{folder}", *more]
 
 
 def test_what_is_ignored_stays_ignored():

@@ -106,6 +106,31 @@ def test_a_live_line_on_a_terminal(tmp_path, monkeypatch):
     assert "step 1/3" in out.getvalue() and "step 3/3" in out.getvalue()
 
 
+def texts(clock, each_s, steps, objective):
+    """The lines of a run whose steps write 32 texts in each_s seconds, 8 at a time."""
+    out = io.StringIO()
+    with Tracker(None, 60, stream=out, config={"objective": objective}) as t:
+        for step in range(steps):
+            for done in (8, 16, 24):
+                clock.now += each_s / 4
+                t.under_way(f"{done} of 32 texts")
+            clock.now += each_s / 4
+            t.step(step, loss=-0.29, projected_gradient=2.0, lr=1e-4)
+    return out.getvalue().splitlines()
+
+
+def test_progress_of_texts_takes_no_turn_of_the_steps(monkeypatch):
+    """Steps of 4 s are shown every third, as without texts; of steps of 24 s the texts are shown, too, from 10 s on."""
+    clock = Clock(monkeypatch)
+    lines = texts(clock, 4.0, 10, "reward")
+    assert [line.split("  ")[0] for line in lines] == [f"step {n}/60" for n in (1, 4, 7, 10)]
+    assert all(line.split("  ")[1:3] == ["reward 0.29", "pg 2"] for line in lines)
+    lines = texts(clock, 24.0, 2, "lm")
+    told = ["step {0}/60: 16 of 32 texts", "step {0}/60"]
+    assert [line.split("  ")[0] for line in lines] == [line.format(n) for n in (1, 2) for line in told]
+    assert lines[-1].split("  ")[1] == "loss -0.29"
+
+
 def test_closing_twice_and_on_an_exception(tmp_path):
     with pytest.raises(RuntimeError), Tracker(tmp_path, 3, stream=io.StringIO()) as t:
         t.step(0, loss=1.0)

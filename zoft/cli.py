@@ -155,6 +155,11 @@ def train(
     else:
         mine = ("trust_remote_code=true", f"reward={reward}")  # what runs code is said again
         others = [text for text in overrides or [] if text not in mine]
+        if others and others[0].startswith("threads="):
+            raise UserError(
+                f"{others[0]}: other threads round losses otherwise, and a resumed run ends in the bits of one that never "
+                f"stopped; if its speed matters more, write {others[0].replace('=', ': ')} into {resume}/config.yaml"
+            )
         if others:
             raise UserError(f"{others[0]}: a resumed run keeps its own config; leave {', '.join(others)} out")
         resolved = load_run(resume, overrides or [])

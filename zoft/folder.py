@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 import time
@@ -31,6 +32,41 @@ def refuse_unwritable(key: str, folder: Path) -> None:
         raise UserError(f"{key}={folder}: {there} is no folder; choose another name")
     if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise UserError(f"{key}={folder}: {there} cannot be written in; choose another place")
+
+
+@contextmanager
+def alone(folder: Path, new: bool) -> Iterator[None]:
+    """Let no other process train in a run's folder meanwhile; a folder that is made for this, and stays empty, goes again.
+
+    new: whether a run begins there, or one goes on. Raises UserError where another has it, or it cannot be made.
+    """
+    made = [p for p in (folder, *folder.parents) if new and not os.path.lexists(p)]
+    if new:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"output_dir={folder}: cannot be made ({error.strerror}); choose another place"
+            ) from error
+    fd = -1
+    try:
+        with suppress(OSError):  # some cluster file systems have no locks of folders; the ledger has its own
+            fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                place = f"output_dir={folder}" if new else f"{folder}"
+                fix = "choose another name with output_dir=…" if new else "stop it"
+                raise UserError(
+                    f"{place}: another process is writing this run: wait for it, or {fix}"
+                ) from None
+        yield
+    finally:
+        if fd >= 0:
+            os.close(fd)
+        with suppress(OSError):
+            for p in made:
+                p.rmdir()
 
 
 def write(path: Path, text: str | bytes) -> None:

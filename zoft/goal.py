@@ -206,7 +206,8 @@ class Texts:
 
         def did(rows: int) -> None:
             self.done = self.done % self.each + rows
-            self.progress(f"{self.done} of {self.each} texts")
+            if self.done < self.each:  # after the last one comes the step's own line
+                self.progress(f"{self.done} of {self.each} texts")
 
         made = generate.texts(
             model,
@@ -241,7 +242,8 @@ class Texts:
         def did(count: int) -> None:
             nonlocal done
             done += count
-            self.progress(f"evaluation, {done} of {len(rows)} texts")
+            if done < len(rows):
+                self.progress(f"evaluation, {done} of {len(rows)} texts")
 
         texts = generate.generate(model, self.tokenizer, contexts, context=context, progress=did, **self.how)
         names = ("reward",) if self.reward else ("exact_match", "f1")

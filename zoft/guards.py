@@ -6,8 +6,9 @@ import gc
 import math
 import re
 import sys
+import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,8 @@ PREFIX = Known("prefixes", (1e-3, 1e-1), (1e-1, 1e-1), 2.5e5, 30)
 FAR_BELOW, FAR_EPS = 0.1, 10.0  # a tenth of the lowest lr wastes time
 
 ZERO_STEPS = 20  # steps in a row with a projected gradient of exactly 0
+CROWDED = 0.6  # share of their CPU time below which threads wait for each other more than they work
+LOOK_SECONDS = 60.0  # of steps between two looks at it
 WINDOW = 100  # steps whose losses are compared with the first ones'
 
 
@@ -65,13 +68,13 @@ def lr_range(config: Config, k: Known, numbers: int) -> tuple[float, float]:
 
 
 def at_start(config: Config, trained: Sequence[Trained]) -> list[str]:
-    """A line for each of lr and eps that is far outside of what is known to work; lr=0 is taken as meant."""
-    k = known(config)
+    """A line for each of lr and eps that is far outside of what is known to work, and for an lr that moves nothing."""
+    k, idle = known(config), ["lr=0: no step will change a weight"] * (config.lr == 0)
     if k is None:
-        return []
+        return idle
     numbers = sum(t.stored.numel() for t in trained)
     low, high = lr_range(config, k, numbers)
-    lines = []
+    lines = idle
     # With meazo, lr is the size of a step; nobody has searched that.
     if config.lr and not config.meazo and not FAR_BELOW * low <= config.lr <= k.far * high:
         lines.append(
@@ -174,6 +177,57 @@ class Watch:
             f"{text}both probes of a direction give the same loss: the loss is too coarse to tell them apart ({fix}), "
             f"or train={c.train} does not reach what is scored"
         )
+
+
+def crowded(cpu_s: float, wall_s: float, threads: int) -> str | None:
+    """A line where `threads` had little of the CPU time that so many can use: each barrier then waits for whoever is off the CPU."""
+    share = cpu_s / (wall_s * threads)
+    if threads == 1 or share >= CROWDED:
+        return None
+    fewer = min(threads - 1, max(1, int(cpu_s / wall_s)))
+    return (
+        f"threads={threads}: in the last {wall_s:.0f} s of steps they had {share:.0%} of the CPU time of {threads} cores: other "
+        f"programs or a limit take the rest, or they wait for each other; threads={fewer} may be faster"
+    )
+
+
+class Cores:
+    """Looks how much CPU time the steps of a run get, and says once where its threads wait for each other.
+
+    threads: 1 looks at nothing. clocks() -> seconds of (the process on all CPUs, the wall).
+    """
+
+    def __init__(
+        self,
+        threads: int,
+        clocks: Callable[[], tuple[float, float]] = lambda: (time.process_time(), time.perf_counter()),
+    ) -> None:
+        self.threads, self.clocks = threads, clocks
+        self.cpu = self.wall = 0.0  # seconds of the steps since the last look
+        self.paused()
+
+    def paused(self) -> None:
+        """What was done since the last step was no step."""
+        self.last = self.clocks()
+
+    def step(self) -> list[str]:
+        """A step is done; returns lines for the reader."""
+        (cpu, wall), self.last = self.last, self.clocks()
+        self.cpu, self.wall = self.cpu + self.last[0] - cpu, self.wall + self.last[1] - wall
+        if self.threads == 1 or self.wall < LOOK_SECONDS:
+            return []
+        line = crowded(self.cpu, self.wall, self.threads)
+        self.cpu = self.wall = 0.0
+        if line is None:
+            return []
+        self.threads = 1  # said once
+        return [line]
+
+
+def cores(config: Config, processes: int) -> Cores:
+    """The Cores of a run; none is looked at where steps wait for a GPU, for other processes, or for a reward of the user's."""
+    alone = config.device == "cpu" and processes == 1 and not config.elastic and config.reward is None
+    return Cores(int(config.threads) if alone and config.threads != "auto" else 1)
 
 
 def _median(values: Sequence[float]) -> float:

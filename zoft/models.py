@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -75,6 +76,28 @@ def check(source: Source) -> dict[str, str]:
             if file.read(4) != b"GGUF":
                 raise UserError(f"model={source.name}: not a GGUF file of version 2 or 3")
     return {}
+
+
+def blocks(source: Source) -> int | None:
+    """How many blocks a model's own settings say it has, without loading it; None where they do not say."""
+    if source.kind == "gguf":
+        from zoft import gguf
+
+        fields = gguf.read(Path(source.place)).fields
+        found = fields.get(f"{fields.get('general.architecture')}.block_count")
+    else:
+        path: Any = Path(source.place) / "config.json"
+        if source.kind == "hub":
+            from huggingface_hub import try_to_load_from_cache
+
+            path = try_to_load_from_cache(source.place, "config.json")
+        try:
+            tree = json.loads(Path(path).read_bytes()) if isinstance(path, str | Path) else {}
+        except (OSError, ValueError, RecursionError):  # what loads it says so
+            return None
+        names = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+        found = next((tree[n] for n in names if n in tree), None) if isinstance(tree, dict) else None
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def _find_on_hub(model: str) -> None:

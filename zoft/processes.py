@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from zoft.errors import UserError
-from zoft.stop import RESUME, SIGNALS
+from zoft.stop import RESUME, SIGNALS, way_on
 
 PATIENCE = 15.0  # seconds between the end of one process that failed and the end of the others
 
@@ -83,7 +83,7 @@ def start(count: int, args: Sequence[str], folder: str) -> int:
     if code < 0:
         print(
             f"rank {failed} of {count} was killed ({signal.Signals(-code).name}); what the ledger has is kept: "
-            f"continue with `zoft train --resume {folder} --nproc {count}`",
+            f"continue with `{way_on(folder)} --nproc {count}`",
             file=sys.stderr,
         )
         return RESUME
@@ -117,7 +117,7 @@ def start_elastic(count: int, args: Sequence[str], folder: str) -> int:
         return code
     print(
         f"the run was killed ({signal.Signals(-code).name}); what the ledger has is kept: "
-        f"continue with `zoft train --resume {folder} --nproc {count}`",
+        f"continue with `{way_on(folder)} --nproc {count}`",
         file=sys.stderr,
     )
     return RESUME

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import math
@@ -9,12 +10,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zoft.errors import UserError
+from zoft.errors import UserError, nearest
 
 
 @dataclass
@@ -125,18 +126,13 @@ def load(named: str, seconds: float) -> Reward:
         raise UserError(f"reward={named}: {place}{type(error).__name__}: {said}") from None
     made = getattr(module, function, None)
     if not callable(made):
-        from zoft.errors import nearest
-
         ours = [
             n
             for n, v in vars(module).items()
             if callable(v) and getattr(v, "__module__", "") == "zoft_reward"
         ]
-        near = nearest(function, ours)
-        raise UserError(
-            f"reward={named}: there is no function {function} in it"
-            + (f"; did you mean {near}?" if near else f" ({', '.join(ours) or 'there is none at all'})")
-        )
+        hint = _near(function, ours) or f" ({', '.join(ours) or 'there is none at all'})"
+        raise UserError(f"reward={named}: there is no function {function} in it{hint}")
     digest = f"blake2b:{hashlib.blake2b(code, digest_size=16).hexdigest()}"
     return Reward(name, path, made, seconds, digest)
 
@@ -149,7 +145,35 @@ def look(named: str) -> tuple[Path, str]:
         raise UserError(f"reward={named}: name a file and a function in it: my_reward.py:score")
     if path.suffix != ".py" or not path.is_file():
         raise UserError(f"reward={named}: {path}: no such .py file")
+    try:
+        bound = _bound(path.read_bytes())
+    except SyntaxError as error:
+        raise UserError(f"reward={named}: line {error.lineno}: {error.msg}") from None
+    except (OSError, ValueError, RecursionError):  # running it says so
+        bound = {"*"}
+    if not bound & {function, "*"}:
+        raise UserError(f"reward={named}: there is no function {function} in it{_near(function, bound)}")
     return path.resolve(), function
+
+
+def _bound(code: bytes) -> set[str]:
+    """All names that a file gives to anything, without running it; `*` where only running it can tell."""
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.alias):
+            found.add(node.asname or node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Name) and node.id in ("globals", "vars", "locals", "exec", "setattr"):
+            found.add("*")
+    return found
+
+
+def _near(function: str, names: Iterable[str]) -> str:
+    near = nearest(function, names)
+    return f"; did you mean {near}?" if near else ""
 
 
 def _rows(where: Sequence[str]) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,7 @@ from zoft.config import ADAPTERS, Config
 from zoft.config_digest import changed
 from zoft.due import due, next_stop
 from zoft.errors import UserError, writing
-from zoft.folder import Presence, kept, refuse_unwritable, write
+from zoft.folder import Presence, alone, kept, refuse_unwritable, write
 from zoft.stop import Stop, listening
 from zoft.tracking import logged
 from zoft.yamlfile import yaml_tree
@@ -40,6 +41,9 @@ OURS = (
     "start.safetensors",
     "snapshots",
 )
+
+# What drivers make in /dev: NVIDIA's, WSL's, Jetson's, AMD's.
+DRIVERS = ("nvidiactl", "nvidia0", "dxg", "nvmap", "nvhost-gpu", "kfd")
 
 # What another number of processes resolves anew where it was `auto`: no weight depends on it beyond rounding.
 ELSEWHERE = ("threads", "hold_probe")
@@ -78,10 +82,14 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
         )  # a pair of a probe and a batch is a forward
     elif config.listen != "127.0.0.1:0":
         raise UserError(f"listen={config.listen}: is for elastic=true; leave it out")
-    if processes.place()[0] == 0:  # of several processes, the one that writes
-        first_look(config, resume, dry_run)
+    writes = processes.place()[0] == 0  # of several processes, one does
+    if writes and resume is None and not dry_run:
+        claim(Path(folder))
+    mine = alone(Path(folder), resume is None) if writes and not dry_run else nullcontext()
     # A signal that comes while things load says "resume me", too.
-    with listening(folder), guards.memory(config):
+    with listening(folder), guards.memory(config), mine:
+        if writes:
+            first_look(config, resume, dry_run)
         from zoft import distributed
 
         with distributed.joined(config, folder):
@@ -118,16 +126,27 @@ def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None
     from zoft import checkpoint, models, tasks
 
     tracking.require(config.track)
+    devices(config)
     if resume is None and not dry_run:
         claim(Path(str(config.output_dir)))
     if resume and (Path(resume) / "ledger").exists():  # damage shows before weights load
         from zoft import inspect_run, ledger
 
         inspect_run.sound(resume, ledger.read(Path(resume) / "ledger"))
-    models.check(models.resolve(config.model))
+    models.check(source := models.resolve(config.model))
+    blocks, last = models.blocks(source), re.fullmatch(r"last-(\d+)", config.train)
+    if blocks and last and int(last[1]) > blocks:
+        raise UserError(f"train={config.train}: the model has {blocks} blocks; use last-1 to last-{blocks}")
     if config.adapter:
         checkpoint.adapter(config.adapter, Path(config.adapter).expanduser())
     tasks.look(config.task)
+
+
+def devices(config: Config) -> None:
+    """Refuse CUDA where no driver has left its file in /dev; whatever is subtler shows once torch is there."""
+    if config.device.startswith("cuda") and sys.platform.startswith("linux"):
+        if not any(Path("/dev", name).exists() for name in DRIVERS):
+            raise UserError(f"device={config.device}: no CUDA devices here; use device=cpu or device=auto")
 
 
 def rewarded(config: Config, resume: str | Path | None, *, must: bool = True) -> None:
@@ -319,11 +338,12 @@ def fit(
     log = Log(s.ledger.header, s.ledger.records, s.ledger.events)  # the ledger's own lists: they grow
     catch_up(trainer, s.folder, config, log, t.note)
     watch = guards.Watch(config, trainer.axis.trained, steps_of(s.ledger, config))
+    cores = guards.cores(config, world.size)
     folder = Presence(s.ledger, {"config.yaml": compose.to_yaml(config)})
 
     def on_step(metrics: dict[str, Any]) -> None:
         seconds = past + time.monotonic() - began - paused
-        lines = watch.see(metrics)
+        lines = watch.see(metrics) + cores.step()
         t.step(metrics.pop("step"), **metrics, seconds=round(seconds, 3))
         for line in lines:
             t.note(line)
@@ -357,6 +377,7 @@ def fit(
     world.check(trainer.next, trainer.axis.trained)
     at_stop(trainer.next)
     began, paused = time.monotonic(), 0.0
+    cores.paused()
     while trainer.next < config.steps and not selection.stops(config, evals):
         with s.stop.finishing():
             trainer.run(on_step, until=next_stop(config, trainer.next, world.size))
@@ -369,6 +390,7 @@ def fit(
             at_stop(trainer.next)
         paused += time.monotonic() - pause
         t.paused()
+        cores.paused()
     trainer.end()
     seconds = past + time.monotonic() - began - paused
     several: dict[str, Any] = {"processes": world.size, "wire_bytes": world.sent} if world.size > 1 else {}

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
+from typing import Any
+
+from zoft.errors import UserError
 
 # Ctrl-C; what kill, Slurm and Kubernetes send before SIGKILL; what `sbatch --signal` and batch systems send as a
 # warning (their default action is to kill); and the soft limit on CPU time.
@@ -15,6 +20,19 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal
 # Exit code "resume me", whatever the signal: sysexits.h's EX_TEMPFAIL. 128 + n is what a shell reports of a process
 # that a signal killed, so it cannot say that a run was stopped in good order.
 RESUME = 75
+
+
+def way_on(folder: str) -> str:
+    """What continues the run in `folder`, with what its config.yaml holds and only a command line may say: code to run."""
+    from zoft.yamlfile import yaml_tree
+
+    tree: dict[str, Any] = {}
+    with suppress(UserError):  # edited since, or gone
+        tree = yaml_tree(Path(folder) / "config.yaml")
+    words = ["zoft", "train", "--resume", folder]
+    words += ["--reward", str(tree["reward"])] if tree.get("reward") else []
+    words += ["trust_remote_code=true"] if tree.get("trust_remote_code") else []
+    return shlex.join(words)
 
 
 class Stopped(KeyboardInterrupt):
@@ -25,7 +43,7 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, number: int, folder: str, why: str = "") -> None:
         if os.path.exists(os.path.join(folder, "config.yaml")):
-            text = f"stopped; continue with `zoft train --resume {folder}`"
+            text = f"stopped; continue with `{way_on(folder)}`"
         else:
             text = "stopped before the run began: nothing is written; give the same command again"
         super().__init__(f"{why}: {text}" if why and folder else why or text)

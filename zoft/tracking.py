@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from zoft.config import NO_GRADIENT
 from zoft.errors import UserError, writing
 from zoft.folder import write
 from zoft.packages import missing
@@ -41,7 +42,7 @@ class Tracker:
     after the ledger's append, and the file tells what the ledger does.
 
     run_dir: an existing folder; None keeps nothing. steps: of the whole run. resume_step: the ledger's next step, 0 for a new run.
-    known: on resume, the metrics of the steps that the ledger has. config: shown by wandb. device: whose peak memory is shown. stream: where the live or plain lines go (stderr).
+    known: on resume, the metrics of the steps that the ledger has. config: shown by wandb; of an `objective` that is to grow, the lines show it, not the loss. device: whose peak memory is shown. stream: where the live or plain lines go (stderr).
     """
 
     def __init__(
@@ -66,7 +67,9 @@ class Tracker:
                 _mend(path, resume_step, known)
             # Unbuffered: what a full disk did not take must not be tried again by close.
             self._file = path.open("ab" if resume_step else "wb", buffering=0)
+        self._grows = next((m for m in NO_GRADIENT if m == (config or {}).get("objective")), None)
         self._shown = self._since = time.monotonic()  # since the last step, or what came after it
+        self._far = self._since  # since the last word on how far a long step is
         self._took: deque[float] = deque(maxlen=RECENT)  # seconds of a step
         self._paused = 0.0  # seconds of all that was no step, from the first step on
         self._live = _live(self.stream) if self.stream.isatty() else None
@@ -124,10 +127,11 @@ class Tracker:
                 print(text, file=self.stream, flush=True)
 
     def under_way(self, text: str) -> None:
-        """Show how far a long step or evaluation is, where nothing has been shown for a while."""
+        """Show how far a step or evaluation is that takes long; the lines of steps come as they would without it."""
         now = time.monotonic()
-        if now - self._shown >= (LIVE_SECONDS if self._live else QUIET_SECONDS):
-            self._shown = now
+        due = LIVE_SECONDS if self._live else QUIET_SECONDS
+        if now - self._since >= QUIET_SECONDS and now - self._far >= due:
+            self._far = now
             self._show(f"step {self.next + 1}/{self.steps}: {text}")
 
     def close(self, failed: bool = False) -> None:
@@ -160,7 +164,9 @@ class Tracker:
     def _line(self, step: int, metrics: Mapping[str, Any]) -> str:
         parts = [f"step {step + 1}/{self.steps}"]
         for name, label in (("loss", "loss"), ("projected_gradient", "pg"), ("lr", "lr")):
-            if name in metrics:
+            if name == "loss" and name in metrics and self._grows:  # minimised is minus what is to grow
+                parts.append(f"{self._grows} {short(0 - metrics[name])}")
+            elif name in metrics:
                 parts.append(f"{label} {short(metrics[name])}")
         each = sum(self._took) / max(1, len(self._took))
         if each > 0:

@@ -141,7 +141,7 @@ def recognise(key: str, rows: list[tuple[str, dict[str, Any]]], task: Any) -> Re
             raise UserError(f"{key}: {why}")
         raise UserError(
             f"{key}: no known format has the columns {seen}; say which is which, as in "
-            "task.columns={prompt: …, completion: …}, or write task.prompt and task.target"
+            f"task.columns={{prompt: …, completion: …}}, or write task.prompt and task.target{_labelled(rows, first)}"
         )
     if len(found) > 1:
         raise UserError(
@@ -158,6 +158,19 @@ def recognise(key: str, rows: list[tuple[str, dict[str, Any]]], task: Any) -> Re
             f"task.format={reading.format} to leave that unread, or {other}"
         )
     return reading
+
+
+def _labelled(rows: list[tuple[str, dict[str, Any]]], first: Iterable[str]) -> str:
+    """The keys that a column of few short values asks for, beside another one to read; nothing where there is none."""
+    for column in first:
+        values = [row.get(column) for _, row in rows]
+        held = sorted({str(v) for v in values if isinstance(v, str | int) and len(str(v)) <= 20})
+        if 2 <= len(held) <= min(10, len(rows) // 2) and all(str(v) in held for v in values):
+            shown = ", ".join(f'{v}: " …"' for v in held)
+            return (
+                f"; {column} looks like a label: task.prompt, task.label={column}, task.choices='{{{shown}}}'"
+            )
+    return ""
 
 
 def _readings(first: dict[str, Any], named: dict[str, str]) -> dict[str, Reading]:

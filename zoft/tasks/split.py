@@ -72,7 +72,7 @@ def draw(
         cut = len(chosen) - (a["num_dev"] or 0)
         if cut < 1:
             raise UserError(
-                f"task.num_dev={a['num_dev']}: there are only {len(order)} rows, so none is left to train on; lower it"
+                f"task.num_dev={a['num_dev']}: there are only {len(order)} rows, so none is left to train on; lower it, or null"
             )
         first, second = chosen[:cut], chosen[cut:]
     said = f"{len(first):,} rows to train on"
