@@ -262,3 +262,10 @@ def test_a_run_that_runs_out_of_memory_says_what_to_lower(tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
     assert said[-1].startswith("error: out of memory") and "lower batch_size=60000" in said[-1], said
     assert "the estimate is" in said[-1] and "GB" in said[-1]
+
+
+def test_a_gpu_that_computes_in_fp32_is_told():
+    (line,) = guards.at_start(config(device="cuda:1", compute="fp32", recipe="qzo"), tensors(1000))
+    assert line.startswith("compute=fp32") and "compute=bf16" in line
+    for changes in ({"device": "cpu", "compute": "fp32"}, {"device": "cuda", "compute": "bf16"}):
+        assert guards.at_start(config(recipe="qzo", **changes), tensors(1000)) == []

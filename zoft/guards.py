@@ -68,13 +68,18 @@ def lr_range(config: Config, k: Known, numbers: int) -> tuple[float, float]:
 
 
 def at_start(config: Config, trained: Sequence[Trained]) -> list[str]:
-    """A line for each of lr and eps that is far outside of what is known to work, and for an lr that moves nothing."""
-    k, idle = known(config), ["lr=0: no step will change a weight"] * (config.lr == 0)
+    """A line for each of lr and eps that is far outside of what is known to work, and for what is slow or moves nothing."""
+    k, lines = known(config), []
+    if config.lr == 0:
+        lines.append("lr=0: no step will change a weight")
+    if config.device.startswith("cuda") and config.compute == "fp32":  # a GGUF file's weights load as fp32
+        lines.append(
+            "compute=fp32: the GPU's tensor cores stand idle; compute=bf16 takes less than half the time"
+        )
     if k is None:
-        return idle
+        return lines
     numbers = sum(t.stored.numel() for t in trained)
     low, high = lr_range(config, k, numbers)
-    lines = idle
     # With meazo, lr is the size of a step; nobody has searched that.
     if config.lr and not config.meazo and not FAR_BELOW * low <= config.lr <= k.far * high:
         lines.append(
