@@ -11,10 +11,12 @@ import ranks
 import torch
 
 from zoft import noise, setup, update
-from zoft.captured import BEHIND, CapturedTrainer
 from zoft.ledger import Ledger, read
 from zoft.probe import Probe
 from zoft.trainer import Trainer
+
+pytest.importorskip("triton")
+from zoft.captured import BEHIND, CapturedTrainer  # noqa: E402
 
 
 class Done:
