@@ -11,11 +11,11 @@ draw nothing run once. --runs adds zeroth-order runs of the same task to its tab
 from __future__ import annotations
 
 import argparse
-import queue
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from spread import spread
 
 TASKS = {
     "reviews": ["--config", "mezo/reviews", "task=reviews"],
@@ -77,19 +77,7 @@ def main() -> None:
         for seed in range(1 if method in ONCE else args.seeds)
     ]
     jobs.sort(key=lambda job: -METHODS.index(job[1]))  # the longest first
-    free: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for i in range(args.jobs):
-        free.put((args.device or ["auto"])[i % len(args.device or ["auto"])])
-
-    def work(job: tuple[str, str, int]) -> bool:
-        device = free.get()
-        try:
-            return make(*job, device, args)
-        finally:
-            free.put(device)
-
-    with ThreadPoolExecutor(args.jobs) as pool:
-        made = list(pool.map(work, jobs))
+    made = spread(lambda job, device: make(*job, device, args), jobs, args.device or ["auto"], args.jobs)
     failed = [job for job, there in zip(jobs, made) if not there]
     for task in args.tasks:
         folders = [str(Path(args.out) / task), *(folder for name, folder in beside if name == task)]

@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=16, help="pairs a forward in the plain loop")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, help="a forward in zoft, in the place of its own number")
     parser.add_argument(
         "--word", default=" simply", help="what stands before each candidate in the second set"
     )
@@ -84,11 +85,13 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     from dataclasses import replace
 
-    from zoft import models, tasks
+    from zoft import evaluate, models, tasks
     from zoft.compose import compose
     from zoft.errors import UserError
 
     torch.set_num_threads(args.threads)
+    if args.tokens:
+        evaluate.TOKENS = evaluate.CPU_TOKENS = args.tokens
     try:
         config = compose(args.config, args.overrides)
         model, tokenizer = models.load(config.model, dtype=torch.float32)

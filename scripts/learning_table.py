@@ -14,16 +14,16 @@ import argparse
 import json
 import math
 import platform
-import queue
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from spread import spread
 
 SCRIPTS = Path(__file__).resolve().parent
 TUNE = 1000  # seed of the runs that choose
@@ -174,37 +174,30 @@ def run(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """
     chosen = {n: r for n, r in TABLES[args.table].items() if not args.only or n in args.only}
     have = {(r["name"], r["seed"]) for r in rows if "error" not in r}
-    free: queue.SimpleQueue[str] = queue.SimpleQueue()
-    for i in range(args.jobs):
-        free.put(args.device[i % len(args.device)])
     lock = threading.Lock()
 
-    def work(name: str, row: Row, seed: int, steps: int) -> None:
-        device = free.get()
-        try:
-            found = one(name, row, seed, steps, device, Path(folder))
-        finally:
-            free.put(device)
+    def work(job: tuple[str, Row, int, int], device: str) -> None:
+        found = one(*job, device, Path(folder))
         with lock:
             rows.append(found)
             if args.json:
                 Path(args.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+    with tempfile.TemporaryDirectory() as folder:
         trials = [
-            (f"{n}: {g}", replace(r, arguments=[*r.arguments, *g.split()]))
+            (f"{n}: {g}", replace(r, arguments=[*r.arguments, *g.split()]), TUNE, args.tune_steps)
             for n, r in chosen.items()
             for g in r.grid
+            if (f"{n}: {g}", TUNE) not in have
         ]
-        trials = [(n, r) for n, r in trials if (n, TUNE) not in have]
-        list(pool.map(lambda t: work(*t, TUNE, args.tune_steps), trials))
+        spread(work, trials, args.device, args.jobs)
         jobs = []
         for seed in range(args.seeds):
             for name, row in chosen.items():
                 if seed < row.seeds and (name, seed) not in have:
                     best = [*row.arguments, *(tuned(name, row, rows).split() if row.grid else [])]
                     jobs.append((name, replace(row, arguments=best), seed, args.steps))
-        list(pool.map(lambda job: work(*job), jobs))
+        spread(work, jobs, args.device, args.jobs)
 
 
 def tuned(name: str, row: Row, rows: list[dict[str, Any]]) -> str:

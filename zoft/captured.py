@@ -59,9 +59,8 @@ class CapturedTrainer(Trainer):
         self.scratch: list[Any] = []  # graphs point into it, however much the axis may need later
         self.halt_at: int | None = None  # the step that no process of the run takes any more
         self.alone_at: int | None = None  # the step from which all of them run one probe a forward
-        self.failure: UserError | None = (
-            None  # what stops the run, told where all of its processes are at one step
-        )
+        # What stops the run, told where all of its processes are at one step.
+        self.failure: UserError | None = None
 
     def step(self) -> dict[str, Any] | None:
         """Send a step to the device; returns the metrics of the step that has landed meanwhile, if one had to."""

@@ -250,9 +250,7 @@ def _frozen(
     if first in (0, count) or (auto and 2 * first < count):
         return 0, 1.0
     inside = f"{space.blocks_of(model)[0]}."
-    outside = {
-        n for n in names if not n.startswith(inside)
-    }  # where these are all, frozen_blocks has looked at them
+    outside = {n for n in names if not n.startswith(inside)}  # frozen_blocks has looked where these are all
     if len(outside) < len(names) and not outside <= set(space.train_names(model, "last-1")):
         return 0, 1.0  # something is trained that may come before the blocks
     states = sum(

@@ -132,6 +132,7 @@ def figures(j: Judged, pick: np.ndarray | None = None) -> dict[str, Any]:
     """The metrics of evaluate(); pick: int [m], the examples they are of (all)."""
     at = np.arange(len(j.gold)) if pick is None else pick
     result: dict[str, Any] = {}
+    own = {name: float(values[at].mean()) for name, values in j.scored.items()}
     if j.sums is not None:
         assert j.counts is not None
         if j.scores is not None:
@@ -142,7 +143,7 @@ def figures(j: Judged, pick: np.ndarray | None = None) -> dict[str, Any]:
         loss = float(j.sums[at].sum()) / tokens
         perplexity = math.exp(min(loss, 700.0))
         result |= {"loss": loss, "perplexity": perplexity, "tokens": tokens, "n": len(at)}
-        return result | {name: float(values[at].mean()) for name, values in j.scored.items()}
+        return result | own
     assert j.scores is not None
     gold, logp = j.gold[at], log_softmax(j.scores[at])
     predicted = j.scores[at].argmax(1)
@@ -155,7 +156,7 @@ def figures(j: Judged, pick: np.ndarray | None = None) -> dict[str, Any]:
         result["majority"] = float((gold == j.majority).mean())
     result["loss"] = float(-logp[np.arange(len(gold)), gold].mean())
     result["n"] = len(at)
-    return result | {name: float(values[at].mean()) for name, values in j.scored.items()}
+    return result | own
 
 
 def bootstrap(

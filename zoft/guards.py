@@ -48,10 +48,8 @@ WINDOW = 100  # steps whose losses are compared with the first ones'
 
 def known(config: Config) -> Known | None:
     """What is known of training what this config trains; None: nothing."""
-    if config.recipe == "qzo" or config.train in (
-        "prompt",
-        "scales",
-    ):  # scales of a quantisation; in no grid of that paper
+    # Prompts, and the scales of a quantisation, are in no grid of that paper.
+    if config.recipe == "qzo" or config.train in ("prompt", "scales"):
         return None
     return {"lora": LORA, "prefix": PREFIX}.get(config.train, WEIGHTS)
 
@@ -73,9 +71,7 @@ def at_start(config: Config, trained: Sequence[Trained]) -> list[str]:
     if config.lr == 0:
         lines.append("lr=0: no step will change a weight")
     if config.device.startswith("cuda") and config.compute == "fp32":  # a GGUF file's weights load as fp32
-        lines.append(
-            "compute=fp32: the GPU's tensor cores stand idle; compute=bf16 takes less than half the time"
-        )
+        lines.append("compute=fp32: the GPU's tensor cores stand idle; compute=bf16 uses them")
     if k is None:
         return lines
     numbers = sum(t.stored.numel() for t in trained)

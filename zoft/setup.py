@@ -458,9 +458,9 @@ def trainer(
     assert isinstance(made, (DeviceAxis, DeviceInPlace)), type(made)
     why = "cache_frozen looks rows up on the CPU" if config.cache_frozen else ""
     if not why:  # captured steps send their batches to the device themselves, and do not wait for it
-        at = batches(replace(config, device="cpu"), train)
-    if not why and mask_is_idle(config, loaded, made, train):
-        plain, at = at, lambda step: [b.unmasked() for b in plain(step)]
+        at = plain = batches(replace(config, device="cpu"), train)
+        if mask_is_idle(config, loaded, made, train):
+            at = lambda step: [b.unmasked() for b in plain(step)]  # noqa: E731
     return CapturedTrainer(loaded, made, at, ledger, settings(config), goal.forward, capture=why)
 
 
