@@ -127,16 +127,14 @@ def one(name: str, row: Row, seed: int, steps: int, device: str, folder: Path) -
     if done.returncode:
         return {"name": name, "seed": seed, "error": " ".join(done.stderr.strip().splitlines()[-3:])[-400:]}
     found = json.loads(Path(f"{out}.json" if script else out / "result.json").read_text(encoding="utf-8"))
-    kept = {k: found[k] for k in ("before", "after", "steps")}
+    numbers = {k: found[k] for k in ("before", "after", "steps")}
     if row.command == "train":
         lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         losses = [m["loss"] for m in map(json.loads, lines) if "loss" in m]
-        kept["late"] = statistics.fmean(losses[-len(losses) // 5 :])
+        numbers["late"] = statistics.fmean(losses[-len(losses) // 5 :])
     seconds = found.get("train_seconds", found.get("seconds"))
-    command = [c for c in row.arguments if c not in COMMON]
-    return {
-        "name": name, "seed": seed, "seconds": seconds, "forwards": found.get("forwards"), "command": command, **kept
-    }  # fmt: skip
+    about = {"seconds": seconds, "forwards": found.get("forwards"), "command": kept(row.arguments)}
+    return {"name": name, "seed": seed, **about, **numbers}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -173,7 +171,6 @@ def run(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     A row with a grid first runs --tune-steps of each value with seed TUNE, and goes on with the one of least `late`.
     """
     chosen = {n: r for n, r in TABLES[args.table].items() if not args.only or n in args.only}
-    have = {(r["name"], r["seed"]) for r in rows if "error" not in r}
     lock = threading.Lock()
 
     def work(job: tuple[str, Row, int, int], device: str) -> None:
@@ -183,21 +180,39 @@ def run(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             if args.json:
                 Path(args.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
+    def lacking(jobs: list[tuple[str, Row, int, int]]) -> list[tuple[str, Row, int, int]]:
+        """Those that `rows` has not; a run of theirs by another command or of another length is dropped."""
+        wanted = {(name, seed): (row, steps) for name, row, seed, steps in jobs}
+        rows[:] = [
+            r for r in rows if (r["name"], r["seed"]) not in wanted or made(r, *wanted[r["name"], r["seed"]])
+        ]
+        have = {(r["name"], r["seed"]) for r in rows}
+        return [job for job in jobs if (job[0], job[2]) not in have]
+
     with tempfile.TemporaryDirectory() as folder:
         trials = [
             (f"{n}: {g}", replace(r, arguments=[*r.arguments, *g.split()]), TUNE, args.tune_steps)
             for n, r in chosen.items()
             for g in r.grid
-            if (f"{n}: {g}", TUNE) not in have
         ]
-        spread(work, trials, args.device, args.jobs)
+        spread(work, lacking(trials), args.device, args.jobs)
         jobs = []
         for seed in range(args.seeds):
             for name, row in chosen.items():
-                if seed < row.seeds and (name, seed) not in have:
+                if seed < row.seeds:
                     best = [*row.arguments, *(tuned(name, row, rows).split() if row.grid else [])]
                     jobs.append((name, replace(row, arguments=best), seed, args.steps))
-        spread(work, jobs, args.device, args.jobs)
+        spread(work, lacking(jobs), args.device, args.jobs)
+
+
+def made(found: dict[str, Any], row: Row, steps: int) -> bool:
+    """Whether a result is of this row's command and of so many steps, which a baseline names itself."""
+    same = found.get("command") == kept(row.arguments)
+    return "error" not in found and same and (row.command == "baseline" or found["steps"] == steps)
+
+
+def kept(arguments: list[str]) -> list[str]:
+    return [a for a in arguments if a not in COMMON]
 
 
 def tuned(name: str, row: Row, rows: list[dict[str, Any]]) -> str:
@@ -233,9 +248,7 @@ def main() -> None:
         cuda = args.device[0].startswith("cuda")
         where = torch.cuda.get_device_name(0) if cuda else platform.machine()
         print(f"{where}; torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}")
-    order = list(TABLES[args.table])  # a failed run that was repeated is left out
-    done = {(r["name"], r["seed"]) for r in rows if "error" not in r}
-    rows = [r for r in rows if "error" not in r or (r["name"], r["seed"]) not in done]
+    order = list(TABLES[args.table])
     rows.sort(key=lambda r: (order.index(r["name"]) if r["name"] in order else len(order), r["seed"]))
     print(f"`python scripts/learning_table.py {' '.join(sys.argv[1:])}`\n\n{table(rows)}")
 

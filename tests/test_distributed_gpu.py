@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import ranks
 import torch
+from typer.testing import CliRunner
 
+from zoft.cli import app
 from zoft.ledger import read
 
 pytestmark = [
@@ -125,3 +127,19 @@ def test_steps_that_are_skipped_too_often_stop_both_at_once(place):
     assert all("max_skipped=5 steps in a row" in text for text in said(place)[:2])
     skipped = [r.skipped for r in read(place / "skipped" / "ledger").records]
     assert skipped.index(True) == 12 and all(skipped[12:])
+
+
+def test_gradients_are_taken_on_the_device_that_is_asked_for(place, monkeypatch):
+    """transformers' Trainer takes the first GPU wherever the model is."""
+    monkeypatch.chdir(place)
+    torch.cuda.reset_peak_memory_stats(0)
+    had = torch.cuda.max_memory_allocated(0)
+    words = ["--config", "mine.yaml", "--method", "first-order", "steps=2", "batch_size=4", "device=cuda:1"]
+    try:
+        done = CliRunner().invoke(app, ["baseline", *words, "output_dir=gradients"])
+    finally:
+        torch.cuda.set_device(0)
+    assert done.exit_code == 0, done.stderr
+    assert torch.cuda.max_memory_allocated(0) == had and torch.cuda.max_memory_allocated(1) > 0
+    found = json.loads((place / "gradients" / "result.json").read_text())
+    assert found["after"]["loss"] != found["before"]["loss"]

@@ -72,7 +72,7 @@ def train(
     if quant.layers(model):
         raise UserError("--method first-order: gradients do not pass quantised layers; leave bits out")
     before = evaluate.evaluate(model, held_out, examples, write=write)
-    model = model.float()
+    model, device = model.float(), next(model.parameters()).device
     pairs = config.train == "lora"  # else those that are in place stand still
     trained = [p for n, p in model.named_parameters() if bool(space.ADDED.search(n)) == pairs]
     for p in trained:
@@ -87,7 +87,11 @@ def train(
             logging_strategy="no", disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
         )  # fmt: skip
         args._n_gpu = min(args.n_gpu, 1)  # no DataParallel: one process, one device
+        args.__dict__["_setup_devices"] = device  # what it found is the first GPU, whichever is asked for
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         trainer = _Trainer(model, args, train_dataset=_Rows(examples), data_collator=_batch)
+        assert all(p.device == device for p in model.parameters()), (device, args.device)
         began = time.monotonic()
         trainer.train()
         seconds = time.monotonic() - began
