@@ -18,23 +18,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from zoft import replay as replays
-from zoft import run as runs
 from zoft.config import Config
 from zoft.ledger import Log
+from zoft.recipe import recipe
+from zoft.replay import Ask
+from zoft.replay_live import in_memory, live
 
 
 def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = False) -> dict[str, Any]:
     """Train, from the start or from where `resume` stopped; returns result.json's content, or the plan of a dry run."""
     # config.train names the adapter, which is put beside the frozen model as that loads; the rest is MeZO's.
-    return runs.recipe("mezo").run(config, resume=resume, dry_run=dry_run)
+    return recipe("mezo").run(config, resume=resume, dry_run=dry_run)
 
 
-def replay(config: Config, folder: Path, out: Path, ask: replays.Ask) -> int:
+def replay(config: Config, folder: Path, out: Path, ask: Ask) -> int:
     """Base + ledger -> an adapter of the run in `out`; returns its number of steps."""
-    return replays.in_memory(config, folder, out, ask, rebuild)
+    return in_memory(config, folder, out, ask, rebuild)
 
 
 def rebuild(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
     """(the model with the run's adapter after the log's steps, its tokenizer, the config)."""
-    return replays.live(config, folder, log)
+    return live(config, folder, log)

@@ -14,12 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from zoft import adapter_beside, adapters, eval_run, evaluate, goal, headers, setup, space, tasks
+from zoft import adapter_beside, adapters, goal, headers, setup, setup_axis, setup_trainer, space, tasks
 from zoft import replay as replays
 from zoft import run as runs
 from zoft.config import Config
 from zoft.encode import Example
+from zoft.eval_run import writer
+from zoft.evaluate import evaluate
 from zoft.ledger import Log
+from zoft.replay_live import in_memory, live
+from zoft.session import session
 
 
 def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = False) -> dict[str, Any]:
@@ -35,24 +39,24 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
     # The space, then the axis: which tensors are trained, in which precision, and how the model runs at θ + s·z.
     names = space.train_names(model, config.train)
     config = setup.dtypes(config, model, names)
-    config, trained, axis = setup.axis(config, model, space.adopt(model, names), scored)
+    config, trained, axis = setup_axis.make(config, model, space.adopt(model, names), scored)
     if dry_run:
-        return setup.plan(config, model, trained, train, held_out)
+        return setup_trainer.plan(config, model, trained, train, held_out)
 
     dev = setup.dev_examples(config, tokenizer, data)
-    write = None if objective.texts else eval_run.writer(config, model, tokenizer, axis.clean)
+    write = None if objective.texts else writer(config, model, tokenizer, axis.clean)
 
     def score(examples: list[Example], rows: list[dict[str, Any]]) -> dict[str, Any]:
-        found = evaluate.evaluate(model, examples, train, context=axis.clean, write=write)
+        found = evaluate(model, examples, train, context=axis.clean, write=write)
         return {**found, **objective.evaluate(model, axis.clean, rows)}
 
     test = partial(score, held_out, tasks.subset(data.eval, config.eval_limit))
     choose = partial(score, dev, data.dev) if dev and data.dev else None
 
-    with runs.session(config, headers.of(config, base, trained, train) | objective.header(), resume) as s:
+    with session(config, headers.of(config, base, trained, train) | objective.header(), resume) as s:
         adapters.keep(config, trained, s.folder)
         objective.watched(s.ledger.header, s.tracker)
-        trainer = setup.trainer(config, model, axis, scored, s.ledger, objective)
+        trainer = setup_trainer.trainer(config, model, axis, scored, s.ledger, objective)
         result = runs.fit(trainer, s, test, choose)
         return runs.finish(s, model, tokenizer, result)
 
@@ -60,10 +64,10 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
 def replay(config: Config, folder: Path, out: Path, ask: replays.Ask) -> int:
     """Base + ledger -> a model of the run in `out`, or its adapter; returns its number of steps."""
     if config.train in adapters.ADAPTERS or adapter_beside.folder_of(config):
-        return replays.in_memory(config, folder, out, ask, rebuild)
+        return in_memory(config, folder, out, ask, rebuild)
     return replays.replay(config, folder, out, ask)
 
 
 def rebuild(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
     """(the run's model in memory after the log's steps, its tokenizer, the config)."""
-    return replays.live(config, folder, log)
+    return live(config, folder, log)

@@ -17,10 +17,11 @@ from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any
 
-from zoft import run as runs
 from zoft.config import Config
 from zoft.ledger import Log
-from zoft.replay import Ask, in_memory
+from zoft.recipe import recipe
+from zoft.replay import Ask
+from zoft.replay_live import in_memory
 
 CLIP = 100.0
 
@@ -28,7 +29,7 @@ CLIP = 100.0
 def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = False) -> dict[str, Any]:
     """Train, from the start or from where `resume` stopped; returns result.json's content, or the plan of a dry run."""
     config = changed(config, clip=CLIP if config.clip is None else config.clip)
-    return runs.recipe("mezo").run(config, resume=resume, dry_run=dry_run)
+    return recipe("mezo").run(config, resume=resume, dry_run=dry_run)
 
 
 def replay(config: Config, folder: Path, out: Path, ask: Ask) -> int:
@@ -38,4 +39,4 @@ def replay(config: Config, folder: Path, out: Path, ask: Ask) -> int:
 
 def rebuild(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
     """(the run's model in memory after the log's steps, its tokenizer, the config)."""
-    return runs.recipe("mezo").rebuild(config, folder, log)
+    return recipe("mezo").rebuild(config, folder, log)

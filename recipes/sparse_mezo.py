@@ -16,23 +16,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from zoft import run as runs
 from zoft.config import Config
 from zoft.ledger import Log
+from zoft.recipe import recipe
 from zoft.replay import Ask
 
 
 def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = False) -> dict[str, Any]:
     """Train, from the start or from where `resume` stopped; returns result.json's content, or the plan of a dry run."""
     # config.mask says which numbers move; zoft/sparse.py makes the masks when the tensors have their precision.
-    return runs.recipe("mezo").run(config, resume=resume, dry_run=dry_run)
+    return recipe("mezo").run(config, resume=resume, dry_run=dry_run)
 
 
 def replay(config: Config, folder: Path, out: Path, ask: Ask) -> int:
     """Base + ledger -> a model of the run in `out`; returns its number of steps."""
-    return runs.recipe("mezo").replay(config, folder, out, ask)
+    return recipe("mezo").replay(config, folder, out, ask)
 
 
 def rebuild(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
     """(the run's model in memory after the log's steps, its tokenizer, the config)."""
-    return runs.recipe("mezo").rebuild(config, folder, log)
+    return recipe("mezo").rebuild(config, folder, log)

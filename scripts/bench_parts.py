@@ -18,7 +18,7 @@ import torch
 from bench_models import plain_causal
 from torch import Tensor, nn
 
-from zoft import adapters, headers, setup, space
+from zoft import adapters, headers, setup, setup_axis, setup_trainer, space
 from zoft.config import ADAPTERS, Config, Task
 from zoft.encode import Example
 from zoft.errors import UserError
@@ -183,7 +183,7 @@ def trainer_step(
             with Ledger.create(
                 Path(folder) / "ledger", headers.of(config, "random weights", trained)
             ) as ledger:
-                trainer = setup.trainer(config, model, axis, rows, ledger)
+                trainer = setup_trainer.trainer(config, model, axis, rows, ledger)
                 found = timed(trainer, ledger, device, seconds, steps)
                 used = ledger.records[-1]
                 found |= {"losses": list(used.losses), "skipped": sum(r.skipped for r in ledger.records)}
@@ -209,7 +209,7 @@ def resolved(config: Config, model: Any, rows: list[Example]) -> tuple[Config, A
     """(config with nothing left at auto, trained tensors, axis), as a recipe makes them."""
     names = space.train_names(model, config.train)
     config = setup.dtypes(config, model, names)
-    return setup.axis(config, model, space.adopt(model, names), rows)
+    return setup_axis.make(config, model, space.adopt(model, names), rows)
 
 
 def timed(trainer: Trainer, ledger: Any, device: str, seconds: float, steps: int) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def variant(name: str, kills: int, rng: random.Random) -> int:
 def forked(*args: str) -> int:
     """Start `zoft train` with these arguments in a process of its own; its id."""
     import zoft.evaluate  # noqa: F401
-    import zoft.setup  # noqa: F401 - and with it all that training imports
+    import zoft.replay_live  # noqa: F401 - and with it all that training imports
     from zoft.cli import app
 
     sys.stdout.flush()

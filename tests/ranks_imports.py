@@ -6,5 +6,5 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from transformers import PreTrainedTokenizerFast  # noqa: F401
 
 import zoft.adapters  # noqa: F401
-import zoft.replay  # noqa: F401
+import zoft.replay_live  # noqa: F401
 import zoft.snapshot  # noqa: F401

@@ -10,7 +10,7 @@ import pytest
 import ranks
 import torch
 
-from zoft import noise, setup, update
+from zoft import noise, setup_trainer, update
 from zoft.ledger import Ledger, read
 from zoft.probe import Probe
 from zoft.trainer import Trainer
@@ -71,7 +71,7 @@ class Ahead(CapturedTrainer):
 def ahead(bend):
     def hook(rank):
         Ahead.bend = staticmethod(bend)
-        setup.Trainer = Ahead
+        setup_trainer.Trainer = Ahead
 
     return hook
 

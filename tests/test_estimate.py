@@ -8,7 +8,7 @@ import tiny
 import torch
 import transformers as hf
 
-from zoft import data_order, estimate, evaluate, footprint, rates, setup, space
+from zoft import data_order, estimate, evaluate, footprint, rates, setup, setup_axis, space
 from zoft.config import Config, Task
 from zoft.encode import Example
 from zoft.ledger import Ledger
@@ -112,7 +112,9 @@ def test_memory_of_a_step_of_the_trainer(folder):
     found = estimate.estimate(plan, rows)
     model = hf.AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     plan = setup.dtypes(plan, model, space.train_names(model, "all"))
-    plan, trained, axis = setup.axis(plan, model, space.adopt(model, space.train_names(model, "all")), rows)
+    plan, trained, axis = setup_axis.make(
+        plan, model, space.adopt(model, space.train_names(model, "all")), rows
+    )
     with Ledger.create(folder / "ledger", {"seed": 0}) as ledger:
         trainer = Trainer(model, axis, data_order.batches(plan, rows), ledger, setup.settings(plan))
         measured = allocated(trainer.step)
@@ -127,7 +129,9 @@ def test_peak_of_a_whole_run(folder, train, momentum):
     found = estimate.estimate(plan, rows)
     model = hf.AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     names = space.train_names(model, train)
-    plan, trained, axis = setup.axis(setup.dtypes(plan, model, names), model, space.adopt(model, names), rows)
+    plan, trained, axis = setup_axis.make(
+        setup.dtypes(plan, model, names), model, space.adopt(model, names), rows
+    )
     assert plan.cache_frozen is (train == "last-1") is bool(found["frozen_bytes"])
 
     def whole():

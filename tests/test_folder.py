@@ -18,6 +18,7 @@ from zoft.config import Config, Task
 from zoft.errors import UserError
 from zoft.folder import Presence, alone, refuse_unwritable
 from zoft.ledger import Ledger, Record, read
+from zoft.session import session
 from zoft.stop import Stopped
 from zoft.trainer import Trainer
 
@@ -43,7 +44,7 @@ def rows(folder, what="loss"):
 
 def train(folder, resume=False, prepare=lambda trainer, s: None, kind=Trainer, evaluate=lambda: {"n": 1}):
     """A real run of a tiny model in `folder`; returns the weights at its end."""
-    with runs.session(config(folder), {"seed": 7}, folder if resume else None) as s:
+    with session(config(folder), {"seed": 7}, folder if resume else None) as s:
         made = build(folder, tiny.llama(), opened=s.ledger, steps=STEPS)
         made.__class__ = kind
         prepare(made, s)
@@ -198,7 +199,7 @@ def test_a_disk_that_is_full_at_the_end_keeps_the_run_whole(tmp_path):
     model.save_pretrained(tmp_path / "tiny")
     with small_disk(tmp_path, 1 << 20) as place:
         folder = place / "run"
-        with runs.session(config(folder, model=str(tmp_path / "tiny")), {"seed": 7}, None) as s:
+        with session(config(folder, model=str(tmp_path / "tiny")), {"seed": 7}, None) as s:
             s.ledger.append(Record(0, (0.5,), 1.0, (1.0, 2.0)))
             fill(place)
             with pytest.raises(UserError, match="cannot write .*model: .*[Nn]o space left on device"):

@@ -13,7 +13,7 @@ import transformers as hf
 from test_trainer import bert
 from typer.testing import CliRunner
 
-from zoft import adapters, data_order, evaluate, frozen, saving, selfcheck, setup, space
+from zoft import adapters, data_order, evaluate, frozen, saving, selfcheck, setup, setup_axis, space
 from zoft.cli import app
 from zoft.config import Config
 from zoft.ledger import read
@@ -54,7 +54,7 @@ class Made:
     def __init__(self, model, examples, train="last-1", cache=True, budget=PLENTY, auto=False, batches=None):
         self.model = model
         trained = space.adopt(model, space.train_names(model, train))
-        small, double = setup.calibration(examples)
+        small, double = setup_axis.calibration(examples)
 
         def run(batch):
             return losses(model, batch)[0]
@@ -165,7 +165,7 @@ def test_rows_are_computed_once_and_not_before_they_are_needed(kind, ahead):
     """Each with the rest of the batch it is first met in; an evaluation's label bias may meet it first."""
     plan = Config(batch_size=4, accumulate=2, steps=7, seed=5, device="cpu")
     examples, model, sizes = data(kind if kind == "lm" else "single", n=40), tiny.llama(), []
-    made = Made(model, examples, batches=list(setup.first_met(plan, examples)))
+    made = Made(model, examples, batches=list(setup_axis.first_met(plan, examples)))
     tried = sum(map(len, made.prefix.kept))  # the trial's two rows and their companions
     assert 2 <= tried <= 8
     handle = inside(model).register_forward_hook(lambda m, a, out: sizes.append(len(out)))
@@ -300,7 +300,9 @@ def test_the_key(capsys):
             model,
             space.train_names(model, train),
         )
-        plan, _, _ = setup.axis(plan, model, space.adopt(model, space.train_names(model, train)), examples)
+        plan, _, _ = setup_axis.make(
+            plan, model, space.adopt(model, space.train_names(model, train)), examples
+        )
         said = [x for x in capsys.readouterr().err.splitlines() if x.startswith("cache_frozen")]
         assert plan.cache_frozen is on, (keys, train)
         assert len(said) == (on or keys.get("cache_frozen") is True), said
@@ -310,7 +312,7 @@ def test_the_key(capsys):
 def test_auto_is_off_on_a_gpu():
     """Steps are captured as graphs there, which a look-up on the CPU would prevent."""
     plan = Config(device="cuda", train="last-2")
-    found = setup.cached(plan, torch.nn.Module(), [], data(), lambda: torch.zeros(0))
+    found = setup_axis.cached(plan, torch.nn.Module(), [], data(), lambda: torch.zeros(0))
     assert found.cache_frozen is False
 
 

@@ -10,7 +10,7 @@ import torch
 from test_generate import slow
 from test_trainer import same_bits, weights
 
-from zoft import data_order, goal, metrics, noise, setup, space
+from zoft import data_order, goal, metrics, noise, setup, setup_axis, setup_trainer, space
 from zoft.config import Config, Task
 from zoft.encode import encode, prompts
 from zoft.errors import UserError
@@ -78,9 +78,9 @@ def build(tmp_path, objective, *, name="ledger", model=None, made=None, reward=V
     scored = aim.examples(encode(made, tokenizer, data, config.max_length))
     names = space.train_names(model, config.train)
     config = setup.dtypes(config, model, names)
-    config, _, axis = setup.axis(config, model, space.adopt(model, names), scored)
+    config, _, axis = setup_axis.make(config, model, space.adopt(model, names), scored)
     ledger = opened or Ledger.create(tmp_path / name, {"seed": config.seed})
-    trainer = setup.trainer(config, model, axis, scored, ledger, aim)
+    trainer = setup_trainer.trainer(config, model, axis, scored, ledger, aim)
     trainer.made, trainer.config = made, config
     return trainer
 

@@ -22,7 +22,9 @@ from zoft import run as runs
 from zoft.cli import app
 from zoft.config import Config, Task
 from zoft.errors import UserError
+from zoft.folder import write
 from zoft.ledger import Ledger, Record, read
+from zoft.session import session
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,10 +38,10 @@ def finished(tmp_path_factory):
     )  # fmt: skip
     config = compose.strict(dataclasses.asdict(config))
     trained = build(folder.parent, tiny.llama()).axis.trained
-    with runs.session(config, headers.of(config, "blake2b:1", trained), None) as s:
+    with session(config, headers.of(config, "blake2b:1", trained), None) as s:
         trainer = build(None, tiny.llama(), opened=s.ledger, steps=10)
         result = runs.fit(trainer, s, lambda: {"loss": 1.0})
-        runs.write(folder / "result.json", json.dumps(result))
+        write(folder / "result.json", json.dumps(result))
     return folder
 
 

@@ -15,7 +15,7 @@ import transformers as hf
 from safetensors.torch import load_file
 
 from zoft import base as bases
-from zoft import fingerprint, headers, ledger, models, noise, setup, shards, space, verbs
+from zoft import fingerprint, headers, ledger, models, noise, setup_axis, shards, space, verbs
 from zoft import run as runs
 from zoft.compose import compose, load_run
 from zoft.config import Config, Task
@@ -190,10 +190,10 @@ def test_what_cannot_be_denoised_is_refused(place, tmp_path):
     config = dataclasses.replace(configured(place, "x"), denoise_every=2, storage="bf16")
     model = tiny.llama().bfloat16()
     trained = space.adopt(model, space.train_names(model, "all"))
-    setup.refuse_denoise(config, trained)
+    setup_axis.refuse_denoise(config, trained)
     trained[0].floor = 1e-3
     with pytest.raises(UserError, match="depend on the weights"):
-        setup.refuse_denoise(config, trained)
+        setup_axis.refuse_denoise(config, trained)
     sparse = train(place, "sparse-refused", "steps=1", "storage=bf16", "recipe=sparse_mezo")
     for wish in ({"denoise": True}, {"storage": "fp32"}):
         with pytest.raises(UserError, match="what moves depends on the weights"):

@@ -14,6 +14,7 @@ from test_trainer import build, same_bits, weights
 
 from zoft import headers, snapshot
 from zoft import run as runs
+from zoft import session as sessions
 from zoft.config import Config, Task
 from zoft.config_check import check
 from zoft.due import due, next_stop
@@ -58,7 +59,7 @@ def session(folder, trainer_options, steps=10, evals=None, stop=None, **keys):
         asked.append(trainer.next)
         return {"loss": float((evals or {}).get(trainer.next, 1.0)), "accuracy": 0.5}
 
-    with runs.session(config, HEADER, folder if (folder / "ledger").exists() else None) as s:
+    with sessions.session(config, HEADER, folder if (folder / "ledger").exists() else None) as s:
         trainer = build(None, tiny.llama(tie=True), opened=s.ledger, steps=steps, **trainer_options)
         result = fit(trainer, s, evaluate, stop)
     return result, weights(trainer.model), asked
@@ -301,11 +302,11 @@ def test_the_header_tells_other_keys_data_and_noise_apart(tmp_path):
     free = dataclasses.replace(
         config, output_dir="x", model="y", threads=2, device="cpu", sync="step", keep_last=9
     )
-    runs.agree(made, headers.of(free, "b", trained, examples()), tmp_path)
+    sessions.agree(made, headers.of(free, "b", trained, examples()), tmp_path)
     other = dataclasses.replace(config, lr=2e-6)
     # A ledger of a zoft that did not have some keys.
     elder = {**made, "config": {k: v for k, v in made["config"].items() if k not in ("clip", "meazo")}}
-    runs.agree(elder, made, tmp_path)
+    sessions.agree(elder, made, tmp_path)
     for wanted, line in (
         (headers.of(other, "b", trained, examples()), "another lr than config.yaml has"),
         (headers.of(config, "c", trained, examples()), "starts from other weights"),
@@ -315,4 +316,4 @@ def test_the_header_tells_other_keys_data_and_noise_apart(tmp_path):
         ({**made, "eps": 9}, "written with eps=0.001, not 9"),
     ):
         with pytest.raises(UserError, match=line):
-            runs.agree(made, wanted, tmp_path)
+            sessions.agree(made, wanted, tmp_path)

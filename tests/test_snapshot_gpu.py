@@ -6,7 +6,7 @@ from test_device_gpu import build
 from test_snapshot import fit
 from test_trainer import examples, same_bits, weights
 
-from zoft import run as runs
+from zoft import session as sessions
 from zoft.config import Config, Task
 from zoft.ledger import read
 
@@ -20,7 +20,7 @@ def session(folder, stop=None, *, storage, compute, beta, every):
         snapshot_every=every,
     )  # fmt: skip
     resume = folder if (folder / "ledger").exists() else None
-    with runs.session(config, {"seed": 7, "base": "b"}, resume) as s:
+    with sessions.session(config, {"seed": 7, "base": "b"}, resume) as s:
         spare = folder.parent / f"{folder.name}-{len(s.ledger.records)}-unused"
         trainer = build(
             spare,

@@ -90,23 +90,25 @@ def settings(
 
 def run(config: Config, ask: Ask) -> dict[str, Any]:
     """Make a baseline; returns the content of its result.json, which has a run's keys and `method`."""
-    from zoft import compose, guards, models, run, tasks, tracking
+    from zoft import compose, guards, models, preflight, tasks, tracking
     from zoft.env import environment
     from zoft.folder import write
 
     folder = Path(str(config.output_dir))
-    run.claim(folder)
+    preflight.claim(folder)
     _require(ask.method)
     models.check(models.resolve(config.model))
     tasks.look(config.task)
-    config = run.absolute(config)
+    config = preflight.absolute(config)
     from zoft import setup
 
     with guards.memory(config):
         config = setup.device(config)
         data = tasks.load(config.task)
         _refuse(ask.method, data)
-        model, tokenizer, _ = setup.model(config if ask.method == "first-order-lora" else run.plain(config))
+        model, tokenizer, _ = setup.model(
+            config if ask.method == "first-order-lora" else preflight.plain(config)
+        )
         if ask.method.startswith("first-order"):
             from zoft import first_order
 

@@ -144,7 +144,7 @@ def train(
     ] = None,
 ) -> None:
     """Fine-tune a model: zoft train --config mezo/reviews lr=1e-5."""
-    from zoft import processes, results, run
+    from zoft import preflight, processes, results, run
     from zoft.compose import compose, load_run
 
     overrides = [*(overrides or []), *([f"reward={reward}"] if reward else [])]
@@ -164,7 +164,7 @@ def train(
             raise UserError(f"{others[0]}: a resumed run keeps its own config; leave {', '.join(others)} out")
         resolved = load_run(resume, overrides or [])
     if nproc > 1 and not dry_run:
-        run.first_look(resolved, resume, dry_run)
+        preflight.first_look(resolved, resume, dry_run)
         given = [
             *[text for text in overrides if text != f"reward={reward}"],
             *(["--reward", reward] if reward else []),
@@ -423,9 +423,9 @@ def estimate(overrides: Overrides = None, config: Source = None, as_json: Json =
 
     resolved = compose(config, overrides or [])
     from zoft import estimate as estimates
-    from zoft import run, tracking
+    from zoft import preflight, tracking
 
-    found = estimates.estimate(run.within(resolved))
+    found = estimates.estimate(preflight.within(resolved))
     typer.echo(json.dumps(tracking.finite(found)) if as_json else estimates.text(found))
 
 

@@ -430,8 +430,8 @@ def _invitation(place: str, secret_file: str | None) -> tuple[str, bytes]:
 
 def _built(tree: dict[str, Any], data: bytes, trust_remote_code: bool) -> Trainer:
     """The run's trainer at the ledger's last step: base and replay, nothing else."""
-    from zoft import data_order, goal, headers, setup, space, tasks
-    from zoft import run as runs
+    from zoft import data_order, goal, headers, setup, setup_axis, space, tasks
+    from zoft.session import agree
 
     log, _, _ = decode(data, "the run's ledger")
     config = _config(tree)
@@ -448,8 +448,8 @@ def _built(tree: dict[str, Any], data: bytes, trust_remote_code: bool) -> Traine
     scored = aim.examples(train)
     names = space.train_names(model, config.train)
     config = setup.dtypes(config, model, names)
-    config, trained, axis = setup.axis(config, model, space.adopt(model, names), scored)
-    runs.agree(log.header, headers.of(config, base, trained, train), Path("the run"))
+    config, trained, axis = setup_axis.make(config, model, space.adopt(model, names), scored)
+    agree(log.header, headers.of(config, base, trained, train), Path("the run"))
     at = data_order.batches(config, scored)
     trainer = Trainer(model, axis, at, None, setup.settings(config), aim.forward, aim.value)
     trainer.replay(log.records)

@@ -18,7 +18,7 @@ from zoft.due import due
 from zoft.encode import Example, encode
 from zoft.errors import UserError
 from zoft.evaluate import room_of
-from zoft.frozen import frozen_blocks
+from zoft.frozen import FROZEN_BYTES, frozen_blocks
 from zoft.objective import Batch, collate, losses
 from zoft.rates import rates
 
@@ -258,10 +258,10 @@ def _frozen(
     )
     met = _met(config, rows)
     row = states / len(rows) * _width(model) * next(model.parameters()).element_size()  # bytes
-    if auto and met * row > setup.FROZEN_BYTES:
+    if auto and met * row > FROZEN_BYTES:
         return 0, 1.0
     kept = met + (len(rows) - met if tested is None else tested)  # rows of evaluations take what is left
-    return min(int(kept * row), setup.FROZEN_BYTES), 1 - first / count
+    return min(int(kept * row), FROZEN_BYTES), 1 - first / count
 
 
 def _forward(model: Any, batch: Batch, notes: list[str]) -> footprint.Cost:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft import compose, guards, results, run
+from zoft import compose, guards, preflight, results
 from zoft.config import GENERATED, Config
 from zoft.errors import UserError, writing
 from zoft.yamlfile import yaml_tree
@@ -122,7 +122,7 @@ def load(config: Config, adapter: Path | None) -> tuple[Config, Any, Any]:
     from zoft import adapters, setup
 
     config = setup.device(config if adapter is None else dataclasses.replace(config, adapter=None))
-    model, tokenizer, _ = setup.model(run.plain(config))
+    model, tokenizer, _ = setup.model(preflight.plain(config))
     return config, model if adapter is None else adapters.load(model, adapter), tokenizer
 
 
@@ -142,7 +142,7 @@ def judge(
         with writing(out):  # not after an hour of work
             Path(out).parent.mkdir(parents=True, exist_ok=True)
             open(out, "wb").close()
-    run.rewarded(config, None, must=False)
+    preflight.rewarded(config, None, must=False)
     models.check(models.resolve(config.model))
     tasks.look(config.task)
     from zoft import evaluate, goal, setup

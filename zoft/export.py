@@ -23,10 +23,11 @@ from zoft import (
     space,
 )
 from zoft import base as bases
-from zoft import run as runs
 from zoft.base import Base
 from zoft.config import ADAPTERS, Config
 from zoft.errors import UserError
+from zoft.preflight import plain
+from zoft.recipe import recipe
 
 TOLERANCE = 1e-3  # between the same logits of two loads in fp32, of the largest
 
@@ -45,7 +46,7 @@ def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
     beside = config.train in ADAPTERS or adapter_beside.folder_of(config) is not None
     if beside:  # the base as it was loaded, whatever the run computed in
         config = replace(config, compute="fp32")
-    model, tokenizer, config = runs.recipe(config.recipe).rebuild(config, folder, log)
+    model, tokenizer, config = recipe(config.recipe).rebuild(config, folder, log)
     if beside and quant_other.layers(model):
         raise UserError(
             f"{folder}: its pairs stand beside layers that another library has quantised, and are not merged into those; "
@@ -93,7 +94,7 @@ def adapter(config: Config, folder: Path, out: Path) -> str:
     """
     config, log = replay.asked(setup.device(config), folder, replay.Ask())
     config = replace(config, compute="fp32")  # so that the two differ by nothing but the adapter
-    model, tokenizer, config = runs.recipe(config.recipe).rebuild(config, folder, log)
+    model, tokenizer, config = recipe(config.recipe).rebuild(config, folder, log)
     result, facts = replay.told(config, folder, log, replay.Ask())
     trained = space.adopt(model, list(log.header["trained"]))
     if adapters.fingerprint(trained) == log.header["adapter"]:
@@ -103,7 +104,7 @@ def adapter(config: Config, folder: Path, out: Path) -> str:
         own = logits(model)
         del model, trained
         with setup.said_before():
-            base, _, _ = setup.model(replace(runs.plain(config), adapter=None))
+            base, _, _ = setup.model(replace(plain(config), adapter=None))
         agree(logits(adapters.load(widened(base, None), draft)), own, out)
     return f"{out}: loaded again beside the base, it gives the run's logits"
 

@@ -16,6 +16,7 @@ from zoft.layout import leaves
 from zoft.objective import uncached
 from zoft.space import Trained, after, blocks_of
 
+FROZEN_BYTES = 1 << 30  # kept outputs of frozen blocks; rows beyond it are computed again each time
 Row = tuple[int, ...]  # token ids, no padding
 
 

@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from zoft import base as bases
 from zoft import (
-    adapters,
     headers,
     inspect_run,
     ledger,
@@ -29,8 +29,6 @@ from zoft import (
     tracking,
     update,
 )
-from zoft import base as bases
-from zoft import run as runs
 from zoft.base import Base
 from zoft.config import Config
 from zoft.errors import UserError
@@ -38,7 +36,6 @@ from zoft.ledger import Event, Log
 from zoft.noise import Update
 from zoft.probe import InPlace
 from zoft.space import FP16_MAX, Trained
-from zoft.trainer import Trainer
 
 WORK = 1 << 29  # updates × elements between two looks at progress, and at Ctrl-C
 SIXTEEN = ("fp16", "bf16")
@@ -189,36 +186,6 @@ def weights(
             yield name, tensors.at_the_end(name, theta, found, did)
         else:
             yield name, theta.to(space.frozen_dtype(theta, config.compute, name in params))
-
-
-Rebuild = Callable[[Config, Path, Log], tuple[Any, Any, Config]]  # what a recipe's `rebuild` is
-
-
-def in_memory(config: Config, folder: Path, out: Path, ask: Ask, rebuild: Rebuild) -> int:
-    """As `replay`, for a recipe that trains few numbers beside a frozen model, all of which is loaded."""
-    config, log = asked(setup.device(config), folder, ask)
-    model, tokenizer, config = rebuild(config, folder, log)
-    result, facts = told(config, folder, log, ask)
-    results.save(config, model, tokenizer, out, result, **facts)
-    return len(log.records)
-
-
-def live(
-    config: Config, folder: Path, log: Log, ready: Callable[[nn.Module], Any] = lambda model: None
-) -> tuple[Any, Any, Config]:
-    """(the model as the run has it after the log's steps, its tokenizer, the config): all of it in memory.
-
-    config, log: from `asked`. ready(model) is called before its tensors are placed. Raises UserError for another base.
-    """
-    model, tokenizer, found = setup.model(config, folder)
-    runs.agree(log.header, {"base": found}, folder)
-    ready(model)
-    config, trained, axis = setup.placed(config, model, space.adopt(model, list(log.header["trained"])))
-    if "adapter" in log.header and config.storage == log.header["storage"]:
-        runs.agree(log.header, {"adapter": adapters.fingerprint(trained)}, folder)
-    trainer = Trainer(model, axis, lambda step: [], None, setup.settings(config))
-    runs.catch_up(trainer, folder, config, log, setup.say)
-    return model, tokenizer, config
 
 
 @dataclass

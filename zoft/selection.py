@@ -69,7 +69,8 @@ def look_back(
 ) -> dict[str, Any]:
     """A past step's metrics on the evaluation rows, where nobody looked at them then (save_best came later). Leaves the
     weights in memory at that step, rebuilt from base and ledger."""
-    from zoft.replay import Ask, asked, live
+    from zoft.replay import Ask, asked
+    from zoft.replay_live import live
 
     config, log = asked(config, folder, Ask(step))
     model, _, _ = live(config, folder, log)
@@ -81,7 +82,7 @@ def look_back(
 
 def save(config: Config, folder: Path, out: Path, step: int) -> None:
     """Write the model (or adapter) as it was after `step` steps: base and ledger give its bits."""
-    from zoft import run
+    from zoft.recipe import recipe
     from zoft.replay import Ask
 
-    run.recipe(config.recipe).replay(config, folder, out, Ask(step))
+    recipe(config.recipe).replay(config, folder, out, Ask(step))

@@ -11,7 +11,7 @@ from typing import Any
 from zoft import compose
 from zoft.config import ADAPTERS, Config
 from zoft.errors import UserError
-from zoft.run import recipe
+from zoft.recipe import recipe
 
 
 def replay(

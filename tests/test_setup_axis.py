@@ -5,7 +5,7 @@ import tiny
 import torch
 from test_estimate import allocated
 
-from zoft import setup, space
+from zoft import setup_axis, space
 from zoft.config import Config, Task
 from zoft.objective import Example, collate, losses
 
@@ -19,7 +19,7 @@ def example(*lengths, single=True):
 @pytest.mark.parametrize("lengths", [(6, 6, 6), (6, 6, 4, 8), (5,), (5, 9)])
 def test_calibration_sees_padding_and_two_lengths_where_there_are_any(lengths, single):
     examples = example(*lengths, single=single)
-    small, double = setup.calibration(examples)
+    small, double = setup_axis.calibration(examples)
     mask, n = small.inputs["attention_mask"], small.rows
     assert n == (2 if single else 4)
     assert bool((mask == 0).any())
@@ -40,10 +40,12 @@ def test_probes_a_forward_go_by_the_memory_there_is():
         model="tiny", task=Task(name="local"), q=6, batch_size=4, device="cpu", storage="fp32", compute="fp32"
     )
     model = tiny.opt()
-    config, _, axis = setup.axis(config, model, space.adopt(model, space.train_names(model, "all")), train)
+    config, _, axis = setup_axis.make(
+        config, model, space.adopt(model, space.train_names(model, "all")), train
+    )
     assert config.probes_per_forward == 12  # a tiny model's activations fit anywhere
     batch = collate(sorted(train, key=lambda e: -e.length))
     with axis.clean(batch.rows):
         each = allocated(lambda: losses(model, batch))
     for room, want in ((0.5, 1), (3, 2), (5, 4), (7.5, 6), (11, 6), (13, 12)):
-        assert setup.grouped(config, model, axis, train, int(room * each)) == want, room
+        assert setup_axis.grouped(config, model, axis, train, int(room * each)) == want, room

@@ -1,0 +1,124 @@
+"""Before a run: what is wrong with its config, files, folder or device is refused while nothing heavy has loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+from zoft import compose, tracking
+from zoft.config import ADAPTERS, Config
+from zoft.errors import UserError
+from zoft.folder import refuse_unwritable
+
+OURS = (
+    "config.yaml",
+    "ledger",
+    "metrics.jsonl",
+    "result.json",
+    "baseline.json",
+    "env.json",
+    "model",
+    "adapter",
+    "start.safetensors",
+    "snapshots",
+)
+
+# What drivers make in /dev: NVIDIA's, WSL's, Jetson's, AMD's.
+DRIVERS = ("nvidiactl", "nvidia0", "dxg", "nvmap", "nvhost-gpu", "kfd")
+
+
+def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None:
+    """Raise UserError for what can be seen before anything heavy loads."""
+    from zoft import checkpoint, models, tasks
+
+    tracking.require(config.track)
+    devices(config)
+    if resume is None and not dry_run:
+        claim(Path(str(config.output_dir)))
+    if resume and (Path(resume) / "ledger").exists():  # damage shows before weights load
+        from zoft import inspect_run, ledger
+
+        inspect_run.sound(resume, ledger.read(Path(resume) / "ledger"))
+    models.check(source := models.resolve(config.model))
+    blocks, last = models.blocks(source), re.fullmatch(r"last-(\d+)", config.train)
+    if blocks and last and int(last[1]) > blocks:
+        raise UserError(f"train={config.train}: the model has {blocks} blocks; use last-1 to last-{blocks}")
+    if config.adapter:
+        checkpoint.adapter(config.adapter, Path(config.adapter).expanduser())
+    tasks.look(config.task)
+
+
+def claim(folder: Path) -> None:
+    """Refuse a folder that holds a run, or files that a run would overwrite."""
+    refuse_unwritable("output_dir", folder)
+    if (folder / "ledger").exists():
+        raise UserError(
+            f"output_dir={folder}: it holds a run; continue it with `zoft train --resume {folder}`, "
+            "or choose another name with output_dir=…"
+        )
+    taken = [name for name in OURS if (folder / name).exists()]
+    if taken:
+        raise UserError(f"output_dir={folder}: {taken[0]} is in the way; choose another name")
+
+
+def devices(config: Config) -> None:
+    """Refuse CUDA where no driver has left its file in /dev; whatever is subtler shows once torch is there."""
+    if config.device.startswith("cuda") and sys.platform.startswith("linux"):
+        if not any(Path("/dev", name).exists() for name in DRIVERS):
+            raise UserError(f"device={config.device}: no CUDA devices here; use device=cpu or device=auto")
+
+
+def rewarded(config: Config, resume: str | Path | None, *, must: bool = True) -> None:
+    """Refuse a reward that is not there, and to train on one (must) that is not named on the command line."""
+    if must and config.objective == "reward" and config.reward is None:
+        if resume:
+            raise compose.again(resume)
+        raise UserError("objective=reward: name the function: --reward my_reward.py:score")
+    if config.reward is not None:
+        from zoft import reward as rewards
+
+        rewards.look(config.reward)
+
+
+def within(config: Config) -> Config:
+    """The config with as many steps as `max_forwards` allows. Raises UserError if it allows none."""
+    if config.max_forwards is None:
+        return config
+    each = 2 * config.q * config.batch_size * config.accumulate
+    steps = min(config.steps, config.max_forwards // each)
+    if not steps:
+        raise UserError(
+            f"max_forwards={config.max_forwards}: a step takes {each}; allow more, or lower q or batch_size"
+        )
+    if steps < config.steps:
+        print(f"max_forwards={config.max_forwards}: {steps} steps of {each} forwards", file=sys.stderr)
+    for name in ("warmup", "snapshot_every"):
+        if getattr(config, name) > steps:
+            raise UserError(
+                f"{name}={getattr(config, name):g}: more than the {steps} steps that max_forwards allows"
+            )
+    return dataclasses.replace(config, steps=steps)
+
+
+def absolute(config: Config) -> Config:
+    """Paths made absolute, so that a run resumes from any folder."""
+
+    def fixed(text: str | None) -> str | None:
+        return str(Path(text).expanduser().resolve()) if text and Path(text).expanduser().exists() else text
+
+    from zoft.models import PACKAGED
+
+    task = dataclasses.replace(config.task, train=fixed(config.task.train), eval=fixed(config.task.eval))
+    model = config.model if config.model in PACKAGED else str(fixed(config.model))
+    reward = config.reward
+    if reward is not None:
+        place, _, function = reward.rpartition(":")
+        reward = f"{fixed(place)}:{function}"
+    return dataclasses.replace(config, model=model, adapter=fixed(config.adapter), task=task, reward=reward)
+
+
+def plain(config: Config) -> Config:
+    """The config of the base alone, without the adapter that it would train (but with one that it starts from)."""
+    return dataclasses.replace(config, train="all") if config.train in ADAPTERS else config
