@@ -1,4 +1,4 @@
-"""Before a run: what is wrong with its config, files, folder or device is refused while nothing heavy has loaded."""
+"""Before a run, while nothing heavy has loaded: what cannot work is refused, and paths and steps of its config are settled."""
 
 from __future__ import annotations
 

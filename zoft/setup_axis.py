@@ -10,18 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import (
-    adapters,
-    distributed,
-    models,
-    objective,
-    precision,
-    routes,
-    selfcheck,
-    space,
-    sparse,
-    update,
-)
+from zoft import adapters, distributed, models, objective, precision, routes, selfcheck, space, sparse, update
 from zoft.config import ADAPTERS, GENERATED, Config
 from zoft.data_order import picked
 from zoft.encode import Example
