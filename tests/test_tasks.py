@@ -257,6 +257,14 @@ def test_the_held_out_part_depends_on_the_text_alone(tmp_path):
     assert [r["key"] for r in other.eval] == [r["key"] for r in data.eval]  # another wording: the same rows
 
 
+def test_few_held_out_rows_are_said(tmp_path):
+    many = [{"text": f"film {i}", "label": "positive"} for i in range(600)]
+    few = tasks.load(task(train=jsonl(tmp_path / "few.jsonl", many[:60])))
+    assert len(few.eval) < tasks.FEW and "so few judge little: task.eval=FILE" in few.notes[-1]
+    enough = tasks.load(task(train=jsonl(tmp_path / "many.jsonl", many)))
+    assert len(enough.eval) >= tasks.FEW and "so few" not in enough.notes[-1]
+
+
 def test_too_few_rows_to_split(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", ROWS[:1])
     assert "too few" in refused(train=path)

@@ -12,6 +12,7 @@ from typing import Any
 from zoft.errors import UserError
 from zoft.tasks import formats, local, named, papers, split, template
 
+FEW = 50  # evaluation rows: 0.5/√50 is a standard error of 7 points of accuracy
 HELD_OUT = 0.15  # share of the data that a hash puts aside where no evaluation data is given
 
 
@@ -137,7 +138,8 @@ def load(task: Any) -> TaskData:
             f"task.train: {n} rows ({len({r['key'] for r in [*train, *held_out]})} of different text) are too few to hold "
             "some out; give task.eval a file"
         )
-    notes.append(f"{len(held_out):,} of them held out for evaluation by a hash of their text")
+    few = "; so few judge little: task.eval=FILE gives rows of your own" if len(held_out) < FEW else ""
+    notes.append(f"{len(held_out):,} of them held out for evaluation by a hash of their text{few}")
     return drawn(train, held_out)
 
 
