@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from zoft import noise
-from zoft.noise import kernels
+from zoft.noise import distributions
 
 UPDATE = noise.Update(step=1, seed=0, multipliers=(1e-6,))
 PROBES = [(0, 1e-3), (0, -1e-3)]
@@ -115,8 +115,8 @@ def _factors(words):
     """Radius of the upper half of each word; cosine and sine of its lower 15 bits."""
     out = np.empty((3, len(words)), np.float32)
     for i in range(len(words)):
-        out[0, i] = kernels.radius(words[i])
-        out[1, i], out[2, i] = kernels.half_turn(words[i])
+        out[0, i] = distributions.radius(words[i])
+        out[1, i], out[2, i] = distributions.half_turn(words[i])
     return out
 
 

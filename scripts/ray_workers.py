@@ -18,15 +18,15 @@ from pathlib import Path
 
 def work(invitation: str) -> str:
     """One worker, from the text of a run's join.json; returns the line that it ends with."""
-    from zoft import elastic
+    from zoft import elastic_worker
     from zoft.stop import Stopped
 
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / elastic.JOIN
+        path = Path(folder) / "join.json"
         path.write_text(invitation, encoding="utf-8")
         path.chmod(0o600)
         try:
-            return elastic.work(json.loads(invitation)["address"], str(path), trust_remote_code=False)
+            return elastic_worker.work(json.loads(invitation)["address"], str(path), trust_remote_code=False)
         except Stopped as stopped:
             return str(stopped)
 

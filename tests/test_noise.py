@@ -1,7 +1,10 @@
 """zoft.noise on a CPU against the slow twin, published vectors and statistics."""
 
+import ast
+import inspect
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +19,7 @@ import pytest
 import torch
 
 from zoft import noise
-from zoft.noise import GAUSSIAN, RADEMACHER, Mask, Update, cpu, kernels
+from zoft.noise import GAUSSIAN, RADEMACHER, Mask, Update, cpu, distributions, kernels, storage
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIZES = (1, 3, 4, 127, 129, 1000, 2049, 4200)
@@ -57,7 +60,7 @@ KNOWN = [  # Random123's known-answer vectors for philox4x32-10
 @numba.njit
 def compiled_philox(start, n, tid, purpose, k0, k1):
     words = np.empty(2 * n, np.uint64)
-    kernels.philox(words, start, n, tid, purpose, k0, k1)
+    distributions.philox(words, start, n, tid, purpose, k0, k1)
     return words.view(np.uint32)
 
 
@@ -164,8 +167,8 @@ def factors(upper, lower):
         np.empty(2**16, np.float32),
     )
     for i in range(2**16):
-        radius[i] = kernels.radius(upper[i])
-        cosine[i], sine[i] = kernels.half_turn(lower[i])
+        radius[i] = distributions.radius(upper[i])
+        cosine[i], sine[i] = distributions.half_turn(lower[i])
     return radius, cosine, sine
 
 
@@ -173,7 +176,7 @@ def factors(upper, lower):
 def pairs(words):
     out = np.empty((len(words), 2), np.float32)
     for i in range(len(words)):
-        out[i] = kernels.gaussian_pair(words[i])
+        out[i] = distributions.gaussian_pair(words[i])
     return out
 
 
@@ -424,10 +427,10 @@ SPECIAL += [-3.3e-6, -0.1, 1 / 3, 2047.5, 2048.5, 2.0**-126, 2.0**-133, -(2.0**-
 def rounded(x, r, out):
     """out [4, n]: fp16 and bf16, nearest and stochastic (for finite x)."""
     for i in range(len(x)):
-        out[0, i] = kernels.to_fp16(x[i])
-        out[1, i] = kernels.to_bf16(x[i])
-        out[2, i] = kernels.to_fp16_stochastic(x[i], r[i])
-        out[3, i] = kernels.to_bf16_stochastic(x[i], r[i])
+        out[0, i] = storage.to_fp16(x[i])
+        out[1, i] = storage.to_bf16(x[i])
+        out[2, i] = storage.to_fp16_stochastic(x[i], r[i])
+        out[3, i] = storage.to_bf16_stochastic(x[i], r[i])
     return out
 
 
@@ -776,11 +779,18 @@ print(hashlib.sha256(b"".join(t.view(torch.uint8).numpy().tobytes() for t in (th
 """
 
 
-def digest(**environment):
-    root = Path(noise.__file__).parents[2]
+ROOT = Path(noise.__file__).parents[2]
+
+
+def digest(root=ROOT, **environment):
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"} | environment
     done = subprocess.run(
-        [sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", DIGEST],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return done.stdout.strip()
 
@@ -797,3 +807,27 @@ def test_works_where_no_compiled_code_can_be_kept(tmp_path):
     assert digest() == digest(
         NUMBA_CACHE_DIR="/dev/null/x", NUMBA_CACHE_LOCATOR_CLASSES="_UserProvidedCacheLocator"
     )
+
+
+def test_a_change_to_anything_that_compiled_code_is_made_of_changes_its_name():
+    """What the kernels and what they call take from other files of zoft is all in the digest."""
+    hashed = {module.__name__ for module in kernels.COMPILED}
+    for module in (kernels, *kernels.COMPILED):
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            assert not (isinstance(node, ast.Import) and any(a.name.startswith("zoft") for a in node.names))
+            if isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith("zoft")):
+                assert node.module in hashed or {f"{node.module}.{a.name}" for a in node.names} <= hashed
+
+
+@pytest.mark.slow
+def test_kept_code_does_not_outlive_a_change_to_what_it_calls(tmp_path):
+    """numba keeps `run`, and looks for changes in kernels.py alone; what changes here is in another file."""
+    shutil.copytree(ROOT / "zoft", tmp_path / "zoft", ignore=shutil.ignore_patterns("__pycache__"))
+    called = tmp_path / "zoft" / "noise" / "distributions.py"
+    text, plain = called.read_text(), digest(tmp_path)
+    assert plain == digest()
+    assert text.count("return -s, c") == 1
+    called.write_text(text.replace("return -s, c", "return c, -s"))
+    assert digest(tmp_path) != plain
+    called.write_text(text)
+    assert digest(tmp_path) == plain

@@ -189,9 +189,9 @@ def join(
     ] = False,
 ) -> None:
     """Work for a run with elastic=true, from now until it ends: zoft join runs/mine."""
-    from zoft import elastic
+    from zoft import elastic_worker
 
-    typer.echo(elastic.work(place, secret, trust_remote_code))
+    typer.echo(elastic_worker.work(place, secret, trust_remote_code))
 
 
 @app.command(cls=_Verb, context_settings=_LOOSE)

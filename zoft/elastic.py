@@ -1,7 +1,7 @@
 """`elastic: true`: workers come and go while a run goes on; a step's (probe, batch) pairs are dealt out to who is there.
 
 The process that trains is the coordinator, and evaluates pairs itself. A worker that joins gets the config and the ledger,
-never a weight: it loads the base, replays the ledger while the others work, and takes part from a step's beginning. Each
+never a weight, and takes part from a step's beginning once it has replayed the ledger (`zoft.elastic_worker`). Each
 pair is one forward of one whole batch at one probe, whoever runs it, and sums are added up in the order of pairs: the run
 has the bits of one process with probes_per_forward=1, whatever happens to its workers.
 """
@@ -9,38 +9,31 @@ has the bits of one process with probes_per_forward=1, whatever happens to its w
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import queue
 import secrets
 import socket
-import struct
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from zoft import __version__, distributed, noise, processes
-from zoft.config import GENERATED, Config, Task
-from zoft.errors import UserError, writing
+from zoft import __version__, distributed, processes
+from zoft.config import Config
+from zoft.elastic_format import JOIN, invite, packed, pairs_of
+from zoft.errors import UserError
 from zoft.ledger import Record
-from zoft.ledger_format import decode
 from zoft.objective import Batch
 from zoft.probe import Probe
-from zoft.stop import Stopped
 from zoft.trainer import Trainer
 from zoft.wire import VERSION, Closed, Line, address
 
-JOIN = "join.json"  # in the run's folder: where workers connect, and the secret
 LAG = 8  # steps that a worker may lack when it is given its first pairs
 PATIENCE = 60.0  # seconds that the others may take longer than the coordinator's own share, at least
-PAIR = struct.Struct("<II")  # probe, batch; then come the pair's K totals, fp64 (K = 2: loss sum, count)
 
 
 class Worker:
@@ -74,13 +67,7 @@ class ElasticTrainer(Trainer):
         except OSError as error:
             raise UserError(f"listen={config.listen}: {error.strerror}; choose another address") from None
         where = f"{host}:{self.server.getsockname()[1]}"
-        path = self.folder / JOIN
-        draft = path.with_name(f".{JOIN}.new")
-        with writing(path):
-            draft.unlink(missing_ok=True)
-            with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(json.dumps({"address": where, "secret": self.secret.hex()}) + "\n")
-            draft.replace(path)
+        path = invite(self.folder, where, self.secret)
         print(
             f"workers may join: `zoft join {self.folder}`, or `zoft join {where}` with {path}",
             file=sys.stderr,
@@ -242,10 +229,8 @@ class ElasticTrainer(Trainer):
             except queue.Empty:
                 continue
             if facts is not None and facts["kind"] == "digest":
-                if (
-                    facts["step"] != self.next
-                ):  # of an earlier check, from a worker that was still loading then
-                    continue
+                if facts["step"] != self.next:
+                    continue  # of an earlier check, from a worker that was still loading then
                 asked = [w for w in asked if w is not worker]
                 if facts["digest"] != mine:
                     raise UserError(
@@ -280,14 +265,12 @@ class ElasticTrainer(Trainer):
         """Send the workers home."""
         self._tell("bye", why=why)
         self.closed = True
-        with suppress(
-            OSError
-        ):  # else the thread that waits in `accept` lets one more in, whom nobody answers
+        # Else the thread that waits in `accept` lets one more in, whom nobody answers.
+        with suppress(OSError):
             self.server.shutdown(socket.SHUT_RDWR)
         self.server.close()
-        deadline = (
-            time.monotonic() + 5.0
-        )  # a connection that is torn down may take with it what was not read yet
+        # A connection that is torn down may take with it what was not read yet.
+        deadline = time.monotonic() + 5.0
         while self.workers and time.monotonic() < deadline:
             try:
                 worker, facts, _ = self.events.get(timeout=0.2)
@@ -296,195 +279,3 @@ class ElasticTrainer(Trainer):
             if facts is None and worker in self.workers:
                 self.workers.remove(worker)
         (self.folder / JOIN).unlink(missing_ok=True)
-
-
-def pairs_of(data: bytes, columns: int) -> list[tuple[int, int, torch.Tensor]]:
-    """(probe, batch, totals fp64 [K]) of each pair that a worker answers."""
-    size = PAIR.size + 8 * columns
-    assert len(data) % size == 0, (len(data), columns)
-    return [
-        (
-            *PAIR.unpack_from(data, at),
-            torch.frombuffer(bytearray(data[at + PAIR.size : at + size]), dtype=torch.float64),
-        )
-        for at in range(0, len(data), size)
-    ]
-
-
-def packed(record: Record) -> bytes:
-    """A step as the ledger keeps it, all fp32 bits: 13 bytes and 12 a direction."""
-    q = len(record.multipliers)
-    floats = (record.decay, record.lr, *record.multipliers, *record.losses)
-    return struct.pack(f"<IB{2 + 3 * q}f", record.step, record.skipped, *floats)
-
-
-def unpacked(data: bytes) -> Record:
-    q = (len(data) - 13) // 12
-    step, skipped, decay, lr, *rest = struct.unpack(f"<IB{2 + 3 * q}f", data)
-    return Record(step, tuple(rest[:q]), decay, tuple(rest[q:]), bool(skipped), lr)
-
-
-def work(place: str, secret_file: str | None, trust_remote_code: bool) -> str:
-    """Take part in a run until it ends; returns a line about it. Raises UserError where it cannot, Stopped where it broke off.
-
-    place: the run's folder, or HOST:PORT with secret_file, a copy of the run's join.json.
-    """
-    processes.with_parent()
-    where, secret = _invitation(place, secret_file)
-    try:
-        line = Line(socket.create_connection(address(where), timeout=20), secret, serves=False)
-    except OSError as error:
-        raise UserError(f"{where}: {error.strerror or error}; is the run there, with elastic=true?") from None
-    except Closed as error:
-        raise UserError(f"{where}: refused ({error}): take join.json from the run as it is now") from None
-    with suppress(Closed):
-        line.send("hello", zoft=__version__, wire=VERSION)
-    inbox: queue.Queue[tuple[dict | None, bytes]] = queue.Queue()
-
-    def read() -> (
-        None
-    ):  # while weights load and the ledger is replayed, too: nobody waits to be rid of a message
-        try:
-            while True:
-                inbox.put(line.receive())
-        except (Closed, ValueError):
-            inbox.put((None, b""))
-
-    threading.Thread(target=read, daemon=True).start()
-    facts, data = inbox.get()
-    if facts is None:
-        raise Stopped(0, "", "the coordinator is gone")
-    if facts.get("wire") != VERSION or facts["kind"] != "run":
-        raise UserError(
-            f"{where}: the run is of zoft {facts.get('zoft', 'before 0.1')}, and this one ({__version__}) sends other "
-            "messages: join with the zoft that the run has"
-        )
-    try:
-        trainer = _built(facts["config"], data, trust_remote_code)
-    except UserError as error:
-        with suppress(Closed):
-            line.send("refuses", why=str(error))
-        raise
-    return _serve(trainer, line, inbox)
-
-
-def _serve(trainer: Trainer, line: Line, inbox: queue.Queue[tuple[dict | None, bytes]]) -> str:
-    """Answer until the run ends."""
-    probes = [Probe(k, s * trainer.settings.eps) for k in range(trainer.settings.q) for s in (1.0, -1.0)]
-    joined, pairs = False, 0
-    with suppress(Closed):  # the run may have ended meanwhile: the inbox says so
-        line.send("at", step=trainer.next)
-    while True:
-        facts, data = inbox.get()
-        if facts is None:
-            raise Stopped(0, "", "the coordinator is gone")
-        try:
-            if facts["kind"] == "step":
-                joined, t = True, facts["step"]
-                assert t == trainer.next, (t, trainer.next)
-                batches, answer = trainer.batches(t), b""
-                for p, b in facts["pairs"]:
-                    with torch.no_grad():
-                        totals = trainer.sums_at(t, [probes[p]], batches[b])[0]
-                    answer += PAIR.pack(p, b) + totals.numpy().tobytes()
-                    pairs += 1
-                line.send("pairs", answer, step=t, columns=len(totals))
-            elif facts["kind"] == "commit":
-                record = unpacked(data)
-                if record.step >= trainer.next:  # else the ledger that came first had it
-                    if not record.skipped:
-                        update = noise.Update(
-                            record.step, trainer.settings.seed, record.multipliers, record.decay
-                        )
-                        trainer.axis.commit(update)
-                    trainer.pass_by(record)
-                if not joined:
-                    line.send("at", step=trainer.next)
-                trainer.axis.settle()
-            elif facts["kind"] == "check":
-                trainer.axis.flush()
-                line.send("digest", step=trainer.next, digest=distributed.digest(trainer.axis.trained))
-            elif facts["kind"] == "bye":
-                trainer.axis.flush()
-                line.close()
-                digest = distributed.digest(trainer.axis.trained)
-                return f"the run is {facts['why']} after {trainer.next} steps; {pairs} pairs were mine; weights: {digest}"
-        except Closed:  # its last words may be in the inbox
-            continue
-
-
-def _invitation(place: str, secret_file: str | None) -> tuple[str, bytes]:
-    path = Path(secret_file) if secret_file else Path(place) / JOIN
-    if not secret_file and not Path(place).is_dir():
-        raise UserError(
-            f"{place}: no folder of a run; for HOST:PORT give --secret FILE, a copy of its {JOIN}"
-        )
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        secret = bytes.fromhex(found["secret"])
-        return (place if secret_file else found["address"]), secret
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        why = getattr(error, "strerror", None) or "damaged"
-        raise UserError(f"{path}: {why}; a run with elastic=true writes it while it goes on") from None
-
-
-def _built(tree: dict[str, Any], data: bytes, trust_remote_code: bool) -> Trainer:
-    """The run's trainer at the ledger's last step: base and replay, nothing else."""
-    from zoft import data_order, goal, headers, setup, setup_axis, space, tasks
-    from zoft.session import agree
-
-    log, _, _ = decode(data, "the run's ledger")
-    config = _config(tree)
-    if config.trust_remote_code and not trust_remote_code:
-        raise UserError(
-            "the run has trust_remote_code=true: join with --trust-remote-code if you do trust it"
-        )
-    config = setup.device(config)
-    loaded = tasks.load(config.task)
-    refuse(config)  # whoever sends a config does not choose what code runs here
-    model, tokenizer, base = setup.model(config)
-    train, _ = setup.examples(config, tokenizer, loaded)
-    aim = goal.make(config, loaded, tokenizer)
-    scored = aim.examples(train)
-    names = space.train_names(model, config.train)
-    config = setup.dtypes(config, model, names)
-    config, trained, axis = setup_axis.make(config, model, space.adopt(model, names), scored)
-    agree(log.header, headers.of(config, base, trained, train), Path("the run"))
-    at = data_order.batches(config, scored)
-    trainer = Trainer(model, axis, at, None, setup.settings(config), aim.forward, aim.value)
-    trainer.replay(log.records)
-    return trainer
-
-
-def _config(tree: dict[str, Any]) -> Config:
-    """The run's config. Raises UserError for keys that this zoft does not have: they may decide what a step is."""
-    for kind, keys in ((Config, tree), (Task, tree.get("task", {}))):
-        if new := sorted({*keys} - {f.name for f in dataclasses.fields(kind)}):
-            raise UserError(
-                f"{', '.join(new)}: the run's config has what zoft {__version__} does not know: join with the zoft that the run has"
-            )
-    return Config(**{**tree, "task": Task(**tree["task"])})
-
-
-def refuse(config: Config) -> None:
-    """Raise UserError for what elastic=true cannot have."""
-    if processes.place()[1] > 1:
-        raise UserError(
-            "elastic=true: torchrun starts all again where one dies; use `zoft train --nproc N` and `zoft join`"
-        )
-    if config.perturb == "inplace":
-        raise UserError("elastic=true: perturb=inplace moves weights as it probes; use perturb=probes")
-    if config.objective in GENERATED:
-        raise UserError(
-            f"elastic=true: objective={config.objective} scores texts; use `zoft train --nproc N`"
-        )
-    if config.denoise_every:
-        raise UserError(f"elastic=true: denoise_every={config.denoise_every} rebuilds weights; leave it out")
-    if config.probes_per_forward not in ("auto", 1):
-        raise UserError(
-            f"elastic=true: probes_per_forward={config.probes_per_forward}: a pair is one probe; leave it out"
-        )
-    if config.parallel != "auto":
-        raise UserError(
-            f"elastic=true: parallel={config.parallel}: pairs of probe and batch are dealt out; leave it out"
-        )

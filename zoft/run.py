@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoft import baseline, compose, guards, processes, results, tracking
 from zoft.config import Config
+from zoft.config_check import check_elastic
 from zoft.due import due, next_stop
 from zoft.errors import UserError
 from zoft.folder import Presence, alone, write
@@ -42,9 +43,7 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
     rewarded(config, resume)
     folder = str(resume or config.output_dir)
     if config.elastic:
-        from zoft import elastic
-
-        elastic.refuse(config)
+        check_elastic(config)
         config = dataclasses.replace(
             config, probes_per_forward=1
         )  # a pair of a probe and a batch is a forward

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoft.noise import GAUSSIAN, Mask, Update, kernels, key
+from zoft.noise import GAUSSIAN, Mask, Update, kernels, key, storage
 
 _CODES = {
-    torch.float32: kernels.FP32,
-    torch.bfloat16: kernels.BF16,
-    torch.float16: kernels.FP16,
-    torch.float64: kernels.FP64,
+    torch.float32: storage.FP32,
+    torch.bfloat16: storage.BF16,
+    torch.float16: storage.FP16,
+    torch.float64: storage.FP64,
 }
 _PIECE = (
     128 * kernels.CHUNK
@@ -44,7 +44,7 @@ def perturb(
 ) -> None:
     """`zoft.noise.perturb` of a CPU tensor whose first element is number `first`. updates: without no-ops."""
     code, n = _CODES[theta.dtype], theta.numel()
-    work = np.float64 if code == kernels.FP64 else np.float32
+    work = np.float64 if code == storage.FP64 else np.float32
     plan = _plan(updates, probes, seed, step, work)
     address, gaussian = _address(theta, first), noise == GAUSSIAN
     buffer = _NONE if momentum is None else _address(momentum, first)
@@ -78,7 +78,7 @@ def gather(
     index = rows.numpy()
     if index.min() < 0 or index.max() >= len(theta):
         raise IndexError(f"rows [{index.min()}, {index.max()}] of a tensor that has {len(theta)}")
-    work = np.float64 if code == kernels.FP64 else np.float32
+    work = np.float64 if code == storage.FP64 else np.float32
     plan, rules = _plan((), ((direction, scale),), seed, step, work), _rules(0.0, None, mask)
     source, target, gaussian = _address(theta, start), np.uint64(out.data_ptr()), noise == GAUSSIAN
 
@@ -100,7 +100,7 @@ def direction(out: Tensor, tid: int, seed: int, step: int, direction: int, noise
 
     def piece(start: int, end: int) -> None:
         shape = (code, n, start)
-        kernels.run(_NONE, kernels.ZERO, start, end, tid, gaussian, _NONE, rules, plan, target, shape)
+        kernels.run(_NONE, storage.ZERO, start, end, tid, gaussian, _NONE, rules, plan, target, shape)
 
     _spread(piece, n, _PIECE)
 
