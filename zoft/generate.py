@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
+from zoft import positions
 from zoft.errors import UserError
 from zoft.models import quiet
 
@@ -55,6 +56,7 @@ def texts(
 ) -> list[tuple[str, bool]]:  # fmt: skip
     """As `generate`, each text with whether its logits were numbers throughout."""
     assert all(map(len, contexts)), "an empty context"
+    positions.refuse(model, max(map(len, contexts), default=0), max_new_tokens)
     ends, pad = _special(model, tokenizer)
     around = context or (lambda rows: nullcontext())
     made: list[tuple[str, bool]] = [("", False)] * len(contexts)

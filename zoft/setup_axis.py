@@ -10,7 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import adapters, distributed, models, objective, precision, routes, selfcheck, space, sparse, update
+from zoft import (
+    adapters,
+    distributed,
+    models,
+    objective,
+    positions,
+    precision,
+    routes,
+    selfcheck,
+    space,
+    sparse,
+    update,
+)
 from zoft.config import ADAPTERS, GENERATED, Config
 from zoft.data_order import picked
 from zoft.encode import Example
@@ -33,6 +45,12 @@ def make(
     Returns (config with perturb and probes_per_forward resolved, tensors that are really trained, axis).
     """
     models.refuse_other_kind(config.model, loaded, train[0].masked)
+    longest, known = max(e.length for e in train), positions.trained(loaded)
+    positions.refuse(loaded, longest)
+    if known is not None and longest > known:
+        say(
+            f"max_length={config.max_length}: rows of {longest} tokens; this model was trained on at most {known}"
+        )
     refuse_unquantised(config, loaded)
     if update.decay_is_lost(config.lr, config.weight_decay):
         say(
