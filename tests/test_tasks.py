@@ -97,6 +97,9 @@ def test_rows_know_their_line(tmp_path):
     [
         ([True, False], {"true": " yes", "false": " no"}),
         (["True", "False"], {"true": " yes", "false": " no"}),
+        ([True, False], {"True": " yes", "False": " no"}),
+        (["true", "false"], {"TRUE": " yes", "FALSE": " no"}),
+        (["yes", "no"], {"yes": " yes", "no": " no"}),
         ([1, 0], {"1": " yes", "0": " no"}),
         ([1.0, 0.0], {1: " yes", 0: " no"}),
         ([" 1", "0 "], {1: " yes", 0: " no"}),

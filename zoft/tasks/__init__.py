@@ -299,9 +299,10 @@ def _render(
 
 
 def _gold(where: str, column: str, value: Any, labels: list[str]) -> int:
-    """Which choice a label is: by its text, a class of the Hub by its name too, True by "true"."""
+    """Which choice a label is: by its text, a class of the Hub by its name too, True by "true" and the reverse."""
     word = template.as_text(value).strip()
-    for name in (word, getattr(value, "name", None), word.lower() if word in ("True", "False") else None):
+    truth = [word.lower(), word.capitalize(), word.upper()] if word.lower() in ("true", "false") else []
+    for name in (word, getattr(value, "name", None), *truth):
         if name in labels:
             return labels.index(name)
     raise UserError(
