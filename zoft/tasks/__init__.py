@@ -221,6 +221,12 @@ def _settings(task: Any) -> dict[str, Any]:
         raise UserError(
             f"task.target: {template.MASK} in task.prompt is filled by one of task.choices; leave one out"
         )
+    read = template.columns(template.parse("task.prompt", prompt))
+    if not task.target and not read:  # with a target, an empty prompt learns to begin
+        raise UserError(
+            f"task.prompt: {prompt!r} names no column, so that all rows are alike; write one in braces: "
+            f"{prompt.rstrip() + ' {text}'!r}"
+        )
     split.check(task, classes=bool(choices))
     objective = "lm" if task.target else "choice"
     return {"objective": objective, "prompt": prompt, "label": label, "choices": choices}
