@@ -137,7 +137,8 @@ def variant(name: str, kills: int, rng: random.Random) -> int:
 def forked(*args: str) -> int:
     """Start `zoft train` with these arguments in a process of its own; its id."""
     import zoft.evaluate  # noqa: F401
-    import zoft.replay_live  # noqa: F401 - and with it all that training imports
+    import zoft.replay_live  # noqa: F401
+    import zoft.setup_trainer  # noqa: F401 - and with these all that training imports
     from zoft.cli import app
 
     sys.stdout.flush()

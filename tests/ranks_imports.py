@@ -7,4 +7,5 @@ from transformers import PreTrainedTokenizerFast  # noqa: F401
 
 import zoft.adapters  # noqa: F401
 import zoft.replay_live  # noqa: F401
+import zoft.setup_trainer  # noqa: F401
 import zoft.snapshot  # noqa: F401

@@ -10,12 +10,14 @@ import pytest
 import tiny
 import torch
 import transformers as hf
+from test_generate import CONTEXTS
 from test_trainer import bert
 from typer.testing import CliRunner
 
 from zoft import adapters, data_order, evaluate, frozen, saving, selfcheck, setup, setup_axis, space
 from zoft.cli import app
 from zoft.config import Config
+from zoft.generate import generate
 from zoft.ledger import read
 from zoft.objective import Example, collate, losses
 from zoft.probe import Probe, ProbeAxis
@@ -373,3 +375,18 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
     results = [json.loads((tmp_path / x / "result.json").read_text()) for x in ("cut", "whole")]
     assert results[0]["after"] == results[1]["after"]
+
+
+@pytest.mark.parametrize("train", ["last-1", "lora"])
+def test_text_is_written_by_all_blocks(train):
+    """Its rows grow, and are padded on the left: nothing that is kept fits them."""
+    model = tiny.llama()
+    model = adapters.attach(model, Config(train="lora", lora_layers="last-1")) if train == "lora" else model
+    want = generate(model, tiny.tokenizer(), CONTEXTS, max_new_tokens=6)
+    made = Made(model, data("lm"), train)
+    assert made.prefix is not None, made.note
+    assert generate(model, tiny.tokenizer(), CONTEXTS, max_new_tokens=6) == want
+    batch, before = collate(data("lm")[:4]), len(made.prefix.ready)
+    with calls_of(inside(model)) as seen:  # and what is kept is used again afterwards
+        made.at(PROBES, batch)
+    assert not seen or len(made.prefix.ready) > before

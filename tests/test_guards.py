@@ -250,7 +250,7 @@ def test_a_run_that_runs_out_of_memory_says_what_to_lower(tmp_path):
     )
     code = (
         "import resource, sys, re\n"
-        "import torch, transformers, zoft.replay_live, zoft.estimate\n"
+        "import torch, transformers, zoft.replay_live, zoft.setup_trainer, zoft.estimate\n"
         "from zoft.cli import app\n"
         "size = 1024 * int(re.search(r'VmSize:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
         "resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 30), -1))\n"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
 
@@ -21,9 +22,10 @@ Row = tuple[int, ...]  # token ids, no padding
 
 
 def rows_of(inputs: Mapping[str, Tensor]) -> list[Row]:
-    """The rows of a model's inputs."""
-    lengths = inputs["attention_mask"].sum(1).tolist()
-    return [tuple(r[:n]) for r, n in zip(inputs["input_ids"].tolist(), lengths, strict=True)]
+    """The rows of a model's inputs, padded on the right."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    assert ids.shape == mask.shape and bool(mask[:, 0].all()), (ids.shape, mask.shape)
+    return [tuple(r[:n]) for r, n in zip(ids.tolist(), mask.sum(1).tolist(), strict=True)]
 
 
 class _Reached(Exception):
@@ -56,7 +58,7 @@ class FrozenPrefix:
         self._undo: list[Callable[[], Any]] = []
 
     def install(self) -> None:
-        self.model.__dict__["keeps_rows"] = True  # a forward needs whole rows: see shared.py
+        self.model.__dict__["keeps_rows"] = self  # a forward needs whole rows: see shared.py, generate.py
         for block in self.blocks[: self.first]:
             own = {k: v for k, v in block.__dict__.items() if k == "forward"}
             self._undo += [partial(block.__dict__.update, own), partial(block.__dict__.pop, "forward")]
@@ -74,6 +76,17 @@ class FrozenPrefix:
         self.kept.clear()
         self.ready.clear()
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """All blocks run meanwhile: rows of a text that grows are parts of rows, padded on the left."""
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
+
+    _aside = False
+
     def _skip(self, inner: Callable) -> Callable:
         @wraps(inner)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -87,14 +100,16 @@ class FrozenPrefix:
     tuples = False  # whether a block returns a tuple; seen in the trial
 
     def _before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self._capturing:
+        if self._capturing or self._aside:
             return
         ids, rows = kwargs["input_ids"], rows_of(kwargs)
         hidden = self._hidden(rows)
         out = pad_sequence([hidden[row] for row in rows], batch_first=True)  # [R, longest, H]
         self.serving = pad(out, (0, 0, 0, ids.shape[1] - out.shape[1]))  # [R, T, H]
 
-    def _replace(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _replace(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if self._aside:
+            return None
         hidden = args[0] if args else kwargs["hidden_states"]
         if self._capturing:
             self._captured = hidden

@@ -142,13 +142,14 @@ def _special(model: Any, tokenizer: Any) -> tuple[list[int], int]:
 
 @contextmanager
 def _plain(model: Any) -> Iterator[None]:
-    """For the time of a generation no generation_config asks for anything."""
+    """For the time of a generation no generation_config asks for anything, and no block's outputs come from memory."""
+    kept = model.__dict__.get("keeps_rows")
     holders = [m for m in (model, *model.modules()) if "generation_config" in m.__dict__]
     before = [m.generation_config for m in holders]
     try:
         for m in holders:
             m.generation_config = GenerationConfig()
-        with quiet(), warnings.catch_warnings():
+        with quiet(), warnings.catch_warnings(), kept.aside() if kept else nullcontext():
             warnings.simplefilter("ignore")  # peft's, about positions that it makes itself
             yield
     finally:
