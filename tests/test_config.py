@@ -96,6 +96,70 @@ def test_labels_that_yaml_reads_as_something_else():
 
 
 @pytest.mark.parametrize(
+    "typed, meant",
+    [
+        ("{neg: no, pos: yes}", {"neg": "no", "pos": "yes"}),
+        ("{neg: off, pos: On}", {"neg": "off", "pos": "On"}),
+        ("{neg: False, pos: true}", {"neg": "False", "pos": "true"}),
+        ("{neg: 007, pos: 1.50}", {"neg": "007", "pos": "1.50"}),
+        ("{neg: 1e3, pos: 1_000}", {"neg": "1e3", "pos": "1_000"}),
+        ("{neg: 1:30, pos: 2020-01-01}", {"neg": "1:30", "pos": "2020-01-01"}),
+        ('{no: " No", yes: " Yes"}', {"no": " No", "yes": " Yes"}),
+        ('{007: " Bond", 1.50: " half"}', {"007": " Bond", "1.50": " half"}),
+        ('{neg: "null", pos: "~"}', {"neg": "null", "pos": "~"}),
+        ('{0: " no", 1: " yes"}', {"0": " no", "1": " yes"}),
+    ],
+)
+def test_label_words_are_what_was_typed(typed, meant, tmp_path):
+    config = compose(REVIEWS, ["task=local", f"task.choices={typed}"])
+    assert config.task.choices == meant
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_run(tmp_path).task.choices == meant
+    assert compose(str(tmp_path / "config.yaml")).task.choices == meant
+
+
+def test_columns_are_what_was_typed():
+    config = compose(REVIEWS, ["task=local", "task.columns={prompt: no, completion: 2020}"])
+    assert config.task.columns == {"prompt": "no", "completion": "2020"}
+
+
+@pytest.mark.parametrize(
+    "typed, parts",
+    [
+        ("{neg: no, pos: x}", ["task.choices: neg: no", 'quotes: "no"']),
+        ("{neg: x, Yes: y}", ["task.choices: Yes", 'quotes: "Yes"']),
+        ("{neg: 007, pos: x}", ["task.choices: neg: 007", 'quotes: "007"']),
+        ("{neg: x, pos: 1.50}", ["task.choices: pos: 1.50", 'quotes: "1.50"']),
+        ("{neg: x, pos: 1e3}", ["task.choices: pos stands for 1000.0", "quotes"]),
+        ("{neg: x, pos: null}", ["task.choices: pos: null", 'quotes: "null"']),
+        ("{neg: x, pos: }", ["task.choices: pos:", "quotes"]),
+        ("{0: a, 1: 0x1f}", ["task.choices: 1: 0x1f", 'quotes: "0x1f"']),
+    ],
+)
+@pytest.mark.parametrize("group", [False, True])
+def test_words_of_a_file_that_yaml_reads_otherwise(typed, parts, group, tmp_path):
+    """In the config's own file, and in a task's beside it."""
+    mine = f"name: local\ntrain: a.csv\nprompt: '{{text}}'\nlabel: label\nchoices: {typed}\n"
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "mine.yaml").write_text(mine)
+    below = "task:\n" + "".join(f"  {line}\n" for line in mine.splitlines())
+    top = "defaults: [task: mine, _self_]\n" if group else below
+    (tmp_path / "own.yaml").write_text(f"{top}model: tiny\n")
+    message = refused(str(tmp_path / "own.yaml"))
+    assert all(part in message for part in parts), message
+
+
+def test_words_of_a_file_that_are_plain(tmp_path):
+    plain = '{0: " no", -1: 12, true: false, "no": "off", "007": 2020-01-01}'
+    text = (
+        f"model: tiny\ntask: {{name: local, train: a.csv, prompt: '{{text}}', label: x, choices: {plain}}}\n"
+    )
+    (tmp_path / "own.yaml").write_text(text)
+    wanted = {"0": " no", "-1": "12", "true": "false", "no": "off", "007": "2020-01-01"}
+    assert compose(str(tmp_path / "own.yaml")).task.choices == wanted
+
+
+@pytest.mark.parametrize(
     ("override", "parts"),
     [
         ("lrr=3", ["lrr", "did you mean lr?"]),
@@ -135,6 +199,10 @@ def test_labels_that_yaml_reads_as_something_else():
         ("recipe=mezzo", ["recipe=mezzo: use", "; did you mean mezo?"]),
         ("train=(", ["train=(", "regular expression"]),
         ("task.choices=bad", ["task.choices=bad", "label"]),
+        ("task.choices={neg: null, pos: x}", ["task.choices: neg stands for null", '{neg: "null"}']),
+        ("task.choices={neg, pos}", ["task.choices: neg stands for null", "give it some text"]),
+        ("task.choices={null: a, pos: x}", ["task.choices: null", "in quotes"]),
+        ("task.choices={neg: [a], pos: x}", ["task.choices: neg stands for ['a']", "give it some text"]),
         ("+lr=3", ["without +"]),
         ("~lr", ["without ~"]),
         ("output_dir=${oc.env:HOME}", ["output_dir", "resolver"]),

@@ -7,6 +7,7 @@ import chatty
 import pytest
 
 from zoft import tasks
+from zoft.compose import parse
 from zoft.config import Task
 from zoft.encode import encode, how
 from zoft.errors import UserError
@@ -95,7 +96,7 @@ REFUSED = {
 # What a key makes of some of them.
 REFUSED_BY_KEY = [
     ("openai_tools.jsonl", {"format": "messages"}, "openai_tools.jsonl:1: turn 2 has tool_calls, which is not learned from here"),
-    ("llamafactory_sharegpt_tools.json", {"format": "sharegpt"}, "turn 2 has from=function_call"),
+    ("llamafactory_sharegpt_tools.json", {"format": "sharegpt"}, "turn 2 has from=function_call: tool calls are not learned from here; from=gpt"),
     ("mixed.jsonl", {"format": "messages"}, "mixed.jsonl:2: column messages is empty"),
     ("mixed.jsonl", {"format": "completion"}, "mixed.jsonl:1: column prompt is empty"),
     ("missing_column.jsonl", {"format": "completion"}, "task.format=completion: task.train lacks columns prompt and completion"),
@@ -217,7 +218,7 @@ TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 @pytest.mark.parametrize(
     "tree, said",
     [
-        ({"data": [{"prompt": "q", "completion": "a"}] * 3}, "is one object, whose data is a list of 3; if those are the rows, save"),
+        ({"data": [{"prompt": "q", "completion": "a"}] * 3}, "a.json is one object, whose data is a list of 3; if those are the rows, save"),
         ({"messages": json.dumps(TURNS)}, "column messages holds text (JSON in it, perhaps), not a list of turns"),
         ({"conversation": {"turns": TURNS}}, "column conversation holds dict, not a list of turns"),
     ],
@@ -228,6 +229,45 @@ def test_what_hides_the_rows_is_named(tmp_path, tree, said, indent):
     with pytest.raises(UserError) as caught:
         tasks.load(Task(name="local", train=str(path), eval=str(path)))
     assert str(caught.value).startswith("task.train: ") and said in str(caught.value)
+
+
+ASK, GOOD, BAD = [[turn] for turn in (*TURNS, {"role": "assistant", "content": "b"})]
+
+
+@pytest.mark.parametrize(
+    "row, hint, learned",
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "{prompt: prompt, completion: chosen}", "a"),
+        ({"question": "q", "chosen": "a", "rejected": "b"}, "{prompt: question, completion: chosen}", "a"),
+        ({"prompt": ASK, "chosen": GOOD, "rejected": BAD}, "{prompt: prompt, completion: chosen}", "a"),
+        ({"prompt": "q", "chosen": ASK + GOOD, "rejected": ASK + BAD}, "{messages: chosen}", "a"),
+        ({"chosen": ASK + GOOD, "rejected": ASK + BAD}, "{messages: chosen}", "a"),
+        ({"chosen": "q a", "rejected": "q b"}, "{text: chosen}", "q a"),
+    ],
+)
+def test_the_hint_for_pairs_is_what_reads_them(tmp_path, row, hint, learned):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(UserError) as caught:
+        tasks.load(Task(name="local", train=str(path), eval=str(path)))
+    assert f"task.columns={hint} learns the chosen ones" in str(caught.value)
+    columns = parse(f"task.columns={hint}")[1]
+    (made,) = tasks.load(Task(name="local", train=str(path), eval=str(path), columns=columns)).train
+    assert made["candidates"] == [learned]
+
+
+@pytest.mark.parametrize("name", ["choices", "options"])
+@pytest.mark.parametrize("columns", [("question", "answer"), ("instruction", "output")])
+def test_answers_that_count_choices_are_not_learned_without_them(tmp_path, name, columns):
+    path = tmp_path / "mc.jsonl"
+    rows = [{columns[0]: f"q{i}", name: ["a", "b", "c"], columns[1]: i % 3} for i in range(30)]
+    path.write_text("\n".join(json.dumps(r) for r in rows))
+    with pytest.raises(UserError, match=f"but for {name}; .* task.label={columns[1]} and task.choices="):
+        tasks.load(Task(name="local", train=str(path)))
+    kind = "completion" if columns[0] == "question" else "instruction"
+    assert f"not read: {name}" in tasks.load(Task(name="local", train=str(path), format=kind)).reading
+    path.write_text("\n".join(json.dumps(r | {name: []}) for r in rows))  # nothing is lost
+    assert tasks.load(Task(name="local", train=str(path))).train
 
 
 @pytest.mark.parametrize("indent", [None, 1])

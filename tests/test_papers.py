@@ -446,6 +446,8 @@ def test_few_shots_are_k_a_class_and_judged_on_the_same_rows():
     train, dev, _, notes = split.draw(rare, held, asked(k_shot=4), list("abc"))
     assert Counter(r["gold"] for r in train)[2] == 1 and Counter(r["gold"] for r in dev)[2] == 0
     assert "class c has only 1 rows" in notes
+    _, dev, _, notes = split.draw(rare, held, asked(k_shot=40), list("abc"))
+    assert dev is None and notes[-1].startswith("41 rows to train on and none for the dev set")
 
 
 def test_balanced_rows():

@@ -97,6 +97,9 @@ def test_rows_know_their_line(tmp_path):
     [
         ([True, False], {"true": " yes", "false": " no"}),
         (["True", "False"], {"true": " yes", "false": " no"}),
+        ([True, False], {"True": " yes", "False": " no"}),
+        (["true", "false"], {"TRUE": " yes", "FALSE": " no"}),
+        (["yes", "no"], {"yes": " yes", "no": " no"}),
         ([1, 0], {"1": " yes", "0": " no"}),
         ([1.0, 0.0], {1: " yes", 0: " no"}),
         ([" 1", "0 "], {1: " yes", 0: " no"}),
@@ -119,6 +122,15 @@ def test_text_to_learn(tmp_path):
 # --- templates --------------------------------------------------------------------------------------------
 
 
+def test_a_prompt_without_a_column_is_refused_before_any_file_is_read(tmp_path):
+    for settings in ({"train": tmp_path / "none.csv"}, {"name": "reviews", "label": None, "choices": {}}):
+        with pytest.raises(UserError, match="task.prompt: 'R: ' names no column.* 'R: {text}'$"):
+            tasks.look(task(prompt="R: ", **settings))
+    path = jsonl(tmp_path / "a.jsonl", [{"a": f"{i}"} for i in range(40)])  # how to begin can be learned
+    data = tasks.load(task(train=path, prompt="Once", label=None, choices={}, target=" {a}"))
+    assert len({r["key"] for r in data.train}) == len(data.train) and data.train[0]["prompt"] == "Once"
+
+
 def test_braces_can_be_written():
     pieces = template.parse("task.prompt", "{{{a}}} {b c}")
     assert template.columns(pieces) == ["a", "b c"]
@@ -129,7 +141,7 @@ def test_braces_can_be_written():
 @pytest.mark.parametrize(
     "bad, said",
     [
-        ("{a.__class__}", "{a}"), ("{a[0]}", "{a}"), ("{a!r}", "{a}"), ("{a:>9}", "{a}"), ("{a:{b}}", "{a}"),
+        ("{a.__class__}", "nested fields are not read"), ("{a[0]}", "nested fields are not read"), ("{a!r}", "{a}"), ("{a:>9}", "{a}"), ("{a:{b}}", "{a}"),
         ("{}", "empty braces"), ("{a", "'}'"), ("a}", "'}'"),
     ],
 )  # fmt: skip

@@ -71,6 +71,7 @@ def strict(tree: dict[str, Any], default_output: str = "run") -> Config:
     from omegaconf.errors import OmegaConfBaseException
 
     _known(tree)
+    tree = _worded(tree)
     try:
         merged = OmegaConf.to_object(
             OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(filled(tree)))
@@ -136,10 +137,11 @@ def dump(tree: dict[str, Any]) -> str:
         return value.replace("${", "\\${") if isinstance(value, str) else value
 
     class Dumper(yaml.SafeDumper):
-        """Text with a line break on one line: "a\\nb"."""
+        """Text with a line break on one line: "a\\nb"; 1e3, a number to OmegaConf alone, in quotes, too."""
 
     def text(dumper: Any, value: str) -> Any:
-        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if "\n" in value else None)
+        quoted = "\n" in value or re.fullmatch(r"[-+]?[\d_.]+[eE][-+]?\d+", value)
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if quoted else None)
 
     Dumper.add_representer(str, text)
     return yaml.dump(literal(tree), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000)
@@ -205,7 +207,7 @@ def _typed(name: str, raw: str, kind: str, metadata: Any) -> Any:
     if "None" in kind and raw.lower() in ("null", "none"):
         return None
     if kind.startswith("dict"):
-        value = strict_yaml(raw, f"{name}={raw}")
+        value = strict_yaml(raw, f"{name}={raw}", words=True)
         if not isinstance(value, dict):
             raise UserError(f"{name}={raw}: write '{name}={metadata['example']}'")
         return value
@@ -349,6 +351,27 @@ def _known(tree: dict[str, Any]) -> None:
             raise UserError(f"{name}={value}: use true or false")
         if isinstance(value, str) and calls(value):
             raise UserError(f"{name}: {value!r} calls a resolver; only ${{key}} may stand in a config")
+
+
+def _worded(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with the words of task.choices and task.columns as text. Raises UserError where no text was meant."""
+    task = dict(tree.get("task") or {})
+    for name in ("choices", "columns"):
+        if not isinstance(task.get(name), dict):
+            continue
+        for k, v in task[name].items():
+            if v is None:
+                raise UserError(
+                    f'task.{name}: {k} stands for null; give it some text (that word in quotes: {{{k}: "null"}})'
+                )
+            for word in (k, v):
+                if word is None or isinstance(word, (float, dict, list)):
+                    said = "null" if word is None else repr(word)
+                    what = said if word is k else f"{k} stands for {said}, which"
+                    raise UserError(f"task.{name}: {what} is no text; give it some text, in quotes")
+        # true, false: of others (no, off) `yamlfile` refuses those whose text would be lost.
+        task[name] = {k: str(v).lower() if isinstance(v, bool) else v for k, v in task[name].items()}
+    return tree | {"task": task} if "task" in tree else tree
 
 
 def _leaves(node: Any, name: str = "") -> list[tuple[str, Any]]:

@@ -15,7 +15,7 @@ def yaml_tree(path: Path) -> dict[str, Any]:
     """The plain tree of a file: mappings, lists and scalars. Raises UserError in one line with the file's line.
 
     Refused: tags that make objects, a key given twice (YAML keeps the last), aliases (a few of them make a tree
-    that no memory holds).
+    that no memory holds), label words that YAML reads as something else than their text.
     """
     try:
         data = path.read_bytes()
@@ -32,8 +32,11 @@ def yaml_tree(path: Path) -> dict[str, Any]:
     return tree or {}
 
 
-def strict_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text, by the rules of `yaml_tree`. where: for messages."""
+def strict_yaml(text: str, where: str, words: bool = False) -> Any:
+    """The value of a YAML text, by the rules of `yaml_tree`.
+
+    where: for messages. words: scalars are the text that was typed ("no", "007"), but for null.
+    """
     import yaml
 
     class Strict(yaml.SafeLoader):
@@ -48,6 +51,12 @@ def strict_yaml(text: str, where: str) -> Any:
                 )
             return super().compose_node(parent, index)
 
+        def get_single_node(self) -> Any:
+            node = super().get_single_node()
+            if not words:
+                _refuse_other_words(where, node)
+            return node
+
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             made = super().construct_mapping(node, deep)
             seen = set()
@@ -60,6 +69,11 @@ def strict_yaml(text: str, where: str) -> Any:
                 seen.add(key)
             return made
 
+    if words:
+        Strict.yaml_implicit_resolvers = {
+            first: [pair for pair in pairs if pair[0].endswith(":null")]
+            for first, pairs in Strict.yaml_implicit_resolvers.items()
+        }
     try:
         return yaml.load(text, Strict)
     except RecursionError:
@@ -68,6 +82,35 @@ def strict_yaml(text: str, where: str) -> Any:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{where}{line}: not valid YAML ({problem or str(error).splitlines()[0]})") from None
+
+
+SAME = {
+    "bool": "true|false",
+    "int": r"0|-?[1-9]\d*",
+    "float": r"(?!)",
+    "null": r"(?!)",
+}  # words that stay as typed
+
+
+def _refuse_other_words(where: str, root: Any) -> None:
+    """Raise UserError for a word in task.choices or task.columns that would come back as another: no, 007, 1.50."""
+    below = [pair for key, node in _pairs(root) if key.value == "task" for pair in _pairs(node)]
+    for name, held in [*_pairs(root), *below]:
+        pairs = _pairs(held) if name.value in ("choices", "columns") else []
+        shown = [(k, k.value) for k, _ in pairs] + [(v, f"{k.value}: {v.value}") for k, v in pairs]
+        for word, text in shown:
+            kind = str(word.tag).rpartition(":")[2]
+            if kind in SAME and not re.fullmatch(SAME[kind], word.value):
+                typed = word.value or "…"
+                raise UserError(
+                    f"{where}, line {word.start_mark.line + 1}: task.{name.value}: {text}: YAML reads {kind} there, "
+                    f'not this text; put it in quotes: "{typed}"'
+                )
+
+
+def _pairs(node: Any) -> list[tuple[Any, Any]]:
+    """The nodes of a mapping: (key, value); of anything else none."""
+    return node.value if getattr(node, "id", "") == "mapping" else []
 
 
 def check_file(root: Path, name: str, seen: frozenset[str] = frozenset()) -> None:

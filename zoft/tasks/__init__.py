@@ -221,6 +221,12 @@ def _settings(task: Any) -> dict[str, Any]:
         raise UserError(
             f"task.target: {template.MASK} in task.prompt is filled by one of task.choices; leave one out"
         )
+    read = template.columns(template.parse("task.prompt", prompt))
+    if not task.target and not read:  # with a target, an empty prompt learns to begin
+        raise UserError(
+            f"task.prompt: {prompt!r} names no column, so that all rows are alike; write one in braces: "
+            f"{prompt.rstrip() + ' {text}'!r}"
+        )
     split.check(task, classes=bool(choices))
     objective = "lm" if task.target else "choice"
     return {"objective": objective, "prompt": prompt, "label": label, "choices": choices}
@@ -299,9 +305,10 @@ def _render(
 
 
 def _gold(where: str, column: str, value: Any, labels: list[str]) -> int:
-    """Which choice a label is: by its text, a class of the Hub by its name too, True by "true"."""
+    """Which choice a label is: by its text, a class of the Hub by its name too, True by "true" and the reverse."""
     word = template.as_text(value).strip()
-    for name in (word, getattr(value, "name", None), word.lower() if word in ("True", "False") else None):
+    truth = [word.lower(), word.capitalize(), word.upper()] if word.lower() in ("true", "false") else []
+    for name in (word, getattr(value, "name", None), *truth):
         if name in labels:
             return labels.index(name)
     raise UserError(

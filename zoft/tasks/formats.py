@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ FORMATS = ("text", "completion", "instruction", "messages", "sharegpt", "label")
 PROMPT = ("prompt", "question", "query", "input")
 COMPLETION = ("completion", "response", "answer", "output")
 CONTEXT = ("input", "context")
+OPTIONS = ("choices", "options")  # what a question lets choose from
 DIALOGUE = ("messages", "conversations", "conversation")
 NAMES = (
     "text",
@@ -32,8 +34,9 @@ NAMES = (
 # Columns that say that a file is more than its format takes: left unread, they would change what is learned.
 SIGNS = {
     "text": {*PROMPT, *COMPLETION, "instruction", "target", "summary", "label", "labels", "chosen", "rejected"},
-    "completion": {*PROMPT, *COMPLETION, "instruction", "context", "history", "label", "labels", "chosen", "rejected"},
-    "instruction": {*PROMPT, *COMPLETION, *CONTEXT, "history", "label", "labels", "chosen", "rejected"},
+    "completion": {*PROMPT, *COMPLETION, "instruction", "context", "history", "label", "labels", "chosen", "rejected",
+                   *OPTIONS},
+    "instruction": {*PROMPT, *COMPLETION, *CONTEXT, "history", "label", "labels", "chosen", "rejected", *OPTIONS},
     "messages": {"tools", "label", "labels", "chosen", "rejected"},
     "sharegpt": {"tools", "label", "labels", "chosen", "rejected"},
 }  # fmt: skip
@@ -43,6 +46,13 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
 }
+CALLS = (
+    "function_call",
+    "function-call",
+    "tool_call",
+    "tool-call",
+    "tool_calls",
+)  # roles of an assistant's call
 # Keys of a turn that change what it says or what of it is learned, in ways that are not rendered here.
 OTHER = ("tool_calls", "function_call", "audio", "refusal", "thinking", "reasoning", "reasoning_content",
          "train_detail", "masked")  # fmt: skip
@@ -135,7 +145,7 @@ def recognise(key: str, rows: list[tuple[str, dict[str, Any]]], task: Any) -> Re
         if {"chosen", "rejected"} <= first.keys():
             raise UserError(
                 f"{key}: pairs to prefer one of ({seen}) are no format here; "
-                "task.columns={prompt: prompt, completion: chosen} learns the chosen ones"
+                f"{_chosen(first)} learns the chosen ones"
             )
         if why := _hidden(rows, first):
             raise UserError(f"{key}: {why}")
@@ -153,11 +163,24 @@ def recognise(key: str, rows: list[tuple[str, dict[str, Any]]], task: Any) -> Re
     if signs and not named:
         label = signs[0] in ("label", "labels")
         other = f"task.prompt, task.label={signs[0]} and task.choices" if label else "task.columns"
+        if signs[0] in OPTIONS:
+            answer = reading.columns["completion" if "completion" in reading.columns else "output"]
+            shown = '{0: " A", 1: " B", …}'
+            other = f"write them into the question's text, for task.prompt, task.label={answer} and task.choices='{shown}'"
         raise UserError(
             f"{key}: its columns ({seen}) fit format {reading.format} but for {signs[0]}; say "
             f"task.format={reading.format} to leave that unread, or {other}"
         )
     return reading
+
+
+def _chosen(first: dict[str, Any]) -> str:
+    """The columns that learn the chosen ones of pairs: turns go on from their prompt, or hold it themselves."""
+    prompt = next((c for c in PROMPT if c in first), None)
+    turns = _turns(first["chosen"])
+    if prompt and turns == _turns(first[prompt]):
+        return f"task.columns={{prompt: {prompt}, completion: chosen}}"
+    return "task.columns={messages: chosen}" if turns else "task.columns={text: chosen}"
 
 
 def _labelled(rows: list[tuple[str, dict[str, Any]]], first: Iterable[str]) -> str:
@@ -232,7 +255,8 @@ def _hidden(rows: list[tuple[str, dict[str, Any]]], first: dict[str, Any]) -> st
             return f"column {column} holds {held}, not a list of turns {{role, content}}; write it as one"
     wrapped = [c for c, value in first.items() if _turns(value)]
     if len(rows) == 1 and wrapped and ".json:" in rows[0][0].lower():  # not of .jsonl
-        return f"is one object, whose {wrapped[0]} is a list of {len(first[wrapped[0]])}; if those are the rows, save them alone"
+        file = re.sub(r":( item )?\d+$", "", rows[0][0])
+        return f"{file} is one object, whose {wrapped[0]} is a list of {len(first[wrapped[0]])}; if those are the rows, save them alone"
     return ""
 
 
@@ -322,6 +346,10 @@ def _turn(where: str, turn: Any, reading: Reading, learned: bool) -> dict[str, A
         lacks = says if of in turn else of
         raise UserError(f"{where} has no {lacks} ({', '.join(map(str, turn))}); task.columns={{{lacks}: …}}")
     role = ROLES.get(str(turn[of]).strip().lower())
+    if role is None and str(turn[of]).strip().lower() in CALLS:
+        raise UserError(
+            f"{where} has {of}={turn[of]}: tool calls are not learned from here; {of}=gpt learns its text"
+        )
     if role is None:
         known = ", ".join(ROLES)
         raise UserError(

@@ -78,6 +78,8 @@ def draw(
     said = f"{len(first):,} rows to train on"
     if second:
         said += f" and {len(second):,} for the dev set"
+    elif a["k_shot"] is not None or a["num_dev"]:
+        said += " and none for the dev set"
     notes.append(f"{said}, by a permutation of seed {a['data_seed']}")
     return first, second or None, judged, notes
 

@@ -19,7 +19,7 @@ Piece = tuple[str, str | None]  # text, and the column that follows it
 def parse(key: str, template: str) -> list[tuple[str, str | None]]:
     """Split a template into (text, column or None) pieces; `{{` and `}}` stand for braces.
 
-    Only plain column names may stand in braces: {a.b}, {a[0]}, {a!r}, {a:>9} are refused.
+    Only plain column names may stand in braces: {a.b}, {a[0]}, {a!r}, {a:>9} are refused, nothing being nested here.
     key: the setting it comes from, for messages ("task.prompt"). Errors: UserError.
     """
     try:
@@ -32,6 +32,10 @@ def parse(key: str, template: str) -> list[tuple[str, str | None]]:
         if not column:
             raise UserError(f"{key}: empty braces in {template!r}; write the column's name: {{text}}")
         if spec or conversion or set(column) & set(".[]{}"):
+            if not (spec or conversion) and plain(column) != column:
+                raise UserError(
+                    f"{key}: {{{column}}} is more than a column's name; nested fields are not read: give it a column of its own"
+                )
             tail = (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
             raise UserError(
                 f"{key}: {{{column}{tail}}} is more than a column's name; write {{{plain(column)}}}"
