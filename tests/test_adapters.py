@@ -451,6 +451,16 @@ def test_what_is_trained_says_the_defaults():
         (["train=lora", "lora_layers=6"], "lora_layers=6: use last-1"),
         (["train=lora", "lora_targets=("], r"lora_targets=\(: use ends of names"),
         (["train=lora", "save_dtype=bf16"], "save_dtype=bf16: an adapter is saved as it is kept"),
+        (["train=loar", "lora_rank=4"], "not loar; did you mean train=lora?"),
+        (
+            ["train=norms", "lora_rank=4", "lora_layers=last-1"],
+            "leave it out, or set lora_rank=null lora_layers=null",
+        ),
+        (
+            ["adapter=pairs", "train=lora", "lora_rank=4", "lora_alpha=8"],
+            "the adapter has its own; leave it out, or set lora_rank=null lora_alpha=null",
+        ),
+        (["recipe=qzo", "bits=4", "train=lora"], "train=lora: recipe=qzo trains scales; use recipe=lora_zo"),
         (["recipe=lora_zo", "train=norms"], "train=norms: recipe=lora_zo trains lora, prefix or prompt"),
     ],
 )

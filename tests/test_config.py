@@ -260,6 +260,9 @@ def test_a_run_that_trusted_code_must_be_told_so_again(tmp_path):
 def test_a_mask_by_magnitude_goes_with_no_move_in_place():
     assert "mask=random" in refused("sparse_mezo/reviews", "perturb=inplace")
     assert compose("sparse_mezo/reviews", ["perturb=inplace", "mask=random"]).mask == "random"
+    assert "sparsity=0.9: mask=none leaves nothing out" in refused(
+        "sparse_mezo/reviews", "mask=none", "sparsity=0.9"
+    )
     assert compose("sparse_mezo/reviews").mask == "magnitude" and compose(REVIEWS).mask == "none"
     assert compose("sparse_mezo/reviews", ["mask=none"]).mask == "none"
     assert "recipe=lora_zo" in refused("sparse_mezo/reviews", "train=lora")

@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file, save_file
 from test_replay import configured, place  # noqa: F401
+from typer.testing import CliRunner
 
 from zoft import run as runs
+from zoft.cli import app
 from zoft.compose import to_yaml
 from zoft.errors import UserError
 from zoft.folder import alone
@@ -66,3 +70,17 @@ def test_mistakes_show_before_anything_heavy_loads(place):  # noqa: F811
     for (code, said), (words, part) in zip(json.loads(done.stdout), cases, strict=True):
         assert code == 2 and part in said and said.count("\n") == 1, (words, said)
     assert not (place / "early").exists()
+
+
+def test_a_pattern_that_fits_nothing_shows_before_weights_load(tmp_path, monkeypatch):
+    """The weights are no numbers, which a load says first."""
+    monkeypatch.chdir(tiny.place(tmp_path, "steps: 2\nlr: 1e-3\nmax_length: 32\n"))
+    held = load_file("tiny/model.safetensors")
+    save_file(
+        {n: torch.full_like(t, torch.nan) for n, t in held.items()},
+        "tiny/model.safetensors",
+        {"format": "pt"},
+    )
+    for train, said in (("q_porj", "train='q_porj' selects no tensor"), ("q_proj", "NaN")):
+        done = CliRunner().invoke(app, ["train", "--config", "mine.yaml", f"train={train}", "output_dir=out"])
+        assert done.exit_code == 2 and said in done.stderr, (train, done.stderr)

@@ -287,6 +287,14 @@ def test_saved_as_plain_weights(place, tmp_path):
     assert json.loads(done.stdout)["loss"] == pytest.approx(json.loads(other.stdout)["loss"], rel=1e-5)
 
 
+def test_what_is_done_to_quantised_layers_is_refused_where_there_are_none(place, tmp_path):
+    words = ["bits=null", "group=128", "recipe=mezo", "train=norms", "save_dequantised=true"]
+    done = zoft("train", "--config", "mine.yaml", *words, f"output_dir={tmp_path / 'plain'}", cwd=place)
+    assert (
+        done.returncode == 2 and "save_dequantised=true: no layer of this model is quantised" in done.stderr
+    )
+
+
 def test_a_quantised_base_goes_with_any_recipe(place, tmp_path):
     done = zoft(
         "train", "--config", "mine.yaml", "recipe=mezo", "train=norms", f"output_dir={tmp_path / 'n'}", cwd=place

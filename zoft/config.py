@@ -33,6 +33,8 @@ ONLY = {
     "virtual_tokens": ("prefix", "prompt"),
 }
 
+SETS = rf"all|last-\d+|norms|bias|head|scales|{'|'.join(ADAPTERS)}"  # what `train` may be besides a pattern
+
 
 def key(default: Any, doc: str, **limits: Any) -> Any:
     """A dataclass field with its documentation and limits.

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from zoft import processes
-from zoft.config import ADAPTERS, GENERATED, ONLY, Config, Task, fields
+from zoft.config import ADAPTERS, GENERATED, ONLY, SETS, Config, Task, fields
 from zoft.errors import UserError, nearest
 
 
@@ -46,11 +46,14 @@ def check(config: Config) -> Config:
         raise UserError(f"warmup={config.warmup:g}: must not exceed steps={config.steps}")
     if re.fullmatch(r"last-0+", config.train):
         raise UserError(f"train={config.train}: that is no block; last-1 is the last one")
-    for name, sets in ONLY.items():
-        if getattr(config, name) is not None and config.train not in sets:
-            raise UserError(
-                f"{name}={getattr(config, name)}: is for train={' or '.join(sets)}, not {config.train}; leave it out"
-            )
+    if idle := [n for n, sets in ONLY.items() if getattr(config, n) is not None and config.train not in sets]:
+        name, sets = idle[0], ONLY[idle[0]]
+        meant = None if re.fullmatch(SETS, config.train) else nearest(config.train, sets)
+        away = f"leave it out, or set {' '.join(f'{n}=null' for n in idle)}"
+        raise UserError(
+            f"{name}={getattr(config, name)}: is for train={' or '.join(sets)}, not {config.train}; "
+            + (f"did you mean train={meant}?" if meant else away)
+        )
     _check_adapter(config)
     try:
         re.compile(config.lora_targets or "")
@@ -66,7 +69,11 @@ def check(config: Config) -> Config:
         raise UserError(
             f"train={config.train}: recipe=lora_zo trains lora, prefix or prompt; use recipe=mezo"
         )
-    if not re.fullmatch(rf"all|last-\d+|norms|bias|head|scales|{'|'.join(ADAPTERS)}", config.train):
+    if config.recipe == "qzo" and config.train in ADAPTERS:
+        raise UserError(
+            f"train={config.train}: recipe=qzo trains scales; use recipe=lora_zo, which takes bits too, or train=scales"
+        )
+    if not re.fullmatch(SETS, config.train):
         try:
             re.compile(config.train)
         except re.error as error:
@@ -98,9 +105,10 @@ def _check_adapter(config: Config) -> None:
         return
     if not config.adapter.strip():
         raise UserError("adapter is empty: give a folder, or leave the key out")
-    for name in ("lora_rank", "lora_alpha", "lora_targets", "lora_layers"):
-        if getattr(config, name) is not None:
-            raise UserError(f"{name}={getattr(config, name)}: the adapter has its own; leave it out")
+    own = ("lora_rank", "lora_alpha", "lora_targets", "lora_layers")
+    if idle := [n for n in own if getattr(config, n) is not None]:
+        away = f"leave it out, or set {' '.join(f'{n}=null' for n in idle)}"
+        raise UserError(f"{idle[0]}={getattr(config, idle[0])}: the adapter has its own; {away}")
     if config.train in ("prefix", "prompt"):
         raise UserError(
             f"train={config.train}: does not go with adapter; use train=lora to train on from it, or scales, norms, all, …"
@@ -120,6 +128,8 @@ def _check_mask(config: Config) -> None:
         raise UserError(
             f"sparsity={config.sparsity:g}: is of recipe=sparse_mezo, not {config.recipe}; leave it out"
         )
+    if ours and config.mask == "none" and config.sparsity != default:
+        raise UserError(f"sparsity={config.sparsity:g}: mask=none leaves nothing out; leave one of them out")
     if config.mask == "auto":
         config.mask = "magnitude" if ours else "none"
     if ours and config.train in ADAPTERS:

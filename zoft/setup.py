@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from zoft import adapter_beside, adapters, distributed, fingerprint, models, quant, quant_other, space, tasks
-from zoft.config import ADAPTERS, Config
+from zoft.config import ADAPTERS, SETS, Config
 from zoft.encode import Example, encode, how
 from zoft.errors import UserError
 from zoft.tasks import TaskData
@@ -81,6 +82,7 @@ def model(config: Config, folder: str | Path | None = None) -> tuple[nn.Module, 
 
 def load(config: Config) -> tuple[Any, Any]:
     """(model, tokenizer): the checkpoint, quantised layer by layer on config.device where `bits` asks for that."""
+    refuse_pattern(config)
     loaded, tokenizer = models.load(config.model, dtype="auto", trust_remote_code=config.trust_remote_code)
     if config.bits is not None:
         keys: dict[str, Any] = {k: getattr(config, k) for k in ("bits", "group", "zero_points")}
@@ -95,6 +97,20 @@ def load(config: Config) -> tuple[Any, Any]:
         )
     quant.set_log(loaded, config.eps_mode == "relative")
     return loaded, tokenizer
+
+
+def refuse_pattern(config: Config) -> None:
+    """Raise UserError for a pattern in `train` that fits no tensor, before weights load: by the model's shapes alone."""
+    if re.fullmatch(SETS, config.train) or config.recipe == "qzo" or config.bits is not None:
+        return
+    from zoft import estimate
+
+    try:
+        shapes = estimate.skeleton(config)
+    except Exception:  # of a file or code that has no shapes without weights: seen once it is loaded
+        return
+    if getattr(shapes.config, "quantization_config", None) is None:
+        space.train_names(shapes, config.train)
 
 
 def tokenizer(config: Config) -> Any:
@@ -149,7 +165,11 @@ def dtypes(config: Config, loaded: nn.Module, names: Sequence[str]) -> Config:
 
 
 def refuse_unquantised(config: Config, loaded: nn.Module) -> None:
-    """Raise UserError where recipe=qzo would be another recipe's run of a plain model."""
+    """Raise UserError where recipe=qzo would be another recipe's run of a plain model, and of keys that do nothing to one."""
+    if config.save_dequantised and not (quant.layers(loaded) or quant_other.layers(loaded)):
+        raise UserError(
+            "save_dequantised=true: no layer of this model is quantised; set bits=4, or leave it out"
+        )
     if config.recipe == "qzo" and not any(isinstance(p, quant.Scales) for p in loaded.parameters()):
         raise UserError(
             "recipe=qzo: no layer of this model is quantised; set bits=4, take such a model, or use another recipe"
