@@ -14,7 +14,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from zoft import adapter_beside, adapters, goal, headers, setup, setup_axis, setup_trainer, space, tasks
+from zoft import (
+    adapter_beside,
+    adapters,
+    goal,
+    headers,
+    selection,
+    setup,
+    setup_axis,
+    setup_trainer,
+    space,
+    tasks,
+)
 from zoft import replay as replays
 from zoft import run as runs
 from zoft.config import Config
@@ -31,6 +42,7 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
     config = setup.device(config)
     data = tasks.load(config.task)  # a mistake in the data shows before weights load
     config, reward = goal.resolve(config, data), goal.reward(config)
+    selection.check(config, data)
     model, tokenizer, base = setup.model(config, resume)
     train, held_out = setup.examples(config, tokenizer, data)
     objective = goal.make(config, data, tokenizer, reward)

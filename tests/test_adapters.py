@@ -529,6 +529,29 @@ def test_resume_and_replay_are_the_run_bit_for_bit(place, train, keys):
     assert said["base_model_name_or_path"] == str(place / "tiny")
 
 
+def test_another_base_than_the_adapters_own_is_said(place):
+    assert zoft("train", "--config", "mine.yaml", "train=lora", "output_dir=run").exit_code == 0
+    other = tiny.llama()
+    other.model.norm.weight.data.mul_(1.5)
+    other.save_pretrained("tuned")
+    tiny.tokenizer().save_pretrained("tuned")
+    shutil.copytree("tiny", "moved")
+    shutil.copytree("run/adapter", "alone/adapter")  # without its run, names alone can tell
+    for words, said in (
+        (["run/adapter"], ""), (["run/adapter", "model=moved"], ""), (["run"], ""), (["alone/adapter"], ""),
+        (["run/adapter", "model=tuned"], "model=tuned: other weights than those that run/adapter was trained on"),
+        (["run", "model=tuned"], "other weights"), (["alone/adapter", "model=./tiny"], ""),
+        (["alone/adapter", "model=tuned"], f"says that it was trained on {place}/tiny"),
+    ):  # fmt: skip
+        config = [] if words[0] == "run" else ["--config", "mine.yaml"]
+        done = zoft("eval", *words, *config, "--json", "--resamples", "0")
+        lines = [line for line in done.stderr.splitlines() if "trained on" in line]
+        assert done.exit_code == 0 and len(lines) == bool(said) and said in "".join(lines), (
+            words,
+            done.stderr,
+        )
+
+
 def test_a_kept_start_is_taken_and_another_one_refused(place):
     from safetensors.torch import load_file, save_file
 

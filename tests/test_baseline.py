@@ -214,3 +214,50 @@ def test_text_to_learn_has_no_labels_to_calibrate(place):
     done = CliRunner().invoke(app, ["baseline", "-m", "calibrated", *words, "task.target= {label}"])
     assert done.exit_code == 2 and "needs labels" in done.stderr
     assert evaluate.CALIBRATION == 128
+
+
+ASIDE = ["model=tiny", "max_length=60", "threads=1", "task=local"]
+
+
+@pytest.mark.parametrize("rows, method, said, other", [
+    ([{"prompt": f"a {r['text']}", "completion": " yes"} for r in ROWS], "icl", "task.prompt and task.target", "use zero-shot\n"),
+    ([{"prompt": f"a {r['text']}", "completion": " yes"} for r in ROWS], "linear-probe", "needs labels", "use zero-shot\n"),
+    ([{"text": r["text"]} for r in ROWS], "icl", "not conversations or plain text", "use zero-shot\n"),
+])  # fmt: skip
+def test_a_task_is_judged_before_the_folder_and_the_model_and_what_works_is_named(
+    place, rows, method, said, other
+):
+    tiny.write_rows(place / "own.jsonl", rows)
+    words = [*ASIDE, "task.train=own.jsonl", "output_dir=taken"]
+    done = CliRunner().invoke(app, ["baseline", *words])
+    assert done.exit_code == 0, done.stderr  # zero-shot, which is recommended
+    done = CliRunner().invoke(app, ["baseline", "-m", method, *words])
+    assert done.exit_code == 2 and said in done.stderr and done.stderr.endswith(other), done.stderr
+    assert "loading" not in done.stderr
+    done = CliRunner().invoke(app, ["baseline", *words])
+    assert done.exit_code == 2 and "a baseline is in the way" in done.stderr and "loading" not in done.stderr
+
+
+def test_text_to_learn_by_a_template_is_for_icl_too(place):
+    words = [w for w in TASK if not w.startswith(("task.label", "task.choices"))] + ["task.target= {label}"]
+    done = CliRunner().invoke(app, ["baseline", "-m", "linear-probe", *words])
+    assert done.exit_code == 2 and done.stderr.endswith("use zero-shot or icl\n")
+    words = [*words, "max_length=200", "eval_limit=4"]
+    done = CliRunner().invoke(
+        app,
+        ["baseline", "-m", "icl", "--demos", "1", *dict.fromkeys(w for w in words if w != "max_length=60")],
+    )
+    assert done.exit_code == 0, done.stderr
+
+
+def test_a_folders_name_holds_what_is_not_the_configs_own():
+    def name(*words, config="mezo/reviews", method="icl"):
+        return baseline.settings(config, words, method, None, None)[0].output_dir
+
+    assert name() == "runs/mezo-reviews-icl-seed0"
+    assert name("model=a/My-1.7B", "bits=4") == "runs/mezo-reviews-My-1.7B-bits4-icl-seed0"
+    assert name("model=x/q.gguf", "task=sst2") == "runs/mezo-reviews-q-sst2-icl-seed0"
+    own = ["task=local", "task.train=d/my file.csv", "seed=3"]
+    assert name(*own, method="zero-shot") == "runs/mezo-reviews-my-file-zero-shot-seed3"
+    assert name(*own, "output_dir=here") == "here"
+    assert name(*ASIDE, "task.train=d/own.jsonl", config=None) == "runs/run-tiny-own-icl-seed0"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import statistics
 
 import pytest
@@ -195,3 +196,50 @@ def test_a_stopped_run_cuts_no_curve_short_and_baselines_are_named(place, monkey
     metric = figure.axes[1].get_lines()
     assert [list(x.get_xdata()) for x in metric if x.get_linestyle() == "-"] == [[0, 320, 640], [0, 640]]
     plt.figure(figure.number).clear()
+
+
+def test_a_seed_counts_once_and_a_deviation_is_over_seeds(place):
+    """A copy of a run, and runs of one seed whose figures differ, are no further seeds."""
+    shutil.copytree("runs/a0", "runs/copy")
+    folder(place, "runs/elsewhere", 0, {"accuracy": 0.9, "loss": 0.5, "n": 9}, words=["device=cpu"])
+    done = CliRunner().invoke(app, ["report", "runs/a0", "runs/copy", "--csv", "two.csv"])
+    (row,) = [r for r in csv.DictReader(open("two.csv")) if r["name"] != "untrained"]
+    assert (row["n"], row["seeds"], row["accuracy_sd"], row["unfinished"]) == ("1", "0", "", "0")
+    assert "±" not in done.stdout and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("runs/copy: ") and "runs/a0; counted once" in done.stderr
+    done = CliRunner().invoke(app, ["report", "runs", "--csv", "all.csv"])
+    found = {r["folders"]: r for r in csv.DictReader(open("all.csv"))}
+    three = found["runs/a0 runs/a1 runs/a2"]
+    assert float(three["accuracy_sd"]) == pytest.approx(statistics.stdev((0.7, 0.8, 0.75)))
+    assert found["runs/elsewhere"]["n"] == "1" and float(found["runs/elsewhere"]["accuracy"]) == 0.9
+    assert found["runs/elsewhere"]["name"] != three["name"]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("runs/elsewhere: ")]
+    assert "runs/a0" in line and "other figures" in line
+
+
+def test_what_rows_differ_in_is_always_to_be_seen(tmp_path, monkeypatch):
+    after = {"accuracy": 0.6, "loss": 0.4, "n": 9}
+    long = "a/" + "deep/" * 3 + "model-of-a-long-name"
+    many = ["model=" + long, "lr=1e-6", "schedule=cosine", "warmup=0.1", "momentum=0.9"]
+    words = {
+        "plain": [], "many": many, "four": [*many, "train=scales", "bits=4"], "eight": [*many, "train=scales", "bits=8"],
+        "x": ["model=x/model"], "y": ["model=y/model"],
+        "p": [f"task.prompt={'so ' * 20}p {{text}}"], "q": [f"task.prompt={'so ' * 20}q {{text}}"],
+    }  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for name, keys in words.items():
+        folder(tmp_path, name, 0, after, words=keys)
+    folder(tmp_path, "zero", 0, after, method="zero-shot")
+    folder(tmp_path, "zero-4", 0, after, method="zero-shot", words=["train=scales", "bits=4"])
+    out = run(*words, "zero", "zero-4", "--csv", "all.csv")
+    shown, below = out.split("\n\n")
+    names = {r["folders"]: r["name"] for r in csv.DictReader(open("all.csv"))}
+    assert len({*names.values()}) == len(names) == 11 and set(names.values()) == {*cells(shown)}
+    said = {at: " ".join([name, *(b for b in below.splitlines() if b.startswith(f"{name}: "))])
+            for at, name in names.items()}  # fmt: skip
+    for at, piece in (
+        ("four", "bits=4"), ("eight", "bits=8"), ("many", "momentum=0.9"), ("x", "x/model"), ("y", "y/model"),
+        ("p", "so p {text}"), ("q", "so q {text}"), ("zero-4", "bits=4"),
+    ):  # fmt: skip
+        assert piece in said[at], (at, said)
+    assert "bits=4" in names["four"] and "bits=8" in names["eight"], names

@@ -7,10 +7,11 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
-from zoft import selection
+from zoft import goal, selection, tasks
 from zoft.cli import app
 from zoft.compose import compose
 from zoft.errors import UserError
+from zoft.snapshot import fields_of_best
 
 BASE = compose("mezo/reviews", ["early_stop=2"])
 
@@ -89,6 +90,45 @@ def zoft(*words):
     done = CliRunner().invoke(app, list(words))
     assert done.exit_code == 0, (done.output, done.stderr, done.exception)
     return done
+
+
+LEARNED = [w for w in TRAIN if not w.startswith(("task.label", "task.choices", "best_by"))] + [
+    "task.target= {label}"
+]
+THREE = [w for w in TRAIN if "choices" not in w] + ['task.choices={a: " no", b: " yes", c: " d"}']
+PLAIN = [w for w in LEARNED if not w.startswith(("task.prompt", "task.target", "task.train", "task.num_dev"))]
+
+
+@pytest.mark.parametrize("words", [
+    [*LEARNED, "best_by=auc"], [*LEARNED, "best_by=accuracy"], [*LEARNED, "best_by=reward"], [*TRAIN, "best_by=perplexity"],
+    [*THREE, "best_by=auc"], [*TRAIN, "best_by=exact_match"], [*PLAIN, "task.train=plain.jsonl", "best_by=f1"],
+])  # fmt: skip
+def test_a_metric_that_the_task_never_has_is_refused_before_the_model_loads(place, monkeypatch, words):
+    monkeypatch.chdir(place)
+    tiny.write_rows(place / "plain.jsonl", [{"text": f"a b {i} no yes d"} for i in range(60)])
+    done = CliRunner().invoke(app, [*words, "output_dir=never"])
+    (line,) = [line for line in done.stderr.splitlines() if "best_by=" in line]
+    assert done.exit_code == 2 and "have no such metric; use loss" in line, done.stderr
+    assert "loading" not in done.stderr and not (place / "never").exists()
+
+
+@pytest.mark.parametrize("words", [TRAIN, LEARNED, THREE, [*TRAIN, "objective=f1", "max_new_tokens=2"]])
+def test_the_metrics_foretold_are_those_of_an_evaluation(place, monkeypatch, words):
+    monkeypatch.chdir(place)
+    words = [w for w in words if not w.startswith(("steps", "eval_every"))]
+    words += [
+        "steps=1",
+        "eval_every=1",
+        "save_model=true",
+        f"output_dir=told-{len(list(place.glob('told-*')))}",
+    ]
+    config = compose(None, words[1:])
+    data = tasks.load(config.task)
+    told = selection.metrics(goal.resolve(config, data), data)
+    zoft(*words)
+    out = config.output_dir
+    before = json.loads((place / out / "metrics.jsonl").read_text().splitlines()[0])["eval"]
+    assert told == {m for m in fields_of_best() if f"dev_{m}" in before}
 
 
 def test_a_run_that_ends_early_keeps_its_best_weights_and_resumes_to_the_same_bits(place, monkeypatch):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,8 @@ GRADIENTS = (
     "save_model",
     "save_dtype",
 )
+ENDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".gguf")  # left out of a folder's name
+LONGEST = 60  # characters of a model or file in it
 LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_layers")
 
 
@@ -84,8 +87,20 @@ def settings(
             raise UserError(f"{k}: does nothing in a baseline of --method {method}; leave it out")
     if "output_dir" not in keys:
         stem = str(config.output_dir).removesuffix(f"-seed{config.seed}")
-        config = dataclasses.replace(config, output_dir=f"{stem}-{method}-seed{config.seed}")
+        name = "-".join([stem, *_others(config, keys), method, f"seed{config.seed}"])
+        config = dataclasses.replace(config, output_dir=name)
     return config, Ask(method, demos, epochs, keys)
+
+
+def _others(config: Config, keys: Sequence[str]) -> list[str]:
+    """What the command line puts in place of a config's model and task, for a folder's name."""
+    task = config.task
+    named = [("model", config.model), ("bits", f"bits{config.bits}"), ("task", "" if task.name == "local" else task.name),
+             ("task.train", str(task.train).partition(":")[0])]  # fmt: skip
+    names = [
+        Path(text).stem if Path(text).suffix in ENDS else Path(text).name for k, text in named if k in keys
+    ]
+    return [made for n in names if (made := re.sub(r"[^\w.-]+", "-", n).strip("-.")[:LONGEST])]
 
 
 def run(config: Config, ask: Ask) -> dict[str, Any]:
@@ -95,17 +110,17 @@ def run(config: Config, ask: Ask) -> dict[str, Any]:
     from zoft.folder import write
 
     folder = Path(str(config.output_dir))
-    preflight.claim(folder)
     _require(ask.method)
     models.check(models.resolve(config.model))
     tasks.look(config.task)
     config = preflight.absolute(config)
-    from zoft import setup
-
     with guards.memory(config):
-        config = setup.device(config)
         data = tasks.load(config.task)
         _refuse(ask.method, data)
+        preflight.claim(folder)  # a folder of another name would not mend the others
+        from zoft import setup
+
+        config = setup.device(config)
         model, tokenizer, _ = setup.model(
             config if ask.method == "first-order-lora" else preflight.plain(config)
         )
@@ -178,10 +193,6 @@ def demonstrated(config: Config, k: int, data: Any, tokenizer: Any) -> Any:
     """
     from zoft.encode import encode
 
-    if data.reading:
-        raise UserError(
-            "--method icl: demonstrations stand before a prompt: write task.prompt and task.target (or task.label)"
-        )
     drawn = random.Random(config.seed).sample(range(len(data.train)), min(k, len(data.train)))
     shown = [
         (data.train[i]["prompt"] + data.train[i]["candidates"][data.train[i]["gold"]]).rstrip() for i in drawn
@@ -262,24 +273,25 @@ def _choice(examples: Sequence[Any]) -> list[Any]:
 
 
 def _refuse(method: str, data: Any) -> None:
-    """Raise UserError where a method says nothing of a task."""
-    if method == "icl" and "candidates" not in data.eval[0]:
-        raise UserError(
-            "--method icl: needs a prompt and an answer in each row, not conversations or plain text; use zero-shot"
-        )
-    several = len(data.eval[0].get("candidates", ())) > 1
-    if method == "sfc" and not several:
-        raise UserError(
-            "--method sfc: needs candidates to choose from, and this task has text to learn; use zero-shot or icl"
-        )
+    """Raise UserError where a method says nothing of a task, with those without training that do."""
+    if why := _fault(method, data):
+        fit = [m for m in ("zero-shot", "icl") if not _fault(m, data)]
+        raise UserError(f"--method {method}: {why}; use {' or '.join(fit)}")
+
+
+def _fault(method: str, data: Any) -> str:
+    """Why a method says nothing of a task, "" where it does."""
+    if method == "icl" and data.reading and "joins" not in data.eval[0]:
+        return "needs a prompt and an answer in each row, not conversations or plain text"
+    if method == "icl" and data.reading:
+        return "demonstrations stand before a prompt, which task.prompt and task.target (or task.label) would say"
+    if method == "sfc" and len(data.eval[0].get("candidates", ())) < 2:
+        return "needs candidates to choose from, and this task has text to learn"
     if method in ("calibrated", "linear-probe") and not data.choices:
-        raise UserError(
-            f"--method {method}: needs labels (task.choices), which task={data.name} has not; use zero-shot or icl"
-        )
+        return f"needs labels (task.choices), which task={data.name} has not"
     if method in ("icl", "sfc") and "after" in data.eval[0]:
-        raise UserError(
-            f"--method {method}: is for prompts that end where the answer begins, not for [MASK]; use zero-shot"
-        )
+        return "is for prompts that end where the answer begins, not for [MASK]"
+    return ""
 
 
 def _require(method: str) -> None:

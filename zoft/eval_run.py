@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,8 +123,31 @@ def load(config: Config, adapter: Path | None) -> tuple[Config, Any, Any]:
     from zoft import adapters, setup
 
     config = setup.device(config if adapter is None else dataclasses.replace(config, adapter=None))
-    model, tokenizer, _ = setup.model(preflight.plain(config))
+    model, tokenizer, base = setup.model(preflight.plain(config))
+    if adapter is not None and (line := other_base(config.model, adapter, base)):
+        print(line, file=sys.stderr)
     return config, model if adapter is None else adapters.load(model, adapter), tokenizer
+
+
+def other_base(model: str, adapter: Path, found: str) -> str:
+    """A line where a model is not the base that an adapter was trained on, "" where it is, or nothing says so.
+
+    found: the model's fingerprint. The ledger of the adapter's run tells, where it is beside it; else the names do.
+    """
+    from zoft import ledger, models
+
+    said = _base(adapter / "adapter_config.json", must=False)
+    with suppress(UserError):
+        base = str(ledger.read(adapter.parent / "ledger").header["base"]).partition("+")[0]
+        named = f" ({said})" if said and said != model else ""
+        why = f"other weights than those that {adapter} was trained on{named}"
+        return "" if base == found else f"model={model}: {why}; its figures here are not those of its run"
+    source = models.resolve(model)
+    if said is None or said in (model, source.home, source.place):
+        return ""
+    if Path(said).exists() and Path(said).resolve() == Path(source.place).resolve():
+        return ""
+    return f"model={model}: {adapter} says that it was trained on {said}; on other weights its figures mean little"
 
 
 def judge(

@@ -60,7 +60,8 @@ def claim(folder: Path) -> None:
         )
     taken = [name for name in OURS if (folder / name).exists()]
     if taken:
-        raise UserError(f"output_dir={folder}: {taken[0]} is in the way; choose another name")
+        held = "a baseline" if "baseline.json" in taken else taken[0]
+        raise UserError(f"output_dir={folder}: {held} is in the way; choose another name with output_dir=…")
 
 
 def devices(config: Config) -> None:

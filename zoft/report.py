@@ -6,7 +6,8 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,11 @@ class Run:
 
 @dataclass
 class Group:
-    """Runs that differ in their seed alone; `name` tells it from the report's other groups."""
+    """Runs that differ in their seed alone; `name` tells it from the report's other groups, `settings` says all it differs in."""
 
     runs: list[Run]
     name: str = ""
+    settings: str = ""
     finished: list[Run] = field(default_factory=list)
 
     def values(self, metric: str) -> list[float]:
@@ -106,18 +108,45 @@ def _is_run(path: Path) -> bool:
     return (path / "config.yaml").is_file() and any((path / s).exists() for s in signs)
 
 
-def groups(runs: Sequence[Run]) -> list[Group]:
-    """Runs by what they are apart from their seed, in the order given, named by what tells them apart."""
-    made: dict[str, Group] = {}
+def groups(runs: Sequence[Run], say: Callable[[str], Any] = lambda line: None) -> list[Group]:
+    """Runs by what they are apart from their seed, in the order given, named by what tells them apart.
+
+    A deviation is over seeds, so a group has one finished run of a seed: one that equals another is left out, one of other
+    figures goes to another group, and a line says so.
+    """
+    made: dict[str, list[Group]] = {}
     for run in runs:
-        made.setdefault(json.dumps(run.about, sort_keys=True, default=str), Group([])).runs.append(run)
-    out = list(made.values())
+        _put(run, made.setdefault(json.dumps(run.about, sort_keys=True, default=str), []), say)
+    out = [g for alike in made.values() for g in alike]
     for g in out:
         g.runs.sort(key=lambda r: r.seed)
         g.finished = [r for r in g.runs if r.result]
-    for g, name in zip(out, report_names.names([g.runs[0] for g in out])):
-        g.name = name
+    first = [(g.finished or g.runs)[0] for g in out]
+    every = report_names.words(first)
+    for g, words, name in zip(out, every, report_names.names(first, every)):
+        g.name, g.settings = name, " ".join(words)
     return out
+
+
+def _put(run: Run, alike: list[Group], say: Callable[[str], Any]) -> None:
+    """Put a run into the first of some groups, of settings like its own, that has no finished run of its seed."""
+    known = [r for g in alike for r in g.runs if run.result and r.result and r.seed == run.seed]
+    for other in known:
+        if _figures(other) == _figures(run):
+            say(f"{run.folder}: the settings, seed and figures of {other.folder}; counted once")
+            return
+    if known:
+        say(
+            f"{run.folder}: the settings and seed {run.seed} of {known[0].folder}, but other figures; in a row apart, "
+            "as a deviation is over seeds"
+        )
+    if len(alike) == len(known):
+        alike.append(Group([]))
+    alike[len(known)].runs.append(run)
+
+
+def _figures(run: Run) -> str:
+    return json.dumps([run.result["steps"], run.result["after"]], sort_keys=True)
 
 
 def metrics_of(some: Sequence[Group], asked: Sequence[str] = ()) -> list[str]:
@@ -134,7 +163,7 @@ def metrics_of(some: Sequence[Group], asked: Sequence[str] = ()) -> list[str]:
 
 
 def rows(some: Sequence[Group], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """One dict a group with a finished run: name, n, unfinished, seeds, folders, steps, forwards, each metric with _sd,
+    """One dict a group with a finished run: name, settings, n, unfinished, seeds, folders, steps, forwards, each metric with _sd,
     train_seconds, peak_memory_gb; and what the models of the runs scored before training, under the name untrained."""
     out = []
     before = [r.result["before"] for g in some for r in g.finished if r.result["before"]]
@@ -145,6 +174,7 @@ def rows(some: Sequence[Group], metrics: Sequence[str]) -> list[dict[str, Any]]:
     for g in (g for g in some if g.finished):
         row: dict[str, Any] = {
             "name": g.name,
+            "settings": g.settings,
             "n": len(g.finished),
             "unfinished": len(g.runs) - len(g.finished),
         }
@@ -196,6 +226,11 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
+def cut(some: Sequence[Group]) -> list[str]:
+    """A line for each name in the table that has no room for all that its runs differ in."""
+    return [f"{g.name}: {g.settings}" for g in some if g.finished and not g.name.startswith(g.settings)]
+
+
 def unfinished(some: Sequence[Group]) -> list[str]:
     """A line for each run that the table leaves out because it is not finished."""
     lines = []
@@ -214,10 +249,10 @@ def unfinished(some: Sequence[Group]) -> list[str]:
 def report(
     paths: Sequence[str], metrics: Sequence[str] = (), *, csv_to: str | None = None, png_to: str | None = None
 ) -> str:
-    """The markdown table and what it leaves out; writes the CSV and the picture where asked."""
+    """The markdown table, what its names leave out, and what it leaves out; writes the CSV and the picture where asked."""
     from zoft.errors import writing
 
-    some = groups([read(f) for f in folders(paths)])
+    some = groups([read(f) for f in folders(paths)], lambda line: print(line, file=sys.stderr))
     chosen = metrics_of(some, metrics)
     found = rows(some, chosen)
     if csv_to:
@@ -227,6 +262,6 @@ def report(
         from zoft import report_plot
 
         report_plot.draw(some, list(metrics) or chosen, Path(png_to))
-    left_out = unfinished(some)
+    left_out = [*cut(some), *unfinished(some)]
     tabled = [markdown(found, chosen)] if found else []
     return "\n".join([*tabled, *[""][: len(tabled) and len(left_out)], *left_out])
