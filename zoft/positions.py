@@ -43,5 +43,5 @@ def refuse(model: Any, longest: int, written: int = 0) -> None:
         )
     raise UserError(
         f"max_new_tokens={written}: after prompts of {longest} tokens this model's {most} positions end; "
-        f"set max_length={max(1, most - written)}, or fewer new tokens"
+        f"set max_length={most} or less, which cuts prompts, or fewer new tokens"
     )
