@@ -82,7 +82,7 @@ def test_longer_rows_are_one_line_in_every_command(tmp_path, monkeypatch):
         json.dumps({"prompt": "ab " * 15 + "ab"[i % 2] * (i % 17), "completion": " a"}) for i in range(60)
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(written))
-    words = ["task=local", "task.train=rows.jsonl", "max_length=100", "max_new_tokens=60"]
-    done = CliRunner().invoke(app, ["eval", "opt", *words])
+    words = ["eval", "opt", "task=local", "task.train=rows.jsonl", "max_new_tokens=60"]
+    done = CliRunner().invoke(app, [*words, "max_length=100"])
     assert done.exit_code == 2 and "max_new_tokens=60: after prompts of" in done.stderr, done.stderr
-    assert CliRunner().invoke(app, ["eval", "opt", *words, "max_length=64"]).exit_code == 0
+    assert CliRunner().invoke(app, [*words, "max_length=64"]).exit_code == 0
