@@ -269,7 +269,7 @@ def runs(tmp_path_factory):
     """Zeroth-order LoRA beside 4-bit codes, then the codes' scales with that adapter in place: the QZO paper's schedule."""
     folder = tmp_path_factory.mktemp("stages")
     settings = "bits: 4\ngroup: 32\nsteps: 6\nbatch_size: 4\nmax_length: 32\nthreads: 1\n"
-    tiny.place(folder, settings, choices="{a: a b, b: no}")
+    tiny.place(folder, settings, choices="{a: a b, b: 'no'}")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for words in (

@@ -483,7 +483,7 @@ def zoft(*args):
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = "steps: 9\nbatch_size: 4\nlr: 1e-2\nmax_length: 32\nthreads: 1\neval_every: 3\n"
-    return tiny.place(tmp_path, f"recipe: lora_zo\n{settings}", choices="{a: a b, b: no}")
+    return tiny.place(tmp_path, f"recipe: lora_zo\n{settings}", choices="{a: a b, b: 'no'}")
 
 
 @pytest.mark.parametrize(

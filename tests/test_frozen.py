@@ -361,7 +361,7 @@ def zoft(*args):
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = "train: last-1\nsteps: 9\nbatch_size: 4\nlr: 1e-2\nmax_length: 32\nthreads: 1\neval_every: 3\n"
-    tiny.place(tmp_path, settings, choices="{a: a b, b: no}")
+    tiny.place(tmp_path, settings, choices="{a: a b, b: 'no'}")
     done = zoft("train", "--config", "mine.yaml", "output_dir=whole")
     assert "cache_frozen: outputs of the first 1 of 2 blocks" in done.stderr
     shutil.copytree("whole", "cut")
