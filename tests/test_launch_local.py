@@ -75,8 +75,13 @@ def test_jobs_are_stopped_orphaned_and_gone_on_with(place):
     assert all(sweep_job.record(job(lr))["code"] == 75 for lr in ("0.001", "0.01"))
     assert compose.load_run(job("0.01")).threads == 1
 
-    second = parent()
-    until(lambda: all(sweep_job.record(job(lr)).get("attempts") == 2 for lr in ("0.001", "0.01")))
+    second = parent()  # "pid" is written once a process is there
+
+    def begun(lr):
+        found = sweep_job.record(job(lr))
+        return found.get("attempts") == 2 and "pid" in found
+
+    until(lambda: begun("0.001") and begun("0.01"))
     second.kill()
     second.communicate()
     assert {sweep_job.state(job(lr)) for lr in ("0.001", "0.01")} == {"running"}
