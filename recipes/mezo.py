@@ -43,6 +43,7 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
     data = tasks.load(config.task)  # a mistake in the data shows before weights load
     config, reward = goal.resolve(config, data), goal.reward(config)
     selection.check(config, data)
+    setup.refuse_pattern(config)
     model, tokenizer, base = setup.model(config, resume)
     train, held_out = setup.examples(config, tokenizer, data)
     objective = goal.make(config, data, tokenizer, reward)

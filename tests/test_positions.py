@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import torch
+import transformers as hf
 from test_trainer import bert
 from typer.testing import CliRunner
 
@@ -15,8 +16,6 @@ from zoft.errors import UserError
 
 
 def roberta():
-    import transformers as hf
-
     config = hf.RobertaConfig(
         vocab_size=tiny.VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
         max_position_embeddings=40, pad_token_id=1, type_vocab_size=1,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zoft.config import Config
+from zoft.config import LORA, Config
 from zoft.errors import UserError, nearest, writing
 from zoft.packages import missing
 
@@ -41,7 +41,6 @@ GRADIENTS = (
 )
 ENDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".gguf")  # left out of a folder's name
 LONGEST = 60  # characters of a model or file in it
-LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_layers")
 
 
 @dataclass(frozen=True)

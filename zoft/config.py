@@ -25,13 +25,8 @@ BY_RECIPE: dict[str, dict[str, Any]] = {"lora_zo": {"train": "lora"}, "qzo": {"t
 GENERATED = ("exact_match", "f1", "reward")
 NO_GRADIENT = ("accuracy", "macro_f1", *GENERATED)
 # Keys that say something of some trained sets only.
-ONLY = {
-    "lora_rank": ("lora",),
-    "lora_alpha": ("lora",),
-    "lora_targets": ("lora",),
-    "lora_layers": ("lora",),
-    "virtual_tokens": ("prefix", "prompt"),
-}
+LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_layers")
+ONLY = {**dict.fromkeys(LORA, ("lora",)), "virtual_tokens": ("prefix", "prompt")}
 
 SETS = rf"all|last-\d+|norms|bias|head|scales|{'|'.join(ADAPTERS)}"  # what `train` may be besides a pattern
 

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from zoft import processes
-from zoft.config import ADAPTERS, GENERATED, ONLY, SETS, Config, Task, fields
+from zoft.config import ADAPTERS, GENERATED, LORA, ONLY, SETS, Config, Task, fields
 from zoft.errors import UserError, nearest
 
 
@@ -49,10 +49,9 @@ def check(config: Config) -> Config:
     if idle := [n for n, sets in ONLY.items() if getattr(config, n) is not None and config.train not in sets]:
         name, sets = idle[0], ONLY[idle[0]]
         meant = None if re.fullmatch(SETS, config.train) else nearest(config.train, sets)
-        away = f"leave it out, or set {' '.join(f'{n}=null' for n in idle)}"
         raise UserError(
             f"{name}={getattr(config, name)}: is for train={' or '.join(sets)}, not {config.train}; "
-            + (f"did you mean train={meant}?" if meant else away)
+            + (f"did you mean train={meant}?" if meant else _away(idle))
         )
     _check_adapter(config)
     try:
@@ -99,16 +98,19 @@ def check(config: Config) -> Config:
     return config
 
 
+def _away(names: list[str]) -> str:
+    """How to be without keys that the user, or the config that was named, has set."""
+    return f"leave it out, or set {' '.join(f'{n}=null' for n in names)}"
+
+
 def _check_adapter(config: Config) -> None:
     """Refuse what does not go with an adapter in place."""
     if config.adapter is None:
         return
     if not config.adapter.strip():
         raise UserError("adapter is empty: give a folder, or leave the key out")
-    own = ("lora_rank", "lora_alpha", "lora_targets", "lora_layers")
-    if idle := [n for n in own if getattr(config, n) is not None]:
-        away = f"leave it out, or set {' '.join(f'{n}=null' for n in idle)}"
-        raise UserError(f"{idle[0]}={getattr(config, idle[0])}: the adapter has its own; {away}")
+    if idle := [n for n in LORA if getattr(config, n) is not None]:
+        raise UserError(f"{idle[0]}={getattr(config, idle[0])}: the adapter has its own; {_away(idle)}")
     if config.train in ("prefix", "prompt"):
         raise UserError(
             f"train={config.train}: does not go with adapter; use train=lora to train on from it, or scales, norms, all, …"

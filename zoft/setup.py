@@ -82,7 +82,6 @@ def model(config: Config, folder: str | Path | None = None) -> tuple[nn.Module, 
 
 def load(config: Config) -> tuple[Any, Any]:
     """(model, tokenizer): the checkpoint, quantised layer by layer on config.device where `bits` asks for that."""
-    refuse_pattern(config)
     loaded, tokenizer = models.load(config.model, dtype="auto", trust_remote_code=config.trust_remote_code)
     if config.bits is not None:
         keys: dict[str, Any] = {k: getattr(config, k) for k in ("bits", "group", "zero_points")}
