@@ -13,29 +13,6 @@ update rounds away; any module can have a LoRA pair, and any model that peft kno
 Source: Malladi et al. 2023, Fine-Tuning Language Models with Just Forward Passes, arXiv 2305.17333.
 """
 
-from __future__ import annotations
+from zoft.method import Method, Space
 
-from pathlib import Path
-from typing import Any
-
-from zoft.config import Config
-from zoft.ledger import Log
-from zoft.recipe import recipe
-from zoft.replay import Ask
-from zoft.replay_live import in_memory, live
-
-
-def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = False) -> dict[str, Any]:
-    """Train, from the start or from where `resume` stopped; returns result.json's content, or the plan of a dry run."""
-    # config.train names the adapter, which is put beside the frozen model as that loads; the rest is MeZO's.
-    return recipe("mezo").run(config, resume=resume, dry_run=dry_run)
-
-
-def replay(config: Config, folder: Path, out: Path, ask: Ask) -> int:
-    """Base + ledger -> an adapter of the run in `out`; returns its number of steps."""
-    return in_memory(config, folder, out, ask, rebuild)
-
-
-def rebuild(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
-    """(the model with the run's adapter after the log's steps, its tokenizer, the config)."""
-    return live(config, folder, log)
+METHOD = Method(space=Space(train="lora", only=("lora", "prefix", "prompt")))

@@ -11,32 +11,10 @@ reaches 0, and there is no floor; eps and lr are then shares of a scale, not its
 Source: Shang et al. 2025, Fine-tuning Quantized Neural Networks with Zeroth-order Optimization, arXiv 2505.13430.
 """
 
-from __future__ import annotations
+from zoft.method import Method, Space
 
-from dataclasses import replace as changed
-from pathlib import Path
-from typing import Any
-
-from zoft.config import Config
-from zoft.ledger import Log
-from zoft.recipe import recipe
-from zoft.replay import Ask
-from zoft.replay_live import in_memory
-
-CLIP = 100.0
-
-
-def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = False) -> dict[str, Any]:
-    """Train, from the start or from where `resume` stopped; returns result.json's content, or the plan of a dry run."""
-    config = changed(config, clip=CLIP if config.clip is None else config.clip)
-    return recipe("mezo").run(config, resume=resume, dry_run=dry_run)
-
-
-def replay(config: Config, folder: Path, out: Path, ask: Ask) -> int:
-    """Base + ledger -> a model of the run in `out`; returns its number of steps."""
-    return in_memory(config, folder, out, ask, rebuild)
-
-
-def rebuild(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
-    """(the run's model in memory after the log's steps, its tokenizer, the config)."""
-    return recipe("mezo").rebuild(config, folder, log)
+METHOD = Method(
+    space=Space(train="scales", never=("lora", "prefix", "prompt"), quantised=True),
+    defaults={"clip": 100.0},
+    keys=("eps_mode",),
+)

@@ -11,28 +11,22 @@ Differences from the paper: its algorithm compares θ with h, its text |θ|: her
 Source: Liu et al. 2024, Sparse MeZO: Less Parameters for Better Performance in Zeroth-Order LLM Fine-Tuning, arXiv 2402.15751.
 """
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
-from zoft.config import Config
-from zoft.ledger import Log
-from zoft.recipe import recipe
-from zoft.replay import Ask
+from zoft.config import ADAPTERS, Config, fields
+from zoft.method import Method
 
 
-def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = False) -> dict[str, Any]:
-    """Train, from the start or from where `resume` stopped; returns result.json's content, or the plan of a dry run."""
-    # config.mask says which numbers move; zoft/sparse.py makes the masks when the tensors have their precision.
-    return recipe("mezo").run(config, resume=resume, dry_run=dry_run)
+def nothing_masked(config: Config) -> str:
+    """Refuse a sparsity that mask=none makes void."""
+    if config.mask == "none" and config.sparsity != fields()["sparsity"].default:
+        return f"sparsity={config.sparsity:g}: mask=none leaves nothing out; leave one of them out"
+    return ""
 
 
-def replay(config: Config, folder: Path, out: Path, ask: Ask) -> int:
-    """Base + ledger -> a model of the run in `out`; returns its number of steps."""
-    return recipe("mezo").replay(config, folder, out, ask)
+def no_matrices(config: Config) -> str:
+    """Refuse adapters, whose tensors are no matrices of the model."""
+    if config.train in ADAPTERS:
+        return f"train={config.train}: recipe=sparse_mezo masks a model's own matrices; use recipe=lora_zo"
+    return ""
 
 
-def rebuild(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
-    """(the run's model in memory after the log's steps, its tokenizer, the config)."""
-    return recipe("mezo").rebuild(config, folder, log)
+METHOD = Method(mask="magnitude", keys=("mask", "sparsity"), refuses=(nothing_masked, no_matrices))

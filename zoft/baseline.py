@@ -62,7 +62,7 @@ def settings(
     name: str | None, overrides: Sequence[str], method: str, demos: int | None, epochs: float | None
 ) -> tuple[Config, Ask]:
     """(config, what is asked) of a command line; raises UserError for what does not apply to the method."""
-    from zoft.compose import compose
+    from zoft.configured import compose
 
     if method not in METHODS:
         near = nearest(method, METHODS)

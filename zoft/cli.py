@@ -112,6 +112,9 @@ Args = Annotated[list[str] | None, typer.Argument(metavar="[RUN] [KEY=VALUE]..."
 Source = Annotated[
     str | None, typer.Option("--config", "-c", metavar="NAME|FILE", help="A packaged config or a .yaml file.")
 ]
+Page = Annotated[
+    str | None, typer.Option("--recipe", metavar="FILE.py", help="A recipe's page of your own; runs FILE.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -142,19 +145,21 @@ def train(
     reward: Annotated[
         str | None, typer.Option(metavar="FILE.py:FUNCTION", help="Maximise a reward of your own; runs FILE.")
     ] = None,
+    recipe: Page = None,
 ) -> None:
     """Fine-tune a model: zoft train --config mezo/reviews lr=1e-5."""
     from zoft import preflight, processes, results, run
-    from zoft.compose import compose, load_run
+    from zoft.configured import compose, load_run
 
-    overrides = [*(overrides or []), *([f"reward={reward}"] if reward else [])]
+    code = {"reward": reward, "recipe": recipe}  # what runs code is said on the command line, again on a resume
+    mine = [f"{key}={value}" for key, value in code.items() if value]
+    overrides = [*(overrides or []), *mine]
     if resume is None:
         resolved = compose(config, overrides or [])
     elif config:
         raise UserError(f"--config {config}: a resumed run keeps its own config; leave --config out")
     else:
-        mine = ("trust_remote_code=true", f"reward={reward}")  # what runs code is said again
-        others = [text for text in overrides or [] if text not in mine]
+        others = [text for text in overrides if text not in ("trust_remote_code=true", *mine)]
         if others and others[0].startswith("threads="):
             raise UserError(
                 f"{others[0]}: other threads round losses otherwise, and a resumed run ends in the bits of one that never "
@@ -166,8 +171,8 @@ def train(
     if nproc > 1 and not dry_run:
         preflight.first_look(resolved, resume, dry_run)
         given = [
-            *[text for text in overrides if text != f"reward={reward}"],
-            *(["--reward", reward] if reward else []),
+            *[text for text in overrides if text not in mine],
+            *[word for key, value in code.items() if value for word in (f"--{key}", value)],
             *(["--config", config] if config else []),
             *(["--resume", resume] if resume else []),
         ]
@@ -212,6 +217,7 @@ def sweep(
     watch: Annotated[bool, typer.Option("--watch", help="Show --status until all has ended.")] = False,
     cancel: Annotated[str | None, typer.Option(metavar="DIR", help="Stop all jobs, or those named.")] = None,
     results: Annotated[str | None, typer.Option(metavar="DIR", help="Table, results.csv, best.yaml.")] = None,
+    recipe: Page = None,
     as_json: Json = False,
 ) -> None:
     """Run a config with many values: zoft sweep --config mezo/reviews lr=1e-4,5e-4 'seed=range(0,3)'."""
@@ -221,7 +227,7 @@ def sweep(
         config, launcher, jobs, detach, slurm, trials, metric, direction, plot, status, watch, cancel, results,
         as_json,
     )  # fmt: skip
-    sweep_verb.run(asked, words or [], typer.echo)
+    sweep_verb.run(asked, _with(words, recipe), typer.echo)
 
 
 @app.command("eval", cls=_Verb, context_settings=_LOOSE)
@@ -312,11 +318,12 @@ def replay(
         bool, typer.Option("--denoise", help="Sum in fp32, round to the run's storage once.")
     ] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: where it ran.")] = None,
+    recipe: Page = None,
 ) -> None:
     """Rebuild a run's model from its base and its ledger, bit for bit."""
     from zoft import verbs
 
-    typer.echo(verbs.replay(folder, out, step=step, storage=storage, denoise=denoise, device=device))
+    typer.echo(verbs.replay(folder, out, step=step, storage=storage, denoise=denoise, device=device, recipe=recipe))
 
 
 @app.command(cls=_Verb)
@@ -329,11 +336,12 @@ def export(
         str | None, typer.Option(help="fp32, fp16 or bf16; default: the run's save_dtype.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: where it ran.")] = None,
+    recipe: Page = None,
 ) -> None:
     """Write a run's model as others load it, and check it: zoft export runs/mine --merge --out mine."""
     from zoft import verbs
 
-    typer.echo(verbs.export(folder, out, merge=merge, adapter=adapter, dtype=dtype, device=device))
+    typer.echo(verbs.export(folder, out, merge=merge, adapter=adapter, dtype=dtype, device=device, recipe=recipe))
 
 
 @app.command(cls=_Verb)
@@ -409,19 +417,22 @@ def cp(name: str, dest: str) -> None:
 
 
 @app.command(cls=_Verb, context_settings=_LOOSE)
-def validate(overrides: Overrides = None, config: Source = None) -> None:
+def validate(overrides: Overrides = None, config: Source = None, recipe: Page = None) -> None:
     """Check a config and print it resolved; loads no model and no data."""
-    from zoft.compose import compose, to_yaml
+    from zoft.compose import to_yaml
+    from zoft.configured import compose
 
-    typer.echo(to_yaml(compose(config, overrides or [])), nl=False)
+    typer.echo(to_yaml(compose(config, _with(overrides, recipe))), nl=False)
 
 
 @app.command(cls=_Verb, context_settings=_LOOSE)
-def estimate(overrides: Overrides = None, config: Source = None, as_json: Json = False) -> None:
+def estimate(
+    overrides: Overrides = None, config: Source = None, recipe: Page = None, as_json: Json = False
+) -> None:
     """Say what a run would take, memory and time a step, without loading weights."""
-    from zoft.compose import compose
+    from zoft.configured import compose
 
-    resolved = compose(config, overrides or [])
+    resolved = compose(config, _with(overrides, recipe))
     from zoft import estimate as estimates
     from zoft import preflight, tracking
 
@@ -438,7 +449,7 @@ def data(
 ) -> None:
     """Show training examples as the model reads them, scored tokens marked, and counts of them all."""
     from zoft import verbs
-    from zoft.compose import compose
+    from zoft.configured import compose
 
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     verbs.show_data(compose(config, overrides or []), count, typer.echo, as_json=as_json, colour=colour)
@@ -459,6 +470,11 @@ def env(as_json: Json = False) -> None:
 
     found = environment()
     typer.echo(json.dumps(found) if as_json else "\n".join(f"{k}: {_flat(v)}" for k, v in found.items()))
+
+
+def _with(words: list[str] | None, recipe: str | None) -> list[str]:
+    """Return the words of a command line, the page of --recipe among them."""
+    return [*(words or []), *([f"recipe={recipe}"] if recipe else [])]
 
 
 def _flat(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""From `--config NAME|FILE` and `key=value` to a checked Config. Hydra composes the files; nothing runs code."""
+"""Read configs: files, composed by Hydra, and `key=value` become plain trees of typed keys. Nothing runs code."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import copy
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from zoft.config import Config, Task, fields, filled
-from zoft.config_check import check, unknown_key
+from zoft.config_check import unknown_key
 from zoft.errors import UserError, nearest
 from zoft.yamlfile import calls, check_file, strict_yaml, yaml_tree
 
@@ -43,83 +43,22 @@ def describe(name: str) -> str:
     return ""
 
 
-def compose(config: str | None, overrides: Sequence[str] = ()) -> Config:
-    """The Config of a packaged name (mezo/reviews) or a YAML file, with `key=value` on top, checked.
+def typed(tree: dict[str, Any], defaults: Mapping[str, Any]) -> Config:
+    """Merge a plain tree of keys onto the schema, with defaults (a recipe's) where it does not set them.
 
-    Raises UserError, one line with the fix, for everything that is wrong with names, files, keys or values.
+    Raises UserError for values of another type than their key's.
     """
-    assigned = _parsed(overrides)  # before Hydra loads: a typo answers at once
-    tree, folder = _read(config) if config is not None else ({}, None)
-    if isinstance(tree.get("task"), str):  # `task: reviews` in a file, without Hydra's defaults list
-        tree["task"] = _group("task", tree["task"], folder)["task"]
-    if tree.get("trust_remote_code"):
-        raise UserError("trust_remote_code: not from a file; put trust_remote_code=true on the command line")
-    if tree.get("reward"):
-        raise UserError(
-            f"reward: not from a file, for it runs code; put --reward {tree['reward']} on the command line"
-        )
-    _assign(tree, assigned, folder)
-    made = strict(tree, default_output=Path(str(config)).stem if _is_file(config) else (config or "run"))
-    if tree.get("output_dir") is not None and "output_dir" not in dict(assigned):
-        _below(str(tree["output_dir"]), str(made.output_dir))
-    return made
-
-
-def strict(tree: dict[str, Any], default_output: str = "run") -> Config:
-    """A plain tree of keys, merged onto the schema: unknown keys, types and ranges checked."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    _known(tree)
-    tree = _worded(tree)
+    tree = filled(_worded(tree), defaults)
     try:
-        merged = OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(filled(tree)))
-        )
+        merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(tree)))
     except OmegaConfBaseException as error:
         where = getattr(error, "full_key", None) or "config"
         raise UserError(f"{where}: {str(error).splitlines()[0]}") from None
     assert isinstance(merged, Config), type(merged)
-    check(merged)
-    if merged.recipe not in (recipes := sorted(p.stem for p in packaged("recipes").glob("[!_]*.py"))):
-        near = nearest(merged.recipe, recipes)
-        hint = f"; did you mean {near}?" if near else ""
-        raise UserError(f"recipe={merged.recipe}: use {', '.join(recipes)}{hint}")
-    if merged.output_dir is not None:
-        merged.output_dir = str(Path(merged.output_dir).expanduser())
-    else:
-        merged.output_dir = f"runs/{default_output.replace('/', '-')}-seed{merged.seed}"
     return merged
-
-
-def _below(said: str, place: str) -> None:
-    """Refuse an output_dir of a file that leads out of the folder the user is in: files come from others, too."""
-    path = Path(place)
-    if path.is_absolute() or ".." in path.parts:
-        raise UserError(
-            f"output_dir: {said} leads out of this folder, which a file may not; "
-            f"say it on the command line: output_dir={said}"
-        )
-
-
-def load_run(run: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The resolved Config that a run's folder holds, with `key=value` on top."""
-    assigned = _parsed(overrides)
-    path = Path(run) / "config.yaml"
-    if not os.path.isfile(path):
-        raise UserError(f"{run}: not a run's folder (it has no config.yaml)")
-    tree = yaml_tree(path)
-    if tree.pop("trust_remote_code", False) and ("trust_remote_code", True) not in assigned:
-        raise UserError(f"{run}: its model brings code; put trust_remote_code=true on the command line again")
-    tree.pop("reward", None)  # it runs code; who trains on names it again (`again`)
-    _assign(tree, assigned, None)
-    return strict(tree)
-
-
-def again(run: str | Path) -> UserError:
-    """What a run says whose reward was not named on the command line."""
-    named = yaml_tree(Path(run) / "config.yaml").get("reward")
-    return UserError(f"{run}: its reward runs code; name it again, --reward {named}")
 
 
 def to_yaml(config: Config) -> str:
@@ -147,7 +86,7 @@ def dump(tree: dict[str, Any]) -> str:
     return yaml.dump(literal(tree), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000)
 
 
-def _parsed(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+def parsed(overrides: Sequence[str]) -> list[tuple[str, Any]]:
     joined: list[str] = []
     for text in overrides:
         if joined and joined[-1].startswith("-") and "=" not in joined[-1] + text and text[:2] != "--":
@@ -163,13 +102,13 @@ def _parsed(overrides: Sequence[str]) -> list[tuple[str, Any]]:
     return [parse(text) for text in joined]
 
 
-def _assign(tree: dict[str, Any], assigned: Sequence[tuple[str, Any]], folder: Path | None) -> None:
+def assign(tree: dict[str, Any], assigned: Sequence[tuple[str, Any]], folder: Path | None) -> None:
     """Put command-line values into a plain tree: whole groups first, single keys on top of them."""
     for name, value in sorted(assigned, key=lambda pair: pair[0] not in GROUPS):
         if name == "task":
-            tree |= _group("task", value, folder)
+            tree |= group_tree("task", value, folder)
         elif name == "model" and value in names("model"):
-            tree |= _group("model", value, folder)
+            tree |= group_tree("model", value, folder)
         else:
             *section, last = name.split(".", 2)
             node = tree
@@ -242,13 +181,13 @@ def _typed(name: str, raw: str, kind: str, metadata: Any) -> Any:
     )  # a float would round from 2^53 on
 
 
-def _is_file(config: str | None) -> bool:
+def is_file(config: str | None) -> bool:
     return bool(config) and (str(config).endswith((".yaml", ".yml")) or os.path.isfile(str(config)))
 
 
-def _read(config: str) -> tuple[dict[str, Any], Path | None]:
+def read(config: str) -> tuple[dict[str, Any], Path | None]:
     """(plain tree, folder of the user's file or None) of a config's name or file."""
-    if not _is_file(config):
+    if not is_file(config):
         if config not in names():
             near = nearest(config, names())
             hint = f"did you mean {near}?" if near else f"use {', '.join(names())}, or a path to a .yaml file"
@@ -263,7 +202,7 @@ def _read(config: str) -> tuple[dict[str, Any], Path | None]:
     return _compose(path.parent, path.stem), path.parent
 
 
-def _group(group: str, name: str, folder: Path | None) -> dict[str, Any]:
+def group_tree(group: str, name: str, folder: Path | None) -> dict[str, Any]:
     """The tree {group: …} of one file of a group, from the user's own folder first."""
     own = (
         sorted(p.stem for p in (folder / group).glob("*.yaml"))
@@ -335,7 +274,7 @@ def _composed(root: Path, name: str) -> dict[str, Any]:
     return {str(k): v for k, v in tree.items()}
 
 
-def _known(tree: dict[str, Any]) -> None:
+def known(tree: dict[str, Any]) -> None:
     """Raise UserError for keys outside the schema, a group that is no mapping, or an interpolation that calls."""
     for name, value in tree.items():
         if name not in fields() or "." in name:

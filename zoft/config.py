@@ -7,6 +7,7 @@ Nothing here imports more than the standard library; `zoft.compose` builds a Con
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,6 @@ BY_TRAIN: dict[str, dict[str, Any]] = {
     "prompt": {"virtual_tokens": 10, "lr": 1e-3, "eps": 1e-2},
     "scales": {"lr": 1e-7, "eps": 1e-3},
 }
-BY_RECIPE: dict[str, dict[str, Any]] = {"lora_zo": {"train": "lora"}, "qzo": {"train": "scales"}}
 # Objectives of text that the model writes, and others that have no gradient either.
 GENERATED = ("exact_match", "f1", "reward")
 NO_GRADIENT = ("accuracy", "macro_f1", *GENERATED)
@@ -306,10 +306,11 @@ class Config:
     trust_remote_code: bool = key(False, "run code that comes with a model; only on the command line")
 
 
-def filled(tree: dict[str, Any]) -> dict[str, Any]:
-    """A tree of keys with the defaults of its recipe and of what it trains, where it does not set them."""
-    for defaults, by in ((BY_RECIPE, "recipe"), (BY_TRAIN, "train")):
-        unset = {k: v for k, v in defaults.get(str(tree.get(by)), {}).items() if tree.get(k) is None}
+def filled(tree: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill a tree of keys with its recipe's defaults, then with those of what it trains, where it does not set them."""
+    for some in (defaults, None):
+        found = BY_TRAIN.get(str(tree.get("train")), {}) if some is None else some
+        unset = {k: v for k, v in found.items() if tree.get(k) is None}
         if tree.get("adapter"):  # which has a rank and an alpha of its own
             unset = {k: v for k, v in unset.items() if not k.startswith("lora_")}
         tree = {**tree, **unset}

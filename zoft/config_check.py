@@ -41,7 +41,6 @@ def check(config: Config) -> Config:
     if config.warmup >= 1 and config.warmup != int(config.warmup):
         raise UserError(f"warmup={config.warmup:g}: give whole steps, or a fraction below 1 of all steps")
     _check_snapshots(config)
-    _check_mask(config)
     if config.warmup > config.steps:
         raise UserError(f"warmup={config.warmup:g}: must not exceed steps={config.steps}")
     if re.fullmatch(r"last-0+", config.train):
@@ -63,14 +62,6 @@ def check(config: Config) -> Config:
     if config.save_dtype != "auto" and config.train in ADAPTERS:
         raise UserError(
             f"save_dtype={config.save_dtype}: an adapter is saved as it is kept; leave it out, or set storage"
-        )
-    if config.recipe == "lora_zo" and config.train not in ADAPTERS:
-        raise UserError(
-            f"train={config.train}: recipe=lora_zo trains lora, prefix or prompt; use recipe=mezo"
-        )
-    if config.recipe == "qzo" and config.train in ADAPTERS:
-        raise UserError(
-            f"train={config.train}: recipe=qzo trains scales; use recipe=lora_zo, which takes bits too, or train=scales"
         )
     if not re.fullmatch(SETS, config.train):
         try:
@@ -118,35 +109,6 @@ def _check_adapter(config: Config) -> None:
     if config.denoise_every:
         raise UserError(
             f"denoise_every={config.denoise_every}: rebuilds weights from the model's own files, without an adapter in place; leave it out"
-        )
-
-
-def _check_mask(config: Config) -> None:
-    """Refuse masks where they do not apply; resolves mask=auto."""
-    ours, default = config.recipe == "sparse_mezo", fields()["sparsity"].default
-    if not ours and config.mask not in ("auto", "none"):
-        raise UserError(f"mask={config.mask}: is of recipe=sparse_mezo, not {config.recipe}; leave it out")
-    if not ours and config.sparsity != default:
-        raise UserError(
-            f"sparsity={config.sparsity:g}: is of recipe=sparse_mezo, not {config.recipe}; leave it out"
-        )
-    if ours and config.mask == "none" and config.sparsity != default:
-        raise UserError(f"sparsity={config.sparsity:g}: mask=none leaves nothing out; leave one of them out")
-    if config.mask == "auto":
-        config.mask = "magnitude" if ours else "none"
-    if ours and config.train in ADAPTERS:
-        raise UserError(
-            f"train={config.train}: recipe=sparse_mezo masks a model's own matrices; use recipe=lora_zo"
-        )
-    if config.mask == "magnitude" and config.denoise_every:
-        raise UserError(
-            f"denoise_every={config.denoise_every}: with mask=magnitude the rounded weights decide what moves, so that "
-            "there is no sum without rounding; leave it out"
-        )
-    if config.mask == "magnitude" and config.perturb == "inplace":
-        raise UserError(
-            "mask=magnitude: perturb=inplace moves the weights whose size says which of them move; "
-            "use perturb=probes, or mask=random"
         )
 
 
@@ -222,8 +184,6 @@ def _check_quantised(config: Config) -> None:
         value = getattr(config, name)
         if config.bits is None and value != fields()[name].default:
             raise UserError(f"{name}={value}: nothing is quantised here; set bits=4 or bits=8, too")
-    if config.eps_mode == "relative" and config.recipe != "qzo":
-        raise UserError(f"eps_mode=relative: is of recipe=qzo, not {config.recipe}; leave it out")
 
 
 def check_elastic(config: Config) -> None:

@@ -81,7 +81,8 @@ def _config(tree: dict[str, Any]) -> Config:
 
 def _built(tree: dict[str, Any], data: bytes, trust_remote_code: bool) -> Trainer:
     """The run's trainer at the ledger's last step: base and replay, nothing else."""
-    from zoft import data_order, goal, headers, setup, setup_axis, space, tasks
+    from zoft import data_order, setup
+    from zoft.assemble import assemble
     from zoft.session import agree
     from zoft.trainer import Trainer
 
@@ -91,19 +92,12 @@ def _built(tree: dict[str, Any], data: bytes, trust_remote_code: bool) -> Traine
         raise UserError(
             "the run has trust_remote_code=true: join with --trust-remote-code if you do trust it"
         )
-    config = setup.device(config)
-    loaded = tasks.load(config.task)
     check_elastic(config)  # whoever sends a config does not choose what code runs here
-    model, tokenizer, base = setup.model(config)
-    train, _ = setup.examples(config, tokenizer, loaded)
-    aim = goal.make(config, loaded, tokenizer)
-    scored = aim.examples(train)
-    names = space.train_names(model, config.train)
-    config = setup.dtypes(config, model, names)
-    config, trained, axis = setup_axis.make(config, model, space.adopt(model, names), scored)
-    agree(log.header, headers.of(config, base, trained, train), Path("the run"))
-    at = data_order.batches(config, scored)
-    trainer = Trainer(model, axis, at, None, setup.settings(config), aim.forward, aim.value)
+    parts = assemble(config)
+    agree(log.header, parts.header, Path("the run"))
+    at = data_order.batches(parts.config, parts.scored)
+    aim = parts.objective
+    trainer = Trainer(parts.model, parts.axis, at, None, setup.settings(parts.config), aim.forward, aim.value)
     trainer.replay(log.records)
     return trainer
 

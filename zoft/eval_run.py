@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft import compose, guards, preflight, results
+from zoft import configured, guards, preflight, results
 from zoft.config import GENERATED, Config
 from zoft.errors import UserError, writing
 from zoft.yamlfile import yaml_tree
@@ -56,14 +56,14 @@ def _source(
     if target is None:
         if name is None:
             raise UserError(f"eval: {GIVE}")
-        return compose.compose(name, overrides), None
+        return configured.compose(name, overrides), None
     folder = Path(target)
     if (folder / "config.yaml").is_file():
         if name is not None:
             raise UserError(
                 f"--config {name}: {target} is a run, which has its own config; leave --config out"
             )
-        config, saved = of_run(folder, compose.load_run(folder, overrides))
+        config, saved = of_run(folder, configured.load_run(folder, overrides, trains=False))
         for key in BASE:
             if key in keys and (saved is None or key == "adapter"):
                 raise UserError(f"{key}: {target} is a run, whose own model is judged; leave it out")
@@ -85,7 +85,7 @@ def _source(
             raise UserError(f"adapter: {target} is an adapter already; leave one of them out")
         if not given and (base := _base(adapter, must=name is None)):
             overrides = [*overrides, f"model={base}"]
-    config = compose.compose(name, overrides)
+    config = configured.compose(name, overrides)
     return dataclasses.replace(config, eps_mode="absolute"), folder if adapter.is_file() else None
 
 

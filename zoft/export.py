@@ -27,7 +27,7 @@ from zoft.base import Base
 from zoft.config import ADAPTERS, Config
 from zoft.errors import UserError
 from zoft.preflight import plain
-from zoft.recipe import recipe
+from zoft.replay_live import live
 
 TOLERANCE = 1e-3  # between the same logits of two loads in fp32, of the largest
 
@@ -46,7 +46,7 @@ def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
     beside = config.train in ADAPTERS or adapter_beside.folder_of(config) is not None
     if beside:  # the base as it was loaded, whatever the run computed in
         config = replace(config, compute="fp32")
-    model, tokenizer, config = recipe(config.recipe).rebuild(config, folder, log)
+    model, tokenizer, config = live(config, folder, log)
     if beside and quant_other.layers(model):
         raise UserError(
             f"{folder}: its pairs stand beside layers that another library has quantised, and are not merged into those; "
@@ -94,7 +94,7 @@ def adapter(config: Config, folder: Path, out: Path) -> str:
     """
     config, log = replay.asked(setup.device(config), folder, replay.Ask())
     config = replace(config, compute="fp32")  # so that the two differ by nothing but the adapter
-    model, tokenizer, config = recipe(config.recipe).rebuild(config, folder, log)
+    model, tokenizer, config = live(config, folder, log)
     result, facts = replay.told(config, folder, log, replay.Ask())
     trained = space.adopt(model, list(log.header["trained"]))
     if adapters.fingerprint(trained) == log.header["adapter"]:

@@ -124,9 +124,9 @@ def verify(run: str | Path) -> list[str]:
         f"header: format {header['format']}, noise version {noise.VERSION}, {len(header['trained'])} tensors and their ids"
     )
     if (folder / "config.yaml").is_file():
-        from zoft.compose import load_run
+        from zoft.configured import load_run
 
-        other = changed(header["config"], digests(load_run(folder, ["trust_remote_code=true"])))
+        other = changed(header["config"], digests(load_run(folder, ["trust_remote_code=true"], trains=False)))
         if other:
             wrong.append(f"config.yaml has another {', '.join(other)} than the run was begun with")
         else:

@@ -7,10 +7,11 @@ import re
 import sys
 from pathlib import Path
 
-from zoft import compose, tracking
+from zoft import configured, tracking
 from zoft.config import ADAPTERS, Config
 from zoft.errors import UserError
 from zoft.folder import refuse_unwritable
+from zoft.recipes import is_page
 
 OURS = (
     "config.yaml",
@@ -75,7 +76,7 @@ def rewarded(config: Config, resume: str | Path | None, *, must: bool = True) ->
     """Refuse a reward that is not there, and to train on one (must) that is not named on the command line."""
     if must and config.objective == "reward" and config.reward is None:
         if resume:
-            raise compose.again(resume)
+            raise configured.again(resume)
         raise UserError("objective=reward: name the function: --reward my_reward.py:score")
     if config.reward is not None:
         from zoft import reward as rewards
@@ -117,7 +118,10 @@ def absolute(config: Config) -> Config:
     if reward is not None:
         place, _, function = reward.rpartition(":")
         reward = f"{fixed(place)}:{function}"
-    return dataclasses.replace(config, model=model, adapter=fixed(config.adapter), task=task, reward=reward)
+    recipe = str(fixed(config.recipe)) if is_page(config.recipe) else config.recipe
+    return dataclasses.replace(
+        config, recipe=recipe, model=model, adapter=fixed(config.adapter), task=task, reward=reward
+    )
 
 
 def plain(config: Config) -> Config:

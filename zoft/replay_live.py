@@ -6,19 +6,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from zoft import adapters, replay, results, setup, setup_axis, snapshot, space
-from zoft.config import Config
+from zoft import adapter_beside, recipes, replay, results, setup, snapshot
+from zoft.assemble import assemble_again
+from zoft.config import ADAPTERS, Config
 from zoft.ledger import Log
-from zoft.session import agree
 from zoft.trainer import Trainer
 
-Rebuild = Callable[[Config, Path, Log], tuple[Any, Any, Config]]  # what a recipe's `rebuild` is
 
+def replay_run(config: Config, folder: Path, out: Path, ask: replay.Ask) -> int:
+    """Write the model of the run in `folder`, or its adapter, to `out`; returns the number of its steps.
 
-def in_memory(config: Config, folder: Path, out: Path, ask: replay.Ask, rebuild: Rebuild) -> int:
-    """As replay.replay, for a recipe that trains few numbers beside a frozen model, all of which is loaded."""
+    Tensor by tensor; in memory where few numbers are trained beside a frozen or quantised model.
+    """
+    beside = config.train in ADAPTERS or adapter_beside.folder_of(config) is not None
+    if not (beside or recipes.method_of(config.recipe).space.quantised):
+        return replay.replay(config, folder, out, ask)
     config, log = replay.asked(setup.device(config), folder, ask)
-    model, tokenizer, config = rebuild(config, folder, log)
+    model, tokenizer, config = live(config, folder, log)
     result, facts = replay.told(config, folder, log, ask)
     results.save(config, model, tokenizer, out, result, **facts)
     return len(log.records)
@@ -29,14 +33,10 @@ def live(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
 
     config, log: from replay.asked. Raises UserError for another base.
     """
-    model, tokenizer, found = setup.model(config, folder)
-    agree(log.header, {"base": found}, folder)
-    config, trained, axis = setup_axis.placed(config, model, space.adopt(model, list(log.header["trained"])))
-    if "adapter" in log.header and config.storage == log.header["storage"]:
-        agree(log.header, {"adapter": adapters.fingerprint(trained)}, folder)
-    trainer = Trainer(model, axis, lambda step: [], None, setup.settings(config))
-    catch_up(trainer, folder, config, log, setup.say)
-    return model, tokenizer, config
+    again = assemble_again(config, folder, log.header)
+    trainer = Trainer(again.model, again.axis, lambda step: [], None, setup.settings(again.config))
+    catch_up(trainer, folder, again.config, log, setup.say)
+    return again.model, again.tokenizer, again.config
 
 
 def catch_up(trainer: Trainer, folder: Path, config: Config, log: Log, say: Callable[[str], Any]) -> None:

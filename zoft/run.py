@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,12 @@ from zoft.due import due, next_stop
 from zoft.errors import UserError
 from zoft.folder import Presence, alone, write
 from zoft.preflight import absolute, claim, first_look, rewarded, within
-from zoft.recipe import recipe
 from zoft.session import Session, as_begun, resolved_anew, steps_of
 from zoft.stop import listening
 from zoft.tracking import logged
 
 if TYPE_CHECKING:
+    from zoft.encode import Example
     from zoft.trainer import Trainer
 
 
@@ -60,8 +61,35 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
         from zoft import distributed
 
         with distributed.joined(config, folder):
-            config = resolved_anew(config, resume)
-            return recipe(config.recipe).run(within(absolute(config)), resume=resume, dry_run=dry_run)
+            return _trained(within(absolute(resolved_anew(config, resume))), resume, dry_run)
+
+
+def _trained(config: Config, resume: str | Path | None, dry_run: bool) -> dict[str, Any]:
+    """Assemble a run and train it to its end; returns result.json's content, or the plan of a dry run."""
+    from zoft import headers, setup_trainer, tasks
+    from zoft.assemble import assemble
+    from zoft.evaluate import evaluate
+    from zoft.generate import writer
+    from zoft.session import session
+
+    parts = assemble(config, resume)
+    config, objective, axis = parts.config, parts.objective, parts.axis
+    if dry_run:
+        return setup_trainer.plan(parts)
+    write = None if objective.texts else writer(config, parts.model, parts.tokenizer, axis.clean)
+
+    def score(examples: list[Example], rows: list[dict[str, Any]]) -> dict[str, Any]:
+        found = evaluate(parts.model, examples, parts.train, context=axis.clean, write=write)
+        return {**found, **objective.evaluate(parts.model, axis.clean, rows)}
+
+    data, dev = parts.data, parts.dev
+    test = partial(score, parts.held_out, tasks.subset(data.eval, config.eval_limit))
+    choose = partial(score, dev, data.dev) if dev and data.dev else None
+    with session(config, parts.header, resume) as s:
+        headers.keep(config, parts.trained, s.folder)
+        objective.watched(s.ledger.header, s.tracker)
+        result = fit(setup_trainer.trainer(parts, s.ledger), s, test, choose)
+        return finish(s, parts.model, parts.tokenizer, result)
 
 
 def fit(

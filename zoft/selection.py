@@ -113,7 +113,7 @@ def look_back(
 
 def save(config: Config, folder: Path, out: Path, step: int) -> None:
     """Write the model (or adapter) as it was after `step` steps: base and ledger give its bits."""
-    from zoft.recipe import recipe
     from zoft.replay import Ask
+    from zoft.replay_live import replay_run
 
-    recipe(config.recipe).replay(config, folder, out, Ask(step))
+    replay_run(config, folder, out, Ask(step))

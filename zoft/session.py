@@ -31,6 +31,7 @@ DIFFERS = {
     "data": "was begun on other training data: put back what was changed there",
     "rows": "was begun on rows with other columns or answers: put back what was changed there",
     "noise_version": "has noise of version {found}, this zoft makes version {value}: use the zoft that wrote it",
+    "page": "was begun with another text of its recipe ({found}) than that file has now ({value}): put back what it was",
     "adapter": "starts from an adapter ({found}) that is not made here ({value}): put back start.safetensors",
 }
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import adapter_beside, adapters, distributed, fingerprint, models, quant, quant_other, space, tasks
+from zoft import adapter_beside, adapters, distributed, fingerprint, models, quant, quant_other, recipes, space, tasks
 from zoft.config import ADAPTERS, SETS, Config
 from zoft.encode import Example, encode, how
 from zoft.errors import UserError
+from zoft.method import Method
 from zoft.tasks import TaskData
 from zoft.trainer import Settings
 
@@ -87,7 +88,7 @@ def load(config: Config) -> tuple[Any, Any]:
         keys: dict[str, Any] = {k: getattr(config, k) for k in ("bits", "group", "zero_points")}
         say(quant.quantise_model(loaded, **keys, head=config.quantise_head, device=config.device))
     quant_other.keep(loaded)
-    wanted = config.recipe == "qzo" or config.train == "scales"
+    wanted = recipes.method_of(config.recipe).space.quantised or config.train == "scales"
     if wanted and not quant.layers(loaded) and (found := dict(quant_other.attach(loaded))):
         say(f"{len(found)} quantised layers follow their scales")
     if config.eps_mode == "relative" and not quant.layers(loaded):
@@ -98,9 +99,9 @@ def load(config: Config) -> tuple[Any, Any]:
     return loaded, tokenizer
 
 
-def refuse_pattern(config: Config) -> None:
+def refuse_pattern(config: Config, method: Method) -> None:
     """Raise UserError for a pattern in `train` that fits no tensor, before weights load: by the model's shapes alone."""
-    if re.fullmatch(SETS, config.train) or config.recipe == "qzo" or config.bits is not None:
+    if re.fullmatch(SETS, config.train) or method.space.quantised or config.bits is not None:
         return
     from zoft import estimate
 
@@ -164,14 +165,16 @@ def dtypes(config: Config, loaded: nn.Module, names: Sequence[str]) -> Config:
 
 
 def refuse_unquantised(config: Config, loaded: nn.Module) -> None:
-    """Raise UserError where recipe=qzo would be another recipe's run of a plain model, and of keys that do nothing to one."""
+    """Raise UserError where a recipe of quantised models would be another one's run of a plain model, and for keys that do
+    nothing to one."""
     if config.save_dequantised and not (quant.layers(loaded) or quant_other.layers(loaded)):
         raise UserError(
             "save_dequantised=true: no layer of this model is quantised; set bits=4, or leave it out"
         )
-    if config.recipe == "qzo" and not any(isinstance(p, quant.Scales) for p in loaded.parameters()):
+    wanted = recipes.method_of(config.recipe).space.quantised
+    if wanted and not any(isinstance(p, quant.Scales) for p in loaded.parameters()):
         raise UserError(
-            "recipe=qzo: no layer of this model is quantised; set bits=4, take such a model, or use another recipe"
+            f"recipe={config.recipe}: no layer of this model is quantised; set bits=4, take such a model, or use another recipe"
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from zoft import distributed, guards, objective, precision, quant
+from zoft.assemble import Parts
 from zoft.config import Config
 from zoft.data_order import batches, picked
 from zoft.encode import Example
@@ -18,15 +19,19 @@ from zoft.ledger import Ledger
 from zoft.objective import collate, losses
 from zoft.probe import InPlace, ProbeAxis
 from zoft.setup import say, settings
-from zoft.space import Trained
 from zoft.trainer import Trainer
 
 
-def trainer(
+def trainer(parts: Parts, ledger: Ledger) -> Trainer:
+    """Build the trainer of a run: on a GPU, one whose steps are captured where the objective is a mean over rows."""
+    return trainer_of(parts.config, parts.model, parts.axis, parts.scored, ledger, parts.objective)
+
+
+def trainer_of(
     config: Config, loaded: nn.Module, made: ProbeAxis | InPlace, train: Sequence[Example], ledger: Ledger,
     goal: Goal | None = None,
 ) -> Trainer:  # fmt: skip
-    """The trainer of a run: on a GPU, one whose steps are captured where the objective is a mean over rows."""
+    """Build a trainer of parts that were put together by hand; see `trainer`."""
     goal = goal or Goal(train[0].objective)
     for line in guards.at_start(config, made.trained) if ledger.last_step < 0 else ():
         say(line)
@@ -77,20 +82,15 @@ def mask_is_idle(
     return distributed.current().all(idle)  # the probes of a direction are run in one way
 
 
-def plan(
-    config: Config,
-    loaded: nn.Module,
-    trained: Sequence[Trained],
-    train: Sequence[Example],
-    held_out: Sequence[Example],
-) -> dict[str, Any]:
-    """What a run would do: the resolved config and the counts that follow from it."""
+def plan(parts: Parts) -> dict[str, Any]:
+    """Say what a run would do: the resolved config and the counts that follow from it."""
+    config, trained, train, held_out = parts.config, parts.trained, parts.train, parts.held_out
     for line in guards.at_start(config, trained):
         say(line)
     numbers = sum(t.stored.numel() for t in trained)
     realised = precision.realised(trained, config.eps, seed=config.seed, kind=config.noise)
     weakest = min(realised, key=lambda name: realised[name])
-    total = quant.numbers(loaded)
+    total = quant.numbers(parts.model)
     return {
         "config": asdict(config),
         "train_examples": len(train),

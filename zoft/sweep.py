@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zoft import compose, sweep_job
+from zoft import compose, configured, sweep_job
 from zoft.config import Config, fields
 from zoft.errors import UserError, writing
 from zoft.folder import refuse_unwritable, write
 from zoft.stop import RESUME
+from zoft.recipes import is_page
 from zoft.sweep_grammar import CONFIG, Dimension, configs, product, split
 
 PLAN = "sweep.json"
@@ -97,16 +98,20 @@ def _besides(configs: Sequence[Config]) -> tuple[str, ...]:
 
     if len({c.reward for c in configs}) > 1:
         raise UserError("reward: a sweep has one reward; make a sweep of each")
-    reward = absolute(configs[0]).reward
+    if any(map(is_page, named := {c.recipe for c in configs})) and len(named) > 1:
+        raise UserError("recipe: a sweep has packaged recipes or one page of your own; make a sweep of each")
+    first = absolute(configs[0])
+    reward, page = first.reward, first.recipe if is_page(first.recipe) else None
     trusted = any(c.trust_remote_code for c in configs)
-    return (*(("--reward", reward) if reward else ()), *(("trust_remote_code=true",) if trusted else ()))
+    told = [word for key, value in (("--reward", reward), ("--recipe", page)) if value for word in (key, value)]
+    return (*told, *(("trust_remote_code=true",) if trusted else ()))
 
 
 def add(made: Plan, row: Mapping[str, str]) -> Config:
     """Check the config of one combination of values and put it among the jobs; returns it."""
     texts = [f"{k}={v}" for k, v in row.items() if k != CONFIG]
     try:
-        config = compose.compose(row.get(CONFIG, made.base["config"]), [*made.base["overrides"], *texts])
+        config = configured.compose(row.get(CONFIG, made.base["config"]), [*made.base["overrides"], *texts])
     except UserError as error:
         where = " ".join(f"{k}={v}" for k, v in row.items())
         raise UserError(

@@ -161,7 +161,7 @@ def _globbed(key: str, raw: str, pattern: Any, own: Path | None) -> tuple[str, .
         mine = [p.stem for p in folder.glob("*.yaml")] if folder and folder.is_dir() else []
         known = sorted({*names(key), *mine})
     elif key == "recipe":
-        known = sorted(p.stem for p in packaged("recipes").glob("[!_]*.py"))
+        known = recipes.names()
     else:
         known = [str(w) for w in fields()[key].metadata.get("one_of", ())] if key in fields() else []
     if not known:

@@ -8,15 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from zoft import compose
 from zoft.config import ADAPTERS, Config
+from zoft.configured import load_run
 from zoft.errors import UserError
-from zoft.recipe import recipe
 
 
 def replay(
     folder: str | Path, out: str | Path | None = None, *, step: int | None = None, storage: str | None = None,
-    denoise: bool = False, device: str | None = None,
+    denoise: bool = False, device: str | None = None, recipe: str | None = None,
 ) -> str:  # fmt: skip
     """Rebuild the model of a run in `out`, or check and say what would be made; returns a line about it.
 
@@ -31,13 +30,14 @@ def replay(
         raise UserError(
             f"{'--denoise' if denoise else '--storage'}: makes another model; say where with --out DIR"
         )
-    config = of_run(folder, device)
+    config = of_run(folder, device, recipe)
     from zoft import replay as replays
+    from zoft.replay_live import replay_run
 
     ask = replays.Ask(step, exact=storage == "fp32", denoise=denoise)
     if out is None:
         return replays.look(config, Path(folder), ask)
-    done = recipe(config.recipe).replay(config, Path(folder), Path(out), ask)
+    done = replay_run(config, Path(folder), Path(out), ask)
     unfinished = (
         f" of {config.steps}: the run is not finished"
         if step is None and done < config.steps and not (Path(folder) / "result.json").exists()
@@ -47,7 +47,8 @@ def replay(
 
 
 def export(
-    folder: str | Path, out: str | Path, *, merge: bool, adapter: bool, dtype: str | None = None, device: str | None = None
+    folder: str | Path, out: str | Path, *, merge: bool, adapter: bool, dtype: str | None = None, device: str | None = None,
+    recipe: str | None = None,
 ) -> str:  # fmt: skip
     """Write a run's model, or its adapter alone, as others load it, checked; returns a line about it.
 
@@ -61,7 +62,7 @@ def export(
         raise UserError(f"--out {out}: exists; choose another name")
     if dtype is not None and dtype not in (known := ("fp32", "fp16", "bf16")):
         raise UserError(f"--dtype {dtype}: use {', '.join(known)}")
-    config = of_run(folder, device)
+    config = of_run(folder, device, recipe)
     if adapter and config.train not in ADAPTERS:
         raise UserError(f"{folder}: it trained the model's own weights, so there is no adapter; use --merge")
     if adapter and dtype is not None:
@@ -74,9 +75,10 @@ def export(
     return exports.merge(config, Path(folder), Path(out), dtype or config.save_dtype)
 
 
-def of_run(folder: str | Path, device: str | None) -> Config:
+def of_run(folder: str | Path, device: str | None, recipe: str | None = None) -> Config:
     """A run's config, to rebuild its weights on `device` (None: where it ran). Raises UserError without that device."""
-    config = compose.load_run(folder, [f"device={device}"] if device else [])
+    told = {"device": device, "recipe": recipe}
+    config = load_run(folder, [f"{key}={value}" for key, value in told.items() if value])
     if config.device.startswith("cuda") and not device:
         import torch
 
