@@ -20,9 +20,9 @@ from typing import Any
 
 from zoft.config import LORA, Config
 from zoft.errors import UserError, nearest, writing
+from zoft.folder import ASKED
 from zoft.packages import missing
 
-ASKED = "baseline.json"  # in its folder from the start: what was asked for
 METHODS = ("zero-shot", "icl", "calibrated", "sfc", "linear-probe", "first-order", "first-order-lora")
 DEMOS = 32  # as in the papers (arXiv 2305.17333)
 # Keys that a baseline takes from the command line; what a config says besides is of its recipe.

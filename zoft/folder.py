@@ -16,6 +16,8 @@ from zoft.errors import UserError, writing
 if TYPE_CHECKING:
     from zoft.ledger import Ledger
 
+ASKED = "baseline.json"  # in its folder from the start: what was asked for
+
 LOOK_SECONDS = 1.0  # between looks whether the folder is still there
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from zoft import report_names, results
-from zoft.baseline import ASKED
 from zoft.config_digest import FREE
 from zoft.errors import UserError
+from zoft.folder import ASKED
 from zoft.tracking import logged
 from zoft.yamlfile import yaml_tree
 

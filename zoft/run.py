@@ -11,12 +11,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft import baseline, compose, guards, processes, results, tracking
+from zoft import compose, guards, processes, results, tracking
 from zoft.config import Config
 from zoft.config_check import check_elastic
 from zoft.due import due, next_stop
 from zoft.errors import UserError
-from zoft.folder import Presence, alone, write
+from zoft.folder import ASKED, Presence, alone, write
 from zoft.preflight import absolute, claim, first_look, rewarded, within
 from zoft.recipe import recipe
 from zoft.session import Session, as_begun, resolved_anew, steps_of
@@ -36,7 +36,7 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
         found = results.outcome(Path(resume))
         print(f"{resume}: this run is finished; its result follows", file=sys.stderr)
         return found
-    if resume and (Path(resume) / baseline.ASKED).exists():
+    if resume and (Path(resume) / ASKED).exists():
         raise UserError(
             f"{resume}: a baseline, which is not resumed; delete it and start `zoft baseline` again"
         )
