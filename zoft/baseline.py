@@ -22,11 +22,9 @@ from zoft.config import LORA, Config
 from zoft.errors import UserError, nearest, writing
 from zoft.folder import ASKED
 from zoft.packages import missing
+from zoft.report_runs import ANY
 
 METHODS = ("zero-shot", "icl", "calibrated", "sfc", "linear-probe", "first-order", "first-order-lora")
-# Keys that a baseline takes from the command line; what a config says besides is of its recipe.
-ANY = ("model", "task", "max_length", "eval_limit", "seed", "device", "threads", "output_dir", "trust_remote_code",
-       "max_new_tokens", "stop", "bits", "group", "zero_points", "quantise_head")  # fmt: skip
 GRADIENTS = (
     "lr",
     "steps",

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft.baseline import ANY
+from zoft.report_runs import ANY
 
 if TYPE_CHECKING:
-    from zoft.report import Run
+    from zoft.report_runs import Run
 
 LONGEST = 60  # characters of a name
 LONGEST_VALUE = 30
