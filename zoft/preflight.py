@@ -38,9 +38,9 @@ def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None
     if resume is None and not dry_run:
         claim(Path(str(config.output_dir)))
     if resume and (Path(resume) / "ledger").exists():  # damage shows before weights load
-        from zoft import inspect_run, ledger
+        from zoft import ledger, ledger_check
 
-        inspect_run.sound(resume, ledger.read(Path(resume) / "ledger"))
+        ledger_check.sound(resume, ledger.read(Path(resume) / "ledger"))
     models.check(source := models.resolve(config.model))
     blocks, last = models.blocks(source), re.fullmatch(r"last-(\d+)", config.train)
     if blocks and last and int(last[1]) > blocks:
