@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import distributed, guards, objective, precision, quant
+from zoft import advice, distributed, objective, precision, quant
 from zoft.config import Config
 from zoft.data_order import batches, picked
 from zoft.encode import Example
@@ -28,7 +28,7 @@ def trainer(
 ) -> Trainer:  # fmt: skip
     """The trainer of a run: on a GPU, one whose steps are captured where the objective is a mean over rows."""
     goal = goal or Goal(train[0].objective)
-    for line in guards.at_start(config, made.trained) if ledger.last_step < 0 else ():
+    for line in advice.at_start(config, made.trained) if ledger.last_step < 0 else ():
         say(line)
     if config.elastic:
         from zoft.elastic import ElasticTrainer
@@ -85,7 +85,7 @@ def plan(
     held_out: Sequence[Example],
 ) -> dict[str, Any]:
     """What a run would do: the resolved config and the counts that follow from it."""
-    for line in guards.at_start(config, trained):
+    for line in advice.at_start(config, trained):
         say(line)
     numbers = sum(t.stored.numel() for t in trained)
     realised = precision.realised(trained, config.eps, seed=config.seed, kind=config.noise)
