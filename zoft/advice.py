@@ -67,15 +67,15 @@ def at_start(config: Config, trained: Sequence[Trained]) -> list[str]:
     if config.lr and not config.meazo and not FAR_BELOW * low <= config.lr <= k.far * high:
         lines.append(
             f"lr={config.lr:g} is far {'above' if config.lr > high else 'below'} what is known to work: "
-            f"{low:.1g} to {high:.1g} for {numbers:,} trained numbers ({_paper(k)})"
+            f"{low:.1g} to {high:.1g} for {numbers:,} trained numbers ({paper_range(k)})"
         )
     if not k.eps[0] / FAR_EPS <= config.eps <= FAR_EPS * k.eps[1]:
         lines.append(
-            f"eps={config.eps:g} is far {'above' if config.eps > k.eps[1] else 'below'} what is known to work: {_paper(k)}"
+            f"eps={config.eps:g} is far {'above' if config.eps > k.eps[1] else 'below'} what is known to work: {paper_range(k)}"
         )
     return lines
 
 
-def _paper(k: Known) -> str:
+def paper_range(k: Known) -> str:
     eps = f"{k.eps[0]:g}" if k.eps[0] == k.eps[1] else f"{k.eps[0]:g} to {k.eps[1]:g}"
     return f"MeZO's paper, {k.what}: lr {k.lr[0]:g} to {k.lr[1]:g}, eps {eps}"

@@ -437,11 +437,11 @@ def data(
     as_json: Json = False,
 ) -> None:
     """Show training examples as the model reads them, scored tokens marked, and counts of them all."""
-    from zoft import verbs
+    from zoft import show
     from zoft.compose import compose
 
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    verbs.show_data(compose(config, overrides or []), count, typer.echo, as_json=as_json, colour=colour)
+    show.show_data(compose(config, overrides or []), count, typer.echo, as_json=as_json, colour=colour)
 
 
 @app.command(cls=_Verb)

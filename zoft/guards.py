@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from zoft.advice import _paper, known, lr_range
+from zoft.advice import paper_range, known, lr_range
 from zoft.config import GENERATED, NO_GRADIENT, Config
 from zoft.errors import UserError
 
@@ -87,7 +87,7 @@ class Watch:
             return text
         low, high = lr_range(c, k, sum(t.stored.numel() for t in self.trained))
         here = "" if (low, high) == k.lr else f", which means {low:.1g} to {high:.1g} here"
-        return f"{text} ({_paper(k)}{here})"
+        return f"{text} ({paper_range(k)}{here})"
 
     def _stuck(self, loss: float) -> str:
         c, text = self.config, f"the projected gradient has been 0 for {self.zeros} steps: "
