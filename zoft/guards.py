@@ -1,4 +1,4 @@
-"""Advice while it is cheap: settings far from any that worked, a run that goes nowhere, and memory that is not there."""
+"""Watch a run that goes nowhere, threads that wait for each other, and memory that is not there; advise while it is cheap."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from zoft.advice import paper_range, known, lr_range
+from zoft.advice import known, lr_range, paper_range
 from zoft.config import GENERATED, NO_GRADIENT, Config
 from zoft.errors import UserError
 
