@@ -99,11 +99,11 @@ def run(config: Config, ask: Ask) -> dict[str, Any]:
         data = tasks.load(config.task)
         _refuse(ask.method, data)
         preflight.claim(folder)  # a folder of another name would not mend the others
-        from zoft import setup
+        from zoft import export, setup
 
         config = setup.device(config)
         model, tokenizer, _ = setup.model(
-            config if ask.method == "first-order-lora" else preflight.plain(config)
+            config if ask.method == "first-order-lora" else export.plain(config)
         )
         if ask.method.startswith("first-order"):
             from zoft import first_order

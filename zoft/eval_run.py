@@ -120,10 +120,10 @@ def _base(adapter: Path, must: bool) -> str | None:
 
 def load(config: Config, adapter: Path | None) -> tuple[Config, Any, Any]:
     """(config with its device, model, tokenizer), with the adapter in it."""
-    from zoft import adapters, setup
+    from zoft import adapters, export, setup
 
     config = setup.device(config if adapter is None else dataclasses.replace(config, adapter=None))
-    model, tokenizer, base = setup.model(preflight.plain(config))
+    model, tokenizer, base = setup.model(export.plain(config))
     if adapter is not None and (line := other_base(config.model, adapter, base)):
         print(line, file=sys.stderr)
     return config, model if adapter is None else adapters.load(model, adapter), tokenizer

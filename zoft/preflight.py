@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from zoft import compose, tracking
-from zoft.config import ADAPTERS, Config
+from zoft.config import Config
 from zoft.errors import UserError
 from zoft.folder import refuse_unwritable
 
@@ -118,8 +118,3 @@ def absolute(config: Config) -> Config:
         place, _, function = reward.rpartition(":")
         reward = f"{fixed(place)}:{function}"
     return dataclasses.replace(config, model=model, adapter=fixed(config.adapter), task=task, reward=reward)
-
-
-def plain(config: Config) -> Config:
-    """The config of the base alone, without the adapter that it would train (but with one that it starts from)."""
-    return dataclasses.replace(config, train="all") if config.train in ADAPTERS else config
