@@ -7,8 +7,8 @@ import re
 import sys
 from pathlib import Path
 
-from zoft import compose, tracking
-from zoft.config import Config
+from zoft import compose, processes, tracking
+from zoft.config import GENERATED, Config
 from zoft.errors import UserError
 from zoft.folder import refuse_unwritable
 
@@ -118,3 +118,27 @@ def absolute(config: Config) -> Config:
         place, _, function = reward.rpartition(":")
         reward = f"{fixed(place)}:{function}"
     return dataclasses.replace(config, model=model, adapter=fixed(config.adapter), task=task, reward=reward)
+
+
+def check_elastic(config: Config) -> None:
+    """Raise UserError for what elastic=true cannot have."""
+    if processes.place()[1] > 1:
+        raise UserError(
+            "elastic=true: torchrun starts all again where one dies; use `zoft train --nproc N` and `zoft join`"
+        )
+    if config.perturb == "inplace":
+        raise UserError("elastic=true: perturb=inplace moves weights as it probes; use perturb=probes")
+    if config.objective in GENERATED:
+        raise UserError(
+            f"elastic=true: objective={config.objective} scores texts; use `zoft train --nproc N`"
+        )
+    if config.denoise_every:
+        raise UserError(f"elastic=true: denoise_every={config.denoise_every} rebuilds weights; leave it out")
+    if config.probes_per_forward not in ("auto", 1):
+        raise UserError(
+            f"elastic=true: probes_per_forward={config.probes_per_forward}: a pair is one probe; leave it out"
+        )
+    if config.parallel != "auto":
+        raise UserError(
+            f"elastic=true: parallel={config.parallel}: pairs of probe and batch are dealt out; leave it out"
+        )

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from zoft import compose, guards, processes, results, tracking
 from zoft.config import Config
-from zoft.config_check import check_elastic
 from zoft.due import due, next_stop
 from zoft.errors import UserError
 from zoft.folder import ASKED, Presence, alone, write
-from zoft.preflight import absolute, claim, first_look, rewarded, within
+from zoft.preflight import absolute, check_elastic, claim, first_look, rewarded, within
 from zoft.recipe import recipe
 from zoft.session import Session, as_begun, resolved_anew, steps_of
 from zoft.stop import listening
