@@ -15,10 +15,10 @@ from zoft import compose, guards, processes, results, tracking
 from zoft.config import Config
 from zoft.due import due, next_stop
 from zoft.errors import UserError
-from zoft.folder import ASKED, Presence, alone, write
+from zoft.folder import ASKED, alone, write
 from zoft.preflight import absolute, check_elastic, claim, first_look, rewarded, within
 from zoft.recipe import recipe
-from zoft.session import Session, as_begun, resolved_anew, steps_of
+from zoft.session import Presence, Session, as_begun, resolved_anew, steps_of
 from zoft.stop import listening
 from zoft.tracking import logged
 
