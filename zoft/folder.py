@@ -1,4 +1,4 @@
-"""A run's folder while the run goes on: what is done when it fills up, loses its permissions, or vanishes."""
+"""Guard and write the folder of a run while it goes on: what is done when it fills up or loses its permissions."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def fit(
         t.evaluation(0, evals[0])
     if line := selection.note(config, evals):
         t.note(line)
-    snapshot.check_metric(config, evals[0])
+    selection.check_metric(config, evals[0])
     log = Log(s.ledger.header, s.ledger.records, s.ledger.events)  # the ledger's own lists: they grow
     catch_up(trainer, s.folder, config, log, t.note)
     watch = guards.Watch(config, trainer.axis.trained, steps_of(s.ledger, config))
@@ -126,7 +126,7 @@ def fit(
                 s.ledger.note(Event("snapshot", step))
             elif what == "snapshot" and what not in noted:
                 t.note(snapshot.take(s.folder, s.ledger, trainer.axis.trained))
-                snapshot.prune(s.folder, config, s.ledger.events, evals)
+                selection.prune(s.folder, config, s.ledger.events, evals)
         if {"snapshot", "denoise"} & {*due(config, step)}:
             world.told(lambda: None)  # however long it takes: a wait for losses has an end
 

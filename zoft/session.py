@@ -1,4 +1,4 @@
-"""An open run: its folder with config.yaml, its ledger, which must agree with what goes on, and where metrics go."""
+"""Open a run: its folder with config.yaml, its ledger, which must agree with what goes on, and where metrics go."""
 
 from __future__ import annotations
 
