@@ -82,7 +82,7 @@ def _config(tree: dict[str, Any]) -> Config:
 def _built(tree: dict[str, Any], data: bytes, trust_remote_code: bool) -> Trainer:
     """The run's trainer at the ledger's last step: base and replay, nothing else."""
     from zoft import data_order, goal, headers, setup, setup_axis, space, tasks
-    from zoft.session import agree
+    from zoft.headers import agree
     from zoft.trainer import Trainer
 
     log, _, _ = decode(data, "the run's ledger")

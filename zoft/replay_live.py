@@ -8,8 +8,8 @@ from typing import Any
 
 from zoft import adapters, replay, results, setup, setup_axis, snapshot, space
 from zoft.config import Config
+from zoft.headers import agree
 from zoft.ledger import Log
-from zoft.session import agree
 from zoft.trainer import Trainer
 
 Rebuild = Callable[[Config, Path, Log], tuple[Any, Any, Config]]  # what a recipe's `rebuild` is

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from zoft import compose, tracking
 from zoft.config import Config
-from zoft.config_digest import changed
 from zoft.errors import UserError, writing
 from zoft.folder import kept, write
 from zoft.preflight import claim
@@ -29,15 +28,6 @@ LOOK_SECONDS = 1.0  # between looks whether the folder is still there
 
 # What another number of processes resolves anew where it was `auto`: no weight depends on it beyond rounding.
 ELSEWHERE = ("threads", "hold_probe")
-
-# What it means where a resumed run's ledger says something else.
-DIFFERS = {
-    "base": "starts from other weights ({found}) than this model has ({value})",
-    "data": "was begun on other training data: put back what was changed there",
-    "rows": "was begun on rows with other columns or answers: put back what was changed there",
-    "noise_version": "has noise of version {found}, this zoft makes version {value}: use the zoft that wrote it",
-    "adapter": "starts from an adapter ({found}) that is not made here ({value}): put back start.safetensors",
-}
 
 
 @dataclass
@@ -60,6 +50,7 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
     """
     from zoft import distributed
     from zoft.env import environment
+    from zoft.headers import agree
     from zoft.ledger import Ledger
 
     world = distributed.current()
@@ -98,23 +89,6 @@ def steps_of(ledger: Ledger, config: Config) -> list[dict[str, Any]]:
     from zoft.trainer import metrics_of
 
     return [metrics_of(record, config.eps) for record in ledger.records]
-
-
-def agree(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to continue or replay a ledger on anything but what it was written on."""
-    for name, value in wanted.items():
-        if name in ("zoft", "plan", "reward") or name not in found or found[name] == value:
-            continue
-        other = DIFFERS.get(name, f"was written with {name}={found[name]}, not {value}")
-        if name == "config":
-            keys = changed(found[name], value)
-            if not keys:  # a zoft that knows other keys
-                continue
-            other = f"was begun with another {', '.join(keys)} than config.yaml has now: put back what it was"
-        if name == "trained":
-            names = [n for n in {**found[name], **value} if found[name].get(n) != value.get(n)]
-            other = f"trains other tensors than this model has now, {names[0]} among them"
-        raise UserError(f"{folder}: its ledger {other.format(found=found[name], value=value)}")
 
 
 def resolved_anew(config: Config, resume: str | Path | None) -> Config:
