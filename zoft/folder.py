@@ -7,12 +7,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from zoft.errors import UserError, writing
-
-if TYPE_CHECKING:
-    from zoft.ledger import Ledger
 
 ASKED = "baseline.json"  # in its folder from the start: what was asked for
 
@@ -82,17 +78,3 @@ def write(path: Path, text: str | bytes) -> None:
             with suppress(OSError):
                 draft.unlink()
             raise
-
-
-@contextmanager
-def kept(ledger: Ledger) -> Iterator[None]:
-    """Adds to a failed write of a run what becomes of its steps, and how to go on."""
-    try:
-        yield
-    except UserError as error:
-        if not isinstance(error.__cause__, OSError):
-            raise
-        raise UserError(
-            f"{error}; the {len(ledger.records)} steps so far are kept: "
-            f"put that right, then `zoft train --resume {ledger.path.parent}`"
-        ) from error.__cause__

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from zoft import compose, tracking
 from zoft.config import Config
 from zoft.errors import UserError, writing
-from zoft.folder import kept, write
+from zoft.folder import write
 from zoft.preflight import claim
 from zoft.stop import Stop, listening
 from zoft.yamlfile import yaml_tree
@@ -167,3 +167,17 @@ class Presence:
             raise UserError(f"{folder}: another run's ledger is there")
         write(folder / "ledger", data)
         return folder
+
+
+@contextmanager
+def kept(ledger: Ledger) -> Iterator[None]:
+    """Adds to a failed write of a run what becomes of its steps, and how to go on."""
+    try:
+        yield
+    except UserError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise UserError(
+            f"{error}; the {len(ledger.records)} steps so far are kept: "
+            f"put that right, then `zoft train --resume {ledger.path.parent}`"
+        ) from error.__cause__
