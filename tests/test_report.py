@@ -242,4 +242,3 @@ def test_what_rows_differ_in_is_always_to_be_seen(tmp_path, monkeypatch):
         ("p", "so p {text}"), ("q", "so q {text}"), ("zero-4", "bits=4"),
     ):  # fmt: skip
         assert piece in said[at], (at, said)
-    assert "bits=4" in names["four"] and "bits=8" in names["eight"], names

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from zoft.errors import UserError
+from zoft.errors import UserError, one_line
 
 
 class _AsTyped:
@@ -44,8 +44,7 @@ _MACHINE = {getattr(errno, name) for name in (
 def _refused(error: Any) -> typer.Exit:
     """Prints a mistake as one line, whatever is in it; returns exit code 2."""
     text = error.format_message() if isinstance(error, _UsageError) else str(error)
-    line = " ".join(text.split("\n")).strip()
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
+    line = one_line(" ".join(text.split("\n")).strip())
     if len(line) > 1000:
         line = f"{line[:500]} … {line[-500:]}"
     typer.echo(f"error: {line}", err=True)
