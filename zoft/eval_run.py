@@ -277,14 +277,8 @@ def text(result: Mapping[str, Any]) -> str:
     """What a user reads: a line a metric, its interval beside it."""
     from zoft.tracking import short
 
-    between = result.get("ci95", {})
-    head = [f"{'':22}{'':>12}   95 % interval"] if between else []
-    return "\n".join(
-        head
-        + [
-            f"{name:22}{short(value):>12}"
-            + (f"   {short(between[name][0])} to {short(between[name][1])}" if name in between else "")
-            for name, value in result.items()
-            if not isinstance(value, Mapping)
-        ]
-    )
+    shown, between = {k: v for k, v in result.items() if not isinstance(v, Mapping)}, result.get("ci95", {})
+    lines = results.table({"": shown}).split("\n")
+    for i, name in enumerate(shown):
+        lines[i] += f"   {short(between[name][0])} to {short(between[name][1])}" if name in between else ""
+    return "\n".join(([f"{'':34}   95 % interval"] if between else []) + lines)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import statistics
 import sys
@@ -11,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zoft import report_names
+from zoft import report_names, tables
 from zoft.errors import UserError
 from zoft.report_runs import METRICS, Group, Run, folders, read
 
@@ -106,8 +104,7 @@ def _summed(key: str, values: Sequence[float]) -> dict[str, Any]:
 
 def markdown(found: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:
     """The rows as a table of mean ± sd."""
-    head = ["", "n", "steps", "forwards", *metrics, "seconds", "peak GB"]
-    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    lines = []
     for row in found:
         cells = [str(row["name"]), str(row["n"]), _whole(row.get("steps")), _whole(row.get("forwards"))]
         for m in metrics:
@@ -115,23 +112,12 @@ def markdown(found: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:
             cells.append("" if value is None else f"{value:.4f}" + (f" ± {sd:.4f}" if sd is not None else ""))
         cells.append(_whole(row.get("train_seconds")))
         memory = row.get("peak_memory_gb")
-        cells.append("" if memory is None else f"{memory:.2f}")
-        lines.append(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in cells)} |")
-    return "\n".join(lines)
+        lines.append([*cells, "" if memory is None else f"{memory:.2f}"])
+    return tables.markdown(["", "n", "steps", "forwards", *metrics, "seconds", "peak GB"], lines)
 
 
 def _whole(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}"
-
-
-def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as CSV."""
-    names = list(dict.fromkeys(k for row in found for k in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(found)
-    return text.getvalue()
 
 
 def cut(some: Sequence[Group]) -> list[str]:
@@ -165,7 +151,7 @@ def report(
     found = rows(some, chosen)
     if csv_to:
         with writing(csv_to):
-            Path(csv_to).write_text(table(found), encoding="utf-8")
+            Path(csv_to).write_text(tables.csv_text(found), encoding="utf-8")
     if png_to:
         from zoft import report_plot
 
