@@ -28,6 +28,7 @@ from zoft import compose, estimate, run
 from zoft.config import Config
 from zoft.env import environment
 from zoft.space import DTYPES
+from zoft.tables import markdown
 
 DEFAULT = ["opt-125m:16x32", "opt-125m:16x256", "opt-125m:16x256:perturb=inplace", "opt-125m:8x64:q=4,probes_per_forward=8",
            "smollm2-135m:16x64", "opt-1.3b:16x32", "opt-1.3b:16x256", "llama-1b:16x256"]  # fmt: skip
@@ -104,22 +105,23 @@ def release(device: str) -> None:
 
 def table(found: list[dict[str, Any]]) -> str:
     parts = ("weights", "scratch", "activation", "evaluation")
-    lines = [
-        "| model: batch × tokens | estimate | measured | estimate ÷ measured | of the estimate: "
-        + " | ".join(parts)
-        + " |"
+    head = [
+        "model: batch × tokens",
+        "estimate",
+        "measured",
+        "estimate ÷ measured",
+        f"of the estimate: {parts[0]}",
+        *parts[1:],
     ]
-    lines.append("| --- " * (4 + len(parts)) + "|")
+    lines = []
     for r in found:
         if "error" in r:
-            lines.append(f"| {r['case']} | {r['error']} |")
+            lines.append([r["case"], r["error"]])
             continue
-        each = " | ".join(f"{r[f'{p}_bytes'] / 1e9:.3f}" for p in parts)
-        ratio = r["estimated_bytes"] / r["measured_bytes"]
-        lines.append(
-            f"| {r['case']} | {r['estimated_bytes'] / 1e9:.3f} | {r['measured_bytes'] / 1e9:.3f} | {ratio:.3f} | {each} |"
-        )
-    return "\n".join(lines)
+        sizes = [r["estimated_bytes"], r["measured_bytes"], *(r[f"{p}_bytes"] for p in parts)]
+        gb = [f"{size / 1e9:.3f}" for size in sizes]
+        lines.append([r["case"], *gb[:2], f"{sizes[0] / sizes[1]:.3f}", *gb[2:]])
+    return markdown(head, lines)
 
 
 def main() -> None:

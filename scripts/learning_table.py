@@ -25,6 +25,8 @@ from typing import Any
 
 from spread import spread
 
+from zoft.tables import markdown
+
 SCRIPTS = Path(__file__).resolve().parent
 TUNE = 1000  # seed of the runs that choose
 WRITTEN = ("f1", "reward")  # of text that the model writes: columns of tables whose rows have them
@@ -142,15 +144,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     rows = [r for r in rows if r["seed"] != TUNE]
     good = [r for r in rows if "error" not in r]
     shown = [*METRICS, *(m for m in WRITTEN if any(m in r["after"] for r in good))]
-    lines = ["| | seeds | steps | " + " | ".join(shown) + " | seconds |"]
-    lines.append("| --- " * (len(shown) + 4) + "|")
+    lines = []
     if good:
         cells = [next((f"{r['before'][m]:.3f}" for r in good if m in r["before"]), "") for m in shown]
-        lines.append(f"| untrained | | 0 | {' | '.join(cells)} | |")
+        lines.append(["untrained", "", "0", *cells, ""])
     for name in dict.fromkeys(r["name"] for r in rows):
         mine = [r for r in good if r["name"] == name]
         if not mine:
-            lines.append(f"| {name} | failed | | {next(r['error'] for r in rows if r['name'] == name)} |")
+            lines.append([name, "failed", "", next(r["error"] for r in rows if r["name"] == name)])
             continue
         cells = []
         for m in shown:
@@ -158,11 +159,12 @@ def table(rows: list[dict[str, Any]]) -> str:
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
         seconds = statistics.mean(r["seconds"] for r in mine)
-        lines.append(f"| {name} | {len(mine)} | {mine[0]['steps']} | {' | '.join(cells)} | {seconds:.0f} |")
+        lines.append([name, str(len(mine)), str(mine[0]["steps"]), *cells, f"{seconds:.0f}"])
+    text = [markdown(["", "seeds", "steps", *shown, "seconds"], lines)]
     if short:
-        lines += ["", "Chosen by the mean training loss at the end of a short run with another seed:", ""]
-        lines += [f"- {r['name']}: {r.get('late', r.get('error', '?'))}" for r in short]
-    return "\n".join(lines)
+        text += ["", "Chosen by the mean training loss at the end of a short run with another seed:", ""]
+        text += [f"- {r['name']}: {r.get('late', r.get('error', '?'))}" for r in short]
+    return "\n".join(text)
 
 
 def run(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:

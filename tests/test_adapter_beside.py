@@ -457,9 +457,9 @@ def test_a_model_with_an_adapter_in_place_takes_no_other(runs, tmp_path):
 
 
 def test_estimate_knows_of_both(runs, monkeypatch):
-    from zoft import rates
+    from zoft import estimate
 
-    monkeypatch.setattr(rates, "MEASURED", 0.0)
+    monkeypatch.setattr(estimate, "MEASURED", 0.0)
     words = ["estimate", "--config", "mine.yaml", "--json"]
     pairs = json.loads(zoft(*words, "recipe=lora_zo").stdout)
     assert (pairs["trained"], pairs["notes"]) == (2 * 8 * (16 + 16 + 16 + 8), [])

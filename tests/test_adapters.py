@@ -619,9 +619,9 @@ def test_pairs_in_the_last_blocks_use_the_cache_of_frozen_ones(place):
 
 
 def test_estimate_counts_the_adapter(place, monkeypatch):
-    from zoft import rates
+    from zoft import estimate
 
-    monkeypatch.setattr(rates, "MEASURED", 0.0)
+    monkeypatch.setattr(estimate, "MEASURED", 0.0)
     for train, numbers in (
         ("lora", 2 * 8 * (16 + 16 + 16 + 8)),
         ("prefix", 5 * 2 * 2 * 8),

@@ -442,9 +442,9 @@ def test_data_counts_what_is_scored(place):
 
 
 def test_estimate_says_what_a_run_takes(place, monkeypatch):
-    from zoft import rates
+    from zoft import estimate
 
-    monkeypatch.setattr(rates, "MEASURED", 0.0)
+    monkeypatch.setattr(estimate, "MEASURED", 0.0)
     done = zoft("estimate", "--config", "mine.yaml", "train=norms", "--json", cwd=place)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))

@@ -8,7 +8,7 @@ import tiny
 import torch
 import transformers as hf
 
-from zoft import data_order, estimate, evaluate, footprint, rates, setup, setup_axis, space
+from zoft import data_order, estimate, evaluate, footprint, setup, setup_axis, space
 from zoft.config import Config, Task
 from zoft.encode import Example
 from zoft.ledger import Ledger
@@ -35,7 +35,7 @@ MODELS = {"llama": llama, "opt": opt}
 
 @pytest.fixture(autouse=True)
 def one_call_a_rate(monkeypatch):
-    monkeypatch.setattr(rates, "MEASURED", 0.0)
+    monkeypatch.setattr(estimate, "MEASURED", 0.0)
 
 
 def row(tokens, first=3):

@@ -16,9 +16,9 @@ from test_trainer import build, same_bits, weights
 from zoft import run as runs
 from zoft.config import Config, Task
 from zoft.errors import UserError
-from zoft.folder import Presence, alone, refuse_unwritable
+from zoft.folder import alone, refuse_unwritable
 from zoft.ledger import Ledger, Record, read
-from zoft.session import session
+from zoft.session import Presence, session
 from zoft.stop import Stopped
 from zoft.trainer import Trainer
 

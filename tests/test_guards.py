@@ -13,7 +13,7 @@ import tiny
 import torch
 from test_trainer import build
 
-from zoft import guards, space
+from zoft import advice, guards, space
 from zoft.compose import compose, names
 from zoft.config import Config, Task
 from zoft.errors import UserError
@@ -55,7 +55,7 @@ NUMBERS = {
 
 @pytest.mark.parametrize("name", names())
 def test_shipped_configs_are_met_with_silence(name):
-    assert guards.at_start(compose(name), tensors(NUMBERS[name])) == []
+    assert advice.at_start(compose(name), tensors(NUMBERS[name])) == []
 
 
 def test_numbers_are_counted_right():
@@ -81,7 +81,7 @@ def test_numbers_are_counted_right():
     ],
 )
 def test_what_has_worked_is_met_with_silence(numbers, changes):
-    assert guards.at_start(config(**changes), tensors(numbers)) == []
+    assert advice.at_start(config(**changes), tensors(numbers)) == []
 
 
 @pytest.mark.parametrize(
@@ -99,18 +99,18 @@ def test_what_has_worked_is_met_with_silence(numbers, changes):
     ],
 )
 def test_what_is_far_out_is_named_in_one_line(numbers, changes, parts):
-    (line,) = guards.at_start(config(**changes), tensors(numbers))
+    (line,) = advice.at_start(config(**changes), tensors(numbers))
     assert "\n" not in line and all(part in line for part in parts), line
 
 
 def test_adapters_have_ranges_of_their_own():
     lora, prefix = tensors(790_000), tensors(250_000)
-    assert guards.at_start(config(train="lora", lr=5e-5, eps=1e-2), lora) == []
-    (line,) = guards.at_start(config(train="lora", lr=1e-2, eps=1e-2), lora)
+    assert advice.at_start(config(train="lora", lr=5e-5, eps=1e-2), lora) == []
+    (line,) = advice.at_start(config(train="lora", lr=1e-2, eps=1e-2), lora)
     assert "LoRA: lr 1e-05 to 0.0001, eps 0.001 to 0.01" in line
-    assert guards.at_start(config(train="prefix", lr=1e-2, eps=1e-1), prefix) == []
-    assert len(guards.at_start(config(train="prefix", lr=1e-6, eps=1e-3), prefix)) == 2
-    assert guards.at_start(config(recipe="qzo", lr=1.0), tensors(50_000_000)) == []
+    assert advice.at_start(config(train="prefix", lr=1e-2, eps=1e-1), prefix) == []
+    assert len(advice.at_start(config(train="prefix", lr=1e-6, eps=1e-3), prefix)) == 2
+    assert advice.at_start(config(recipe="qzo", lr=1.0), tensors(50_000_000)) == []
 
 
 def feed(watch, losses, pg=1.0, first=0):
@@ -265,7 +265,7 @@ def test_a_run_that_runs_out_of_memory_says_what_to_lower(tmp_path):
 
 
 def test_a_gpu_that_computes_in_fp32_is_told():
-    (line,) = guards.at_start(config(device="cuda:1", compute="fp32", recipe="qzo"), tensors(1000))
+    (line,) = advice.at_start(config(device="cuda:1", compute="fp32", recipe="qzo"), tensors(1000))
     assert line.startswith("compute=fp32") and "compute=bf16" in line
     for changes in ({"device": "cpu", "compute": "fp32"}, {"device": "cuda", "compute": "bf16"}):
-        assert guards.at_start(config(recipe="qzo", **changes), tensors(1000)) == []
+        assert advice.at_start(config(recipe="qzo", **changes), tensors(1000)) == []

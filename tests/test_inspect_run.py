@@ -17,7 +17,7 @@ import tiny
 from test_trainer import build
 from typer.testing import CliRunner
 
-from zoft import compose, headers, inspect_run, snapshot
+from zoft import compose, headers, inspect_run, ledger_check, snapshot
 from zoft import run as runs
 from zoft.cli import app
 from zoft.config import Config, Task
@@ -155,12 +155,12 @@ def test_verify_names_what_is_wrong(run, what):
 
 def test_a_header_that_lacks_what_replay_needs_or_mixes_up_noise_is_named(finished):
     header = read(finished / "ledger").header
-    assert inspect_run.header_faults(header) == []
+    assert ledger_check.header_faults(header) == []
     name = next(iter(header["trained"]))
     tensor, *rest = header["trained"][name]
     wrong = {**header, "trained": {name: [tensor ^ 1, *rest]}, "noise_version": 9}
     del wrong["base"]
-    said = inspect_run.header_faults(wrong)
+    said = ledger_check.header_faults(wrong)
     assert len(said) == 3 and "no base" in said[0] and "version 9" in said[1] and name in said[2]
 
 

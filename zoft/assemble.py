@@ -16,9 +16,9 @@ from zoft import goal, headers, recipes, selection, setup, setup_axis, space, ta
 from zoft.config import Config
 from zoft.encode import Example
 from zoft.goal import Goal
+from zoft.headers import agree
 from zoft.method import Method
 from zoft.probe import InPlace, ProbeAxis
-from zoft.session import agree
 from zoft.space import Trained
 from zoft.tasks import TaskData
 

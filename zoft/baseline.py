@@ -14,20 +14,17 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zoft.baseline_ask import DEMOS, Ask, adjusted
 from zoft.config import LORA, Config
 from zoft.errors import UserError, nearest, writing
+from zoft.folder import ASKED
 from zoft.packages import missing
+from zoft.report_runs import ANY
 
-ASKED = "baseline.json"  # in its folder from the start: what was asked for
 METHODS = ("zero-shot", "icl", "calibrated", "sfc", "linear-probe", "first-order", "first-order-lora")
-DEMOS = 32  # as in the papers (arXiv 2305.17333)
-# Keys that a baseline takes from the command line; what a config says besides is of its recipe.
-ANY = ("model", "task", "max_length", "eval_limit", "seed", "device", "threads", "output_dir", "trust_remote_code",
-       "max_new_tokens", "stop", "bits", "group", "zero_points", "quantise_head")  # fmt: skip
 GRADIENTS = (
     "lr",
     "steps",
@@ -41,21 +38,6 @@ GRADIENTS = (
 )
 ENDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".gguf")  # left out of a folder's name
 LONGEST = 60  # characters of a model or file in it
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A baseline's own settings. demos: of icl, None is DEMOS. epochs: of first-order. keys: set by the user."""
-
-    method: str
-    demos: int | None = None
-    epochs: float | None = None
-    keys: tuple[str, ...] = ()
-
-    def kept(self) -> dict[str, Any]:
-        """What distinguishes it, for its folder."""
-        extra = {"demos": self.demos or DEMOS} if self.method == "icl" else {}
-        return {"method": self.method, **extra}
 
 
 def settings(
@@ -117,11 +99,11 @@ def run(config: Config, ask: Ask) -> dict[str, Any]:
         data = tasks.load(config.task)
         _refuse(ask.method, data)
         preflight.claim(folder)  # a folder of another name would not mend the others
-        from zoft import setup
+        from zoft import export, setup
 
         config = setup.device(config)
         model, tokenizer, _ = setup.model(
-            config if ask.method == "first-order-lora" else preflight.plain(config)
+            config if ask.method == "first-order-lora" else export.plain(config)
         )
         if ask.method.startswith("first-order"):
             from zoft import first_order
@@ -173,15 +155,6 @@ def _made(config: Config, ask: Ask, data: Any, model: Any, tokenizer: Any) -> di
     from zoft import first_order
 
     return first_order.train(config, model, tokenizer, train, held_out, write)
-
-
-def adjusted(judged: Any) -> dict[str, Any]:
-    """Figures of scores that have been calibrated already, without a further calibration beside them."""
-    from zoft import evaluate
-
-    if judged.bias is not None:
-        judged.bias = judged.bias * 0
-    return {k: v for k, v in evaluate.figures(judged).items() if k != "calibrated_accuracy"}
 
 
 def demonstrated(config: Config, k: int, data: Any, tokenizer: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -11,93 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
 from zoft import __version__
+from zoft.cli_app import Verb, Verbs
 from zoft.errors import UserError
 
-
-class _AsTyped:
-    """The identity, where typer would build a converter."""
-
-    def coerce(self, value: Any, param: Any, ctx: Any) -> Any:
-        return value
-
-
-def _light(param: Any) -> Any:
-    """Spare text and flags typer's conversion: 0.29 sends them through pydantic, whose import takes 0.15 s.
-
-    A typer without this attribute takes no notice.
-    """
-    if getattr(getattr(param, "type_descriptor", None), "annotation", None) in (str, list[str], bool):
-        param._runtime_param = _AsTyped()
-    return param
-
-
-class _Verb(TyperCommand):
-    def get_params(self, ctx: Any) -> list[Any]:
-        return [_light(param) for param in super().get_params(ctx)]
-
-
-_UsageError: Any = typer.BadParameter.__mro__[1]  # click's, which newer versions of typer bring along
-# What a file system says of a file: a mistake or a mishap, never a bug.
-_MACHINE = {getattr(errno, name) for name in (
-    "EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE", "ENOENT", "ENOTDIR", "EISDIR",
-    "EEXIST", "ELOOP", "ENAMETOOLONG", "EMFILE", "ENFILE", "ETXTBSY", "ENODEV", "ENXIO",
-) if hasattr(errno, name)}  # fmt: skip
-
-
-def _refused(error: Any) -> typer.Exit:
-    """Prints a mistake as one line, whatever is in it; returns exit code 2."""
-    text = error.format_message() if isinstance(error, _UsageError) else str(error)
-    line = " ".join(text.split("\n")).strip()
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
-    if len(line) > 1000:
-        line = f"{line[:500]} … {line[-500:]}"
-    typer.echo(f"error: {line}", err=True)
-    return typer.Exit(2)
-
-
-class _Verbs(TyperGroup):
-    """Turns a user's mistake into one line and exit code 2; anything else is a bug and keeps its traceback."""
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        return [_light(param) for param in super().get_params(ctx)]
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        try:
-            return super().parse_args(ctx, args)
-        except _UsageError as error:
-            if type(error).__name__ == "NoArgsIsHelpError":
-                raise
-            raise _refused(error) from None
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args and not args[0].startswith("-") and args[0] not in self.commands:
-            from zoft.errors import nearest
-
-            near = nearest(args[0], self.commands)
-            raise UserError(
-                f"{args[0]}: no such verb; {f'did you mean {near}?' if near else 'use ' + ', '.join(self.commands)}"
-            )
-        return super().resolve_command(ctx, args)
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (UserError, _UsageError) as error:
-            raise _refused(error) from None
-        except OSError as error:
-            if error.errno not in _MACHINE or error.filename is None:
-                raise
-            raise _refused(UserError(f"{error.filename}: {error.strerror}")) from None
-        except KeyboardInterrupt as error:  # of a run that has started: stop.Stopped
-            typer.echo(str(error) or "interrupted", err=True)
-            raise typer.Exit(getattr(error, "code", 130)) from None
-
-
 app = typer.Typer(
-    cls=_Verbs,
+    cls=Verbs,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -133,7 +52,7 @@ def _root(
     """Fine-tune language models with forward passes only."""
 
 
-@app.command(cls=_Verb, context_settings=_LOOSE)
+@app.command(cls=Verb, context_settings=_LOOSE)
 def train(
     overrides: Overrides = None,
     config: Source = None,
@@ -183,7 +102,7 @@ def train(
         typer.echo(results.plan_text(result) if dry_run else results.summary(result))
 
 
-@app.command(cls=_Verb)
+@app.command(cls=Verb)
 def join(
     place: Annotated[str, typer.Argument(metavar="RUN|HOST:PORT")],
     secret: Annotated[
@@ -199,7 +118,7 @@ def join(
     typer.echo(elastic_worker.work(place, secret, trust_remote_code))
 
 
-@app.command(cls=_Verb, context_settings=_LOOSE)
+@app.command(cls=Verb, context_settings=_LOOSE)
 def sweep(
     words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUES]...", show_default=False)] = None,
     config: Source = None,
@@ -230,7 +149,7 @@ def sweep(
     sweep_verb.run(asked, _with(words, recipe), typer.echo)
 
 
-@app.command("eval", cls=_Verb, context_settings=_LOOSE)
+@app.command("eval", cls=Verb, context_settings=_LOOSE)
 def evaluate(
     args: Args = None,
     config: Source = None,
@@ -277,7 +196,7 @@ def evaluate(
     typer.echo(json.dumps(found) if as_json else eval_run.text(found))
 
 
-@app.command(cls=_Verb, context_settings=_LOOSE)
+@app.command(cls=Verb, context_settings=_LOOSE)
 def baseline(
     overrides: Overrides = None,
     config: Source = None,
@@ -301,7 +220,7 @@ def baseline(
     typer.echo(baselines.text(baselines.run(resolved, ask)))
 
 
-@app.command(cls=_Verb)
+@app.command(cls=Verb)
 def replay(
     folder: Annotated[str, typer.Argument(metavar="RUN")],
     out: Annotated[
@@ -326,7 +245,7 @@ def replay(
     typer.echo(verbs.replay(folder, out, step=step, storage=storage, denoise=denoise, device=device, recipe=recipe))
 
 
-@app.command(cls=_Verb)
+@app.command(cls=Verb)
 def export(
     folder: Annotated[str, typer.Argument(metavar="RUN")],
     out: Annotated[str, typer.Option(metavar="DIR", help="Where it is written.")],
@@ -344,7 +263,7 @@ def export(
     typer.echo(verbs.export(folder, out, merge=merge, adapter=adapter, dtype=dtype, device=device, recipe=recipe))
 
 
-@app.command(cls=_Verb)
+@app.command(cls=Verb)
 def ledger(
     folder: Annotated[str, typer.Argument(metavar="RUN")],
     verify: Annotated[
@@ -368,7 +287,7 @@ def ledger(
         typer.echo(inspect_run.plot(folder, plot), err=as_json)
 
 
-@app.command(cls=_Verb)
+@app.command(cls=Verb)
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...")],
     metrics: Annotated[str, typer.Option(help="Which metrics: accuracy,auc; default: all there are.")] = "",
@@ -384,7 +303,7 @@ def report(
     typer.echo(reports.report(runs, asked, csv_to=csv, png_to=png))
 
 
-@app.command("ls", cls=_Verb)
+@app.command("ls", cls=Verb)
 def list_configs() -> None:
     """List the packaged configs."""
     from zoft.compose import describe, names
@@ -395,7 +314,7 @@ def list_configs() -> None:
             typer.echo(f"  {name:20} {describe(f'{group}/{name}' if group else name)}")
 
 
-@app.command(cls=_Verb)
+@app.command(cls=Verb)
 def cp(name: str, dest: str) -> None:
     """Copy a packaged config, to make it your own: zoft cp mezo/reviews my.yaml."""
     from zoft.compose import GROUPS, names, nearest, packaged
@@ -416,7 +335,7 @@ def cp(name: str, dest: str) -> None:
     typer.echo(f"{target}: zoft train --config {target}" if name in names() else str(target))
 
 
-@app.command(cls=_Verb, context_settings=_LOOSE)
+@app.command(cls=Verb, context_settings=_LOOSE)
 def validate(overrides: Overrides = None, config: Source = None, recipe: Page = None) -> None:
     """Check a config and print it resolved; loads no model and no data."""
     from zoft.compose import to_yaml
@@ -425,7 +344,7 @@ def validate(overrides: Overrides = None, config: Source = None, recipe: Page = 
     typer.echo(to_yaml(compose(config, _with(overrides, recipe))), nl=False)
 
 
-@app.command(cls=_Verb, context_settings=_LOOSE)
+@app.command(cls=Verb, context_settings=_LOOSE)
 def estimate(
     overrides: Overrides = None, config: Source = None, recipe: Page = None, as_json: Json = False
 ) -> None:
@@ -440,7 +359,7 @@ def estimate(
     typer.echo(json.dumps(tracking.finite(found)) if as_json else estimates.text(found))
 
 
-@app.command(cls=_Verb, context_settings=_LOOSE)
+@app.command(cls=Verb, context_settings=_LOOSE)
 def data(
     overrides: Overrides = None,
     config: Source = None,
@@ -448,14 +367,14 @@ def data(
     as_json: Json = False,
 ) -> None:
     """Show training examples as the model reads them, scored tokens marked, and counts of them all."""
-    from zoft import verbs
+    from zoft import show
     from zoft.configured import compose
 
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    verbs.show_data(compose(config, overrides or []), count, typer.echo, as_json=as_json, colour=colour)
+    show.show_data(compose(config, overrides or []), count, typer.echo, as_json=as_json, colour=colour)
 
 
-@app.command(cls=_Verb)
+@app.command(cls=Verb)
 def keys() -> None:
     """List every key with its type, default and meaning."""
     from zoft.config import describe_keys
@@ -463,7 +382,7 @@ def keys() -> None:
     typer.echo(describe_keys())
 
 
-@app.command(cls=_Verb)
+@app.command(cls=Verb)
 def env(as_json: Json = False) -> None:
     """Print versions and hardware, for a bug report."""
     from zoft.env import environment

@@ -7,7 +7,6 @@ import math
 import re
 from typing import Any
 
-from zoft import processes
 from zoft.config import ADAPTERS, GENERATED, LORA, ONLY, SETS, Config, Task, fields
 from zoft.errors import UserError, nearest
 
@@ -184,30 +183,6 @@ def _check_quantised(config: Config) -> None:
         value = getattr(config, name)
         if config.bits is None and value != fields()[name].default:
             raise UserError(f"{name}={value}: nothing is quantised here; set bits=4 or bits=8, too")
-
-
-def check_elastic(config: Config) -> None:
-    """Raise UserError for what elastic=true cannot have."""
-    if processes.place()[1] > 1:
-        raise UserError(
-            "elastic=true: torchrun starts all again where one dies; use `zoft train --nproc N` and `zoft join`"
-        )
-    if config.perturb == "inplace":
-        raise UserError("elastic=true: perturb=inplace moves weights as it probes; use perturb=probes")
-    if config.objective in GENERATED:
-        raise UserError(
-            f"elastic=true: objective={config.objective} scores texts; use `zoft train --nproc N`"
-        )
-    if config.denoise_every:
-        raise UserError(f"elastic=true: denoise_every={config.denoise_every} rebuilds weights; leave it out")
-    if config.probes_per_forward not in ("auto", 1):
-        raise UserError(
-            f"elastic=true: probes_per_forward={config.probes_per_forward}: a pair is one probe; leave it out"
-        )
-    if config.parallel != "auto":
-        raise UserError(
-            f"elastic=true: parallel={config.parallel}: pairs of probe and batch are dealt out; leave it out"
-        )
 
 
 def check_value(name: str, value: Any, f: dataclasses.Field[Any]) -> None:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from zoft import __version__, processes
 from zoft.config import Config, Task
-from zoft.config_check import check_elastic
 from zoft.elastic_format import invitation, packed_pair, unpacked
 from zoft.errors import UserError
 from zoft.ledger_format import decode
+from zoft.preflight import check_elastic
 from zoft.stop import Stopped
 from zoft.wire import VERSION, Closed, Line, address
 
@@ -83,7 +83,7 @@ def _built(tree: dict[str, Any], data: bytes, trust_remote_code: bool) -> Traine
     """The run's trainer at the ledger's last step: base and replay, nothing else."""
     from zoft import data_order, setup
     from zoft.assemble import assemble
-    from zoft.session import agree
+    from zoft.headers import agree
     from zoft.trainer import Trainer
 
     log, _, _ = decode(data, "the run's ledger")

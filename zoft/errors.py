@@ -25,3 +25,8 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
     """The most similar of words, or None when none is close."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return close[0] if close else None
+
+
+def one_line(text: str) -> str:
+    """Return the text with what would break a line or a table written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -120,10 +120,10 @@ def _base(adapter: Path, must: bool) -> str | None:
 
 def load(config: Config, adapter: Path | None) -> tuple[Config, Any, Any]:
     """(config with its device, model, tokenizer), with the adapter in it."""
-    from zoft import adapters, setup
+    from zoft import adapters, export, setup
 
     config = setup.device(config if adapter is None else dataclasses.replace(config, adapter=None))
-    model, tokenizer, base = setup.model(preflight.plain(config))
+    model, tokenizer, base = setup.model(export.plain(config))
     if adapter is not None and (line := other_base(config.model, adapter, base)):
         print(line, file=sys.stderr)
     return config, model if adapter is None else adapters.load(model, adapter), tokenizer
@@ -277,14 +277,8 @@ def text(result: Mapping[str, Any]) -> str:
     """What a user reads: a line a metric, its interval beside it."""
     from zoft.tracking import short
 
-    between = result.get("ci95", {})
-    head = [f"{'':22}{'':>12}   95 % interval"] if between else []
-    return "\n".join(
-        head
-        + [
-            f"{name:22}{short(value):>12}"
-            + (f"   {short(between[name][0])} to {short(between[name][1])}" if name in between else "")
-            for name, value in result.items()
-            if not isinstance(value, Mapping)
-        ]
-    )
+    shown, between = {k: v for k, v in result.items() if not isinstance(v, Mapping)}, result.get("ci95", {})
+    lines = results.table({"": shown}).split("\n")
+    for i, name in enumerate(shown):
+        lines[i] += f"   {short(between[name][0])} to {short(between[name][1])}" if name in between else ""
+    return "\n".join(([f"{'':34}   95 % interval"] if between else []) + lines)

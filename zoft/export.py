@@ -26,7 +26,6 @@ from zoft import base as bases
 from zoft.base import Base
 from zoft.config import ADAPTERS, Config
 from zoft.errors import UserError
-from zoft.preflight import plain
 from zoft.replay_live import live
 
 TOLERANCE = 1e-3  # between the same logits of two loads in fp32, of the largest
@@ -155,3 +154,8 @@ def differing(model: Any, base: Base, dtype: torch.dtype) -> tuple[int, int]:
             theirs = theirs.to(dtype).float()
         changed += int((state[name] != theirs).sum())
     return changed, sum(t.numel() for t in base.tensors.values())
+
+
+def plain(config: Config) -> Config:
+    """The config of the base alone, without the adapter that it would train (but with one that it starts from)."""
+    return replace(config, train="all") if config.train in ADAPTERS else config

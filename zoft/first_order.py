@@ -20,7 +20,7 @@ from zoft.encode import Example
 from zoft.errors import UserError
 
 if TYPE_CHECKING:
-    from zoft.baseline import Ask
+    from zoft.baseline_ask import Ask
 
 # Where the user sets nothing; a config's own values are its recipe's. 3 epochs and a linear schedule after 6 % of warm-up
 # are what fine-tuning with AdamW commonly has.

@@ -1,22 +1,16 @@
-"""A run's folder while the run goes on: what is done when it fills up, loses its permissions, or vanishes."""
+"""Guard and write the folder of a run while it goes on: what is done when it fills up or loses its permissions."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from zoft.errors import UserError, writing
 
-if TYPE_CHECKING:
-    from zoft.ledger import Ledger
-
-LOOK_SECONDS = 1.0  # between looks whether the folder is still there
+ASKED = "baseline.json"  # in its folder from the start: what was asked for
 
 
 def refuse_unwritable(key: str, folder: Path) -> None:
@@ -84,64 +78,3 @@ def write(path: Path, text: str | bytes) -> None:
             with suppress(OSError):
                 draft.unlink()
             raise
-
-
-@contextmanager
-def kept(ledger: Ledger) -> Iterator[None]:
-    """Adds to a failed write of a run what becomes of its steps, and how to go on."""
-    try:
-        yield
-    except UserError as error:
-        if not isinstance(error.__cause__, OSError):
-            raise
-        raise UserError(
-            f"{error}; the {len(ledger.records)} steps so far are kept: "
-            f"put that right, then `zoft train --resume {ledger.path.parent}`"
-        ) from error.__cause__
-
-
-class Presence:
-    """Looks now and then whether a run's ledger is still at its path: an open file hides that it was deleted.
-
-    files: name -> text of what a run's folder needs beside the ledger (config.yaml).
-    """
-
-    def __init__(self, ledger: Ledger, files: Mapping[str, str]) -> None:
-        self.ledger, self.files, self.looked = ledger, dict(files), time.monotonic()
-
-    def look(self, now: bool = False) -> None:
-        """Raise UserError if the folder was moved or deleted; a deleted ledger is put back first."""
-        if not now and time.monotonic() - self.looked < LOOK_SECONDS:
-            return
-        self.looked = time.monotonic()
-        path, fd = self.ledger.path, self.ledger.fileno()
-        mine = os.fstat(fd)
-        with suppress(OSError):
-            if os.path.samestat(os.stat(path), mine):
-                return
-        steps = f"its {len(self.ledger.records)} steps"
-        if mine.st_nlink:
-            raise UserError(
-                f"{path.parent}: the run's folder was moved while the run went on; {steps} went with it: "
-                "`zoft train --resume` it where it is now"
-            )
-        data = os.pread(fd, mine.st_size, 0)
-        try:
-            place = self._put_back(path.parent, data)
-        except UserError:
-            place = self._put_back(Path(tempfile.mkdtemp(prefix="zoft-")), data)
-        raise UserError(
-            f"{path.parent}: the run's folder was deleted while the run went on; {steps} are put back: "
-            f"`zoft train --resume {place}`"
-        )
-
-    def _put_back(self, folder: Path, data: bytes) -> Path:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        for name, text in self.files.items():
-            if not (folder / name).exists():
-                write(folder / name, text)
-        if os.path.lexists(folder / "ledger"):
-            raise UserError(f"{folder}: another run's ledger is there")
-        write(folder / "ledger", data)
-        return folder

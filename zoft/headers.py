@@ -6,15 +6,27 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from zoft import __version__, adapters, noise, space
 from zoft.config import ADAPTERS, Config
-from zoft.config_digest import digests
+from zoft.config_digest import changed, digests
 from zoft.encode import Example
+from zoft.errors import UserError
 from zoft.space import Trained
+
+# What it means where a resumed run's ledger says something else.
+DIFFERS = {
+    "base": "starts from other weights ({found}) than this model has ({value})",
+    "data": "was begun on other training data: put back what was changed there",
+    "rows": "was begun on rows with other columns or answers: put back what was changed there",
+    "noise_version": "has noise of version {found}, this zoft makes version {value}: use the zoft that wrote it",
+    "page": "was begun with another text of its recipe ({found}) than that file has now ({value}): put back what it was",
+    "adapter": "starts from an adapter ({found}) that is not made here ({value}): put back start.safetensors",
+}
 
 # What a ledger's header says of the run, beside the base and the trained tensors.
 PLAN = (
@@ -73,3 +85,33 @@ def data_digest(train: Sequence[Example]) -> str:
 def with_plan(config: Config, found: Mapping[str, Any]) -> Config:
     """The config with the plan that a ledger was written under."""
     return replace(config, **{k: found[k] for k in PLAN if k in found})
+
+
+def agree(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to continue or replay a ledger on anything but what it was written on."""
+    for name, value in wanted.items():
+        if name in ("zoft", "plan", "reward") or name not in found or found[name] == value:
+            continue
+        other = DIFFERS.get(name, f"was written with {name}={found[name]}, not {value}")
+        if name == "config":
+            keys = changed(found[name], value)
+            if not keys:  # a zoft that knows other keys
+                continue
+            other = f"was begun with another {', '.join(keys)} than config.yaml has now: put back what it was"
+        if name == "trained":
+            names = [n for n in {**found[name], **value} if found[name].get(n) != value.get(n)]
+            other = f"trains other tensors than this model has now, {names[0]} among them"
+        raise UserError(f"{folder}: its ledger {other.format(found=found[name], value=value)}")
+
+
+def keep(config: Config, trained: Sequence[Trained], folder: Path) -> None:
+    """Write a prefix's start beside the ledger: another machine's forward pass would round otherwise."""
+    from safetensors.torch import save_file
+
+    from zoft import distributed
+
+    path = folder / adapters.START
+    if config.train == "prefix" and distributed.current().rank == 0 and not path.exists():
+        draft = path.with_name(f".{path.name}.new")
+        save_file({t.name: t.stored.detach().cpu().contiguous() for t in trained}, draft)
+        draft.replace(path)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zoft import baseline, evaluate, objective, positions
+from zoft import baseline_ask, evaluate, objective, positions
 from zoft.encode import Example
 from zoft.errors import UserError
 
@@ -87,7 +87,7 @@ def fit(
         bias=np.zeros(classes),
         majority=int(np.bincount(y).argmax()),
     )
-    return {"C": best, "forwards": len(train), "after": baseline.adjusted(judged)}
+    return {"C": best, "forwards": len(train), "after": baseline_ask.adjusted(judged)}
 
 
 def log_probabilities(model: Any, x: np.ndarray, classes: int) -> np.ndarray:

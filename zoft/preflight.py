@@ -7,8 +7,8 @@ import re
 import sys
 from pathlib import Path
 
-from zoft import configured, tracking
-from zoft.config import ADAPTERS, Config
+from zoft import configured, processes, tracking
+from zoft.config import GENERATED, Config
 from zoft.errors import UserError
 from zoft.folder import refuse_unwritable
 from zoft.recipes import is_page
@@ -39,9 +39,9 @@ def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None
     if resume is None and not dry_run:
         claim(Path(str(config.output_dir)))
     if resume and (Path(resume) / "ledger").exists():  # damage shows before weights load
-        from zoft import inspect_run, ledger
+        from zoft import ledger, ledger_check
 
-        inspect_run.sound(resume, ledger.read(Path(resume) / "ledger"))
+        ledger_check.sound(resume, ledger.read(Path(resume) / "ledger"))
     models.check(source := models.resolve(config.model))
     blocks, last = models.blocks(source), re.fullmatch(r"last-(\d+)", config.train)
     if blocks and last and int(last[1]) > blocks:
@@ -124,6 +124,25 @@ def absolute(config: Config) -> Config:
     )
 
 
-def plain(config: Config) -> Config:
-    """The config of the base alone, without the adapter that it would train (but with one that it starts from)."""
-    return dataclasses.replace(config, train="all") if config.train in ADAPTERS else config
+def check_elastic(config: Config) -> None:
+    """Raise UserError for what elastic=true cannot have."""
+    if processes.place()[1] > 1:
+        raise UserError(
+            "elastic=true: torchrun starts all again where one dies; use `zoft train --nproc N` and `zoft join`"
+        )
+    if config.perturb == "inplace":
+        raise UserError("elastic=true: perturb=inplace moves weights as it probes; use perturb=probes")
+    if config.objective in GENERATED:
+        raise UserError(
+            f"elastic=true: objective={config.objective} scores texts; use `zoft train --nproc N`"
+        )
+    if config.denoise_every:
+        raise UserError(f"elastic=true: denoise_every={config.denoise_every} rebuilds weights; leave it out")
+    if config.probes_per_forward not in ("auto", 1):
+        raise UserError(
+            f"elastic=true: probes_per_forward={config.probes_per_forward}: a pair is one probe; leave it out"
+        )
+    if config.parallel != "auto":
+        raise UserError(
+            f"elastic=true: parallel={config.parallel}: pairs of probe and batch are dealt out; leave it out"
+        )

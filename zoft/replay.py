@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from zoft import base as bases
 from zoft import (
     headers,
-    inspect_run,
     ledger,
+    ledger_check,
     results,
     saving,
     setup,
@@ -58,7 +58,7 @@ def asked(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
 
     Raises UserError for steps that the ledger does not have, and for a wish that its storage makes void.
     """
-    header, records, events = inspect_run.sound(folder, ledger.read(folder / "ledger"))
+    header, records, events = ledger_check.sound(folder, ledger.read(folder / "ledger"))
     trained = header["trained"]
     n = len(records) if ask.steps is None else ask.steps
     if n > len(records):

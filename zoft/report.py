@@ -2,110 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zoft import report_names, results
-from zoft.baseline import ASKED
-from zoft.config_digest import FREE
+from zoft import report_names, tables
 from zoft.errors import UserError
-from zoft.tracking import logged
-from zoft.yamlfile import yaml_tree
-
-METRICS = (
-    "accuracy", "macro_f1", "auc", "calibrated_accuracy", "exact_match", "f1", "reward", "loss", "perplexity"
-)  # fmt: skip
-# Keys that do not tell runs apart; what a run is judged on does, though it decides no weight.
-SAME = {"seed", "output_dir", *FREE} - {"model", "adapter", "reward", "save_best", "best_by", "eval_limit", "task.train",
-        "task.eval", "task.num_eval", "task.null_prompt"}  # fmt: skip
-
-
-@dataclass
-class Run:
-    """A run or a baseline, as its folder has it."""
-
-    folder: Path
-    seed: int
-    about: dict[str, Any]  # what tells it from others: method, and its keys but SAME
-    steps: int  # of the plan
-    each: int  # forwards a step
-    result: dict[str, Any]  # empty where it is not finished
-    losses: dict[int, float]  # of each step
-    evals: dict[int, dict[str, float]]  # of the weights after so many steps
-
-    @property
-    def label(self) -> str:
-        """What kind it is: a baseline's method, else the recipe."""
-        return str(self.about.get("method") or self.about.get("recipe"))
-
-
-@dataclass
-class Group:
-    """Runs that differ in their seed alone; `name` tells it from the report's other groups, `settings` says all it differs in."""
-
-    runs: list[Run]
-    name: str = ""
-    settings: str = ""
-    finished: list[Run] = field(default_factory=list)
-
-    def values(self, metric: str) -> list[float]:
-        """A metric at the end of each finished run that has it."""
-        found = [run.result["after"].get(metric) for run in self.finished]
-        return [float(v) for v in found if isinstance(v, (int, float))]
-
-
-def read(folder: Path) -> Run:
-    """A run's folder. Raises UserError where it is none, or damaged."""
-    tree = yaml_tree(folder / "config.yaml")
-    task = tree.pop("task", {})
-    flat = tree | {f"task.{k}": v for k, v in (task if isinstance(task, dict) else {"name": task}).items()}
-    about = {k: v for k, v in flat.items() if k not in SAME}
-    if (folder / ASKED).is_file():
-        try:
-            about |= json.loads((folder / ASKED).read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"{folder / ASKED}: damaged; make the baseline again") from None
-    rows = logged(folder / "metrics.jsonl")
-    result = results.outcome(folder)
-    steps = int(result.get("steps", flat.get("steps", 0)))
-    each = 2 * int(flat.get("q", 1)) * int(flat.get("batch_size", 1)) * int(flat.get("accumulate", 1))
-    if result and steps:
-        each = int(result["forwards"]) // steps
-    return Run(
-        folder, int(flat.get("seed", 0)), about, steps, each, result,
-        {r["step"]: float("nan") if r.get("loss") is None else r["loss"] for r in rows if "eval" not in r},
-        {r["step"]: r["eval"] for r in rows if "eval" in r},
-    )  # fmt: skip
-
-
-def folders(paths: Sequence[str]) -> list[Path]:
-    """The runs' folders that are meant: each path itself, or all runs below it. Raises UserError where there is none."""
-    found: list[Path] = []
-    for text in paths:
-        path = Path(text)
-        below = (
-            [path]
-            if _is_run(path)
-            else sorted(p.parent for p in path.rglob("config.yaml") if _is_run(p.parent))
-        )
-        if not below:
-            raise UserError(
-                f"{text}: no run's folder, and none below it (one has config.yaml and metrics.jsonl)"
-            )
-        found += below
-    return list({p.resolve(): p for p in found}.values())
-
-
-def _is_run(path: Path) -> bool:
-    signs = ("ledger", "metrics.jsonl", "result.json", ASKED)
-    return (path / "config.yaml").is_file() and any((path / s).exists() for s in signs)
+from zoft.report_runs import METRICS, Group, Run, folders, read
 
 
 def groups(runs: Sequence[Run], say: Callable[[str], Any] = lambda line: None) -> list[Group]:
@@ -198,8 +104,7 @@ def _summed(key: str, values: Sequence[float]) -> dict[str, Any]:
 
 def markdown(found: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:
     """The rows as a table of mean ± sd."""
-    head = ["", "n", "steps", "forwards", *metrics, "seconds", "peak GB"]
-    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    lines = []
     for row in found:
         cells = [str(row["name"]), str(row["n"]), _whole(row.get("steps")), _whole(row.get("forwards"))]
         for m in metrics:
@@ -207,23 +112,12 @@ def markdown(found: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:
             cells.append("" if value is None else f"{value:.4f}" + (f" ± {sd:.4f}" if sd is not None else ""))
         cells.append(_whole(row.get("train_seconds")))
         memory = row.get("peak_memory_gb")
-        cells.append("" if memory is None else f"{memory:.2f}")
-        lines.append(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in cells)} |")
-    return "\n".join(lines)
+        lines.append([*cells, "" if memory is None else f"{memory:.2f}"])
+    return tables.markdown(["", "n", "steps", "forwards", *metrics, "seconds", "peak GB"], lines)
 
 
 def _whole(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}"
-
-
-def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as CSV."""
-    names = list(dict.fromkeys(k for row in found for k in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(found)
-    return text.getvalue()
 
 
 def cut(some: Sequence[Group]) -> list[str]:
@@ -257,7 +151,7 @@ def report(
     found = rows(some, chosen)
     if csv_to:
         with writing(csv_to):
-            Path(csv_to).write_text(table(found), encoding="utf-8")
+            Path(csv_to).write_text(tables.csv_text(found), encoding="utf-8")
     if png_to:
         from zoft import report_plot
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from zoft.errors import UserError, writing
 from zoft.packages import missing
-from zoft.report import Group
+from zoft.report_runs import Group
 
 COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8d6a9f", "#c98b1b", "#5c6b73", "#b5651d", "#3a7d7c")
 PANELS = 3  # metrics that are drawn where none are asked for

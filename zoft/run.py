@@ -12,14 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft import baseline, compose, guards, processes, results, tracking
+from zoft import compose, guards, processes, results, tracking
 from zoft.config import Config
-from zoft.config_check import check_elastic
 from zoft.due import due, next_stop
 from zoft.errors import UserError
-from zoft.folder import Presence, alone, write
-from zoft.preflight import absolute, claim, first_look, rewarded, within
-from zoft.session import Session, as_begun, resolved_anew, steps_of
+from zoft.folder import ASKED, alone, write
+from zoft.preflight import absolute, check_elastic, claim, first_look, rewarded, within
+from zoft.session import Presence, Session, as_begun, resolved_anew, steps_of
 from zoft.stop import listening
 from zoft.tracking import logged
 
@@ -37,7 +36,7 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
         found = results.outcome(Path(resume))
         print(f"{resume}: this run is finished; its result follows", file=sys.stderr)
         return found
-    if resume and (Path(resume) / baseline.ASKED).exists():
+    if resume and (Path(resume) / ASKED).exists():
         raise UserError(
             f"{resume}: a baseline, which is not resumed; delete it and start `zoft baseline` again"
         )
@@ -119,7 +118,7 @@ def fit(
         t.evaluation(0, evals[0])
     if line := selection.note(config, evals):
         t.note(line)
-    snapshot.check_metric(config, evals[0])
+    selection.check_metric(config, evals[0])
     log = Log(s.ledger.header, s.ledger.records, s.ledger.events)  # the ledger's own lists: they grow
     catch_up(trainer, s.folder, config, log, t.note)
     watch = guards.Watch(config, trainer.axis.trained, steps_of(s.ledger, config))
@@ -155,7 +154,7 @@ def fit(
                 s.ledger.note(Event("snapshot", step))
             elif what == "snapshot" and what not in noted:
                 t.note(snapshot.take(s.folder, s.ledger, trainer.axis.trained))
-                snapshot.prune(s.folder, config, s.ledger.events, evals)
+                selection.prune(s.folder, config, s.ledger.events, evals)
         if {"snapshot", "denoise"} & {*due(config, step)}:
             world.told(lambda: None)  # however long it takes: a wait for losses has an end
 

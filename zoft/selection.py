@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoft.config import GENERATED, Config
 from zoft.errors import UserError
-from zoft.snapshot import badness, fields_of_best, of_best
+from zoft.ledger_format import Event
+from zoft.snapshot import file_of
 
 if TYPE_CHECKING:
     from zoft.space import Trained
     from zoft.tasks import TaskData
+
+LOWER_IS_BETTER = ("loss", "perplexity")
 
 Evals = Mapping[int, Mapping[str, Any]]  # step -> metrics, those on the dev set as dev_…
 
@@ -117,3 +121,48 @@ def save(config: Config, folder: Path, out: Path, step: int) -> None:
     from zoft.replay_live import replay_run
 
     replay_run(config, folder, out, Ask(step))
+
+
+def check_metric(config: Config, metrics: Mapping[str, Any]) -> None:
+    """Refuse a best_by that this run's evaluations do not have."""
+    if (config.keep_best or config.save_best or config.early_stop) and of_best(config, metrics) is None:
+        known = [m for m in fields_of_best() if of_best(replace(config, best_by=m), metrics) is not None]
+        raise UserError(
+            f"best_by={config.best_by}: evaluations here have no such metric; use {', '.join(known)}"
+        )
+
+
+def prune(
+    folder: Path, config: Config, events: Iterable[Event], evals: Mapping[int, Mapping[str, Any]]
+) -> None:
+    """Delete the snapshots that are neither among the newest keep_last nor the best keep_best.
+
+    evals: step -> metrics. Ties go to the earlier step; a metric that is missing or no number is the worst.
+    """
+    steps = [e.step for e in events if e.kind == "snapshot" and file_of(folder, e.step).exists()]
+    ranked = sorted(steps, key=lambda s: (badness(of_best(config, evals.get(s, {})), config.best_by), s))
+    for step in set(steps) - set(steps[-config.keep_last :]) - set(ranked[: config.keep_best]):
+        try:
+            file_of(folder, step).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"snapshot: cannot delete {file_of(folder, step)}: {error.strerror}") from error
+
+
+def of_best(config: Config, metrics: Mapping[str, Any]) -> float | None:
+    """The metric that best_by names, on the dev set where there is one: then no other rows decide."""
+    dev = "dev_" if any(name.startswith("dev_") for name in metrics) else ""
+    return metrics.get(dev + config.best_by)
+
+
+def badness(value: float | None, metric: str) -> float:
+    """A metric as a number of which less is better."""
+    if value is None or value != value:
+        return float("inf")
+    return value if metric in LOWER_IS_BETTER else -value
+
+
+def fields_of_best() -> tuple[str, ...]:
+    """The metrics that best_by may name."""
+    from zoft.config import fields
+
+    return fields()["best_by"].metadata["one_of"]

@@ -1,9 +1,12 @@
-"""An open run: its folder with config.yaml, its ledger, which must agree with what goes on, and where metrics go."""
+"""Open a run: its folder with config.yaml, its ledger, which must agree with what goes on, and where metrics go."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -12,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from zoft import compose, tracking
 from zoft.config import Config
-from zoft.config_digest import changed
 from zoft.errors import UserError, writing
-from zoft.folder import kept, write
+from zoft.folder import write
 from zoft.preflight import claim
 from zoft.stop import Stop, listening
 from zoft.yamlfile import yaml_tree
@@ -22,18 +24,10 @@ from zoft.yamlfile import yaml_tree
 if TYPE_CHECKING:
     from zoft.ledger import Ledger
 
+LOOK_SECONDS = 1.0  # between looks whether the folder is still there
+
 # What another number of processes resolves anew where it was `auto`: no weight depends on it beyond rounding.
 ELSEWHERE = ("threads", "hold_probe")
-
-# What it means where a resumed run's ledger says something else.
-DIFFERS = {
-    "base": "starts from other weights ({found}) than this model has ({value})",
-    "data": "was begun on other training data: put back what was changed there",
-    "rows": "was begun on rows with other columns or answers: put back what was changed there",
-    "noise_version": "has noise of version {found}, this zoft makes version {value}: use the zoft that wrote it",
-    "page": "was begun with another text of its recipe ({found}) than that file has now ({value}): put back what it was",
-    "adapter": "starts from an adapter ({found}) that is not made here ({value}): put back start.safetensors",
-}
 
 
 @dataclass
@@ -56,6 +50,7 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
     """
     from zoft import distributed
     from zoft.env import environment
+    from zoft.headers import agree
     from zoft.ledger import Ledger
 
     world = distributed.current()
@@ -96,23 +91,6 @@ def steps_of(ledger: Ledger, config: Config) -> list[dict[str, Any]]:
     return [metrics_of(record, config.eps) for record in ledger.records]
 
 
-def agree(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to continue or replay a ledger on anything but what it was written on."""
-    for name, value in wanted.items():
-        if name in ("zoft", "plan", "reward") or name not in found or found[name] == value:
-            continue
-        other = DIFFERS.get(name, f"was written with {name}={found[name]}, not {value}")
-        if name == "config":
-            keys = changed(found[name], value)
-            if not keys:  # a zoft that knows other keys
-                continue
-            other = f"was begun with another {', '.join(keys)} than config.yaml has now: put back what it was"
-        if name == "trained":
-            names = [n for n in {**found[name], **value} if found[name].get(n) != value.get(n)]
-            other = f"trains other tensors than this model has now, {names[0]} among them"
-        raise UserError(f"{folder}: its ledger {other.format(found=found[name], value=value)}")
-
-
 def resolved_anew(config: Config, resume: str | Path | None) -> Config:
     """Of a resumed run, what was `auto` and decides no weight is `auto` again where another number of processes goes on:
     each has its share of this machine. What config.yaml was given by hand since stays."""
@@ -142,3 +120,64 @@ def as_begun(s: Session) -> Config:
     path = s.folder / "config.yaml"
     tree = yaml_tree(path) if path.is_file() else {}
     return dataclasses.replace(s.config, **{k: tree[k] for k in ELSEWHERE if k in tree})
+
+
+class Presence:
+    """Looks now and then whether a run's ledger is still at its path: an open file hides that it was deleted.
+
+    files: name -> text of what a run's folder needs beside the ledger (config.yaml).
+    """
+
+    def __init__(self, ledger: Ledger, files: Mapping[str, str]) -> None:
+        self.ledger, self.files, self.looked = ledger, dict(files), time.monotonic()
+
+    def look(self, now: bool = False) -> None:
+        """Raise UserError if the folder was moved or deleted; a deleted ledger is put back first."""
+        if not now and time.monotonic() - self.looked < LOOK_SECONDS:
+            return
+        self.looked = time.monotonic()
+        path, fd = self.ledger.path, self.ledger.fileno()
+        mine = os.fstat(fd)
+        with suppress(OSError):
+            if os.path.samestat(os.stat(path), mine):
+                return
+        steps = f"its {len(self.ledger.records)} steps"
+        if mine.st_nlink:
+            raise UserError(
+                f"{path.parent}: the run's folder was moved while the run went on; {steps} went with it: "
+                "`zoft train --resume` it where it is now"
+            )
+        data = os.pread(fd, mine.st_size, 0)
+        try:
+            place = self._put_back(path.parent, data)
+        except UserError:
+            place = self._put_back(Path(tempfile.mkdtemp(prefix="zoft-")), data)
+        raise UserError(
+            f"{path.parent}: the run's folder was deleted while the run went on; {steps} are put back: "
+            f"`zoft train --resume {place}`"
+        )
+
+    def _put_back(self, folder: Path, data: bytes) -> Path:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        for name, text in self.files.items():
+            if not (folder / name).exists():
+                write(folder / name, text)
+        if os.path.lexists(folder / "ledger"):
+            raise UserError(f"{folder}: another run's ledger is there")
+        write(folder / "ledger", data)
+        return folder
+
+
+@contextmanager
+def kept(ledger: Ledger) -> Iterator[None]:
+    """Adds to a failed write of a run what becomes of its steps, and how to go on."""
+    try:
+        yield
+    except UserError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise UserError(
+            f"{error}; the {len(ledger.records)} steps so far are kept: "
+            f"put that right, then `zoft train --resume {ledger.path.parent}`"
+        ) from error.__cause__

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import distributed, guards, objective, precision, quant
+from zoft import advice, distributed, objective, precision, quant
 from zoft.assemble import Parts
 from zoft.config import Config
 from zoft.data_order import batches, picked
@@ -33,7 +33,7 @@ def trainer_of(
 ) -> Trainer:  # fmt: skip
     """Build a trainer of parts that were put together by hand; see `trainer`."""
     goal = goal or Goal(train[0].objective)
-    for line in guards.at_start(config, made.trained) if ledger.last_step < 0 else ():
+    for line in advice.at_start(config, made.trained) if ledger.last_step < 0 else ():
         say(line)
     if config.elastic:
         from zoft.elastic import ElasticTrainer
@@ -85,7 +85,7 @@ def mask_is_idle(
 def plan(parts: Parts) -> dict[str, Any]:
     """Say what a run would do: the resolved config and the counts that follow from it."""
     config, trained, train, held_out = parts.config, parts.trained, parts.train, parts.held_out
-    for line in guards.at_start(config, trained):
+    for line in advice.at_start(config, trained):
         say(line)
     numbers = sum(t.stored.numel() for t in trained)
     realised = precision.realised(trained, config.eps, seed=config.seed, kind=config.noise)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from zoft.encode import Example
+from zoft.config import Config
+
+if TYPE_CHECKING:
+    from zoft.encode import Example
 
 FOLD = 160  # tokens of an unscored run that are shown; of a longer one, half of them at either end
 SCORED, DIM, OFF = "\033[32m", "\033[2m", "\033[0m"
@@ -106,3 +110,32 @@ def as_tree(example: Example, tokenizer: Any) -> dict[str, Any]:
             ]
         )
     return {"rows": rows, "gold": example.gold}
+
+
+def show_data(
+    config: Config, count: int, say: Callable[[str], Any], *, as_json: bool = False, colour: bool = False
+) -> None:
+    """Print the first examples of training as the model reads them, scored tokens in ⟦ ⟧, and counts of them all.
+
+    colour: for a terminal, where long stretches that are not scored are folded, too.
+    """
+    from zoft import models, tasks
+
+    models.check(models.resolve(config.model))
+    tasks.look(config.task)
+    from zoft import setup
+    from zoft.encode import encode
+
+    data = tasks.load(config.task)
+    tokenizer = setup.tokenizer(config)
+    examples = encode(data.train, tokenizer, data, config.max_length, pack=data.pack)
+    found = counts(examples)
+    notes = [n for n in data.notes if n != data.reading] + setup.reading(tokenizer, data)
+    if as_json:
+        shown = [as_tree(e, tokenizer) for e in examples[:count]]
+        say(json.dumps({"notes": notes, **found, "shown": shown}))
+        return
+    for line in [*notes, counted(found)]:
+        say(line)
+    for example in examples[:count]:
+        say(f"\n{show(example, tokenizer, colour=colour, fold=True)}")

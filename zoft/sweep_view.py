@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -16,10 +14,11 @@ from typing import Any
 from zoft import sweep, sweep_job
 from zoft.errors import UserError
 from zoft.folder import write
+from zoft.selection import LOWER_IS_BETTER
+from zoft.tables import aligned, csv_text
 from zoft.tracking import short
 from zoft.yamlfile import yaml_tree
 
-LOWER_IS_BETTER = ("loss", "perplexity")
 WATCH_SECONDS = 2.0
 
 
@@ -69,7 +68,7 @@ def status_text(root: str | Path, metric: str | None = None) -> str:
     left = in_all(rows)
     return "\n".join(
         [
-            *grid([head, *lines]),
+            *aligned([head, *lines]),
             f"{root}: {', '.join(counts)}" + (f"; about {clock(left)} left" if left else ""),
         ]
     )
@@ -183,7 +182,7 @@ def results_text(
         cells = [_shown(r["after"].get(m)) for m in shown]
         cells[0] += f" ({_shown(r.get('before', {}).get(metric))})"
         lines.append([*r["values"].values(), *cells, _shown(r.get("train_seconds"))])
-    text = [*grid(lines)]
+    text = [*aligned(lines)]
     groups = grouped(rows, metric)
     if any(len(values) > 1 for values in groups.values()):
         order = sorted(groups.items(), key=lambda pair: turn * fmean(pair[1]))
@@ -192,7 +191,7 @@ def results_text(
             [*k, f"{short(fmean(v))} ± {short(stdev(v) if len(v) > 1 else 0.0)}", str(len(v))]
             for k, v in order
         ]
-        text += ["", *grid([head, *means])]
+        text += ["", *aligned([head, *means])]
     write(root / "results.csv", as_csv(rows))
     config = yaml_tree(root / top["name"] / "config.yaml")
     file = root / ("best.yaml" if same else f"best-{metric}.yaml")
@@ -248,12 +247,7 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
         flat.append(
             row | {k: r[k] for k in ("steps", "forwards", "train_seconds", "peak_memory_gb") if k in r}
         )
-    out = io.StringIO()
-    names = list(dict.fromkeys(k for row in flat for k in row))
-    writer = csv.DictWriter(out, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return out.getvalue()
+    return csv_text(flat)
 
 
 def _shown(value: Any) -> str:
@@ -264,10 +258,3 @@ def clock(seconds: float) -> str:
     """h:mm:ss"""
     minutes, rest = divmod(int(seconds + 0.5), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-
-
-def grid(lines: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Columns as wide as their widest cell, the last one as it comes."""
-    widths = [max(len(str(line[i])) for line in lines) for i in range(len(lines[0]))]
-    for line in lines:
-        yield "  ".join(f"{cell!s:{w}}" for cell, w in zip(line, widths)).rstrip()

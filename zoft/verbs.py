@@ -1,12 +1,9 @@
-"""The verbs for runs that are there, and for data: what is wrong shows before anything heavy loads."""
+"""The verbs for runs that are there: what is wrong shows before anything heavy loads."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from zoft.config import ADAPTERS, Config
 from zoft.configured import load_run
@@ -88,32 +85,3 @@ def of_run(folder: str | Path, device: str | None, recipe: str | None = None) ->
                 "and weights within 1e-5 with gaussian and storage=fp32"
             )
     return dataclasses.replace(config, threads="auto")  # they change no bit of a replay
-
-
-def show_data(
-    config: Config, count: int, say: Callable[[str], Any], *, as_json: bool = False, colour: bool = False
-) -> None:
-    """Print the first examples of training as the model reads them, scored tokens in ⟦ ⟧, and counts of them all.
-
-    colour: for a terminal, where long stretches that are not scored are folded, too.
-    """
-    from zoft import models, tasks
-
-    models.check(models.resolve(config.model))
-    tasks.look(config.task)
-    from zoft import setup, show
-    from zoft.encode import encode
-
-    data = tasks.load(config.task)
-    tokenizer = setup.tokenizer(config)
-    examples = encode(data.train, tokenizer, data, config.max_length, pack=data.pack)
-    found = show.counts(examples)
-    notes = [n for n in data.notes if n != data.reading] + setup.reading(tokenizer, data)
-    if as_json:
-        shown = [show.as_tree(e, tokenizer) for e in examples[:count]]
-        say(json.dumps({"notes": notes, **found, "shown": shown}))
-        return
-    for line in [*notes, show.counted(found)]:
-        say(line)
-    for example in examples[:count]:
-        say(f"\n{show.show(example, tokenizer, colour=colour, fold=True)}")
