@@ -33,9 +33,10 @@ import torch
 import transformers as hf
 from torch import nn
 
-from zoft import adapters, noise, selfcheck, space
+from zoft import adapters, selfcheck, space
 from zoft.config import ADAPTERS, Config
 from zoft.errors import UserError
+from zoft.noise import noise
 from zoft.probe import Probe, ProbeAxis
 
 EPS, SEED, STEP = 1e-2, 7, 3

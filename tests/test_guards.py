@@ -17,7 +17,7 @@ from zoft import guards, space
 from zoft.compose import compose, names
 from zoft.config import Config, Task
 from zoft.errors import UserError
-from zoft.noise import tensor_id
+from zoft.noise.spec import tensor_id
 
 ROOT = Path(__file__).resolve().parent.parent
 

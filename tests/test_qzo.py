@@ -14,10 +14,12 @@ from test_trainer import build, examples, fp64, same_bits, weights, z
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from zoft import models, noise, quant, space
+from zoft import models, quant, space
 from zoft.compose import load_run
 from zoft.estimator import two_sided
 from zoft.ledger import Ledger, read
+from zoft.noise import noise
+from zoft.noise.spec import GAUSSIAN, RADEMACHER, Update
 from zoft.objective import losses
 from zoft.probe import Probe
 
@@ -142,11 +144,11 @@ def test_no_update_goes_below_the_floor(tmp_path, policy):
     assert all(float(m.scales.min()) > 0 for m in quant.layers(relative.model).values())
 
 
-@pytest.mark.parametrize("kind", [noise.GAUSSIAN, noise.RADEMACHER])
+@pytest.mark.parametrize("kind", [GAUSSIAN, RADEMACHER])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_floor_comes_last_before_rounding(kind, dtype):
     theta = (torch.rand(1000, dtype=torch.float64) * 1e-2).to(dtype)
-    change = noise.Update(3, 7, (1e-2, -5e-3), float(np.float32(0.9)))
+    change = Update(3, 7, (1e-2, -5e-3), float(np.float32(0.9)))
     free, held = theta.clone(), theta.clone()
     noise.advance(free, 5, [change], kind)
     noise.advance(held, 5, [change], kind, floor=1e-3)

@@ -15,12 +15,13 @@ import transformers as hf
 from safetensors.torch import load_file
 
 from zoft import base as bases
-from zoft import fingerprint, headers, ledger, models, noise, setup_axis, shards, space, verbs
+from zoft import fingerprint, headers, ledger, models, setup_axis, shards, space, verbs
 from zoft import run as runs
 from zoft.compose import compose, load_run
 from zoft.config import Config, Task
 from zoft.errors import UserError
 from zoft.ledger import Ledger, Record
+from zoft.noise import noise
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -8,9 +8,10 @@ import tiny
 import torch
 import transformers as hf
 
-from zoft import noise, selfcheck, space, sparse
+from zoft import selfcheck, space, sparse
 from zoft.data_order import batch_indices
 from zoft.ledger import Ledger, read
+from zoft.noise import noise
 from zoft.objective import Batch, Example, collate, losses
 from zoft.probe import InPlace, Probe, ProbeAxis
 from zoft.trainer import Settings, Trainer

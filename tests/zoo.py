@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 import transformers as hf
 
-from zoft import noise, selfcheck, space
+from zoft import selfcheck, space
+from zoft.noise import noise
 from zoft.probe import Probe, ProbeAxis
 
 VOCAB, SEED, STEP = 99, 11, 5

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from zoft import __version__, adapters, noise, space
+from zoft import __version__, adapters, space
 from zoft.config import ADAPTERS, Config
 from zoft.config_digest import digests
 from zoft.encode import Example
+from zoft.noise import spec
 from zoft.space import Trained
 
 # What a ledger's header says of the run, beside the base and the trained tensors.
@@ -45,7 +46,7 @@ def of(
         known["adapter"] = adapters.fingerprint(trained)
     found: dict[str, Any] = {
         "zoft": __version__,
-        "noise_version": noise.VERSION,
+        "noise_version": spec.VERSION,
         "base": base,
         "config": digests(config),
     }

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from zoft import noise, routes, update
+from zoft import routes, update
+from zoft.noise import noise, spec
+from zoft.noise.spec import Update
 from zoft.sites import Site
 from zoft.space import Trained
 
@@ -43,7 +45,7 @@ class ProbeAxis:
     ) -> None:
         self.trained, self.sites, self.seed, self.kind = list(trained), list(sites), seed, kind
         self.beta = beta
-        self.updates: list[noise.Update] = []  # committed, and lacked by some tensor
+        self.updates: list[Update] = []  # committed, and lacked by some tensor
         self.step, self.batch_rows = 0, 0
         self.probes: tuple[Probe, ...] = CLEAN
         self.first = 0  # index of probes[0] in the forward's list: within a site, one probe of it runs
@@ -119,7 +121,7 @@ class ProbeAxis:
         with self.at(self.step, CLEAN, rows):
             yield
 
-    def commit(self, change: noise.Update) -> None:
+    def commit(self, change: Update) -> None:
         """Take a step's update; each tensor gets it with its next read, or by flush."""
         self.updates.append(change)
         self._held_at = None
@@ -264,14 +266,14 @@ class InPlace:
     One pass over θ a probe, two a step of one direction, each of its numbers read, worked on in registers and written:
         1. the way back from the last probe of the step before, that step's update, and on to +eps;
         2. on to -eps, by -2 eps.
-    The way back is part of the update and its one rounding (`noise.Update.restore`); where there is no update (between
+    The way back is part of the update and its one rounding (`spec.Update.restore`); where there is no update (between
     directions, after a skipped step, in flush) it is a move of its own, in the same pass as what follows. Every move
     rounds to nearest in θ's dtype, in registers or in memory: so what is done does not depend on how it is cut in passes.
     """
 
     def __init__(self, trained: Sequence[Trained], *, seed: int, kind: str, beta: float = 0.0) -> None:
         self.trained, self.seed, self.kind, self.beta = list(trained), seed, kind, beta
-        self.todo: list[noise.Update] = []  # moves and updates that some tensor still lacks, in order
+        self.todo: list[Update] = []  # moves and updates that some tensor still lacks, in order
         self.done = {t.id: 0 for t in self.trained}  # how many of them a tensor has
         self.step, self.here = 0, CLEAN[0]  # where θ is once it has them all: at this probe of this step
         for t in self.trained if beta else ():
@@ -295,7 +297,7 @@ class InPlace:
         self.flush()
         yield
 
-    def commit(self, change: noise.Update) -> None:
+    def commit(self, change: Update) -> None:
         """Take a step's update, to be applied with the next move; the way back from its last probe is part of it."""
         last = (change.step, len(change.multipliers) - 1)
         if self.here.scale and (self.step, self.here.direction) == last:
@@ -323,10 +325,10 @@ class InPlace:
         """Note the move from where θ is to a probe of a step; along another direction the way leads through θ."""
         here = self.here
         if here.scale and (self.step, here.direction) != (step, probe.direction):
-            self.todo.append(noise.move(self.seed, self.step, here.direction, -here.scale))
+            self.todo.append(spec.move(self.seed, self.step, here.direction, -here.scale))
             here = CLEAN[0]
         if probe.scale != here.scale:
-            self.todo.append(noise.move(self.seed, step, probe.direction, probe.scale - here.scale))
+            self.todo.append(spec.move(self.seed, step, probe.direction, probe.scale - here.scale))
         self.step, self.here = step, probe
 
     def _not_too_many(self) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from zoft import noise
+from zoft.noise import noise
+from zoft.noise.spec import Update
 
 MEASURED = 0.2  # seconds that a rate is measured for
 ROWS_MAX = 1 << 14  # of the product
@@ -23,7 +24,7 @@ def rates(device: str, dtype: torch.dtype, tokens: int, width: int, kind: str) -
     n = 1 << 26 if device.startswith("cuda") else 1 << 18
     theta = torch.randn(n, device=device).to(dtype)
     out = torch.empty(2, n, device=device, dtype=dtype)
-    change = [noise.Update(0, 0, (1e-6,))]
+    change = [Update(0, 0, (1e-6,))]
 
     def probe() -> None:
         noise.perturb(theta, 1, out, [(0, 1e-3), (0, -1e-3)], seed=0, step=1, noise=kind, updates=change)

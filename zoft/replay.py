@@ -33,7 +33,7 @@ from zoft.base import Base
 from zoft.config import Config
 from zoft.errors import UserError
 from zoft.ledger import Event, Log
-from zoft.noise import Update
+from zoft.noise.spec import Update
 from zoft.probe import InPlace
 from zoft.space import FP16_MAX, Trained
 

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from zoft import quant, routes_adapter
 from zoft.layout import COUNT, LIFT, NO_ROWS, ONE, PLAIN, Call, Unfit
-from zoft.noise import PART
+from zoft.noise.spec import PART
 from zoft.sites import Site
 from zoft.space import Trained
 

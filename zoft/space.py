@@ -12,7 +12,7 @@ from torch import nn
 
 from zoft.config import ADAPTERS
 from zoft.errors import UserError
-from zoft.noise import Mask, tensor_id
+from zoft.noise.spec import Mask, tensor_id
 from zoft.quant import FLOOR, Scales
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

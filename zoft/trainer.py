@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import distributed, noise, update
+from zoft import distributed, update
 from zoft.errors import UserError
 from zoft.estimator import Moment, finite, two_sided
 from zoft.layout import Unfit
 from zoft.ledger import Ledger, Record
+from zoft.noise.spec import Update
 from zoft.objective import Batch, losses, mean
 from zoft.probe import InPlace, Probe, ProbeAxis
 
@@ -90,7 +91,7 @@ class Trainer:
         # A multiplier may overflow fp32 where its losses do not.
         good = finite([*losses, *change.multipliers])
         if not good:
-            change = noise.Update(t, s.seed, (0.0,) * s.q)
+            change = Update(t, s.seed, (0.0,) * s.q)
         metrics = self.write_down(Record(t, change.multipliers, change.decay, tuple(losses), not good, lr))
         if good:  # the step is now a fact; the next reader of each tensor applies it
             self.axis.commit(change)
@@ -196,9 +197,7 @@ class Trainer:
         for record in records:
             self.axis.repeat_step(record.step, self.settings.q, self.settings.eps)
             if not record.skipped:
-                self.axis.commit(
-                    noise.Update(record.step, self.settings.seed, record.multipliers, record.decay)
-                )
+                self.axis.commit(Update(record.step, self.settings.seed, record.multipliers, record.decay))
             self.pass_by(record)
             on_step(record.step)
         self.axis.flush()
