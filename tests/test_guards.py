@@ -13,7 +13,7 @@ import tiny
 import torch
 from test_trainer import build
 
-from zoft import guards, space
+from zoft import errors, guards, space
 from zoft.compose import compose, names
 from zoft.config import Config, Task
 from zoft.errors import UserError
@@ -227,9 +227,9 @@ def test_only_a_run_whose_steps_are_all_its_own_looks_at_its_cores():
 def test_memory_that_runs_out_is_told_from_other_errors():
     with pytest.raises(RuntimeError) as error:  # torch's own words
         torch.empty(1 << 60)
-    assert guards.is_memory(error.value) and guards.is_memory(MemoryError())
-    assert guards.is_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
-    assert not guards.is_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert errors.is_memory(error.value) and errors.is_memory(MemoryError())
+    assert errors.is_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    assert not errors.is_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes"), guards.memory(config()):
         raise RuntimeError("shapes")
     with pytest.raises(UserError, match=r"out of memory \(asked for 2.00 GiB more\): lower batch_size=4"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -25,3 +26,12 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
     """The most similar of words, or None when none is close."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return close[0] if close else None
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory has run out, on a CPU or a GPU."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    words = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Cannot allocate memory")
+    return isinstance(error, (RuntimeError, OSError)) and any(word in str(error) for word in words)

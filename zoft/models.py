@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft import checkpoint, guards
-from zoft.errors import UserError
+from zoft import checkpoint
+from zoft.errors import UserError, is_memory
 from zoft.packages import packaged_file
 
 if TYPE_CHECKING:
@@ -287,7 +287,7 @@ def user_errors(source: Source) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) or guards.is_memory(error):
+        if isinstance(error, UserError) or is_memory(error):
             raise
         said = " ".join(str(error).split()) or type(error).__name__
         if "trust_remote_code" in said:
