@@ -15,9 +15,10 @@ from zoft import adapter_beside, adapters, footprint, models, quant, quant_files
 from zoft.config import ADAPTERS, GENERATED, Config
 from zoft.data_order import batch_indices
 from zoft.due import due
-from zoft.encode import Example, encode
+from zoft.encode import encode
 from zoft.errors import UserError
 from zoft.evaluate import room_of
+from zoft.example import Example
 from zoft.frozen import FROZEN_BYTES, frozen_blocks
 from zoft.objective import Batch, collate, losses
 from zoft.rates import rates

@@ -216,7 +216,7 @@ def writer(config: Config, model: Any, tokenizer: Any, context: Any = None) -> A
 
     A context and what is written after it are max_length tokens at most: it loses tokens on its left (after BOS).
     """
-    from zoft.encode import front_of
+    from zoft.example import front_of
     from zoft.generate import generate
 
     front = len(front_of(tokenizer))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from zoft import metrics, objective, positions, shared
-from zoft.encode import Example
+from zoft.example import Example
 from zoft.metrics import auc, macro_f1
 from zoft.objective import collate, losses
 

@@ -16,8 +16,8 @@ from transformers import Trainer, TrainingArguments
 
 from zoft import adapters, evaluate, models, objective, quant, results, saving, space
 from zoft.config import Config
-from zoft.encode import Example
 from zoft.errors import UserError
+from zoft.example import Example
 
 if TYPE_CHECKING:
     from zoft.baseline import Ask

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from zoft import distributed, generate, metrics, objective
 from zoft.config import GENERATED, Config
-from zoft.encode import Example, prompts
+from zoft.encode import prompts
 from zoft.errors import UserError
+from zoft.example import Example
 from zoft.objective import Batch
 from zoft.reward import Reward, load
 from zoft.tasks import TaskData, subset

@@ -13,7 +13,7 @@ import torch
 from zoft import __version__, adapters, space
 from zoft.config import ADAPTERS, Config
 from zoft.config_digest import digests
-from zoft.encode import Example
+from zoft.example import Example
 from zoft.noise import spec
 from zoft.space import Trained
 

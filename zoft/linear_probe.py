@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from zoft import baseline, evaluate, objective, positions
-from zoft.encode import Example
 from zoft.errors import UserError
+from zoft.example import Example
 
 GRID = tuple(10.0**k for k in range(-4, 3))  # of C
 HELD = 0.2  # share of the training rows that C is chosen on

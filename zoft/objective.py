@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoft.encode import Example, encode
+from zoft.encode import encode
+from zoft.example import Example
 from zoft.show import show
 
 __all__ = ["Batch", "Example", "collate", "encode", "losses", "mean", "project", "scores", "show"]

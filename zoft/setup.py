@@ -16,8 +16,9 @@ from torch import nn
 
 from zoft import adapter_beside, adapters, distributed, fingerprint, models, quant, quant_other, space, tasks
 from zoft.config import ADAPTERS, SETS, Config
-from zoft.encode import Example, encode, how
+from zoft.encode import encode, how
 from zoft.errors import UserError
+from zoft.example import Example
 from zoft.tasks import TaskData
 from zoft.trainer import Settings
 

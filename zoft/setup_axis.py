@@ -25,9 +25,9 @@ from zoft import (
 )
 from zoft.config import ADAPTERS, GENERATED, Config
 from zoft.data_order import picked
-from zoft.encode import Example
 from zoft.errors import UserError
 from zoft.evaluate import CALIBRATION, spread
+from zoft.example import Example
 from zoft.footprint import Live
 from zoft.frozen import FROZEN_BYTES, Row, prefix_of, rows_of
 from zoft.objective import Batch, collate, losses

@@ -12,7 +12,7 @@ from torch import nn
 from zoft import distributed, guards, objective, precision, quant
 from zoft.config import Config
 from zoft.data_order import batches, picked
-from zoft.encode import Example
+from zoft.example import Example
 from zoft.goal import Goal, Prompts
 from zoft.ledger import Ledger
 from zoft.objective import collate, losses

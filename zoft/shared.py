@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from zoft import objective
-from zoft.encode import Example
+from zoft.example import Example
 
 Context = Callable[[int], AbstractContextManager] | None
 COMMON = 32  # tokens that all rows begin with, from which on they get a forward of their own

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from zoft.encode import Example
+from zoft.example import Example
 
 FOLD = 160  # tokens of an unscored run that are shown; of a longer one, half of them at either end
 SCORED, DIM, OFF = "\033[32m", "\033[2m", "\033[0m"
