@@ -104,7 +104,7 @@ def _others(config: Config, keys: Sequence[str]) -> list[str]:
 
 def run(config: Config, ask: Ask) -> dict[str, Any]:
     """Make a baseline; returns the content of its result.json, which has a run's keys and `method`."""
-    from zoft import compose, guards, models, preflight, tasks, tracking
+    from zoft import compose, console, guards, models, preflight, tasks
     from zoft.env import environment
     from zoft.folder import write
 
@@ -137,11 +137,11 @@ def run(config: Config, ask: Ask) -> dict[str, Any]:
         found = _made(config, ask, data, model, tokenizer)
     result = {
         **ask.kept(), "steps": 0, "forwards": 0, "train_seconds": round(time.monotonic() - began, 3),
-        "peak_memory_gb": round(tracking.peak_memory_gb(config.device), 2), "before": {}, **found,
+        "peak_memory_gb": round(console.peak_memory_gb(config.device), 2), "before": {}, **found,
         "output_dir": str(folder),
     }  # fmt: skip
     rows = [{"step": 0, "eval": result["before"]}, {"step": result["steps"], "eval": result["after"]}]
-    text = "".join(json.dumps(tracking.finite(r)) + "\n" for r in rows if r["eval"])
+    text = "".join(json.dumps(console.finite(r)) + "\n" for r in rows if r["eval"])
     write(folder / "metrics.jsonl", text)
     write(folder / "result.json", json.dumps(result, indent=2) + "\n")
     return result

@@ -422,11 +422,11 @@ def estimate(overrides: Overrides = None, config: Source = None, as_json: Json =
     from zoft.compose import compose
 
     resolved = compose(config, overrides or [])
+    from zoft import console, preflight
     from zoft import estimate as estimates
-    from zoft import preflight, tracking
 
     found = estimates.estimate(preflight.within(resolved))
-    typer.echo(json.dumps(tracking.finite(found)) if as_json else estimates.text(found))
+    typer.echo(json.dumps(console.finite(found)) if as_json else estimates.text(found))
 
 
 @app.command(cls=_Verb, context_settings=_LOOSE)

@@ -243,8 +243,8 @@ def lines(rows: Sequence[Mapping[str, Any]], found: Judged) -> list[str]:
 
     scores: as evaluate.scores gives them, logits where each candidate is one token. probabilities: their softmax.
     """
+    from zoft.console import finite
     from zoft.evaluate import log_softmax
-    from zoft.tracking import finite
 
     made = []
     for i in range(len(found.gold)):
@@ -275,7 +275,7 @@ def lines(rows: Sequence[Mapping[str, Any]], found: Judged) -> list[str]:
 
 def text(result: Mapping[str, Any]) -> str:
     """What a user reads: a line a metric, its interval beside it."""
-    from zoft.tracking import short
+    from zoft.console import short
 
     between = result.get("ci95", {})
     head = [f"{'':22}{'':>12}   95 % interval"] if between else []

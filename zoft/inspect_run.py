@@ -298,6 +298,6 @@ def squeezed(values: Sequence[float], width: int = WIDTH) -> str:
 
 def as_json(found: Mapping[str, Any]) -> str:
     """Strict JSON: null for what is no number."""
-    from zoft.tracking import finite
+    from zoft.console import finite
 
     return json.dumps(finite(found))

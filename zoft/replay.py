@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zoft import base as bases
 from zoft import (
+    console,
     headers,
     inspect_run,
     ledger,
@@ -26,7 +27,6 @@ from zoft import (
     snapshot,
     space,
     sparse,
-    tracking,
     update,
 )
 from zoft.base import Base
@@ -316,5 +316,5 @@ def numbers_of(log: Log) -> int:
 def progress(log: Log, begin: int) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, a line now and then elsewhere; yields did(updates × elements)."""
     total = max(1, numbers_of(log) * sum(not r.skipped for r in log.records[begin:]))
-    with tracking.bar(f"replaying {len(log.records) - begin} steps", total) as did:
+    with console.bar(f"replaying {len(log.records) - begin} steps", total) as did:
         yield did

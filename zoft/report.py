@@ -15,8 +15,8 @@ from typing import Any
 from zoft import report_names, results
 from zoft.baseline import ASKED
 from zoft.config_digest import FREE
+from zoft.console import logged
 from zoft.errors import UserError
-from zoft.tracking import logged
 from zoft.yamlfile import yaml_tree
 
 METRICS = (

@@ -11,9 +11,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft import baseline, compose, guards, processes, results, tracking
+from zoft import baseline, compose, console, guards, processes, results
 from zoft.config import Config
 from zoft.config_check import check_elastic
+from zoft.console import logged
 from zoft.due import due, next_stop
 from zoft.errors import UserError
 from zoft.folder import Presence, alone, write
@@ -21,7 +22,6 @@ from zoft.preflight import absolute, claim, first_look, rewarded, within
 from zoft.recipe import recipe
 from zoft.session import Session, as_begun, resolved_anew, steps_of
 from zoft.stop import listening
-from zoft.tracking import logged
 
 if TYPE_CHECKING:
     from zoft.trainer import Trainer
@@ -174,7 +174,7 @@ def fit(
         "skipped": sum(r.skipped for r in s.ledger.records),
         "forwards": last * 2 * config.q * config.batch_size * config.accumulate,
         "train_seconds": round(seconds, 3),
-        "peak_memory_gb": round(tracking.peak_memory_gb(config.device), 2),
+        "peak_memory_gb": round(console.peak_memory_gb(config.device), 2),
         "before": evals[0],
         "after": evals[chosen],
     }

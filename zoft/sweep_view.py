@@ -14,9 +14,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 from zoft import sweep, sweep_job
+from zoft.console import short
 from zoft.errors import UserError
 from zoft.folder import write
-from zoft.tracking import short
 from zoft.yamlfile import yaml_tree
 
 LOWER_IS_BETTER = ("loss", "perplexity")
