@@ -9,8 +9,9 @@ from test_trainer import calibration, examples, same_bits, weights
 from zoft import adapters, layout, quant, selfcheck, space, sparse
 from zoft.config import ADAPTERS, Config
 from zoft.data_order import batch_indices
+from zoft.example import Example
 from zoft.ledger import Ledger, Record, read
-from zoft.objective import Example, collate, losses
+from zoft.objective import collate, losses
 from zoft.probe import InPlace, ProbeAxis
 from zoft.trainer import Settings, Trainer
 

@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 from zoft import adapters, data_order, evaluate, frozen, saving, selfcheck, setup, setup_axis, space
 from zoft.cli import app
 from zoft.config import Config
+from zoft.example import Example
 from zoft.generate import generate
 from zoft.ledger import read
-from zoft.objective import Example, collate, losses
+from zoft.objective import collate, losses
 from zoft.probe import Probe, ProbeAxis
 
 MODELS = {"llama": tiny.llama, "opt": tiny.opt, "gpt2": tiny.gpt2, "bert": bert}

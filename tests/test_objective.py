@@ -9,8 +9,11 @@ import tiny
 import torch
 from torch import nn
 
+from zoft import encode as encoding
 from zoft import objective
 from zoft.errors import UserError
+from zoft.example import Example
+from zoft.show import show
 
 CHOICE = SimpleNamespace(objective="choice")
 LM = SimpleNamespace(objective="lm")
@@ -21,7 +24,7 @@ def row(prompt, candidates, gold=0):
 
 
 def encode(rows, task=CHOICE, max_length=64, **kinds):
-    return objective.encode(rows, tiny.tokenizer(**kinds), task, max_length)
+    return encoding.encode(rows, tiny.tokenizer(**kinds), task, max_length)
 
 
 # --- encoding ---------------------------------------------------------------------------------------------
@@ -94,10 +97,10 @@ def test_impossible_rows_are_refused_by_name(item, max_length, bos, said):
 def test_show_marks_what_is_scored():
     token = tiny.tokenizer()
     (e,) = encode([row("cab:", ["no 1", "yes"], gold=1)])
-    lines = objective.show(e, token).splitlines()
+    lines = show(e, token).splitlines()
     assert lines == ["<bos>cab:", "  ⟦no⟧⟦ ⟧⟦1⟧", "* ⟦yes⟧"]
     (e,) = encode([row("ca", ["b", "d"])])
-    assert objective.show(e, token).splitlines() == ["* <bos>c⟦ab⟧", "  <bos>ca⟦d⟧"]
+    assert show(e, token).splitlines() == ["* <bos>c⟦ab⟧", "  <bos>ca⟦d⟧"]
 
 
 # --- batches ----------------------------------------------------------------------------------------------
@@ -432,8 +435,8 @@ def test_project_equals_full_logits_on_every_causal_architecture(monkeypatch):
     import shrink
 
     contexts = [tuple(5 + (7 * i + j * j) % 80 for j in range(3 + i)) for i in range(4)]
-    single = [objective.Example((c, c), ((7,), (9,)), 0, "choice", True) for c in contexts]
-    multi = [objective.Example((c, c), ((7, 8), (9,)), 1) for c in contexts]
+    single = [Example((c, c), ((7,), (9,)), 0, "choice", True) for c in contexts]
+    multi = [Example((c, c), ((7, 8), (9,)), 1) for c in contexts]
     seen, wrong = 0, []
     for name in shrink.KINDS["causal"]:
         try:

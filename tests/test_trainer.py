@@ -10,9 +10,10 @@ import transformers as hf
 
 from zoft import selfcheck, space, sparse
 from zoft.data_order import batch_indices
+from zoft.example import Example
 from zoft.ledger import Ledger, read
 from zoft.noise import noise
-from zoft.objective import Batch, Example, collate, losses
+from zoft.objective import Batch, collate, losses
 from zoft.probe import InPlace, Probe, ProbeAxis
 from zoft.trainer import Settings, Trainer
 

@@ -19,11 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoft.encode import encode
 from zoft.example import Example
-from zoft.show import show
-
-__all__ = ["Batch", "Example", "collate", "encode", "losses", "mean", "project", "scores", "show"]
 
 CHUNK = 1 << 25  # logits that are in fp32 at one time: 128 MiB
 
