@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from zoft import adapter_beside, adapter_start, models, saving, space
+from zoft import adapter_beside, adapter_start, saving, space
 from zoft.config import ADAPTERS, Config
 from zoft.errors import UserError
 from zoft.fingerprint import raw_bytes
+from zoft.kind import is_masked, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,7 +97,7 @@ def _pairs(model: nn.Module, config: Config) -> Any:
             targets = _names(model, targets, tuple(f"{prefix}.{i}." for i in last))
         else:
             layers = {"layers_to_transform": list(last), "layers_pattern": prefix.rpartition(".")[2]}
-    kind = None if models.is_masked(model) else "CAUSAL_LM"  # peft has none for masked models
+    kind = None if is_masked(model) else "CAUSAL_LM"  # peft has none for masked models
     settings = LoraConfig(
         task_type=kind, r=config.lora_rank or 8, lora_alpha=config.lora_alpha or 16, lora_dropout=0.0,
         target_modules=targets, fan_in_fan_out=False, **layers,
@@ -174,7 +175,7 @@ def _prefix(model: Any, config: Config) -> Any:
 def _prompt(model: Any, config: Config) -> Any:
     from peft import PromptTuningConfig, get_peft_model
 
-    if models.is_masked(model):
+    if is_masked(model):
         raise UserError("train=prompt: peft puts no prompt before a masked language model; use train=lora")
     n, table, shape = (
         config.virtual_tokens or 10,
@@ -307,7 +308,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """peft's and transformers' advice is for those who call them."""
-    with warnings.catch_warnings(), models.quiet():
+    with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
         yield
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import adapter_beside, adapters, footprint, models, quant, quant_files, routes, setup, space
+from zoft import adapter_beside, adapters, footprint, kind, models, quant, quant_files, routes, setup, space
 from zoft.config import ADAPTERS, GENERATED, Config
 from zoft.data_order import batch_indices
 from zoft.due import due
@@ -152,7 +152,7 @@ def skeleton(config: Config) -> Any:
             shape = AutoConfig.from_pretrained(source.place, trust_remote_code=config.trust_remote_code)
             dtype = getattr(shape, "dtype", None) or torch.float32
         with torch.device("meta"):
-            model = models.auto_class(source.name, shape).from_config(
+            model = kind.auto_class(source.name, shape).from_config(
                 shape, dtype=dtype, trust_remote_code=config.trust_remote_code
             )
     return model.eval().requires_grad_(False)

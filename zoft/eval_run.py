@@ -160,7 +160,7 @@ def judge(
     """
     import numpy as np
 
-    from zoft import models, tasks
+    from zoft import kind, models, tasks
 
     if out is not None:
         with writing(out):  # not after an hour of work
@@ -179,7 +179,7 @@ def judge(
         config = goal.resolve(config, data) if writes else config
         config, model, tokenizer = load(config, adapter)
         train, held_out = setup.examples(config, tokenizer, data)
-        models.refuse_other_kind(config.model, model, held_out[0].masked)
+        kind.refuse_other_kind(config.model, model, held_out[0].masked)
         texts = goal.make(config, data, tokenizer, mine).texts if writes else None
         write = None if texts else writer(config, model, tokenizer)
         found = evaluate.judge(model, held_out, train, write=write)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from zoft import adapters, evaluate, models, objective, quant, results, saving, space
+from zoft import adapters, evaluate, kind, objective, quant, results, saving, space
 from zoft.config import Config
 from zoft.errors import UserError
 from zoft.example import Example
@@ -78,7 +78,7 @@ def train(
     for p in trained:
         p.requires_grad_(True)
     schedule = {"constant": "constant_with_warmup"}.get(config.schedule, config.schedule)
-    with tempfile.TemporaryDirectory() as place, models.quiet():
+    with tempfile.TemporaryDirectory() as place, kind.quiet():
         args = TrainingArguments(
             output_dir=place, per_device_train_batch_size=config.batch_size, max_steps=config.steps,
             gradient_accumulation_steps=config.accumulate, learning_rate=config.lr, lr_scheduler_type=schedule,

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from zoft import positions
 from zoft.errors import UserError
-from zoft.models import quiet
+from zoft.kind import quiet
 
 TOKENS = 8192  # a batch's rows × (width + max_new_tokens) at most: what its key-value cache holds
 _TOLERANCE = 1e-3, 0.1  # of logits, in their own spread, that padding may change: fp32 and wider, 16 bits

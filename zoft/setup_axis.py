@@ -13,7 +13,7 @@ from torch import nn
 from zoft import (
     adapters,
     distributed,
-    models,
+    kind,
     objective,
     positions,
     precision,
@@ -44,7 +44,7 @@ def make(
 
     Returns (config with perturb and probes_per_forward resolved, tensors that are really trained, axis).
     """
-    models.refuse_other_kind(config.model, loaded, train[0].masked)
+    kind.refuse_other_kind(config.model, loaded, train[0].masked)
     longest, known = max(e.length for e in train), positions.trained(loaded)
     positions.refuse(loaded, longest)
     if known is not None and longest > known:
