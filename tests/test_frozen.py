@@ -19,6 +19,7 @@ from zoft.cli import app
 from zoft.config import Config
 from zoft.example import Example
 from zoft.generate import generate
+from zoft.kind import blocks_of
 from zoft.ledger import read
 from zoft.objective import collate, losses
 from zoft.probe import Probe, ProbeAxis
@@ -98,9 +99,7 @@ def calls_of(module):
 def inside(model):
     """A module within the first, frozen block."""
     return next(
-        m
-        for m in space.blocks_of(model)[1][0].modules()
-        if isinstance(m, torch.nn.LayerNorm | torch.nn.Linear)
+        m for m in blocks_of(model)[1][0].modules() if isinstance(m, torch.nn.LayerNorm | torch.nn.Linear)
     )
 
 

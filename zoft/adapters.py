@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from zoft import adapter_beside, adapter_start, saving, space
+from zoft import adapter_beside, adapter_start, saving
 from zoft.config import ADAPTERS, Config
 from zoft.errors import UserError
 from zoft.fingerprint import raw_bytes
-from zoft.kind import is_masked, quiet
+from zoft.kind import ADDED, blocks_of, is_masked, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,7 +86,7 @@ def _pairs(model: nn.Module, config: Config) -> Any:
     targets = _targets(model, config.lora_targets)
     layers: dict[str, Any] = {}
     if config.lora_layers is not None:
-        prefix, blocks = space.blocks_of(model)
+        prefix, blocks = blocks_of(model)
         k = int(config.lora_layers.removeprefix("last-"))
         if k > len(blocks):
             raise UserError(
@@ -215,7 +215,7 @@ def _rows_of_prompt(model: Any, batch_size: int, **unused: Any) -> Tensor:
 
 def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The adapter's own tensors."""
-    return [(n, p) for n, p in model.named_parameters() if space.ADDED.search(n)]
+    return [(n, p) for n, p in model.named_parameters() if ADDED.search(n)]
 
 
 def place(trained: Sequence[Trained], compute: torch.dtype) -> None:

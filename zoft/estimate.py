@@ -250,7 +250,7 @@ def _frozen(
     first, count = frozen_blocks(model, {id(p) for n, p in model.named_parameters() if n in set(names)})
     if first in (0, count) or (auto and 2 * first < count):
         return 0, 1.0
-    inside = f"{space.blocks_of(model)[0]}."
+    inside = f"{kind.blocks_of(model)[0]}."
     outside = {n for n in names if not n.startswith(inside)}  # frozen_blocks has looked where these are all
     if len(outside) < len(names) and not outside <= set(space.train_names(model, "last-1")):
         return 0, 1.0  # something is trained that may come before the blocks

@@ -74,7 +74,7 @@ def train(
     before = evaluate.evaluate(model, held_out, examples, write=write)
     model, device = model.float(), next(model.parameters()).device
     pairs = config.train == "lora"  # else those that are in place stand still
-    trained = [p for n, p in model.named_parameters() if bool(space.ADDED.search(n)) == pairs]
+    trained = [p for n, p in model.named_parameters() if bool(kind.ADDED.search(n)) == pairs]
     for p in trained:
         p.requires_grad_(True)
     schedule = {"constant": "constant_with_warmup"}.get(config.schedule, config.schedule)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from torch import nn
 
 from zoft.errors import UserError
 
@@ -67,3 +70,41 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
+
+
+ADDED = re.compile(r"\.lora_|^prompt_encoder\.")  # names of the tensors that peft has added to a model
+
+
+def own_name(name: str) -> str:
+    """The name that a tensor has in the model without an adapter in place."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """(name, list) of the model's stack of blocks: its longest ModuleList of one type, by parameter count."""
+    best: tuple[int, str, nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) <= 2:
+            size = sum(p.numel() for p in module.parameters())
+            if best is None or size > best[0]:
+                best = (size, name, module)
+    if best is None:
+        raise UserError("train=last-…: this model has no stack of blocks; name tensors by a pattern instead")
+    return best[1], best[2]
+
+
+def after(model: nn.Module, prefix: str) -> set[str]:
+    """Names of the parameters of the modules that follow the stack inside its parent (the final norm)."""
+    parent_name, _, own = prefix.rpartition(".")
+    parent = model.get_submodule(parent_name) if parent_name else model
+    embeddings = set()
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        module = getattr(model, getter, lambda: None)()
+        embeddings |= {id(p) for p in module.parameters()} if module is not None else set()
+    names, seen = set(), False
+    for child, module in parent.named_children():
+        if seen:
+            path = f"{parent_name}.{child}" if parent_name else child
+            names |= {f"{path}.{n}" for n, p in module.named_parameters() if id(p) not in embeddings}
+        seen = seen or child == own
+    return names
