@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from zoft import positions
 from zoft.errors import UserError
-from zoft.kind import quiet
+from zoft.kind import quiet, refuse_longer_rows
 
 TOKENS = 8192  # a batch's rows × (width + max_new_tokens) at most: what its key-value cache holds
 _TOLERANCE = 1e-3, 0.1  # of logits, in their own spread, that padding may change: fp32 and wider, 16 bits
@@ -56,7 +55,7 @@ def texts(
 ) -> list[tuple[str, bool]]:  # fmt: skip
     """As `generate`, each text with whether its logits were numbers throughout."""
     assert all(map(len, contexts)), "an empty context"
-    positions.refuse(model, max(map(len, contexts), default=0), max_new_tokens)
+    refuse_longer_rows(model, max(map(len, contexts), default=0), max_new_tokens)
     ends, pad = _special(model, tokenizer)
     around = context or (lambda rows: nullcontext())
     made: list[tuple[str, bool]] = [("", False)] * len(contexts)

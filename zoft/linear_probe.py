@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zoft import baseline, evaluate, objective, positions
+from zoft import baseline, evaluate, kind, objective
 from zoft.errors import UserError
 from zoft.example import Example
 
@@ -19,7 +19,7 @@ HELD = 0.2  # share of the training rows that C is chosen on
 
 def features(model: nn.Module, examples: Sequence[Example]) -> np.ndarray:
     """[n, H] fp64: what the output matrix is given at the last token of each prompt (at the mask of a masked model)."""
-    positions.refuse(model, max(e.length for e in examples))
+    kind.refuse_longer_rows(model, max(e.length for e in examples))
     head = objective.head_of(model)
     if head is None:
         raise UserError("--method linear-probe: this model has no output matrix to read features before")

@@ -15,7 +15,6 @@ from zoft import (
     distributed,
     kind,
     objective,
-    positions,
     precision,
     routes,
     selfcheck,
@@ -45,8 +44,8 @@ def make(
     Returns (config with perturb and probes_per_forward resolved, tensors that are really trained, axis).
     """
     kind.refuse_other_kind(config.model, loaded, train[0].masked)
-    longest, known = max(e.length for e in train), positions.trained(loaded)
-    positions.refuse(loaded, longest)
+    longest, known = max(e.length for e in train), kind.trained_positions(loaded)
+    kind.refuse_longer_rows(loaded, longest)
     if known is not None and longest > known:
         say(
             f"max_length={config.max_length}: rows of {longest} tokens; this model was trained on at most {known}"
