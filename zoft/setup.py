@@ -103,10 +103,10 @@ def refuse_pattern(config: Config) -> None:
     """Raise UserError for a pattern in `train` that fits no tensor, before weights load: by the model's shapes alone."""
     if re.fullmatch(SETS, config.train) or config.recipe == "qzo" or config.bits is not None:
         return
-    from zoft import estimate
+    from zoft.skeleton import skeleton
 
     try:
-        shapes = estimate.skeleton(config)
+        shapes = skeleton(config)
     except Exception:  # of a file or code that has no shapes without weights: seen once it is loaded
         return
     if getattr(shapes.config, "quantization_config", None) is None:
