@@ -13,6 +13,7 @@ from zoft import encode as encoding
 from zoft import objective
 from zoft.errors import UserError
 from zoft.example import Example
+from zoft.head import project
 from zoft.show import show
 
 CHOICE = SimpleNamespace(objective="choice")
@@ -279,10 +280,10 @@ def test_project_equals_full_logits(name):
     for rows in (MULTI, SINGLE):
         batch = objective.collate(encode(rows))
         want = full(model, batch)
-        got = objective.project(model, batch.inputs, batch.positions)
+        got = project(model, batch.inputs, batch.positions)
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
         few = torch.tensor([5, 3])
-        got = objective.project(model, batch.inputs, batch.positions, few)
+        got = project(model, batch.inputs, batch.positions, few)
         torch.testing.assert_close(got, want[:, few], rtol=1e-12, atol=1e-12)
     head = model.get_output_embeddings()
     assert "forward" not in head.__dict__ and not head._forward_pre_hooks  # nothing stays behind
@@ -449,7 +450,7 @@ def test_project_equals_full_logits_on_every_causal_architecture(monkeypatch):
             out = model(**batch.inputs)
             want = (out.logits if hasattr(out, "logits") else out[0]).flatten(0, 1)[batch.positions]
             want = want if batch.tokens is None else want[:, batch.tokens]
-            got = objective.project(model, batch.inputs, batch.positions, batch.tokens)
+            got = project(model, batch.inputs, batch.positions, batch.tokens)
             if not torch.allclose(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item()):
                 wrong.append(name)
     assert seen > 100 and not wrong

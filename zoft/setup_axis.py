@@ -10,18 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import (
-    adapters,
-    distributed,
-    kind,
-    objective,
-    precision,
-    routes,
-    selfcheck,
-    space,
-    sparse,
-    update,
-)
+from zoft import adapters, distributed, kind, precision, routes, selfcheck, space, sparse, update
 from zoft.config import ADAPTERS, GENERATED, Config
 from zoft.data_order import picked
 from zoft.errors import UserError
@@ -29,6 +18,7 @@ from zoft.evaluate import CALIBRATION, spread
 from zoft.example import Example
 from zoft.footprint import Live
 from zoft.frozen import FROZEN_BYTES, Row, prefix_of, rows_of
+from zoft.head import head_of
 from zoft.objective import Batch, collate, losses
 from zoft.probe import InPlace, ProbeAxis
 from zoft.setup import refuse_unquantised, say
@@ -82,7 +72,7 @@ def make(
     config, trained, made = placed(config, loaded, selfcheck.live(trained, found), found.sites)
     if small.tokens is not None and isinstance(made, ProbeAxis):
         # Only the candidates' rows of the output matrix are ever made.
-        head = objective.head_of(loaded)
+        head = head_of(loaded)
         dense = [s for s in found.sites if s.module is not head or routes.fast(s) is None]
         made.scratch_bytes = routes.scratch_bytes(dense)
     for line in precision.weak(trained, config.eps, seed=config.seed, kind=config.noise):
