@@ -23,7 +23,8 @@ from zoft.noise import triton as kernels
 from zoft.noise.spec import Update
 from zoft.probe import Probe, ProbeAxis
 from zoft.quant import QuantLinear
-from zoft.routes import conv1d, fast, linear, part, start
+from zoft.routes import conv1d, fast, linear
+from zoft.scratch import part, start
 from zoft.sites import Site
 from zoft.space import Trained
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import adapter_beside, adapters, footprint, kind, models, quant, routes, setup, space
+from zoft import adapter_beside, adapters, footprint, kind, models, quant, setup, space
 from zoft.config import ADAPTERS, GENERATED, Config
 from zoft.data_order import batch_indices
 from zoft.due import due
@@ -21,6 +21,7 @@ from zoft.example import Example
 from zoft.frozen import FROZEN_BYTES, frozen_blocks
 from zoft.objective import Batch, collate, losses
 from zoft.rates import rates
+from zoft.scratch import SLAB
 from zoft.skeleton import quantised, skeleton
 
 LORA_RANK = 8  # of the LoRA run beside: pairs on query and value projections
@@ -248,7 +249,7 @@ def _scratch(model: Any, names: Sequence[str], compute: torch.dtype, probes: int
     passed = (alone, last if few else None)
     linear = {id(m.weight) for m in model.modules() if type(m) is nn.Linear}
     sizes = [
-        min(size, routes.SLAB) if id(p) in linear else size
+        min(size, SLAB) if id(p) in linear else size
         for n, p in model.named_parameters()
         if n in chosen and all(p is not x for x in passed)
         for size in [p.numel() * (4 if isinstance(p, quant.Scales) else compute.itemsize)]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from zoft import routes, update
+from zoft import routes, scratch, update
 from zoft.noise import noise, spec
 from zoft.noise.spec import Update
 from zoft.sites import Site
@@ -159,12 +159,12 @@ class ProbeAxis:
         """
         if self._holding:
             return [self._held[t.id] for t in tensors]
-        arena = self._room(sum(routes.nbytes(t) for t in tensors) * len(group))
+        arena = self._room(sum(scratch.nbytes(t) for t in tensors) * len(group))
         offset, made = 0, []
         for t in tensors:
             size = t.stored.numel() * t.compute.itemsize * len(group)
             out = arena[offset : offset + size].view(t.compute).view(len(group), *t.stored.shape)
-            offset += routes.nbytes(t) * len(group)
+            offset += scratch.nbytes(t) * len(group)
             self._fill(t, out, group, first)
             self._mark(t)
             made.append(out)
@@ -174,7 +174,7 @@ class ProbeAxis:
         """Scratch of that shape, after the `taken` bytes that the last `perturbed` gave; the next call reuses both."""
         size = math.prod(shape) * dtype.itemsize
         if not self._arenas or self._arenas[-1].numel() < self.used + taken + size:
-            self.scratch_bytes = max(self.scratch_bytes, routes.dense_bytes(self.sites, dtype))
+            self.scratch_bytes = max(self.scratch_bytes, scratch.dense_bytes(self.sites, dtype))
         return self._room(taken + size)[taken : taken + size].view(dtype).view(*shape)
 
     def slabs(
@@ -184,7 +184,7 @@ class ProbeAxis:
 
         To be closed: what is pending reaches all rows, whatever happens to the one who asks.
         """
-        step, end = routes.slab_rows(t), 0
+        step, end = scratch.slab_rows(t), 0
         size = t.stored.shape[1] * t.compute.itemsize * len(group)
         try:
             while end < len(t.stored):
@@ -216,9 +216,9 @@ class ProbeAxis:
         """One pass over rows of θ: the updates they lack, then the probes of the group into out [G, *shape of the rows]."""
         updates = update.due(t, self.updates, self.beta)
         noise.perturb(
-            routes.part(t.stored, rows), t.id, out, group, seed=self.seed, step=self.step, noise=self.kind, updates=updates,
-            momentum=None if t.momentum is None else routes.part(t.momentum, rows), beta=self.beta,
-            start=routes.start(t.stored, rows), floor=t.floor, mask=t.mask,
+            scratch.part(t.stored, rows), t.id, out, group, seed=self.seed, step=self.step, noise=self.kind, updates=updates,
+            momentum=None if t.momentum is None else scratch.part(t.momentum, rows), beta=self.beta,
+            start=scratch.start(t.stored, rows), floor=t.floor, mask=t.mask,
         )  # fmt: skip
 
     def _mark(self, t: Trained) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
@@ -15,17 +14,12 @@ from transformers.pytorch_utils import Conv1D
 
 from zoft import quant, routes_adapter
 from zoft.layout import COUNT, LIFT, NO_ROWS, ONE, PLAIN, Call, Unfit
-from zoft.noise.spec import PART
+from zoft.scratch import in_slabs, nbytes, slab_rows
 from zoft.sites import Site
 from zoft.space import Trained
 
 if TYPE_CHECKING:
     from zoft.probe import ProbeAxis
-
-
-# Bytes of one probe of a linear layer's matrix that are made at one time. Matrices of the blocks of a 30B model fit;
-# output matrices over a whole vocabulary are made in slabs.
-SLAB = 1 << 29
 
 
 def fast(site: Site) -> Callable | None:
@@ -318,27 +312,6 @@ def embedding(axis: ProbeAxis, site: Site, input: torch.Tensor) -> torch.Tensor:
     return rows.view(*input.shape, -1)
 
 
-def slab_rows(t: Trained) -> int:
-    """Rows of a matrix whose probes are made at one time: SLAB bytes of one probe, from a multiple of PART on."""
-    width = t.stored.shape[1]
-    unit = PART // math.gcd(width, PART)
-    return max(unit, SLAB // (width * t.compute.itemsize) // unit * unit)
-
-
-def part(x: torch.Tensor, rows: slice) -> torch.Tensor:
-    return x if rows == slice(None) else x[rows]
-
-
-def start(x: torch.Tensor, rows: slice) -> int:
-    """The index, in all of x, of the first element of these rows."""
-    return (rows.start or 0) * math.prod(x.shape[1:])
-
-
-def nbytes(t: Trained) -> int:
-    """Scratch that one probe of a tensor takes."""
-    return -(-t.stored.numel() * t.compute.itemsize // 64) * 64  # each tensor starts on a cache line
-
-
 def scratch_bytes(sites: Sequence[Site]) -> int:
     """Bytes for two probes of any site's tensors and, next to them, one of every site that runs within it."""
     own = {s.module: 0 if fast(s) is embedding else sum(_scratch(s, t) for t in s.trained) for s in sites}
@@ -353,31 +326,10 @@ def scratch_bytes(sites: Sequence[Site]) -> int:
     return max((2 * own[s.module] + within(s.module) for s in sites), default=0)
 
 
-def dense_bytes(sites: Sequence[Site], dtype: torch.dtype) -> int:
-    """Bytes that two probes of any quantised site take: its trained tensors, and its matrix written out in dtype."""
-    return max(
-        (
-            2
-            * (
-                sum(nbytes(t) for t in s.trained)
-                + s.module.in_features * s.module.out_features * dtype.itemsize
-            )
-            for s in sites
-            if isinstance(s.module, quant.QuantLinear)
-        ),
-        default=0,
-    )
-
-
 def _scratch(site: Site, t: Trained) -> int:
     """Scratch that one probe of a site's tensor takes at one time."""
     slab = in_slabs(t) and fast(site) is linear
     return slab_rows(t) * t.stored.shape[1] * t.compute.itemsize if slab else nbytes(t)
-
-
-def in_slabs(t: Trained) -> bool:
-    """Whether a linear layer makes this tensor's probes some rows at a time."""
-    return t.stored.ndim == 2 and nbytes(t) > SLAB
 
 
 def choose_compute(trained: Sequence[Trained], sites: Sequence[Site]) -> None:

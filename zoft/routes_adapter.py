@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,23 +9,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from zoft.quant import QuantLinear
+from zoft.sites import is_layer
 from zoft.space import Trained
 
 if TYPE_CHECKING:
     from zoft.probe import ProbeAxis
     from zoft.sites import Site
-
-
-def is_layer(module: nn.Module) -> bool:
-    """Whether it is peft's LoRA layer around a linear one: one site, though the modules within it read the tensors."""
-    peft = sys.modules.get("peft.tuners.lora.layer")  # loaded by whoever has made such a layer
-    return peft is not None and type(module) is peft.Linear
-
-
-def has_pair(module: nn.Module, trained: Container[int]) -> bool:
-    """Whether it is such a layer, and something of its pairs is trained; trained: ids of parameters."""
-    added = (n for n, p in module.named_parameters() if id(p) in trained) if is_layer(module) else ()
-    return any(n.startswith("lora_") for n in added)
 
 
 def pair(site: Site) -> tuple[Trained, Trained] | None:
