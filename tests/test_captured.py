@@ -13,7 +13,7 @@ import torch
 from zoft import setup_trainer, update
 from zoft.ledger import Ledger, read
 from zoft.noise.spec import Update
-from zoft.probe import Probe
+from zoft.scratch import Probe
 from zoft.trainer import Trainer
 
 pytest.importorskip("triton")

@@ -21,7 +21,7 @@ from zoft.ledger import Ledger, read
 from zoft.noise import noise
 from zoft.noise.spec import GAUSSIAN, RADEMACHER, Update
 from zoft.objective import losses
-from zoft.probe import Probe
+from zoft.scratch import Probe
 
 
 def quantised(make=tiny.llama, bits=4, log=False, wide=False, **keys):

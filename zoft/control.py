@@ -12,7 +12,7 @@ from zoft.noise import spec
 from zoft.noise import triton as kernels
 from zoft.noise.triton import Plan
 from zoft.noise.triton_kernels import NOTHING
-from zoft.probe import Probe
+from zoft.scratch import Probe
 
 _SLOTS = 8  # uploads that may be on their way
 _ROOM = 4096  # entries of all plans together

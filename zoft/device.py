@@ -21,10 +21,10 @@ from zoft import norms, precision, routes_adapter
 from zoft.control import Control
 from zoft.noise import triton as kernels
 from zoft.noise.spec import Update
-from zoft.probe import Probe, ProbeAxis
+from zoft.probe import ProbeAxis
 from zoft.quant import QuantLinear
 from zoft.routes import conv1d, fast, linear
-from zoft.scratch import part, start
+from zoft.scratch import Probe, part, start
 from zoft.sites import Site
 from zoft.space import Trained
 

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from zoft.control import Control
+from zoft.inplace import InPlace
 from zoft.noise import triton as kernels
 from zoft.noise.spec import Update
-from zoft.probe import InPlace, Probe
+from zoft.scratch import Probe
 from zoft.space import Trained
 
 

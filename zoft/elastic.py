@@ -28,7 +28,7 @@ from zoft.elastic_format import JOIN, invite, packed, pairs_of
 from zoft.errors import UserError
 from zoft.ledger import Record
 from zoft.objective import Batch
-from zoft.probe import Probe
+from zoft.scratch import Probe
 from zoft.trainer import Trainer
 from zoft.wire import VERSION, Closed, Line, address
 

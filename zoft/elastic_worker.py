@@ -114,7 +114,7 @@ def _serve(trainer: Trainer, line: Line, inbox: queue.Queue[tuple[dict | None, b
 
     from zoft import distributed
     from zoft.noise.spec import Update
-    from zoft.probe import Probe
+    from zoft.scratch import Probe
 
     probes = [Probe(k, s * trainer.settings.eps) for k in range(trainer.settings.q) for s in (1.0, -1.0)]
     joined, pairs = False, 0

@@ -32,9 +32,9 @@ from zoft import (
 from zoft.base import Base
 from zoft.config import Config
 from zoft.errors import UserError
+from zoft.inplace import InPlace
 from zoft.ledger import Event, Log
 from zoft.noise.spec import Update
-from zoft.probe import InPlace
 from zoft.space import FP16_MAX, Trained
 
 WORK = 1 << 29  # updates × elements between two looks at progress, and at Ctrl-C

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from zoft.quant import QuantLinear
-from zoft.sites import is_layer
+from zoft.scratch import Scratch
+from zoft.sites import Site, is_layer
 from zoft.space import Trained
-
-if TYPE_CHECKING:
-    from zoft.probe import ProbeAxis
-    from zoft.sites import Site
 
 
 def pair(site: Site) -> tuple[Trained, Trained] | None:
@@ -32,7 +29,7 @@ def pair(site: Site) -> tuple[Trained, Trained] | None:
     return None if a is None or b is None or len(by_id) != 2 else (a, b)
 
 
-def lora(axis: ProbeAxis, site: Site, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def lora(axis: Scratch, site: Site, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """y_p = base(x)_p + scaling·(x_p A_pᵀ) B_pᵀ, in the dtype of the pair, for all probes in two products."""
     m: Any = site.module
     found = pair(site)

@@ -19,8 +19,9 @@ from zoft.example import Example
 from zoft.footprint import Live
 from zoft.frozen import FROZEN_BYTES, Row, prefix_of, rows_of
 from zoft.head import head_of
+from zoft.inplace import InPlace
 from zoft.objective import Batch, collate, losses
-from zoft.probe import InPlace, ProbeAxis
+from zoft.probe import ProbeAxis
 from zoft.setup import refuse_unquantised, say
 from zoft.sites import Found
 from zoft.space import Trained

@@ -14,9 +14,10 @@ from zoft.config import Config
 from zoft.data_order import batches, picked
 from zoft.example import Example
 from zoft.goal import Goal, Prompts
+from zoft.inplace import InPlace
 from zoft.ledger import Ledger
 from zoft.objective import collate, losses
-from zoft.probe import InPlace, ProbeAxis
+from zoft.probe import ProbeAxis
 from zoft.setup import say, settings
 from zoft.space import Trained
 from zoft.trainer import Trainer

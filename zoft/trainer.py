@@ -14,11 +14,13 @@ from torch import nn
 from zoft import distributed, update
 from zoft.errors import UserError
 from zoft.estimator import Moment, finite, two_sided
+from zoft.inplace import InPlace
 from zoft.layout import Unfit
 from zoft.ledger import Ledger, Record
 from zoft.noise.spec import Update
 from zoft.objective import Batch, losses, mean
-from zoft.probe import InPlace, Probe, ProbeAxis
+from zoft.probe import ProbeAxis
+from zoft.scratch import Probe
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def metrics_of(record: Record, eps: float) -> dict[str, Any]:
 class Trainer:
     """Zeroth-order training of a model from losses at θ ± eps·z alone.
 
-    axis: how the model is run at a probe (probe.ProbeAxis or probe.InPlace). batches(step) -> the step's
+    axis: how the model is run at a probe (probe.ProbeAxis or inplace.InPlace). batches(step) -> the step's
     microbatches, all of which see the same directions. ledger: open for appending, it is the run; None only to replay.
     forward(model, batch) -> K numbers an example, the last of them a count. value(their totals over all examples of a
     step [P, K]) -> what is minimised [P]: an objective need be no mean of rows to see its microbatches one at a time.
