@@ -29,9 +29,9 @@ from zoft import (
 from zoft import replay as replays
 from zoft import run as runs
 from zoft.config import Config
-from zoft.eval_run import writer
 from zoft.evaluate import evaluate
 from zoft.example import Example
+from zoft.generate import writer
 from zoft.ledger import Log
 from zoft.replay_live import in_memory, live
 from zoft.session import session

@@ -149,12 +149,12 @@ def run(config: Config, ask: Ask) -> dict[str, Any]:
 
 def _made(config: Config, ask: Ask, data: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
     """What a method adds to result.json; {after: metrics} at least."""
-    from zoft import eval_run, evaluate, setup
+    from zoft import evaluate, generate, setup
 
     if ask.method == "icl":
         data = demonstrated(config, ask.demos or DEMOS, data, tokenizer)
     train, held_out = setup.examples(config, tokenizer, data)
-    write = eval_run.writer(config, model, tokenizer)
+    write = generate.writer(config, model, tokenizer)
     if ask.method in ("zero-shot", "icl"):
         shots = {"demos_used": data.demos} if ask.method == "icl" else {}
         return {**shots, "after": evaluate.evaluate(model, held_out, train, write=write)}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from zoft import compose, guards, preflight, results
 from zoft.config import GENERATED, Config
 from zoft.errors import UserError, writing
+from zoft.generate import writer
 from zoft.yamlfile import yaml_tree
 
 if TYPE_CHECKING:
@@ -209,33 +210,6 @@ def harness(config: Config, adapter: Path | None, tasks: str, path: str | None) 
         config, model, tokenizer = load(config, adapter)
         found = lm_eval_tasks.run(config, model, tokenizer, names, path, config.eval_limit)
     return found, lm_eval_tasks.text(found)
-
-
-def writer(config: Config, model: Any, tokenizer: Any, context: Any = None) -> Any:
-    """contexts -> the text that the model writes after each, by the config's max_new_tokens and stop.
-
-    A context and what is written after it are max_length tokens at most: it loses tokens on its left (after BOS).
-    """
-    from zoft.example import front_of
-    from zoft.generate import generate
-
-    front = len(front_of(tokenizer))
-    room = max(front + 1, config.max_length - config.max_new_tokens)
-
-    def fit(context: tuple[int, ...]) -> tuple[int, ...]:
-        return context[:front] + context[max(front, front + len(context) - room) :]
-
-    def write(contexts: Sequence[tuple[int, ...]]) -> list[str]:
-        return generate(
-            model,
-            tokenizer,
-            [fit(c) for c in contexts],
-            max_new_tokens=config.max_new_tokens,
-            stop=config.stop,
-            context=context,
-        )
-
-    return write
 
 
 def lines(rows: Sequence[Mapping[str, Any]], found: Judged) -> list[str]:
