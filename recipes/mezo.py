@@ -67,7 +67,7 @@ def run(config: Config, *, resume: str | Path | None = None, dry_run: bool = Fal
     choose = partial(score, dev, data.dev) if dev and data.dev else None
 
     with session(config, headers.of(config, base, trained, train) | objective.header(), resume) as s:
-        adapters.keep(config, trained, s.folder)
+        headers.keep(config, trained, s.folder)
         objective.watched(s.ledger.header, s.tracker)
         trainer = setup_trainer.trainer(config, model, axis, scored, s.ledger, objective)
         result = runs.fit(trainer, s, test, choose)

@@ -1,6 +1,6 @@
 """Where an adapter starts: functions of the run's seed, the tensor's name and the base model, on any machine.
 
-But for keys and values, which a forward pass makes: those round as it rounds, so a run keeps them (adapters.keep).
+But for keys and values, which a forward pass makes: those round as it rounds, so a run keeps them (headers.keep).
 """
 
 from __future__ import annotations

@@ -21,13 +21,12 @@ from transformers.pytorch_utils import Conv1D
 from zoft import adapter_beside, adapter_start, saving
 from zoft.config import ADAPTERS, Config
 from zoft.errors import UserError
-from zoft.fingerprint import raw_bytes
+from zoft.fingerprint import Stored, raw_bytes
 from zoft.kind import ADDED, blocks_of, is_masked, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from zoft.space import Trained
 
 START = "start.safetensors"  # in a run's folder: what a prefix started from, which a forward pass has made
 # Where peft has no mapping for a model's type: the first of these that its linear layers go by.
@@ -218,7 +217,7 @@ def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(n, p) for n, p in model.named_parameters() if ADDED.search(n)]
 
 
-def place(trained: Sequence[Trained], compute: torch.dtype) -> None:
+def place(trained: Sequence[Stored], compute: torch.dtype) -> None:
     """Probe adapters in the precision they are kept in: whoever reads them casts to what the base computes in."""
     for t in trained:
         t.compute = torch.promote_types(t.stored.dtype, compute)
@@ -227,26 +226,13 @@ def place(trained: Sequence[Trained], compute: torch.dtype) -> None:
 # ---- in a run's folder ---------------------------------------------------------------------------------------------
 
 
-def fingerprint(trained: Sequence[Trained]) -> str:
+def fingerprint(trained: Sequence[Stored]) -> str:
     """Hash of what the adapter starts from."""
     h = hashlib.blake2b(digest_size=16)
     for t in trained:
         h.update(f"{t.name} {tuple(t.stored.shape)} {t.stored.dtype}\n".encode())
         h.update(memoryview(raw_bytes(t.stored.detach().flatten())))
     return f"blake2b:{h.hexdigest()}"
-
-
-def keep(config: Config, trained: Sequence[Trained], folder: Path) -> None:
-    """Write a prefix's start beside the ledger: another machine's forward pass would round otherwise."""
-    from safetensors.torch import save_file
-
-    from zoft import distributed
-
-    path = folder / START
-    if config.train == "prefix" and distributed.current().rank == 0 and not path.exists():
-        draft = path.with_name(f".{path.name}.new")
-        save_file({t.name: t.stored.detach().cpu().contiguous() for t in trained}, draft)
-        draft.replace(path)
 
 
 def _restore(model: nn.Module, start: Path) -> None:
@@ -313,4 +299,4 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-__all__ = ["ADAPTERS", "attach", "fingerprint", "keep", "load", "merge", "named", "place", "save"]
+__all__ = ["ADAPTERS", "attach", "fingerprint", "load", "merge", "named", "place", "save"]

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,3 +75,16 @@ def data_digest(train: Sequence[Example]) -> str:
 def with_plan(config: Config, found: Mapping[str, Any]) -> Config:
     """The config with the plan that a ledger was written under."""
     return replace(config, **{k: found[k] for k in PLAN if k in found})
+
+
+def keep(config: Config, trained: Sequence[Trained], folder: Path) -> None:
+    """Write a prefix's start beside the ledger: another machine's forward pass would round otherwise."""
+    from safetensors.torch import save_file
+
+    from zoft import distributed
+
+    path = folder / adapters.START
+    if config.train == "prefix" and distributed.current().rank == 0 and not path.exists():
+        draft = path.with_name(f".{path.name}.new")
+        save_file({t.name: t.stored.detach().cpu().contiguous() for t in trained}, draft)
+        draft.replace(path)
