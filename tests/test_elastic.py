@@ -18,10 +18,9 @@ import torch
 
 from zoft.config import Config
 from zoft.config_check import check_elastic
-from zoft.elastic_format import PAIR, packed, unpacked
 from zoft.errors import UserError
 from zoft.ledger import Record, read
-from zoft.wire import Closed, Line, address
+from zoft.wire import PAIR, Closed, Line, address, packed, unpacked
 
 KEYS = ["q=2", "accumulate=2", "steps=100", "check_every=25"]
 

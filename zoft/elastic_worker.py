@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 from zoft import __version__, processes
 from zoft.config import Config, Task
 from zoft.config_check import check_elastic
-from zoft.elastic_format import invitation, packed_pair, unpacked
 from zoft.errors import UserError
 from zoft.ledger_format import decode
 from zoft.stop import Stopped
-from zoft.wire import VERSION, Closed, Line, address
+from zoft.wire import VERSION, Closed, Line, address, invitation, packed_pair, unpacked
 
 if TYPE_CHECKING:
     from zoft.trainer import Trainer
