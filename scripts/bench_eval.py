@@ -86,7 +86,7 @@ def main() -> None:
     from dataclasses import replace
 
     from zoft import evaluate, models, tasks
-    from zoft.compose import compose
+    from zoft.configured import compose
     from zoft.errors import UserError
 
     torch.set_num_threads(args.threads)

@@ -24,7 +24,7 @@ import transformers as hf
 from bench_models import MODELS, build
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from zoft import compose, estimate, run
+from zoft import configured, estimate, run
 from zoft.config import Config
 from zoft.env import environment
 from zoft.space import DTYPES
@@ -71,7 +71,7 @@ def measure(
         "task.choices={a: ' w5', b: ' w6'}", f"batch_size={batch}", f"steps={steps}", f"device={device}", "lr=1e-7",
         f"max_length={tokens + 8}", "save_model=false", *",".join(more).split(","),
     ]  # fmt: skip
-    config: Config = compose.compose(None, [o for o in overrides if o])
+    config: Config = configured.compose(None, [o for o in overrides if o])
     expected = estimate.estimate(config)
     release(device)
     before = _allocated(device)

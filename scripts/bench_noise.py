@@ -14,14 +14,14 @@ import numba
 import numpy as np
 import torch
 
-from zoft import noise
-from zoft.noise import distributions
+from zoft.noise import distributions, noise
+from zoft.noise.spec import GAUSSIAN, RADEMACHER, Mask, Update
 
-UPDATE = noise.Update(step=1, seed=0, multipliers=(1e-6,))
+UPDATE = Update(step=1, seed=0, multipliers=(1e-6,))
 PROBES = [(0, 1e-3), (0, -1e-3)]
 SMALL, CHOSEN = (
-    noise.Mask(threshold=0.3186),
-    noise.Mask(share=2**14),
+    Mask(threshold=0.3186),
+    Mask(share=2**14),
 )  # a quarter of standard normal weights each
 
 
@@ -75,24 +75,24 @@ def rates(device: str, n: int, repeats: int) -> None:
     )  # both, under masks
     print(f"{'storage':>9} {'noise':>11} " + " ".join(f"{head:>9}" for head in heads))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for kind in (noise.GAUSSIAN, noise.RADEMACHER):
+        for kind in (GAUSSIAN, RADEMACHER):
             print(f"{str(dtype)[6:]:>9} {kind:>11} {row(dtype, kind, device, n, repeats)}")
     small = torch.zeros(576, device=device, dtype=torch.float16)
     begin = time.perf_counter()
     for _ in range(1000):
-        noise.advance(small, 7, [UPDATE], noise.GAUSSIAN)
+        noise.advance(small, 7, [UPDATE], GAUSSIAN)
     print(f"one call for a tensor of 576 elements: {(time.perf_counter() - begin) * 1e3:.1f} µs")
 
 
 def replay(device: str, n: int, count: int) -> None:
     """Prints the rate of many updates: one a pass over the weights, and all in one pass."""
-    updates = [noise.Update(step, 0, (1e-6,)) for step in range(count)]
+    updates = [Update(step, 0, (1e-6,)) for step in range(count)]
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     print(
         f"{count} updates of {n / 1e6:.0f} M elements, {name}; G numbers/s of wall time (of CPU time × threads)"
     )
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for kind in (noise.GAUSSIAN, noise.RADEMACHER):
+        for kind in (GAUSSIAN, RADEMACHER):
             theta, some = torch.randn(n, device=device).to(dtype), updates[: min(count, 16)]
             noise.advance(theta, 7, some[:1], kind)
             rates = []

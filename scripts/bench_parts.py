@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from zoft import adapters, headers, setup, setup_axis, setup_trainer, space
 from zoft.config import ADAPTERS, Config, Task
-from zoft.encode import Example
 from zoft.errors import UserError
+from zoft.example import Example
 from zoft.ledger import Ledger
 from zoft.trainer import Trainer
 

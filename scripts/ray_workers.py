@@ -18,11 +18,11 @@ from pathlib import Path
 
 def work(invitation: str) -> str:
     """One worker, from the text of a run's join.json; returns the line that it ends with."""
-    from zoft import elastic_format, elastic_worker
+    from zoft import elastic_worker, wire
     from zoft.stop import Stopped
 
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / elastic_format.JOIN
+        path = Path(folder) / wire.JOIN
         path.write_text(invitation, encoding="utf-8")
         path.chmod(0o600)
         try:

@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the result here too")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for `zoft train`")
     args = parser.parse_intermixed_args()
-    from zoft.compose import compose
+    from zoft.configured import compose
     from zoft.errors import UserError
     from zoft.results import table
 

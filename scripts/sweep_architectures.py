@@ -33,10 +33,12 @@ import torch
 import transformers as hf
 from torch import nn
 
-from zoft import adapters, noise, selfcheck, space
+from zoft import adapters, selfcheck, space
 from zoft.config import ADAPTERS, Config
 from zoft.errors import UserError
-from zoft.probe import Probe, ProbeAxis
+from zoft.noise import noise
+from zoft.probe import ProbeAxis
+from zoft.scratch import Probe
 
 EPS, SEED, STEP = 1e-2, 7, 3
 PROBES = [Probe(0, EPS), Probe(0, -EPS), Probe(1, EPS), Probe(1, -EPS), Probe(1, 8 * EPS)]

@@ -1,11 +1,11 @@
-"""The noise of `zoft.noise` once more, slow and plain, from its specification alone: the judge of every backend."""
+"""The noise of `zoft.noise.noise` once more, slow and plain, from its specification alone: the judge of every backend."""
 
 import math
 
 import numpy as np
 import torch
 
-from zoft.noise import Update
+from zoft.noise.spec import Update
 
 
 def philox(counter, key):

@@ -15,8 +15,8 @@ from test_qzo import Twin, quantised
 from test_trainer import build, z
 from zoo import PROBES, apart, batch, make, off, twin
 
-from zoft import adapter_beside, adapters, models, quant, routes, routes_adapter, saving, space
-from zoft.compose import compose
+from zoft import adapter_beside, adapters, kind, models, quant, routes, routes_adapter, saving, space
+from zoft.configured import compose
 from zoft.config import Config
 from zoft.errors import UserError
 from zoft.objective import losses
@@ -90,7 +90,7 @@ def test_steps_on_pairs_are_those_of_a_slow_twin(tmp_path, make_base, bits):
 
     def loss(moved_, batch_):
         for a in (n for n in moved_ if "lora_A" in n):
-            name = space.own_name(a).removesuffix(".lora_A.default.weight")
+            name = kind.own_name(a).removesuffix(".lora_A.default.weight")
             delta = torch.from_numpy(moved_[a.replace("lora_A", "lora_B")] @ moved_[a]) * (6 / 4)
             delta = delta.T if make_base is tiny.gpt2 else delta
             matrices[name].weight.data = plain[name] + delta
@@ -134,7 +134,7 @@ def test_steps_on_scales_are_those_of_a_slow_twin(tmp_path):
 
     other.__class__ = Beside
     trainer = build(tmp_path, model, train="scales", eps=1e-3, lr=3e-4, clip=3.0, steps=12)
-    named = [dataclasses.replace(t, name=space.own_name(t.name)) for t in trainer.axis.trained]
+    named = [dataclasses.replace(t, name=kind.own_name(t.name)) for t in trainer.axis.trained]
     assert {t.name for t in named} == other.parts.keys()
     pairs = {n: p.clone() for n, p in adapters.named(model)}
     before = {n: p[2].copy() for n, p in other.parts.items()}
@@ -144,8 +144,8 @@ def test_steps_on_scales_are_those_of_a_slow_twin(tmp_path):
         trainer.step()
     trainer.axis.flush()
     for t in trainer.axis.trained:
-        want = other.parts[space.own_name(t.name)][2]
-        far = np.abs(want - before[space.own_name(t.name)]).max()
+        want = other.parts[kind.own_name(t.name)][2]
+        far = np.abs(want - before[kind.own_name(t.name)]).max()
         assert np.abs(t.stored.numpy() - want).max() < 5e-3 * far, t.name
     assert all(torch.equal(p, pairs[n]) for n, p in adapters.named(model))
 
@@ -162,7 +162,7 @@ def test_pairs_in_place_are_selected_by_nothing_but_lora(tmp_path):
         else:
             names = space.train_names(model, train)
             plain = space.train_names(tiny.llama(), train)
-            assert [space.own_name(n) for n in names] == plain
+            assert [kind.own_name(n) for n in names] == plain
     assert len(space.train_names(model, "lora")) == 8
     # An adapter in fp32 beside a 16-bit model does not widen it.
     model = place(tmp_path, quantised().bfloat16())

@@ -14,13 +14,15 @@ from test_trainer import build, examples
 from typer.testing import CliRunner
 from zoo import PROBES, SEED, STEP, ZOO, apart, batch, make, off, twin, zoo
 
-from zoft import adapter_start, adapters, noise, routes, routes_adapter, setup, space
+from zoft import adapter_start, adapters, routes, routes_adapter, setup, space
 from zoft.cli import app
-from zoft.compose import compose
+from zoft.configured import compose
 from zoft.config import BY_TRAIN, Config
 from zoft.errors import UserError
+from zoft.noise import noise
 from zoft.objective import collate, losses
-from zoft.probe import Probe, ProbeAxis
+from zoft.probe import ProbeAxis
+from zoft.scratch import Probe
 
 TRAINS = ("lora", "prefix", "prompt")
 N = 3  # virtual tokens

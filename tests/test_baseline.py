@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from zoft import baseline, evaluate, linear_probe, tasks
 from zoft.cli import app
-from zoft.compose import compose
+from zoft.configured import compose
 from zoft.encode import encode
 
 ROWS = [

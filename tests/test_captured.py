@@ -10,9 +10,10 @@ import pytest
 import ranks
 import torch
 
-from zoft import noise, setup_trainer, update
+from zoft import setup_trainer, update
 from zoft.ledger import Ledger, read
-from zoft.probe import Probe
+from zoft.noise.spec import Update
+from zoft.scratch import Probe
 from zoft.trainer import Trainer
 
 pytest.importorskip("triton")
@@ -53,7 +54,7 @@ class Ahead(CapturedTrainer):
         change = update.make_update(t, s.seed, self.scaled(values), lr=s.lr)
         good = all(map(torch.isfinite, map(torch.tensor, values)))
         if good:
-            self.axis.commit(noise.Update(t, s.seed, change.multipliers, 1.0))
+            self.axis.commit(Update(t, s.seed, change.multipliers, 1.0))
         record = torch.tensor([*values, *change.multipliers, good, int(self.wishes)], dtype=torch.float64)
         self.flight.append((t, s.lr, record, Done()))
         self.next = t + 1

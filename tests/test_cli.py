@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from zoft import __version__
 from zoft.cli import app
-from zoft.compose import load_run, names
+from zoft.configured import load_run, names
 
 ROOT = Path(__file__).resolve().parent.parent
 # A user's scripts depend on these: a change here is a change of the interface.

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from zoft.compose import compose, describe, load_run, names, packaged, parse, to_yaml
+from zoft.configured import compose, describe, load_run, names, packaged, parse, to_yaml
 from zoft.config import Config, Task, describe_keys, fields
 from zoft.errors import UserError
 

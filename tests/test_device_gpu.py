@@ -9,9 +9,11 @@ from test_trainer import calibration, examples, same_bits, weights
 from zoft import adapters, layout, quant, selfcheck, space, sparse
 from zoft.config import ADAPTERS, Config
 from zoft.data_order import batch_indices
+from zoft.example import Example
+from zoft.inplace import InPlace
 from zoft.ledger import Ledger, Record, read
-from zoft.objective import Example, collate, losses
-from zoft.probe import InPlace, ProbeAxis
+from zoft.objective import collate, losses
+from zoft.probe import ProbeAxis
 from zoft.trainer import Settings, Trainer
 
 pytestmark = pytest.mark.gpu

@@ -303,7 +303,7 @@ def cannot_stack_at_7(rank):
 
 
 def kept(place, name):
-    from zoft.compose import load_run
+    from zoft.configured import load_run
 
     return load_run(place / name).probes_per_forward
 
@@ -393,7 +393,7 @@ def test_ranks_that_are_none(monkeypatch, env, text):
 
 def test_another_number_of_processes_shares_the_machine_anew(place):
     """`threads` that were auto are resolved for those that are there; what was given by hand is left alone."""
-    from zoft.compose import load_run
+    from zoft.configured import load_run
 
     keys = ["output_dir=cores", "threads=auto", "snapshot_every=20", "probes_per_forward=2"]
     assert ranks.zoft(place, *keys, size=2, hook=stops_on_4_threads) == [75, 75], said(place, 1)

@@ -17,11 +17,10 @@ import ranks
 import torch
 
 from zoft.config import Config
-from zoft.elastic_format import PAIR, packed, unpacked
 from zoft.errors import UserError
 from zoft.ledger import Record, read
 from zoft.preflight import check_elastic
-from zoft.wire import Closed, Line, address
+from zoft.wire import PAIR, Closed, Line, address, packed, unpacked
 
 KEYS = ["q=2", "accumulate=2", "steps=100", "check_every=25"]
 
@@ -285,7 +284,7 @@ def test_who_takes_over_for_a_worker_that_hangs_has_as_long_for_it(monkeypatch, 
     from types import SimpleNamespace
 
     from zoft import elastic
-    from zoft.probe import Probe
+    from zoft.scratch import Probe
 
     monkeypatch.setattr(elastic, "PATIENCE", 2.0)
     run = elastic.ElasticTrainer.__new__(elastic.ElasticTrainer)

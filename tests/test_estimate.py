@@ -10,7 +10,7 @@ import transformers as hf
 
 from zoft import data_order, estimate, evaluate, footprint, setup, setup_axis, space
 from zoft.config import Config, Task
-from zoft.encode import Example
+from zoft.example import Example
 from zoft.ledger import Ledger
 from zoft.objective import collate, losses
 from zoft.trainer import Trainer

@@ -11,6 +11,8 @@ import tiny
 import torch
 
 from zoft import evaluate, objective
+from zoft.encode import encode
+from zoft.example import Example
 
 CHOICE = SimpleNamespace(objective="choice")
 
@@ -22,7 +24,7 @@ def make(n, candidates, seed=0, task=CHOICE):
         prompt = "".join(rng.choice(list("abcde. "), 1 + int(rng.integers(12)))) + ":"
         gold = int(rng.integers(len(candidates)))
         rows.append({"prompt": prompt, "candidates": candidates, "gold": gold, "where": f"row {i}"})
-    return objective.encode(rows, tiny.tokenizer(), task, 64)
+    return encode(rows, tiny.tokenizer(), task, 64)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -77,7 +79,7 @@ def test_calibration_takes_a_label_bias_off_without_looking_at_labels():
     # Gold is what the model itself would say without the bias.
     clean = evaluate.scores(model, examples)
     middle = np.median(clean[:, 1] - clean[:, 0])
-    examples = [objective.Example(e.contexts, e.completions, int(s[1] - s[0] > middle), "choice", True)
+    examples = [Example(e.contexts, e.completions, int(s[1] - s[0] > middle), "choice", True)
                 for e, s in zip(examples, clean)]  # fmt: skip
     bias = torch.zeros(tiny.VOCAB)
     bias[examples[0].completions[1][0]] = 50.0
@@ -85,7 +87,7 @@ def test_calibration_takes_a_label_bias_off_without_looking_at_labels():
     got = evaluate.evaluate(model, examples, train)
     assert got["accuracy"] == pytest.approx(0.5, abs=0.01)
     assert got["calibrated_accuracy"] > 0.85 and got["auc"] == 1.0
-    flipped = [objective.Example(e.contexts, e.completions, 1 - e.gold, "choice", True) for e in train]
+    flipped = [Example(e.contexts, e.completions, 1 - e.gold, "choice", True) for e in train]
     assert evaluate.evaluate(model, examples, flipped)["calibrated_accuracy"] == got["calibrated_accuracy"]
 
 

@@ -17,10 +17,13 @@ from typer.testing import CliRunner
 from zoft import adapters, data_order, evaluate, frozen, saving, selfcheck, setup, setup_axis, space
 from zoft.cli import app
 from zoft.config import Config
+from zoft.example import Example
 from zoft.generate import generate
+from zoft.kind import blocks_of
 from zoft.ledger import read
-from zoft.objective import Example, collate, losses
-from zoft.probe import Probe, ProbeAxis
+from zoft.objective import collate, losses
+from zoft.probe import ProbeAxis
+from zoft.scratch import Probe
 
 MODELS = {"llama": tiny.llama, "opt": tiny.opt, "gpt2": tiny.gpt2, "bert": bert}
 PROBES = [Probe(0, 1e-2), Probe(0, -1e-2), Probe(1, 1e-2), Probe(1, -1e-2)]
@@ -97,9 +100,7 @@ def calls_of(module):
 def inside(model):
     """A module within the first, frozen block."""
     return next(
-        m
-        for m in space.blocks_of(model)[1][0].modules()
-        if isinstance(m, torch.nn.LayerNorm | torch.nn.Linear)
+        m for m in blocks_of(model)[1][0].modules() if isinstance(m, torch.nn.LayerNorm | torch.nn.Linear)
     )
 
 

@@ -9,7 +9,7 @@ import transformers as hf
 from test_adapters import attach, moved
 
 from zoft import generate as generation
-from zoft import objective, quant
+from zoft import head, quant
 from zoft.errors import UserError
 from zoft.generate import generate
 
@@ -25,9 +25,7 @@ def slow(model, tokenizer, context, *, max_new_tokens, stop=None):
     while len(row) < max_new_tokens:
         ids = torch.tensor([[*context, *row]], device=device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        row.append(
-            int(objective.project(model, inputs, torch.tensor([ids.shape[1] - 1], device=device)).argmax())
-        )
+        row.append(int(head.project(model, inputs, torch.tensor([ids.shape[1] - 1], device=device)).argmax()))
         if row[-1] == tokenizer.eos_token_id:
             row.pop()
             break

@@ -10,11 +10,12 @@ import torch
 from test_generate import slow
 from test_trainer import same_bits, weights
 
-from zoft import data_order, goal, metrics, noise, setup, setup_axis, setup_trainer, space
+from zoft import data_order, goal, metrics, setup, setup_axis, setup_trainer, space
 from zoft.config import Config, Task
 from zoft.encode import encode, prompts
 from zoft.errors import UserError
 from zoft.ledger import Ledger, read
+from zoft.noise import noise
 from zoft.tasks import TaskData
 
 WORDS = (" no", " yes", "ab")

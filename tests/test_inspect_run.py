@@ -17,7 +17,7 @@ import tiny
 from test_trainer import build
 from typer.testing import CliRunner
 
-from zoft import compose, headers, inspect_run, ledger_check, snapshot
+from zoft import compose, configured, headers, inspect_run, ledger_check, snapshot
 from zoft import run as runs
 from zoft.cli import app
 from zoft.config import Config, Task
@@ -36,7 +36,7 @@ def finished(tmp_path_factory):
         model="m", task=Task(name="local"), steps=10, lr=1e-2, seed=7, storage="fp32", compute="fp32", perturb="probes",
         probes_per_forward=2, device="cpu", threads=1, eval_every=2, snapshot_every=4, output_dir=str(folder),
     )  # fmt: skip
-    config = compose.strict(dataclasses.asdict(config))
+    config = configured.strict(dataclasses.asdict(config))
     trained = build(folder.parent, tiny.llama()).axis.trained
     with session(config, headers.of(config, "blake2b:1", trained), None) as s:
         trainer = build(None, tiny.llama(), opened=s.ledger, steps=10)
@@ -128,7 +128,7 @@ def test_verify_passes_a_sound_run_also_after_it_was_moved(run):
 @pytest.mark.parametrize("what", ["config", "snapshot", "result", "ledger", "cut"])
 def test_verify_names_what_is_wrong(run, what):
     if what == "config":
-        config = compose.load_run(run)
+        config = configured.load_run(run)
         (run / "config.yaml").write_text(compose.to_yaml(dataclasses.replace(config, lr=0.02)))
         line = "config.yaml has another lr than the run was begun with"
     elif what == "snapshot":

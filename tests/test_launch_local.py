@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from zoft import compose, launch_local, sweep_job
+from zoft import configured, launch_local, sweep_job
 from zoft.run import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +73,7 @@ def test_jobs_are_stopped_orphaned_and_gone_on_with(place):
     assert {sweep_job.state(job(lr)) for lr in ("0.001", "0.01")} == {"stopped"}
     assert sorted(sweep_job.record(job(lr))["gpu"] for lr in ("0.001", "0.01")) == ["0", "1"]
     assert all(sweep_job.record(job(lr))["code"] == 75 for lr in ("0.001", "0.01"))
-    assert compose.load_run(job("0.01")).threads == 1
+    assert configured.load_run(job("0.01")).threads == 1
 
     second = parent()  # "pid" is written once a process is there
 
@@ -93,7 +93,7 @@ def test_jobs_are_stopped_orphaned_and_gone_on_with(place):
     assert "not finite" in sweep_job.record(job("3e38"))["error"]
 
     whole = train(
-        compose.compose("mine.yaml", ["lr=1e-2", f"steps={STEPS}", "threads=1", "output_dir=whole"])
+        configured.compose("mine.yaml", ["lr=1e-2", f"steps={STEPS}", "threads=1", "output_dir=whole"])
     )
     records = [(f / "ledger").read_bytes()[-32 * STEPS :] for f in (job("0.01"), place / "whole")]
     assert records[0] == records[1] and whole["after"] == sweep_job.result(job("0.01"))["after"]

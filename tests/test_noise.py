@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from zoft import noise
-from zoft.noise import GAUSSIAN, RADEMACHER, Mask, Update, cpu, distributions, kernels, storage
+from zoft.noise import cpu, distributions, kernels, noise, spec, storage
+from zoft.noise.spec import GAUSSIAN, GAUSSIAN_BOUND, NOTHING, RADEMACHER, Mask, Update, tensor_id
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIZES = (1, 3, 4, 127, 129, 1000, 2049, 4200)
@@ -67,7 +67,7 @@ def compiled_philox(start, n, tid, purpose, k0, k1):
 @pytest.mark.parametrize("counter, key, words", KNOWN)
 def test_philox_known_answers(counter, key, words):
     expected = tuple(int(word, 16) for word in words.split())
-    assert noise.philox(counter, key) == expected
+    assert spec.philox(counter, key) == expected
     assert tuple(twin.philox(counter, key)) == expected
     start = np.uint64(counter[0] | counter[1] << 32)
     compiled = compiled_philox(start, 1, counter[2], counter[3], np.uint32(key[0]), np.uint32(key[1]))
@@ -76,8 +76,8 @@ def test_philox_known_answers(counter, key, words):
 
 def test_key():
     for seed, step, direction in ((0, 0, 0), (2**64 - 1, 2**40 + 3, 5), (SEED, STEP, 1)):
-        assert noise.key(seed, step, direction) == twin.key(seed, step, direction)
-    assert len({noise.key(s, t, d) for s in range(4) for t in range(4) for d in range(4)}) == 64
+        assert spec.key(seed, step, direction) == twin.key(seed, step, direction)
+    assert len({spec.key(s, t, d) for s in range(4) for t in range(4) for d in range(4)}) == 64
 
 
 GOLDEN_ID = 0xAC43D4FC  # of "model.embed_tokens.weight"
@@ -116,11 +116,11 @@ GOLDEN_FP16 = (0x1F7, 0x1F8, 0x1F7, 0x1F7, 0x1F7, 0x1F6, 0x1F8, 0x1F7)  # 3e-5 +
 
 def test_golden_values():
     """Frozen: whoever changes one of these makes every ledger that was ever written unreadable."""
-    assert noise.tensor_id("model.embed_tokens.weight") == GOLDEN_ID
+    assert tensor_id("model.embed_tokens.weight") == GOLDEN_ID
     for (seed, step, direction, name, at), key, gaussian, signs in GOLDEN:
         where = {"seed": seed, "step": step, "direction": direction}
-        tid = noise.tensor_id(name)
-        assert noise.key(seed, step, direction) == key
+        tid = tensor_id(name)
+        assert spec.key(seed, step, direction) == key
         z = noise.direction((at + 4,), tid, noise=GAUSSIAN, **where)[at:]
         assert tuple(z.numpy().view(np.uint32)) == gaussian
         z = noise.direction((at + 32,), tid, noise=RADEMACHER, **where)[at:]
@@ -130,7 +130,7 @@ def test_golden_values():
         (torch.float16, 3e-5, 2.0**-25, GOLDEN_FP16),
     ):
         theta = torch.full((8,), value, dtype=dtype)
-        noise.advance(theta, noise.tensor_id("w"), [Update(3, 5, (multiplier,))], RADEMACHER)
+        noise.advance(theta, tensor_id("w"), [Update(3, 5, (multiplier,))], RADEMACHER)
         assert tuple(theta.view(torch.int16).tolist()) == bits
 
 
@@ -144,7 +144,7 @@ def test_direction_is_the_specification(n):
         exact = twin.z(np.arange(n), TID, key, RADEMACHER)
         assert np.array_equal(twin.numbers(drawn(n, direction, kind=RADEMACHER)), exact)
         exact = twin.z(np.arange(n), TID, key, GAUSSIAN)
-        assert np.abs(twin.numbers(drawn(n, direction)) - exact).max() <= noise.GAUSSIAN_BOUND
+        assert np.abs(twin.numbers(drawn(n, direction)) - exact).max() <= GAUSSIAN_BOUND
 
 
 @pytest.mark.parametrize("kind", (GAUSSIAN, RADEMACHER))
@@ -155,7 +155,7 @@ def test_elements_far_out(kind, start):
     out, where = torch.empty(1, n), {"seed": SEED, "step": STEP, "noise": kind}
     noise.perturb(torch.zeros(n), TID, out, [(2, 1.0)], start=part, **where)
     exact = twin.z(np.arange(part, part + n), TID, twin.key(SEED, STEP, 2), kind)
-    assert np.abs(out[0].numpy() - exact).max() <= (noise.GAUSSIAN_BOUND if kind == GAUSSIAN else 0)
+    assert np.abs(out[0].numpy() - exact).max() <= (GAUSSIAN_BOUND if kind == GAUSSIAN else 0)
 
 
 @numba.njit
@@ -195,10 +195,10 @@ def test_gaussian_of_every_word():
     assert error.max() < 4.5e-7 and np.abs(angle - exact).max() < 1.5e-7
     # z = fl(radius·angle): a bound for every radius, and where it is not good enough all the products
     bound = error + exact_radius * np.abs(angle - exact).max() + np.spacing(radius) / 2
-    tight = bound > noise.GAUSSIAN_BOUND
+    tight = bound > GAUSSIAN_BOUND
     assert 0 < tight.sum() < 1000
     for r, e in zip(radius[tight], exact_radius[tight]):
-        assert np.abs((r * angle).astype(np.float64) - e * exact).max() <= noise.GAUSSIAN_BOUND
+        assert np.abs((r * angle).astype(np.float64) - e * exact).max() <= GAUSSIAN_BOUND
     assert 1.8e-7 < radius.min() * np.abs(angle).min() and radius.max() * angle.max() < 4.8546  # never 0
     # and the pairs are these products: every upper half, every lower half
     words = np.concatenate([half << 16 | half * 40503 & 0xFFFF, half * 30011 << 16 | half])
@@ -294,18 +294,18 @@ def test_advance_is_the_twin_bit_for_bit(n, dtype, kind, with_momentum):
 
 
 RESTORES = (  # in-place probing: there and back, with an update on the way, with a no-op, with nothing
-    noise.move(SEED, STEP, 0, 0.01),
-    noise.move(SEED, STEP, 0, -0.02),
+    spec.move(SEED, STEP, 0, 0.01),
+    spec.move(SEED, STEP, 0, -0.02),
     Update(STEP, SEED, (3e-3,), restore=0.01),
-    noise.move(SEED, STEP + 1, 2, -0.5),
+    spec.move(SEED, STEP + 1, 2, -0.5),
     Update(STEP + 1, SEED, (1e-3, 0.0, -2e-3), 0.75, 0.5),
-    noise.move(SEED, STEP + 2, 1, 3e-8),
+    spec.move(SEED, STEP + 2, 1, 3e-8),
     Update(STEP + 2, SEED, (0.0, -0.0), restore=-3e-8),
-    noise.move(SEED, STEP + 3, 0, 0.25),
-    Update(STEP + 3, SEED, (7.0,), noise.NOTHING, -0.25),
-    Update(STEP + 4, SEED, (7.0,), noise.NOTHING),
+    spec.move(SEED, STEP + 3, 0, 0.25),
+    Update(STEP + 3, SEED, (7.0,), NOTHING, -0.25),
+    Update(STEP + 4, SEED, (7.0,), NOTHING),
     Update(STEP + 5, SEED, (), 0.5),
-    noise.move(SEED, STEP + 6, 0, 0.125),
+    spec.move(SEED, STEP + 6, 0, 0.125),
 )
 
 
@@ -769,10 +769,11 @@ def test_an_error_in_a_piece_reaches_the_caller():
 
 DIGEST = """
 import hashlib, torch
-from zoft import noise
+from zoft.noise import noise
+from zoft.noise.spec import Update
 theta = (torch.arange(3000) / 7 - 200).to(torch.float16)
 out = torch.empty(2, 3000, dtype=torch.bfloat16)
-u = noise.Update(4, 9, (1e-3, 2e-3), 0.75)
+u = Update(4, 9, (1e-3, 2e-3), 0.75)
 noise.perturb(theta, 1, out, [(0, 0.01), (0, -0.01)], seed=9, step=5, noise="gaussian", updates=[u])
 z = noise.direction((100001,), 1, seed=9, step=5, direction=0, noise="gaussian")
 print(hashlib.sha256(b"".join(t.view(torch.uint8).numpy().tobytes() for t in (theta, out, z))).hexdigest())

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from zoft import noise
-from zoft.noise import GAUSSIAN, RADEMACHER, Mask, Update, cpu
+from zoft.noise import cpu, noise, spec
+from zoft.noise.spec import GAUSSIAN, GAUSSIAN_BOUND_GPU, NOTHING, RADEMACHER, Mask, Update
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KINDS = (GAUSSIAN, RADEMACHER)
@@ -28,14 +28,14 @@ UPDATES = (
     Update(2**33, SEED, (), decay=0.5),
 )
 RESTORES = (  # in-place probing: there and back, with an update on the way, with a no-op, with nothing
-    noise.move(SEED, STEP, 0, 0.01),
+    spec.move(SEED, STEP, 0, 0.01),
     Update(STEP, SEED, (3e-3,), restore=0.01),
-    noise.move(SEED, STEP + 1, 2, -0.5),
+    spec.move(SEED, STEP + 1, 2, -0.5),
     Update(STEP + 1, SEED, (1e-3, 0.0, -2e-3), 0.75, 0.5),
     Update(STEP + 2, SEED, (0.0, -0.0), restore=-0.125),
-    Update(STEP + 3, SEED, (7.0,), noise.NOTHING, -0.25),
+    Update(STEP + 3, SEED, (7.0,), NOTHING, -0.25),
     Update(STEP + 5, SEED, (), 0.5),
-    noise.move(SEED, STEP + 6, 0, 0.125),
+    spec.move(SEED, STEP + 6, 0, 0.125),
 )
 MASKS = (Mask(threshold=0.0625), Mask(seed=SEED, share=20000))
 PROBES = ((0, 1e-3), (0, -1e-3), (1, 0.5), (1, 0.0), (1, -2.0), (0, 3.0))
@@ -69,7 +69,7 @@ def agrees(a, b, kind, reach=0.0):
     off = (a.double() - b.double()).abs()
     far = float((off - 3 * step * (b.double().abs() + reach * (off > 0))).max()) if len(off) else 0.0
     equal = float((a == b).double().mean()) if a.dtype.itemsize == 2 and a.numel() > 500 else 1.0
-    assert far <= 5 * noise.GAUSSIAN_BOUND_GPU and equal > 0.95, (far, equal, a.dtype)
+    assert far <= 5 * GAUSSIAN_BOUND_GPU and equal > 0.95, (far, equal, a.dtype)
     return True
 
 
@@ -323,7 +323,7 @@ def test_gaussian_within_its_bound():
     there, here = noise.direction((n,), TID, device="cuda", **where), noise.direction((n,), TID, **where)
     assert torch.isfinite(there).all()
     off = there.cpu().double() - here.double()
-    assert off.abs().max() <= noise.GAUSSIAN_BOUND_GPU
+    assert off.abs().max() <= GAUSSIAN_BOUND_GPU
     assert off.square().mean().sqrt() <= 1e-6
     assert 4.8 < there.abs().max() < 4.86
     assert abs(there.double().mean().item()) < 4 / math.sqrt(n)

@@ -9,8 +9,12 @@ import tiny
 import torch
 from torch import nn
 
+from zoft import encode as encoding
 from zoft import objective
 from zoft.errors import UserError
+from zoft.example import Example
+from zoft.head import project
+from zoft.show import show
 
 CHOICE = SimpleNamespace(objective="choice")
 LM = SimpleNamespace(objective="lm")
@@ -21,7 +25,7 @@ def row(prompt, candidates, gold=0):
 
 
 def encode(rows, task=CHOICE, max_length=64, **kinds):
-    return objective.encode(rows, tiny.tokenizer(**kinds), task, max_length)
+    return encoding.encode(rows, tiny.tokenizer(**kinds), task, max_length)
 
 
 # --- encoding ---------------------------------------------------------------------------------------------
@@ -94,10 +98,10 @@ def test_impossible_rows_are_refused_by_name(item, max_length, bos, said):
 def test_show_marks_what_is_scored():
     token = tiny.tokenizer()
     (e,) = encode([row("cab:", ["no 1", "yes"], gold=1)])
-    lines = objective.show(e, token).splitlines()
+    lines = show(e, token).splitlines()
     assert lines == ["<bos>cab:", "  ⟦no⟧⟦ ⟧⟦1⟧", "* ⟦yes⟧"]
     (e,) = encode([row("ca", ["b", "d"])])
-    assert objective.show(e, token).splitlines() == ["* <bos>c⟦ab⟧", "  <bos>ca⟦d⟧"]
+    assert show(e, token).splitlines() == ["* <bos>c⟦ab⟧", "  <bos>ca⟦d⟧"]
 
 
 # --- batches ----------------------------------------------------------------------------------------------
@@ -276,10 +280,10 @@ def test_project_equals_full_logits(name):
     for rows in (MULTI, SINGLE):
         batch = objective.collate(encode(rows))
         want = full(model, batch)
-        got = objective.project(model, batch.inputs, batch.positions)
+        got = project(model, batch.inputs, batch.positions)
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
         few = torch.tensor([5, 3])
-        got = objective.project(model, batch.inputs, batch.positions, few)
+        got = project(model, batch.inputs, batch.positions, few)
         torch.testing.assert_close(got, want[:, few], rtol=1e-12, atol=1e-12)
     head = model.get_output_embeddings()
     assert "forward" not in head.__dict__ and not head._forward_pre_hooks  # nothing stays behind
@@ -432,8 +436,8 @@ def test_project_equals_full_logits_on_every_causal_architecture(monkeypatch):
     import shrink
 
     contexts = [tuple(5 + (7 * i + j * j) % 80 for j in range(3 + i)) for i in range(4)]
-    single = [objective.Example((c, c), ((7,), (9,)), 0, "choice", True) for c in contexts]
-    multi = [objective.Example((c, c), ((7, 8), (9,)), 1) for c in contexts]
+    single = [Example((c, c), ((7,), (9,)), 0, "choice", True) for c in contexts]
+    multi = [Example((c, c), ((7, 8), (9,)), 1) for c in contexts]
     seen, wrong = 0, []
     for name in shrink.KINDS["causal"]:
         try:
@@ -446,7 +450,7 @@ def test_project_equals_full_logits_on_every_causal_architecture(monkeypatch):
             out = model(**batch.inputs)
             want = (out.logits if hasattr(out, "logits") else out[0]).flatten(0, 1)[batch.positions]
             want = want if batch.tokens is None else want[:, batch.tokens]
-            got = objective.project(model, batch.inputs, batch.positions, batch.tokens)
+            got = project(model, batch.inputs, batch.positions, batch.tokens)
             if not torch.allclose(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item()):
                 wrong.append(name)
     assert seen > 100 and not wrong

@@ -89,6 +89,7 @@ def test_light_files_import_nothing_heavy_at_the_top():
         "cli",
         "config",
         "compose",
+        "console",
         "tracking",
         "run",
         "preflight",

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from zoft import evaluate, goal, objective, setup, tasks
 from zoft.cli import app
-from zoft.compose import compose, names
+from zoft.configured import compose, names
 from zoft.config import Task
 from zoft.encode import encode
 from zoft.errors import UserError

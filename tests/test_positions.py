@@ -9,7 +9,7 @@ import transformers as hf
 from test_trainer import bert
 from typer.testing import CliRunner
 
-from zoft import adapters, positions
+from zoft import adapters, kind
 from zoft.cli import app
 from zoft.config import Config
 from zoft.errors import UserError
@@ -35,10 +35,10 @@ def prefixed():
 @torch.no_grad()
 def test_as_many_tokens_fit_as_the_model_reads(make):
     model = make()
-    most = positions.room(model)
-    positions.refuse(model, most)
+    most = kind.longest_row(model)
+    kind.refuse_longer_rows(model, most)
     with pytest.raises(UserError, match=f"rows of {most + 1} tokens, and this model has {most} positions"):
-        positions.refuse(model, most + 1)
+        kind.refuse_longer_rows(model, most + 1)
     for n in (most, most + 1):
         ids = torch.full((1, n), 5)
         if n == most:
@@ -50,9 +50,9 @@ def test_as_many_tokens_fit_as_the_model_reads(make):
 
 def test_computed_positions_have_no_end():
     model = tiny.llama()
-    ids = torch.full((1, 2 * positions.trained(model)), 5)
-    assert positions.room(model) is None and torch.isfinite(model(ids).logits).all()
-    positions.refuse(model, ids.numel())
+    ids = torch.full((1, 2 * kind.trained_positions(model)), 5)
+    assert kind.longest_row(model) is None and torch.isfinite(model(ids).logits).all()
+    kind.refuse_longer_rows(model, ids.numel())
 
 
 def test_longer_rows_are_one_line_in_every_command(tmp_path, monkeypatch):

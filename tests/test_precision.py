@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from zoft import noise, precision
+from zoft import precision
+from zoft.noise import noise
 from zoft.space import Trained
 
 

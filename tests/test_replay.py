@@ -15,12 +15,13 @@ import transformers as hf
 from safetensors.torch import load_file
 
 from zoft import base as bases
-from zoft import fingerprint, headers, ledger, models, noise, setup_axis, shards, space, verbs
+from zoft import fingerprint, headers, ledger, models, setup_axis, shards, space, verbs
 from zoft import run as runs
-from zoft.compose import compose, load_run
+from zoft.configured import compose, load_run
 from zoft.config import Config, Task
 from zoft.errors import UserError
 from zoft.ledger import Ledger, Record
+from zoft.noise import noise
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -349,13 +350,13 @@ def test_a_large_model_is_written_in_shards_that_transformers_loads(tmp_path):
 MEMORY = """
 import sys
 from pathlib import Path
-from zoft import tracking, verbs
+from zoft import console, verbs
 small, large, out = sys.argv[1:]
 verbs.replay(small, Path(out) / "small", **{})  # whatever is imported, compiled and kept
-before = tracking.peak_memory_gb()
+before = console.peak_memory_gb()
 for how in ({}, {"denoise": True}):
     verbs.replay(large, Path(out) / str(len(how)), **how)
-print(tracking.peak_memory_gb() - before)
+print(console.peak_memory_gb() - before)
 """
 
 

@@ -7,7 +7,7 @@ from test_replay import bits, place, train  # noqa: F401 (place is a fixture)
 
 from zoft import ledger, verbs
 from zoft import run as runs
-from zoft.compose import load_run
+from zoft.configured import load_run
 
 pytestmark = pytest.mark.gpu
 

@@ -9,7 +9,7 @@ from test_trainer import Portions, build, examples
 
 from zoft import estimate, models
 from zoft import run as runs
-from zoft.compose import load_run
+from zoft.configured import load_run
 from zoft.config import Config, Task
 from zoft.objective import collate
 from zoft.session import session

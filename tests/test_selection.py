@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from zoft import goal, selection, tasks
 from zoft.cli import app
-from zoft.compose import compose
+from zoft.configured import compose
 from zoft.errors import UserError
 from zoft.selection import fields_of_best
 

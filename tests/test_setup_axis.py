@@ -7,7 +7,8 @@ from test_estimate import allocated
 
 from zoft import setup_axis, space
 from zoft.config import Config, Task
-from zoft.objective import Example, collate, losses
+from zoft.example import Example
+from zoft.objective import collate, losses
 
 
 def example(*lengths, single=True):

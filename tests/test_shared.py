@@ -8,7 +8,9 @@ import tiny
 import torch
 import transformers as hf
 
-from zoft import evaluate, objective, shared
+from zoft import evaluate, shared
+from zoft.encode import encode
+from zoft.example import Example
 
 CHOICE = SimpleNamespace(objective="choice")
 MANY = ["no 1", "yes a b", "d"]
@@ -21,7 +23,7 @@ def make(n, candidates, front="", seed=0, single=None):
         prompt = front + "".join(rng.choice(list("abcde. "), 1 + int(rng.integers(12)))) + ":"
         own = candidates[: 2 + i % 2] if single is None else candidates
         rows.append({"prompt": prompt, "candidates": own, "gold": 0, "where": f"row {i}"})
-    return objective.encode(rows, tiny.tokenizer(), CHOICE, 64)
+    return encode(rows, tiny.tokenizer(), CHOICE, 64)
 
 
 def slow(model, e, c):
@@ -107,9 +109,9 @@ def test_a_model_whose_cache_does_not_do_is_scored_in_plain_rows_and_it_is_said(
 
 def test_where_rows_part():
     ids = tiny.ids
-    two = objective.Example((ids("a", "b", "c"),) * 2, (ids("d", "e"), ids("d", "d")), 0)
+    two = Example((ids("a", "b", "c"),) * 2, (ids("d", "e"), ids("d", "d")), 0)
     assert shared.cut(two) == shared.Cut(ids("a", "b"), (ids("c", "d"), ids("c", "d")), (0, 0))
-    merged = objective.Example((ids("a", "b"), ids("a", "b", "c")), (ids("no", "e"), ids("d")), 0)
+    merged = Example((ids("a", "b"), ids("a", "b", "c")), (ids("no", "e"), ids("d")), 0)
     assert shared.cut(merged) == shared.Cut(ids("a"), (ids("b", "no"), ids("b", "c")), (0, 1))
 
 

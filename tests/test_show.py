@@ -5,7 +5,8 @@ import tiny
 from test_chat import Data, row
 
 from zoft import show
-from zoft.encode import Example, encode
+from zoft.encode import encode
+from zoft.example import Example
 
 TURNS = ("u:q", "a:r\ns", "u:t", "a:é")
 

@@ -6,8 +6,8 @@ import torch
 from test_estimate import llama
 from test_trainer import build, examples, same_bits, weights
 
-from zoft import routes
-from zoft.probe import Probe
+from zoft import scratch
+from zoft.scratch import Probe
 
 
 @pytest.mark.parametrize("storage,beta,q", [("fp32", 0.0, 1), ("fp16", 0.9, 2), ("bf16", 0.0, 2)])
@@ -15,7 +15,7 @@ def test_slabs_are_one_run_with_the_whole(tmp_path, monkeypatch, storage, beta, 
     """The noise and the updates have the same bits; products of other shapes may round differently."""
     ends = {}
     for name, slab in (("whole", 1 << 30), ("slabs", 1 << 10)):
-        monkeypatch.setattr(routes, "SLAB", slab)
+        monkeypatch.setattr(scratch, "SLAB", slab)
         trainer = build(
             tmp_path,
             tiny.opt(),
@@ -29,7 +29,7 @@ def test_slabs_are_one_run_with_the_whole(tmp_path, monkeypatch, storage, beta, 
         )
         trainer.run()
         held = trainer.axis.scratch_held()
-        assert any(map(routes.in_slabs, trainer.axis.trained)) == (name == "slabs")
+        assert any(map(scratch.in_slabs, trainer.axis.trained)) == (name == "slabs")
         ends[name] = weights(trainer.model), [r.losses for r in trainer.ledger.records], held
     # An update that differs in its last bit makes some stochastic roundings fall to the other side: a step of the grid.
     tolerance = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 2e-2}[storage]
@@ -52,7 +52,7 @@ def test_slabs_hold_the_rows_of_the_whole_and_what_is_pending_reaches_all_rows(t
 
     (axis, t), (axis_again, again), (axis_broken, broken) = map(pending, ("whole", "slabs", "broken"))
     whole = axis.perturbed([t], probes, 0)[0].clone()
-    monkeypatch.setattr(routes, "SLAB", 1 << 9)
+    monkeypatch.setattr(scratch, "SLAB", 1 << 9)
     slabs = [(rows, made.clone()) for rows, made in axis_again.slabs(again, probes, 0)]
     assert len(slabs) > 2 and torch.equal(torch.cat([made for _, made in slabs], 1), whole)
     made = axis_broken.slabs(broken, probes, 0)
@@ -65,7 +65,7 @@ def test_slabs_hold_the_rows_of_the_whole_and_what_is_pending_reaches_all_rows(t
 def test_scratch_is_bounded(tmp_path, monkeypatch):
     sizes = {}
     for slab in (1 << 30, 1 << 12):
-        monkeypatch.setattr(routes, "SLAB", slab)
+        monkeypatch.setattr(scratch, "SLAB", slab)
         trainer = build(tmp_path, llama(), name=str(slab), data=examples())
         trainer.step()
         sizes[slab] = trainer.axis.scratch_held()

@@ -10,9 +10,11 @@ import torch
 from test_trainer import build, same_bits, weights
 from typer.testing import CliRunner
 
-from zoft import noise, precision, space, sparse
+from zoft import precision, space, sparse
 from zoft.cli import app
 from zoft.ledger import Ledger, read
+from zoft.noise import noise
+from zoft.noise.spec import Mask
 from zoft.objective import losses
 from zoft.probe import ProbeAxis
 
@@ -33,7 +35,7 @@ def test_kth_smallest_is_that_of_a_sort(dtype, monkeypatch):
             near = np.float32(size[k - 1])
             above = near if near >= size[k - 1] else np.nextafter(near, np.float32(np.inf))
             assert h == above and count == (size <= h).sum() >= k
-            moving = noise.moving(x, 1, noise.Mask(threshold=h))
+            moving = noise.moving(x, 1, Mask(threshold=h))
             assert int(moving.sum()) == count
 
 

@@ -8,11 +8,15 @@ import tiny
 import torch
 import transformers as hf
 
-from zoft import noise, selfcheck, space, sparse
+from zoft import selfcheck, space, sparse
 from zoft.data_order import batch_indices
+from zoft.example import Example
+from zoft.inplace import InPlace
 from zoft.ledger import Ledger, read
-from zoft.objective import Batch, Example, collate, losses
-from zoft.probe import InPlace, Probe, ProbeAxis
+from zoft.noise import noise
+from zoft.objective import Batch, collate, losses
+from zoft.probe import ProbeAxis
+from zoft.scratch import Probe
 from zoft.trainer import Settings, Trainer
 
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from zoft.errors import UserError
 from zoft.estimator import finite
-from zoft.noise import Update, direction, tensor_id
+from zoft.noise.noise import direction
+from zoft.noise.spec import Update, tensor_id
 from zoft.space import Trained
 from zoft.update import advance, decay_is_lost, due, lr_at, make_update, mark
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 import transformers as hf
 
-from zoft import noise, selfcheck, space
-from zoft.probe import Probe, ProbeAxis
+from zoft import selfcheck, space
+from zoft.noise import noise
+from zoft.probe import ProbeAxis
+from zoft.scratch import Probe
 
 VOCAB, SEED, STEP = 99, 11, 5
 EPS = 1e-2

@@ -1,6 +1,6 @@
 """Where an adapter starts: functions of the run's seed, the tensor's name and the base model, on any machine.
 
-But for keys and values, which a forward pass makes: those round as it rounds, so a run keeps them (adapters.keep).
+But for keys and values, which a forward pass makes: those round as it rounds, so a run keeps them (headers.keep).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoft import noise
 from zoft.errors import UserError
-from zoft.noise import tensor_id
+from zoft.noise import noise
+from zoft.noise.spec import GAUSSIAN, tensor_id
 
 
 def keys_values(model: Any, tokens: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def uniform(shape: Sequence[int], seed: int, name: str) -> Tensor:
 
 def normal(shape: Sequence[int], seed: int, name: str) -> Tensor:
     key = int(_raw(1, seed, name)[0])
-    return noise.direction(shape, tensor_id(name), seed=key, step=0, direction=0, noise=noise.GAUSSIAN)
+    return noise.direction(shape, tensor_id(name), seed=key, step=0, direction=0, noise=GAUSSIAN)
 
 
 def tokens_of(model: Any, n: int, seed: int) -> Tensor:

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from zoft import adapter_beside, adapter_start, models, saving, space
+from zoft import adapter_beside, adapter_start, saving
 from zoft.config import ADAPTERS, Config
 from zoft.errors import UserError
-from zoft.fingerprint import raw_bytes
+from zoft.fingerprint import Stored, raw_bytes
+from zoft.kind import ADDED, blocks_of, is_masked, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from zoft.space import Trained
 
 START = "start.safetensors"  # in a run's folder: what a prefix started from, which a forward pass has made
 # Where peft has no mapping for a model's type: the first of these that its linear layers go by.
@@ -85,7 +85,7 @@ def _pairs(model: nn.Module, config: Config) -> Any:
     targets = _targets(model, config.lora_targets)
     layers: dict[str, Any] = {}
     if config.lora_layers is not None:
-        prefix, blocks = space.blocks_of(model)
+        prefix, blocks = blocks_of(model)
         k = int(config.lora_layers.removeprefix("last-"))
         if k > len(blocks):
             raise UserError(
@@ -96,7 +96,7 @@ def _pairs(model: nn.Module, config: Config) -> Any:
             targets = _names(model, targets, tuple(f"{prefix}.{i}." for i in last))
         else:
             layers = {"layers_to_transform": list(last), "layers_pattern": prefix.rpartition(".")[2]}
-    kind = None if models.is_masked(model) else "CAUSAL_LM"  # peft has none for masked models
+    kind = None if is_masked(model) else "CAUSAL_LM"  # peft has none for masked models
     settings = LoraConfig(
         task_type=kind, r=config.lora_rank or 8, lora_alpha=config.lora_alpha or 16, lora_dropout=0.0,
         target_modules=targets, fan_in_fan_out=False, **layers,
@@ -174,7 +174,7 @@ def _prefix(model: Any, config: Config) -> Any:
 def _prompt(model: Any, config: Config) -> Any:
     from peft import PromptTuningConfig, get_peft_model
 
-    if models.is_masked(model):
+    if is_masked(model):
         raise UserError("train=prompt: peft puts no prompt before a masked language model; use train=lora")
     n, table, shape = (
         config.virtual_tokens or 10,
@@ -214,10 +214,10 @@ def _rows_of_prompt(model: Any, batch_size: int, **unused: Any) -> Tensor:
 
 def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The adapter's own tensors."""
-    return [(n, p) for n, p in model.named_parameters() if space.ADDED.search(n)]
+    return [(n, p) for n, p in model.named_parameters() if ADDED.search(n)]
 
 
-def place(trained: Sequence[Trained], compute: torch.dtype) -> None:
+def place(trained: Sequence[Stored], compute: torch.dtype) -> None:
     """Probe adapters in the precision they are kept in: whoever reads them casts to what the base computes in."""
     for t in trained:
         t.compute = torch.promote_types(t.stored.dtype, compute)
@@ -226,7 +226,7 @@ def place(trained: Sequence[Trained], compute: torch.dtype) -> None:
 # ---- in a run's folder ---------------------------------------------------------------------------------------------
 
 
-def fingerprint(trained: Sequence[Trained]) -> str:
+def fingerprint(trained: Sequence[Stored]) -> str:
     """Hash of what the adapter starts from."""
     h = hashlib.blake2b(digest_size=16)
     for t in trained:
@@ -294,7 +294,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """peft's and transformers' advice is for those who call them."""
-    with warnings.catch_warnings(), models.quiet():
+    with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
         yield
 

@@ -17,8 +17,9 @@ from zoft.config import Config
 from zoft.encode import Example
 from zoft.goal import Goal
 from zoft.headers import agree
+from zoft.inplace import InPlace
 from zoft.method import Method
-from zoft.probe import InPlace, ProbeAxis
+from zoft.probe import ProbeAxis
 from zoft.space import Trained
 from zoft.tasks import TaskData
 

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 from zoft import adapter_beside, fingerprint, gguf, models, setup, shards
 from zoft.config import Config
 from zoft.errors import UserError
-from zoft.estimate import skeleton
+from zoft.skeleton import skeleton
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def _others(config: Config, keys: Sequence[str]) -> list[str]:
 
 def run(config: Config, ask: Ask) -> dict[str, Any]:
     """Make a baseline; returns the content of its result.json, which has a run's keys and `method`."""
-    from zoft import compose, guards, models, preflight, tasks, tracking
+    from zoft import compose, console, guards, models, preflight, tasks
     from zoft.env import environment
     from zoft.folder import write
 
@@ -119,11 +119,11 @@ def run(config: Config, ask: Ask) -> dict[str, Any]:
         found = _made(config, ask, data, model, tokenizer)
     result = {
         **ask.kept(), "steps": 0, "forwards": 0, "train_seconds": round(time.monotonic() - began, 3),
-        "peak_memory_gb": round(tracking.peak_memory_gb(config.device), 2), "before": {}, **found,
+        "peak_memory_gb": round(console.peak_memory_gb(config.device), 2), "before": {}, **found,
         "output_dir": str(folder),
     }  # fmt: skip
     rows = [{"step": 0, "eval": result["before"]}, {"step": result["steps"], "eval": result["after"]}]
-    text = "".join(json.dumps(tracking.finite(r)) + "\n" for r in rows if r["eval"])
+    text = "".join(json.dumps(console.finite(r)) + "\n" for r in rows if r["eval"])
     write(folder / "metrics.jsonl", text)
     write(folder / "result.json", json.dumps(result, indent=2) + "\n")
     return result
@@ -131,12 +131,12 @@ def run(config: Config, ask: Ask) -> dict[str, Any]:
 
 def _made(config: Config, ask: Ask, data: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
     """What a method adds to result.json; {after: metrics} at least."""
-    from zoft import eval_run, evaluate, setup
+    from zoft import evaluate, generate, setup
 
     if ask.method == "icl":
         data = demonstrated(config, ask.demos or DEMOS, data, tokenizer)
     train, held_out = setup.examples(config, tokenizer, data)
-    write = eval_run.writer(config, model, tokenizer)
+    write = generate.writer(config, model, tokenizer)
     if ask.method in ("zero-shot", "icl"):
         shots = {"demos_used": data.demos} if ask.method == "icl" else {}
         return {**shots, "after": evaluate.evaluate(model, held_out, train, write=write)}

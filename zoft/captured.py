@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoft import distributed, noise, update
+from zoft import distributed, update
 from zoft.device import DeviceAxis
 from zoft.device_inplace import DeviceInPlace
 from zoft.errors import UserError
 from zoft.layout import Unfit
 from zoft.ledger import Ledger, Record
+from zoft.noise.spec import Update
 from zoft.objective import Batch, losses
 from zoft.trainer import Settings, Trainer
 
@@ -54,7 +55,7 @@ class CapturedTrainer(Trainer):
         self.pinned = [
             torch.zeros_like(axis.control.record, device="cpu").pin_memory() for _ in range(BEHIND + 1)
         ]
-        self.pending: noise.Update | None = None  # the last landed update, which the weights still lack
+        self.pending: Update | None = None  # the last landed update, which the weights still lack
         self.under_way = False  # the device has begun a step since the weights were last brought up to date
         self.scratch: list[Any] = []  # graphs point into it, however much the axis may need later
         self.halt_at: int | None = None  # the step that no process of the run takes any more
@@ -152,7 +153,7 @@ class CapturedTrainer(Trainer):
             self.alone_at = t + BEHIND + 1
         multipliers = tuple(record[2 * q : 3 * q].tolist()) if good else (0.0,) * q
         decay = update.make_update(t, s.seed, (), lr=lr, weight_decay=s.weight_decay).decay if good else 1.0
-        self.pending = noise.Update(t, s.seed, multipliers, decay) if good else None
+        self.pending = Update(t, s.seed, multipliers, decay) if good else None
         assert self.ledger is not None
         if self.failure is not None and self.ledger.last_step != t - 1:
             return None  # the ledger could not take a step before this one

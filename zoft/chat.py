@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from os.path import commonprefix
 from typing import Any
 
-from zoft.encode import Example, front_of
 from zoft.errors import UserError
+from zoft.example import Example, front_of
 
 # Turns as plain text, for tokenizers without a template of their own.
 PLAIN = (

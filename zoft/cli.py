@@ -70,7 +70,10 @@ def train(
     from zoft import preflight, processes, results, run
     from zoft.configured import compose, load_run
 
-    code = {"reward": reward, "recipe": recipe}  # what runs code is said on the command line, again on a resume
+    code = {
+        "reward": reward,
+        "recipe": recipe,
+    }  # what runs code is said on the command line, again on a resume
     mine = [f"{key}={value}" for key, value in code.items() if value]
     overrides = [*(overrides or []), *mine]
     if resume is None:
@@ -242,7 +245,9 @@ def replay(
     """Rebuild a run's model from its base and its ledger, bit for bit."""
     from zoft import verbs
 
-    typer.echo(verbs.replay(folder, out, step=step, storage=storage, denoise=denoise, device=device, recipe=recipe))
+    typer.echo(
+        verbs.replay(folder, out, step=step, storage=storage, denoise=denoise, device=device, recipe=recipe)
+    )
 
 
 @app.command(cls=Verb)
@@ -260,7 +265,9 @@ def export(
     """Write a run's model as others load it, and check it: zoft export runs/mine --merge --out mine."""
     from zoft import verbs
 
-    typer.echo(verbs.export(folder, out, merge=merge, adapter=adapter, dtype=dtype, device=device, recipe=recipe))
+    typer.echo(
+        verbs.export(folder, out, merge=merge, adapter=adapter, dtype=dtype, device=device, recipe=recipe)
+    )
 
 
 @app.command(cls=Verb)
@@ -352,11 +359,11 @@ def estimate(
     from zoft.configured import compose
 
     resolved = compose(config, _with(overrides, recipe))
+    from zoft import console, preflight
     from zoft import estimate as estimates
-    from zoft import preflight, tracking
 
     found = estimates.estimate(preflight.within(resolved))
-    typer.echo(json.dumps(tracking.finite(found)) if as_json else estimates.text(found))
+    typer.echo(json.dumps(console.finite(found)) if as_json else estimates.text(found))
 
 
 @app.command(cls=Verb, context_settings=_LOOSE)

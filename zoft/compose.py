@@ -14,7 +14,7 @@ from typing import Any
 from zoft.config import Config, Task, fields, filled
 from zoft.config_check import unknown_key
 from zoft.errors import UserError, nearest
-from zoft.yamlfile import calls, check_file, strict_yaml, yaml_tree
+from zoft.yamlfile import calls, check_file, strict_yaml
 
 GROUPS = ("model", "task")
 _SWEEP = "one value expected; a list of values is a sweep: use zoft sweep, or quotes around the text"

@@ -7,12 +7,12 @@ import torch
 import triton
 import triton.language as tl
 
-from zoft import noise
 from zoft.estimator import Moment
+from zoft.noise import spec
 from zoft.noise import triton as kernels
 from zoft.noise.triton import Plan
 from zoft.noise.triton_kernels import NOTHING
-from zoft.probe import Probe
+from zoft.scratch import Probe
 
 _SLOTS = 8  # uploads that may be on their way
 _ROOM = 4096  # entries of all plans together
@@ -146,8 +146,8 @@ class Control:
     def upload(self, step: int, lr: float, decay: float) -> None:
         """Keys of a step and of the one before it, and its rates; the device takes them when it gets there."""
         self.step = (step, lr, decay)
-        before = [noise.key(self.seed, max(step - 1, 0), k) for k in range(self.q)]
-        now = [noise.key(self.seed, step, p.direction) for p in self.probes]
+        before = [spec.key(self.seed, max(step - 1, 0), k) for k in range(self.q)]
+        now = [spec.key(self.seed, step, p.direction) for p in self.probes]
         words = np.array([*before, before[0], *now], np.uint32).view(np.int32)  # [3q + 1, 2]
         keys, rates = self.staged[step % _SLOTS]
         keys.numpy()[: self.used] = words[self.which[: self.used]]

@@ -10,7 +10,7 @@ import numpy as np
 
 from zoft import distributed
 from zoft.config import Config
-from zoft.encode import Example
+from zoft.example import Example
 from zoft.objective import Batch, collate
 
 PURPOSE = 0x64617461  # the last counter word; noise uses others

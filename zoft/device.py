@@ -17,12 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoft import noise, norms, precision, routes_adapter
+from zoft import norms, precision, routes_adapter
 from zoft.control import Control
 from zoft.noise import triton as kernels
-from zoft.probe import Probe, ProbeAxis
+from zoft.noise.spec import Update
+from zoft.probe import ProbeAxis
 from zoft.quant import QuantLinear
-from zoft.routes import conv1d, fast, linear, part, start
+from zoft.routes import conv1d, fast, linear
+from zoft.scratch import Probe, part, start
 from zoft.sites import Site
 from zoft.space import Trained
 
@@ -106,7 +108,7 @@ class DeviceAxis(ProbeAxis):
         """The scratch in use, for whoever must keep it."""
         return list(self._arenas)
 
-    def land(self, step: int, pending: noise.Update | None) -> None:
+    def land(self, step: int, pending: Update | None) -> None:
         """θ as the ledger has it, after `step`, the last one that was sent; pending: its update, None if it was skipped."""
         if pending is not None:
             for t in self.trained:

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from zoft import noise
 from zoft.control import Control
+from zoft.inplace import InPlace
 from zoft.noise import triton as kernels
-from zoft.probe import InPlace, Probe
+from zoft.noise.spec import Update
+from zoft.scratch import Probe
 from zoft.space import Trained
 
 
@@ -63,7 +64,7 @@ class DeviceInPlace(InPlace):
         self.at_probe = probe
         yield
 
-    def land(self, step: int, pending: noise.Update | None) -> None:
+    def land(self, step: int, pending: Update | None) -> None:
         """θ as the ledger has it, after `step`, the last one that was sent; pending: its update, None if it was skipped."""
         control, broken = self.control, self.ahead
         last = self.at_probe if broken else control.probes[-1]

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,12 +27,10 @@ from torch import Tensor
 from zoft import processes
 from zoft.config import Config
 from zoft.errors import UserError
+from zoft.fingerprint import Stored
 from zoft.ledger import Ledger
 from zoft.ledger_format import decode
 from zoft.stop import Stop, Stopped
-
-if TYPE_CHECKING:
-    from zoft.space import Trained
 
 T = TypeVar("T")
 MEETING = timedelta(minutes=5)  # for all processes to be there
@@ -154,7 +152,7 @@ class World:
             file.flush()
             return Ledger(os.dup(file.fileno()), Path(self.folder) / "ledger", log, size, crc, "end")
 
-    def check(self, step: int, trained: Sequence[Trained]) -> None:
+    def check(self, step: int, trained: Sequence[Stored]) -> None:
         """Raise UserError, on every process, where their weights differ. trained: with all updates in."""
         if self.size == 1:
             return
@@ -183,7 +181,7 @@ def current() -> World:
     return _current[-1]
 
 
-def digest(trained: Sequence[Trained]) -> str:
+def digest(trained: Sequence[Stored]) -> str:
     """16 hexadecimal digits of the stored bits of all trained tensors: the same bits on any device give the same digits.
 
     Of each tensor the sum of its numbers' bits in each of 1024 columns, modulo 2⁶⁴: one read of the weights, no more.

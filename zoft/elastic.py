@@ -24,13 +24,12 @@ import torch
 
 from zoft import __version__, distributed, processes
 from zoft.config import Config
-from zoft.elastic_format import JOIN, invite, packed, pairs_of
 from zoft.errors import UserError
 from zoft.ledger import Record
 from zoft.objective import Batch
-from zoft.probe import Probe
+from zoft.scratch import Probe
 from zoft.trainer import Trainer
-from zoft.wire import VERSION, Closed, Line, address
+from zoft.wire import JOIN, VERSION, Closed, Line, address, invite, packed, pairs_of
 
 LAG = 8  # steps that a worker may lack when it is given its first pairs
 PATIENCE = 60.0  # seconds that the others may take longer than the coordinator's own share, at least

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from zoft import __version__, processes
 from zoft.config import Config, Task
-from zoft.elastic_format import invitation, packed_pair, unpacked
 from zoft.errors import UserError
 from zoft.ledger_format import decode
 from zoft.preflight import check_elastic
 from zoft.stop import Stopped
-from zoft.wire import VERSION, Closed, Line, address
+from zoft.wire import VERSION, Closed, Line, address, invitation, packed_pair, unpacked
 
 if TYPE_CHECKING:
     from zoft.trainer import Trainer
@@ -106,8 +105,9 @@ def _serve(trainer: Trainer, line: Line, inbox: queue.Queue[tuple[dict | None, b
     """Answer until the run ends; returns a line about it."""
     import torch
 
-    from zoft import distributed, noise
-    from zoft.probe import Probe
+    from zoft import distributed
+    from zoft.noise.spec import Update
+    from zoft.scratch import Probe
 
     probes = [Probe(k, s * trainer.settings.eps) for k in range(trainer.settings.q) for s in (1.0, -1.0)]
     joined, pairs = False, 0
@@ -132,9 +132,7 @@ def _serve(trainer: Trainer, line: Line, inbox: queue.Queue[tuple[dict | None, b
                 record = unpacked(data)
                 if record.step >= trainer.next:  # else the ledger that came first had it
                     if not record.skipped:
-                        update = noise.Update(
-                            record.step, trainer.settings.seed, record.multipliers, record.decay
-                        )
+                        update = Update(record.step, trainer.settings.seed, record.multipliers, record.decay)
                         trainer.axis.commit(update)
                     trainer.pass_by(record)
                 if not joined:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -30,3 +31,12 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
 def one_line(text: str) -> str:
     """Return the text with what would break a line or a table written as an escape."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory has run out, on a CPU or a GPU."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    words = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Cannot allocate memory")
+    return isinstance(error, (RuntimeError, OSError)) and any(word in str(error) for word in words)

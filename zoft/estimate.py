@@ -6,21 +6,25 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from zoft import adapter_beside, adapters, footprint, models, noise, quant, quant_files, routes, setup, space
+from zoft import adapter_beside, adapters, footprint, kind, models, quant, setup, space
 from zoft.config import ADAPTERS, GENERATED, Config
 from zoft.data_order import batch_indices
 from zoft.due import due
-from zoft.encode import Example, encode
+from zoft.encode import encode
 from zoft.errors import UserError
 from zoft.evaluate import room_of
+from zoft.example import Example
 from zoft.frozen import FROZEN_BYTES, frozen_blocks
+from zoft.noise import noise
+from zoft.noise.spec import Update
 from zoft.objective import Batch, collate, losses
+from zoft.scratch import SLAB
+from zoft.skeleton import quantised, skeleton
 
 MEASURED = 0.2  # seconds that a rate is measured for
 ROWS_MAX = 1 << 14  # of the product
@@ -134,56 +138,6 @@ def _held(config: Config, model: nn.Module, names: Sequence[str], compute: torch
             yield p.numel() * (max(4, compute.itemsize) if wide else compute.itemsize)
 
 
-def skeleton(config: Config) -> Any:
-    """The config's model on the meta device, in the dtype of its checkpoint: names, shapes and no memory."""
-    from transformers import AutoConfig
-
-    source = models.resolve(config.model)
-    models.check(source)
-    with models.user_errors(source):
-        if source.kind == "gguf":
-            from zoft import gguf
-
-            settings = gguf._llama_settings(gguf.read(Path(source.place)))
-            if settings is None:
-                raise UserError(
-                    f"model={config.model}: zoft cannot read this GGUF file's shapes; give a folder or a Hub id"
-                )
-            shape, dtype = AutoConfig.for_model("llama", **settings), torch.float32
-        else:
-            shape = AutoConfig.from_pretrained(source.place, trust_remote_code=config.trust_remote_code)
-            dtype = getattr(shape, "dtype", None) or torch.float32
-        with torch.device("meta"):
-            model = models.auto_class(source.name, shape).from_config(
-                shape, dtype=dtype, trust_remote_code=config.trust_remote_code
-            )
-    return model.eval().requires_grad_(False)
-
-
-def quantised(config: Config, model: Any) -> None:
-    """Quantise a skeleton as loading would: by the config's keys, or as the checkpoint says that it is."""
-    if config.bits is not None:
-        quant.quantise_model(
-            model,
-            bits=config.bits,
-            group=config.group,
-            zero_points=config.zero_points,
-            head=config.quantise_head,
-        )
-        return
-    source = models.resolve(config.model)
-    folder = Path(source.place) if source.kind == "folder" else None
-    found = quant_files.settings(source.name, model.config, folder)
-    if found:
-        quant.quantise_model(model, bits=found.bits, group=found.group or 1 << 30, zero_points=True)
-    elif theirs := getattr(model.config, "quantization_config", None):
-        how = theirs if isinstance(theirs, dict) else theirs.to_dict()
-        raise UserError(
-            f"estimate: {source.name} was quantised by {how.get('quant_method', 'another library')}, and what that keeps shows "
-            "only once it is loaded; run it with steps=1, which tells its peak memory"
-        )
-
-
 def weights(
     model: nn.Module, names: Sequence[str], storage: str, compute: str, *, uniform: bool = False
 ) -> dict[str, int]:
@@ -252,7 +206,7 @@ def _frozen(
     first, count = frozen_blocks(model, {id(p) for n, p in model.named_parameters() if n in set(names)})
     if first in (0, count) or (auto and 2 * first < count):
         return 0, 1.0
-    inside = f"{space.blocks_of(model)[0]}."
+    inside = f"{kind.blocks_of(model)[0]}."
     outside = {n for n in names if not n.startswith(inside)}  # frozen_blocks has looked where these are all
     if len(outside) < len(names) and not outside <= set(space.train_names(model, "last-1")):
         return 0, 1.0  # something is trained that may come before the blocks
@@ -300,7 +254,7 @@ def _scratch(model: Any, names: Sequence[str], compute: torch.dtype, probes: int
     passed = (alone, last if few else None)
     linear = {id(m.weight) for m in model.modules() if type(m) is nn.Linear}
     sizes = [
-        min(size, routes.SLAB) if id(p) in linear else size
+        min(size, SLAB) if id(p) in linear else size
         for n, p in model.named_parameters()
         if n in chosen and all(p is not x for x in passed)
         for size in [p.numel() * (4 if isinstance(p, quant.Scales) else compute.itemsize)]
@@ -417,7 +371,7 @@ def rates(device: str, dtype: torch.dtype, tokens: int, width: int, kind: str) -
     n = 1 << 26 if device.startswith("cuda") else 1 << 18
     theta = torch.randn(n, device=device).to(dtype)
     out = torch.empty(2, n, device=device, dtype=dtype)
-    change = [noise.Update(0, 0, (1e-6,))]
+    change = [Update(0, 0, (1e-6,))]
 
     def probe() -> None:
         noise.perturb(theta, 1, out, [(0, 1e-3), (0, -1e-3)], seed=0, step=1, noise=kind, updates=change)

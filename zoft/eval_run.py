@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from zoft import configured, guards, preflight, results
 from zoft.config import GENERATED, Config
 from zoft.errors import UserError, writing
+from zoft.generate import writer
 from zoft.yamlfile import yaml_tree
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def judge(
     """
     import numpy as np
 
-    from zoft import models, tasks
+    from zoft import kind, models, tasks
 
     if out is not None:
         with writing(out):  # not after an hour of work
@@ -179,7 +180,7 @@ def judge(
         config = goal.resolve(config, data) if writes else config
         config, model, tokenizer = load(config, adapter)
         train, held_out = setup.examples(config, tokenizer, data)
-        models.refuse_other_kind(config.model, model, held_out[0].masked)
+        kind.refuse_other_kind(config.model, model, held_out[0].masked)
         texts = goal.make(config, data, tokenizer, mine).texts if writes else None
         write = None if texts else writer(config, model, tokenizer)
         found = evaluate.judge(model, held_out, train, write=write)
@@ -211,40 +212,13 @@ def harness(config: Config, adapter: Path | None, tasks: str, path: str | None) 
     return found, lm_eval_tasks.text(found)
 
 
-def writer(config: Config, model: Any, tokenizer: Any, context: Any = None) -> Any:
-    """contexts -> the text that the model writes after each, by the config's max_new_tokens and stop.
-
-    A context and what is written after it are max_length tokens at most: it loses tokens on its left (after BOS).
-    """
-    from zoft.encode import front_of
-    from zoft.generate import generate
-
-    front = len(front_of(tokenizer))
-    room = max(front + 1, config.max_length - config.max_new_tokens)
-
-    def fit(context: tuple[int, ...]) -> tuple[int, ...]:
-        return context[:front] + context[max(front, front + len(context) - room) :]
-
-    def write(contexts: Sequence[tuple[int, ...]]) -> list[str]:
-        return generate(
-            model,
-            tokenizer,
-            [fit(c) for c in contexts],
-            max_new_tokens=config.max_new_tokens,
-            stop=config.stop,
-            context=context,
-        )
-
-    return write
-
-
 def lines(rows: Sequence[Mapping[str, Any]], found: Judged) -> list[str]:
     """A JSON line an example: row, prompt, gold, scores or loss, prediction, right.
 
     scores: as evaluate.scores gives them, logits where each candidate is one token. probabilities: their softmax.
     """
+    from zoft.console import finite
     from zoft.evaluate import log_softmax
-    from zoft.tracking import finite
 
     made = []
     for i in range(len(found.gold)):
@@ -275,7 +249,7 @@ def lines(rows: Sequence[Mapping[str, Any]], found: Judged) -> list[str]:
 
 def text(result: Mapping[str, Any]) -> str:
     """What a user reads: a line a metric, its interval beside it."""
-    from zoft.tracking import short
+    from zoft.console import short
 
     shown, between = {k: v for k, v in result.items() if not isinstance(v, Mapping)}, result.get("ci95", {})
     lines = results.table({"": shown}).split("\n")

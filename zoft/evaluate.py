@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoft import metrics, objective, positions, shared
-from zoft.encode import Example
+from zoft import kind, metrics, objective, shared
+from zoft.example import Example
 from zoft.metrics import auc, macro_f1
 from zoft.objective import collate, losses
 
@@ -102,7 +102,7 @@ def judge(
 ) -> Judged:
     """What evaluate() sums up: scores of each example, or its loss and what is written after its prompt."""
     assert examples, "nothing to evaluate"
-    positions.refuse(model, max(e.length for e in (*examples, *train)))
+    kind.refuse_longer_rows(model, max(e.length for e in (*examples, *train)))
     gold = np.array([e.gold for e in examples])  # [n]
     golds = [e.golds or (e.gold,) for e in examples]
     if examples[0].objective == "lm":

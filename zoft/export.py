@@ -13,7 +13,7 @@ from zoft import (
     adapter_beside,
     adapters,
     headers,
-    models,
+    kind,
     quant,
     quant_other,
     replay,
@@ -123,8 +123,8 @@ def reloaded(folder: Path, config: Config) -> Any:
     from transformers import AutoConfig
 
     own = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    with models.quiet():
-        model = models.auto_class(str(folder), own).from_pretrained(
+    with kind.quiet():
+        model = kind.auto_class(str(folder), own).from_pretrained(
             folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code
         )
     return model.eval().to(config.device)
@@ -135,7 +135,7 @@ def logits(model: Any) -> Tensor:
     """[2, 8, V] of two short rows of tokens."""
     device = next(model.parameters()).device
     ids = torch.arange(16, device=device).view(2, 8) * 7 % model.get_input_embeddings().weight.shape[0]
-    extra = {} if models.is_masked(model) else {"use_cache": False}
+    extra = {} if kind.is_masked(model) else {"use_cache": False}
     return model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits.float().cpu()
 
 

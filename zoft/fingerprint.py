@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -12,6 +12,14 @@ if TYPE_CHECKING:
 
 FULL_HASH_BYTES = 1 << 30  # models up to this size are fingerprinted whole
 SAMPLE = 1 << 14  # elements of each tensor that stand for a larger one
+
+
+class Stored(Protocol):
+    """Name a trained tensor, its stored θ and the dtype of its probes: what models and processes need of `space.Trained`."""
+
+    name: str
+    stored: torch.Tensor
+    compute: torch.dtype
 
 
 def of_model(model: nn.Module) -> str:

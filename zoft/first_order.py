@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from zoft import adapters, evaluate, models, objective, quant, results, saving, space
+from zoft import adapters, evaluate, kind, objective, quant, results, saving, space
 from zoft.config import Config
-from zoft.encode import Example
 from zoft.errors import UserError
+from zoft.example import Example
 
 if TYPE_CHECKING:
     from zoft.baseline_ask import Ask
@@ -74,11 +74,11 @@ def train(
     before = evaluate.evaluate(model, held_out, examples, write=write)
     model, device = model.float(), next(model.parameters()).device
     pairs = config.train == "lora"  # else those that are in place stand still
-    trained = [p for n, p in model.named_parameters() if bool(space.ADDED.search(n)) == pairs]
+    trained = [p for n, p in model.named_parameters() if bool(kind.ADDED.search(n)) == pairs]
     for p in trained:
         p.requires_grad_(True)
     schedule = {"constant": "constant_with_warmup"}.get(config.schedule, config.schedule)
-    with tempfile.TemporaryDirectory() as place, models.quiet():
+    with tempfile.TemporaryDirectory() as place, kind.quiet():
         args = TrainingArguments(
             output_dir=place, per_device_train_batch_size=config.batch_size, max_steps=config.steps,
             gradient_accumulation_steps=config.accumulate, learning_rate=config.lr, lr_scheduler_type=schedule,

@@ -13,9 +13,10 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from zoft.errors import UserError
+from zoft.head import uncached
+from zoft.kind import after, blocks_of
 from zoft.layout import leaves
-from zoft.objective import uncached
-from zoft.space import Trained, after, blocks_of
+from zoft.space import Trained
 
 FROZEN_BYTES = 1 << 30  # kept outputs of frozen blocks; rows beyond it are computed again each time
 Row = tuple[int, ...]  # token ids, no padding

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from zoft import positions
+from zoft.config import Config
 from zoft.errors import UserError
-from zoft.models import quiet
+from zoft.example import front_of
+from zoft.kind import quiet, refuse_longer_rows
 
 TOKENS = 8192  # a batch's rows × (width + max_new_tokens) at most: what its key-value cache holds
 _TOLERANCE = 1e-3, 0.1  # of logits, in their own spread, that padding may change: fp32 and wider, 16 bits
@@ -56,7 +57,7 @@ def texts(
 ) -> list[tuple[str, bool]]:  # fmt: skip
     """As `generate`, each text with whether its logits were numbers throughout."""
     assert all(map(len, contexts)), "an empty context"
-    positions.refuse(model, max(map(len, contexts), default=0), max_new_tokens)
+    refuse_longer_rows(model, max(map(len, contexts), default=0), max_new_tokens)
     ends, pad = _special(model, tokenizer)
     around = context or (lambda rows: nullcontext())
     made: list[tuple[str, bool]] = [("", False)] * len(contexts)
@@ -188,3 +189,27 @@ def _batches(contexts: Sequence[Sequence[int]], new: int, mixed: bool) -> Iterat
         take = next((n for n, i in enumerate(order) if not mixed and len(contexts[i]) != width), len(order))
         yield order[: min(most, take)]
         order = order[min(most, take) :]
+
+
+def writer(config: Config, model: Any, tokenizer: Any, context: Any = None) -> Any:
+    """contexts -> the text that the model writes after each, by the config's max_new_tokens and stop.
+
+    A context and what is written after it are max_length tokens at most: it loses tokens on its left (after BOS).
+    """
+    front = len(front_of(tokenizer))
+    room = max(front + 1, config.max_length - config.max_new_tokens)
+
+    def fit(context: tuple[int, ...]) -> tuple[int, ...]:
+        return context[:front] + context[max(front, front + len(context) - room) :]
+
+    def write(contexts: Sequence[tuple[int, ...]]) -> list[str]:
+        return generate(
+            model,
+            tokenizer,
+            [fit(c) for c in contexts],
+            max_new_tokens=config.max_new_tokens,
+            stop=config.stop,
+            context=context,
+        )
+
+    return write

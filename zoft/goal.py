@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +28,22 @@ from torch import Tensor, nn
 
 from zoft import distributed, generate, metrics, objective
 from zoft.config import GENERATED, Config
-from zoft.encode import Example, prompts
+from zoft.encode import prompts
 from zoft.errors import UserError
+from zoft.example import Example
 from zoft.objective import Batch
 from zoft.reward import Reward, load
 from zoft.tasks import TaskData, subset
 
-if TYPE_CHECKING:
-    from zoft.tracking import Tracker
+
+class Shows(Protocol):
+    """Show lines to a person while a run goes on, as its tracker does."""
+
+    def note(self, text: str) -> None:
+        """Show a line that stays."""
+
+    def under_way(self, text: str) -> None:
+        """Show how far what takes long is."""
 
 
 @dataclass
@@ -66,7 +74,7 @@ class Goal:
         """What a ledger's header says of it."""
         return {} if self.texts is None else self.texts.header()
 
-    def watched(self, header: Mapping[str, Any], tracker: Tracker) -> None:
+    def watched(self, header: Mapping[str, Any], tracker: Shows) -> None:
         """Let a run's tracker show how far its texts are, and say where its reward is not the one it began with."""
         now, before = self.header().get("reward"), header.get("reward")
         if now != before:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import re
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoft.advice import known, lr_range, paper_range
 from zoft.config import GENERATED, NO_GRADIENT, Config
-from zoft.errors import UserError
+from zoft.errors import UserError, is_memory
 
 if TYPE_CHECKING:
     from zoft.space import Trained
@@ -170,15 +169,6 @@ def _median(values: Sequence[float]) -> float:
 def _variance(values: Sequence[float]) -> float:
     mean = sum(values) / len(values)
     return sum((v - mean) ** 2 for v in values) / len(values)
-
-
-def is_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory has run out, on a CPU or a GPU."""
-    torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
-        return True
-    words = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Cannot allocate memory")
-    return isinstance(error, (RuntimeError, OSError)) and any(word in str(error) for word in words)
 
 
 @contextmanager

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from zoft import __version__, adapters, noise, space
+from zoft import __version__, adapters, space
 from zoft.config import ADAPTERS, Config
 from zoft.config_digest import changed, digests
-from zoft.encode import Example
 from zoft.errors import UserError
+from zoft.example import Example
+from zoft.noise import spec
 from zoft.space import Trained
 
 # What it means where a resumed run's ledger says something else.
@@ -57,7 +58,7 @@ def of(
         known["adapter"] = adapters.fingerprint(trained)
     found: dict[str, Any] = {
         "zoft": __version__,
-        "noise_version": noise.VERSION,
+        "noise_version": spec.VERSION,
         "base": base,
         "config": digests(config),
     }

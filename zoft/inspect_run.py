@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zoft import noise, snapshot
+from zoft import snapshot
 from zoft.config_digest import changed, digests
 from zoft.errors import UserError
 from zoft.ledger_check import header_faults, plan_of, trained_faults
 from zoft.ledger_format import Log, Record, decode
+from zoft.noise import spec
 from zoft.packages import missing
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -120,7 +121,7 @@ def verify(run: str | Path) -> list[str]:
     if wrong := header_faults(header, log.records):
         raise UserError(f"{run}: {'; '.join(wrong)}")
     said.append(
-        f"header: format {header['format']}, noise version {noise.VERSION}, {len(header['trained'])} tensors and their ids"
+        f"header: format {header['format']}, noise version {spec.VERSION}, {len(header['trained'])} tensors and their ids"
     )
     if (folder / "config.yaml").is_file():
         from zoft.configured import load_run
@@ -226,6 +227,6 @@ def squeezed(values: Sequence[float], width: int = WIDTH) -> str:
 
 def as_json(found: Mapping[str, Any]) -> str:
     """Strict JSON: null for what is no number."""
-    from zoft.tracking import finite
+    from zoft.console import finite
 
     return json.dumps(finite(found))

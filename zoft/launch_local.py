@@ -124,7 +124,7 @@ def outcome(folder: Path) -> str:
     if at == "failed":
         return f"failed {folder.name}: {sweep_job.record(folder).get('error', '')}"
     if at == "done":
-        from zoft.tracking import short
+        from zoft.console import short
 
         after = sweep_job.result(folder).get("after", {})
         shown = ", ".join(f"{k} {short(after[k])}" for k in list(after)[:3])

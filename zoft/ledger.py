@@ -13,7 +13,7 @@ from typing import final
 
 from zoft.errors import UserError
 from zoft.ledger_format import EVENTS, Event, Log, Record, decode, encode, encode_event, encode_header
-from zoft.noise import Update
+from zoft.noise.spec import Update
 
 __all__ = ["Event", "Ledger", "Log", "Record", "read", "updates"]
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zoft import noise
 from zoft.config import fields
 from zoft.config_check import check_value
 from zoft.errors import UserError
 from zoft.ledger_format import Log, Record
+from zoft.noise import spec
 
 
 def sound(run: str | Path, log: Log) -> Log:
@@ -24,8 +24,8 @@ def header_faults(header: Mapping[str, Any], records: Sequence[Record] = ()) -> 
     """What a header lacks or has wrong, beyond its checksum."""
     needed = "zoft seed noise noise_version base config storage compute trained plan".split()
     wrong = [f"its header has no {name}" for name in needed if name not in header]
-    if header.get("noise_version", noise.VERSION) != noise.VERSION:
-        wrong.append(f"its noise is of version {header['noise_version']}, this zoft makes {noise.VERSION}")
+    if header.get("noise_version", spec.VERSION) != spec.VERSION:
+        wrong.append(f"its noise is of version {header['noise_version']}, this zoft makes {spec.VERSION}")
     wrong += [
         f"its header's {name} is no mapping"
         for name in ("config", "plan")
@@ -75,7 +75,7 @@ def trained_faults(trained: Any) -> list[str]:
             case [int(tensor), [*shape], "fp64" | "fp32" | "fp16" | "bf16"] if all(
                 isinstance(n, int) for n in shape
             ):
-                if tensor != noise.tensor_id(name):
+                if tensor != spec.tensor_id(name):
                     return [f"its header gives {name} the noise of another tensor"]
             case _:
                 return ["its header does not give trained tensors as name: [id, shape, dtype]"]

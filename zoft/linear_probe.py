@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zoft import baseline_ask, evaluate, objective, positions
-from zoft.encode import Example
+from zoft import baseline_ask, evaluate, kind, objective
 from zoft.errors import UserError
+from zoft.example import Example
+from zoft.head import head_of, project
 
 GRID = tuple(10.0**k for k in range(-4, 3))  # of C
 HELD = 0.2  # share of the training rows that C is chosen on
@@ -19,8 +20,8 @@ HELD = 0.2  # share of the training rows that C is chosen on
 
 def features(model: nn.Module, examples: Sequence[Example]) -> np.ndarray:
     """[n, H] fp64: what the output matrix is given at the last token of each prompt (at the mask of a masked model)."""
-    positions.refuse(model, max(e.length for e in examples))
-    head = objective.head_of(model)
+    kind.refuse_longer_rows(model, max(e.length for e in examples))
+    head = head_of(model)
     if head is None:
         raise UserError("--method linear-probe: this model has no output matrix to read features before")
     device, seen = next(model.parameters()).device, []
@@ -31,7 +32,7 @@ def features(model: nn.Module, examples: Sequence[Example]) -> np.ndarray:
     @torch.no_grad()
     def outputs(some: Sequence[Example]) -> tuple[Tensor]:
         batch = objective.collate(some).to(device)
-        objective.project(model, batch.inputs, batch.positions, batch.tokens)
+        project(model, batch.inputs, batch.positions, batch.tokens)
         return (seen.pop().flatten(0, -2).index_select(0, batch.positions),)
 
     from dataclasses import replace

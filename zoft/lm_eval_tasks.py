@@ -71,7 +71,7 @@ def _metric(key: str) -> str:
 
 def text(result: dict[str, dict[str, Any]]) -> str:
     """A line a task and metric, ± its standard error."""
-    from zoft.tracking import short
+    from zoft.console import short
 
     lines = []
     for task, metrics in result.items():

@@ -95,7 +95,9 @@ def _check_space(config: Config, method: Method) -> None:
     space, train = method.space, config.train
     if space.only and not any(re.fullmatch(pattern, train) for pattern in space.only):
         other = "lora_zo" if train in ADAPTERS else "mezo"
-        raise UserError(f"train={train}: recipe={method.name} trains {_either(space.only)}; use recipe={other}")
+        raise UserError(
+            f"train={train}: recipe={method.name} trains {_either(space.only)}; use recipe={other}"
+        )
     if train in space.never:
         raise UserError(f"train={train}: recipe={method.name} does not train it; use recipe=lora_zo")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from zoft.encode import Example, front_of
 from zoft.errors import UserError
+from zoft.example import Example, front_of
 
 BATCH = 512  # texts tokenised together
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from zoft import noise
+from zoft.noise import noise
 from zoft.space import Trained
 
 COSINE_MIN = 0.95

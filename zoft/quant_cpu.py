@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numba
 import numpy as np
@@ -11,15 +11,12 @@ from torch import Tensor
 
 from zoft.noise import cpu
 
-if TYPE_CHECKING:
-    from zoft.quant import QuantLinear
-
 _PIECE = 1 << 17  # codes that are worth a hand-over to another thread
 _NONE = np.zeros((0, 0), np.int16)
 
 
-def dequantise(layer: QuantLinear, scales: Tensor, out: Tensor) -> None:
-    """`zoft.quant.dequantise` of fp32 scales [P, out, G] on a CPU."""
+def dequantise(layer: Any, scales: Tensor, out: Tensor) -> None:
+    """`zoft.quant.dequantise` of fp32 scales [P, out, G] on a CPU; layer: a `zoft.quant.QuantLinear`."""
     made = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     zeros = _NONE if layer.zeros is None else layer.zeros.numpy()
     arrays = layer.codes.numpy(), scales.numpy(), zeros, made.numpy()

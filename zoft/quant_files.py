@@ -64,7 +64,7 @@ def load(
     dtype: of the rest; None: the config's, else that of the first tensor that has one.
     Errors: UserError where tensors and config do not fit.
     """
-    from zoft.models import auto_class
+    from zoft.kind import auto_class
 
     if hasattr(config, "quantization_config"):
         del config.quantization_config

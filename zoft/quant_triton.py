@@ -6,15 +6,12 @@ Both read the codes once for all probes. Group sizes are powers of two in `produ
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from zoft.quant import QuantLinear
 
 UNIT = tl.constexpr(128.0)  # quant.UNIT; the division is exact
 _CODES = 4096  # that a program of `_dequantise` unpacks
@@ -138,8 +135,8 @@ def _product(
         tl.store(at, made.to(y.dtype.element_ty), mask=o_in[:, None] & r_in[None, :])
 
 
-def dequantise(layer: QuantLinear, scales: Tensor, out: Tensor, log: bool) -> None:
-    """`zoft.quant.dequantise` of fp32 scales [P, out, G] on a GPU."""
+def dequantise(layer: Any, scales: Tensor, out: Tensor, log: bool) -> None:
+    """`zoft.quant.dequantise` of fp32 scales [P, out, G] on a GPU; layer: a `zoft.quant.QuantLinear`."""
     probes, outs, groups = scales.shape
     held = layer.padded * layer.bits // 8
     block = max(16, triton.next_power_of_2(held))
@@ -154,10 +151,10 @@ def dequantise(layer: QuantLinear, scales: Tensor, out: Tensor, log: bool) -> No
         )  # fmt: skip
 
 
-def product(layer: QuantLinear, x: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor, log: bool) -> None:
+def product(layer: Any, x: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor, log: bool) -> None:
     """y_p = x_p W_pᵀ + b: x [P, n, in] in the codes' order, scales fp32 [P, out, G], bias [out] or [P, out]; P is 1 or 2.
 
-    Made for few rows: what a program unpacks it uses for `ROWS` of them only.
+    layer: a `zoft.quant.QuantLinear`. Made for few rows: what a program unpacks it uses for `ROWS` of them only.
     """
     probes, rows, width = x.shape
     outs, groups = scales.shape[1:]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zoft import base as bases
 from zoft import (
+    console,
     headers,
     ledger,
     ledger_check,
@@ -26,15 +27,14 @@ from zoft import (
     snapshot,
     space,
     sparse,
-    tracking,
     update,
 )
 from zoft.base import Base
 from zoft.config import Config
 from zoft.errors import UserError
+from zoft.inplace import InPlace
 from zoft.ledger import Event, Log
-from zoft.noise import Update
-from zoft.probe import InPlace
+from zoft.noise.spec import Update
 from zoft.space import FP16_MAX, Trained
 
 WORK = 1 << 29  # updates × elements between two looks at progress, and at Ctrl-C
@@ -316,5 +316,5 @@ def numbers_of(log: Log) -> int:
 def progress(log: Log, begin: int) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, a line now and then elsewhere; yields did(updates × elements)."""
     total = max(1, numbers_of(log) * sum(not r.skipped for r in log.records[begin:]))
-    with tracking.bar(f"replaying {len(log.records) - begin} steps", total) as did:
+    with console.bar(f"replaying {len(log.records) - begin} steps", total) as did:
         yield did

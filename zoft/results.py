@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zoft import compose, tracking
+from zoft import compose, console
 from zoft.config import ADAPTERS, Config
 from zoft.errors import UserError, writing
 
@@ -47,7 +47,7 @@ def card(config: Config, result: Mapping[str, Any], **facts: Any) -> str:
     keys = ("recipe", "train", "steps", "lr", "schedule", "eps", "q", "noise", "batch_size", "seed")
     rows = {"task": config.task.name} | {k: getattr(config, k) for k in keys} | facts
     for when in ("before", "after"):
-        rows |= {f"{name} {when}": tracking.short(v) for name, v in result.get(when, {}).items()}
+        rows |= {f"{name} {when}": console.short(v) for name, v in result.get(when, {}).items()}
     return saving.model_card(models.resolve(config.model), rows)
 
 
@@ -81,10 +81,7 @@ def table(columns: Mapping[str, Mapping[str, Any]]) -> str:
     head = [f"{'':22}" + "".join(f"{title:>12}" for title in columns)] if any(columns) else []
     return "\n".join(
         head
-        + [
-            f"{n:22}" + "".join(f"{tracking.short(m.get(n, '')):>12}" for m in columns.values())
-            for n in names
-        ]
+        + [f"{n:22}" + "".join(f"{console.short(m.get(n, '')):>12}" for m in columns.values()) for n in names]
     )
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,17 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from zoft import quant, routes_adapter
 from zoft.layout import COUNT, LIFT, NO_ROWS, ONE, PLAIN, Call, Unfit
-from zoft.noise import PART
+from zoft.scratch import Scratch, in_slabs, nbytes, slab_rows
 from zoft.sites import Site
 from zoft.space import Trained
-
-if TYPE_CHECKING:
-    from zoft.probe import ProbeAxis
-
-
-# Bytes of one probe of a linear layer's matrix that are made at one time. Matrices of the blocks of a 30B model fit;
-# output matrices over a whole vocabulary are made in slabs.
-SLAB = 1 << 29
 
 
 def fast(site: Site) -> Callable | None:
@@ -51,10 +42,9 @@ def _owns(site: Site) -> bool:
     return any(t.param is weight for t in site.trained)
 
 
-def route(axis: ProbeAxis, site: Site) -> Callable:
-    """The forward that takes the place of a site's own while its axis is active."""
+def route(axis: Scratch, site: Site, direct: Callable | None) -> Callable:
+    """The forward that takes the place of a site's own while its axis is active; direct: its route, None: the general one."""
     inner = site.module.forward
-    direct = axis.shortcut(site)
 
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -69,9 +59,7 @@ def route(axis: ProbeAxis, site: Site) -> Callable:
     return forward
 
 
-def _general(
-    axis: ProbeAxis, site: Site, call: Call | None, inner: Callable, args: tuple, kwargs: dict
-) -> Any:
+def _general(axis: Scratch, site: Site, call: Call | None, inner: Callable, args: tuple, kwargs: dict) -> Any:
     """Any module: its own forward, once per probe, on that probe's rows, its tensors swapped.
 
     Sites within it run meanwhile, at that one probe.
@@ -120,7 +108,7 @@ def _general(
     return tree_unflatten(joined, out_spec)
 
 
-def _call(axis: ProbeAxis, site: Site) -> Call:
+def _call(axis: Scratch, site: Site) -> Call:
     """The layout of the site's next call. One call more than calibrated is not understood, however alike they look:
     a module that works through its rows in portions would be given probes for portions."""
     k = axis.calls[site]
@@ -205,19 +193,19 @@ def _join(parts: list[list], call: Call, rows: int, name: str = "", shared: bool
 
 
 def linear(
-    axis: ProbeAxis, site: Site, input: torch.Tensor, tokens: torch.Tensor | None = None
+    axis: Scratch, site: Site, input: torch.Tensor, tokens: torch.Tensor | None = None
 ) -> torch.Tensor:
     """y_p = x_p (W + s_p Z)ᵀ + b_p, all into one output; `tokens` [C] asks for these rows of W only."""
     return _product(axis, site, input, transposed=True, tokens=tokens)
 
 
-def conv1d(axis: ProbeAxis, site: Site, x: torch.Tensor) -> torch.Tensor:
+def conv1d(axis: Scratch, site: Site, x: torch.Tensor) -> torch.Tensor:
     """GPT-2's linear, its matrix stored transposed: y_p = x_p (W + s_p Z) + b_p."""
     return _product(axis, site, x, transposed=False)
 
 
 def _product(
-    axis: ProbeAxis, site: Site, x: torch.Tensor, *, transposed: bool, tokens: torch.Tensor | None = None
+    axis: Scratch, site: Site, x: torch.Tensor, *, transposed: bool, tokens: torch.Tensor | None = None
 ) -> torch.Tensor:
     module: Any = site.module
     weight = next((t for t in site.trained if t.param is module.weight), None)
@@ -254,7 +242,7 @@ def _product(
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def quantised(axis: ProbeAxis, site: Site, x: torch.Tensor) -> torch.Tensor:
+def quantised(axis: Scratch, site: Site, x: torch.Tensor) -> torch.Tensor:
     """y_p = x_p W_pᵀ + b_p, W_p the codes under probe p's scales; the codes are read once for a group of probes."""
     layer: Any = site.module
     xs = layer.ordered(x).reshape(len(axis.probes), -1, layer.in_features)  # [P, n, in]
@@ -275,7 +263,7 @@ def quantised(axis: ProbeAxis, site: Site, x: torch.Tensor) -> torch.Tensor:
 
 
 def _in_slabs(
-    axis: ProbeAxis, weight: Trained, bias: Trained | None, module: Any, xs: torch.Tensor
+    axis: Scratch, weight: Trained, bias: Trained | None, module: Any, xs: torch.Tensor
 ) -> torch.Tensor:
     """`_product` of a matrix too large for the scratch, some of its rows (columns of y) at a time; [P, n, out]."""
     y = xs.new_empty(*xs.shape[:2], weight.stored.shape[0])
@@ -300,7 +288,7 @@ def _in_slabs(
     return y
 
 
-def embedding(axis: ProbeAxis, site: Site, input: torch.Tensor) -> torch.Tensor:
+def embedding(axis: Scratch, site: Site, input: torch.Tensor) -> torch.Tensor:
     """Rows of W + s_p Z for each probe's own ids: noise is made for the gathered rows only.
 
     A table of far fewer rows than are asked for (a prompt, once for every example) is made whole, once a probe.
@@ -318,27 +306,6 @@ def embedding(axis: ProbeAxis, site: Site, input: torch.Tensor) -> torch.Tensor:
     return rows.view(*input.shape, -1)
 
 
-def slab_rows(t: Trained) -> int:
-    """Rows of a matrix whose probes are made at one time: SLAB bytes of one probe, from a multiple of PART on."""
-    width = t.stored.shape[1]
-    unit = PART // math.gcd(width, PART)
-    return max(unit, SLAB // (width * t.compute.itemsize) // unit * unit)
-
-
-def part(x: torch.Tensor, rows: slice) -> torch.Tensor:
-    return x if rows == slice(None) else x[rows]
-
-
-def start(x: torch.Tensor, rows: slice) -> int:
-    """The index, in all of x, of the first element of these rows."""
-    return (rows.start or 0) * math.prod(x.shape[1:])
-
-
-def nbytes(t: Trained) -> int:
-    """Scratch that one probe of a tensor takes."""
-    return -(-t.stored.numel() * t.compute.itemsize // 64) * 64  # each tensor starts on a cache line
-
-
 def scratch_bytes(sites: Sequence[Site]) -> int:
     """Bytes for two probes of any site's tensors and, next to them, one of every site that runs within it."""
     own = {s.module: 0 if fast(s) is embedding else sum(_scratch(s, t) for t in s.trained) for s in sites}
@@ -353,31 +320,10 @@ def scratch_bytes(sites: Sequence[Site]) -> int:
     return max((2 * own[s.module] + within(s.module) for s in sites), default=0)
 
 
-def dense_bytes(sites: Sequence[Site], dtype: torch.dtype) -> int:
-    """Bytes that two probes of any quantised site take: its trained tensors, and its matrix written out in dtype."""
-    return max(
-        (
-            2
-            * (
-                sum(nbytes(t) for t in s.trained)
-                + s.module.in_features * s.module.out_features * dtype.itemsize
-            )
-            for s in sites
-            if isinstance(s.module, quant.QuantLinear)
-        ),
-        default=0,
-    )
-
-
 def _scratch(site: Site, t: Trained) -> int:
     """Scratch that one probe of a site's tensor takes at one time."""
     slab = in_slabs(t) and fast(site) is linear
     return slab_rows(t) * t.stored.shape[1] * t.compute.itemsize if slab else nbytes(t)
-
-
-def in_slabs(t: Trained) -> bool:
-    """Whether a linear layer makes this tensor's probes some rows at a time."""
-    return t.stored.ndim == 2 and nbytes(t) > SLAB
 
 
 def choose_compute(trained: Sequence[Trained], sites: Sequence[Site]) -> None:

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Container
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from zoft.quant import QuantLinear
+from zoft.scratch import Scratch
+from zoft.sites import Site, is_layer
 from zoft.space import Trained
-
-if TYPE_CHECKING:
-    from zoft.probe import ProbeAxis
-    from zoft.sites import Site
-
-
-def is_layer(module: nn.Module) -> bool:
-    """Whether it is peft's LoRA layer around a linear one: one site, though the modules within it read the tensors."""
-    peft = sys.modules.get("peft.tuners.lora.layer")  # loaded by whoever has made such a layer
-    return peft is not None and type(module) is peft.Linear
-
-
-def has_pair(module: nn.Module, trained: Container[int]) -> bool:
-    """Whether it is such a layer, and something of its pairs is trained; trained: ids of parameters."""
-    added = (n for n, p in module.named_parameters() if id(p) in trained) if is_layer(module) else ()
-    return any(n.startswith("lora_") for n in added)
 
 
 def pair(site: Site) -> tuple[Trained, Trained] | None:
@@ -45,7 +29,7 @@ def pair(site: Site) -> tuple[Trained, Trained] | None:
     return None if a is None or b is None or len(by_id) != 2 else (a, b)
 
 
-def lora(axis: ProbeAxis, site: Site, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def lora(axis: Scratch, site: Site, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """y_p = base(x)_p + scaling·(x_p A_pᵀ) B_pᵀ, in the dtype of the pair, for all probes in two products."""
     m: Any = site.module
     found = pair(site)

@@ -12,15 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft import compose, guards, processes, results, tracking
+from zoft import compose, console, guards, processes, results
 from zoft.config import Config
+from zoft.console import logged
 from zoft.due import due, next_stop
 from zoft.errors import UserError
 from zoft.folder import ASKED, alone, write
 from zoft.preflight import absolute, check_elastic, claim, first_look, rewarded, within
 from zoft.session import Presence, Session, as_begun, resolved_anew, steps_of
 from zoft.stop import listening
-from zoft.tracking import logged
 
 if TYPE_CHECKING:
     from zoft.encode import Example
@@ -201,7 +201,7 @@ def fit(
         "skipped": sum(r.skipped for r in s.ledger.records),
         "forwards": last * 2 * config.q * config.batch_size * config.accumulate,
         "train_seconds": round(seconds, 3),
-        "peak_memory_gb": round(tracking.peak_memory_gb(config.device), 2),
+        "peak_memory_gb": round(console.peak_memory_gb(config.device), 2),
         "before": evals[0],
         "after": evals[chosen],
     }

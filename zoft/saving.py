@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft import models
+from zoft import kind, models
 from zoft.errors import UserError
 from zoft.fingerprint import memory_of
 
@@ -49,7 +49,7 @@ def save(
         theirs = quant_other.layers(base)
         form = {"save_original_format": False} if theirs and not dequantise else {}
         how = quant_other.plain_form if dequantise else quant_other.own_form
-        with models.quiet(), how(base):
+        with kind.quiet(), how(base):
             base.save_pretrained(folder, state_dict=_cast(base, dtype, dequantise, added or {}), **form)
         if quant.layers(base) and not dequantise:
             quant_files.mark(folder, base)

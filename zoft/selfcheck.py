@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoft import sites
 from zoft.errors import UserError
 from zoft.layout import LIFT, leaves
-from zoft.probe import Probe, ProbeAxis
+from zoft.probe import ProbeAxis
+from zoft.scratch import Probe
 from zoft.sites import Found
 from zoft.space import Trained
 

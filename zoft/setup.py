@@ -14,10 +14,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import adapter_beside, adapters, distributed, fingerprint, models, quant, quant_other, recipes, space, tasks
+from zoft import (
+    adapter_beside,
+    adapters,
+    distributed,
+    fingerprint,
+    models,
+    quant,
+    quant_other,
+    recipes,
+    space,
+    tasks,
+)
 from zoft.config import ADAPTERS, SETS, Config
-from zoft.encode import Example, encode, how
+from zoft.encode import encode, how
 from zoft.errors import UserError
+from zoft.example import Example
 from zoft.method import Method
 from zoft.tasks import TaskData
 from zoft.trainer import Settings
@@ -103,10 +115,10 @@ def refuse_pattern(config: Config, method: Method) -> None:
     """Raise UserError for a pattern in `train` that fits no tensor, before weights load: by the model's shapes alone."""
     if re.fullmatch(SETS, config.train) or method.space.quantised or config.bits is not None:
         return
-    from zoft import estimate
+    from zoft.skeleton import skeleton
 
     try:
-        shapes = estimate.skeleton(config)
+        shapes = skeleton(config)
     except Exception:  # of a file or code that has no shapes without weights: seen once it is loaded
         return
     if getattr(shapes.config, "quantization_config", None) is None:

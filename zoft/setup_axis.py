@@ -10,28 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import (
-    adapters,
-    distributed,
-    models,
-    objective,
-    positions,
-    precision,
-    routes,
-    selfcheck,
-    space,
-    sparse,
-    update,
-)
+from zoft import adapters, distributed, kind, precision, routes, selfcheck, space, sparse, update
 from zoft.config import ADAPTERS, GENERATED, Config
 from zoft.data_order import picked
-from zoft.encode import Example
 from zoft.errors import UserError
 from zoft.evaluate import CALIBRATION, spread
+from zoft.example import Example
 from zoft.footprint import Live
 from zoft.frozen import FROZEN_BYTES, Row, prefix_of, rows_of
+from zoft.head import head_of
+from zoft.inplace import InPlace
 from zoft.objective import Batch, collate, losses
-from zoft.probe import InPlace, ProbeAxis
+from zoft.probe import ProbeAxis
 from zoft.setup import refuse_unquantised, say
 from zoft.sites import Found
 from zoft.space import Trained
@@ -44,9 +34,9 @@ def make(
 
     Returns (config with perturb and probes_per_forward resolved, tensors that are really trained, axis).
     """
-    models.refuse_other_kind(config.model, loaded, train[0].masked)
-    longest, known = max(e.length for e in train), positions.trained(loaded)
-    positions.refuse(loaded, longest)
+    kind.refuse_other_kind(config.model, loaded, train[0].masked)
+    longest, known = max(e.length for e in train), kind.trained_positions(loaded)
+    kind.refuse_longer_rows(loaded, longest)
     if known is not None and longest > known:
         say(
             f"max_length={config.max_length}: rows of {longest} tokens; this model was trained on at most {known}"
@@ -83,7 +73,7 @@ def make(
     config, trained, made = placed(config, loaded, selfcheck.live(trained, found), found.sites)
     if small.tokens is not None and isinstance(made, ProbeAxis):
         # Only the candidates' rows of the output matrix are ever made.
-        head = objective.head_of(loaded)
+        head = head_of(loaded)
         dense = [s for s in found.sites if s.module is not head or routes.fast(s) is None]
         made.scratch_bytes = routes.scratch_bytes(dense)
     for line in precision.weak(trained, config.eps, seed=config.seed, kind=config.noise):

@@ -13,11 +13,12 @@ from zoft import advice, distributed, objective, precision, quant
 from zoft.assemble import Parts
 from zoft.config import Config
 from zoft.data_order import batches, picked
-from zoft.encode import Example
+from zoft.example import Example
 from zoft.goal import Goal, Prompts
+from zoft.inplace import InPlace
 from zoft.ledger import Ledger
 from zoft.objective import collate, losses
-from zoft.probe import InPlace, ProbeAxis
+from zoft.probe import ProbeAxis
 from zoft.setup import say, settings
 from zoft.trainer import Trainer
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from zoft import objective
-from zoft.encode import Example
+from zoft.example import Example
+from zoft.head import _class, _gathering, _narrowed, _narrows, head_of
 
 Context = Callable[[int], AbstractContextManager] | None
 COMMON = 32  # tokens that all rows begin with, from which on they get a forward of their own
@@ -182,7 +183,7 @@ def _new(model: Any) -> Any:
         raise Unusable("outputs of frozen blocks are kept by rows")
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise Unusable("a prefix or a prompt stands before the text")
-    if not {"past_key_values", "attention_mask"} <= _takes(objective._class(model)):
+    if not {"past_key_values", "attention_mask"} <= _takes(_class(model)):
         raise Unusable("its forward takes no cache")
     from transformers import DynamicCache
 
@@ -202,19 +203,19 @@ def _forward(
     mask: int64 [R, past + K]. The cache takes the K tokens in.
     """
     rows, width = ids.shape
-    kind = objective._class(model)
+    kind = _class(model)
     extra: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
     if "position_ids" in _takes(kind):
         extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
-    head, seen = objective.head_of(model), [0]
-    narrow = tokens is not None and head is not None and objective._narrows(head)
+    head, seen = head_of(model), [0]
+    narrow = tokens is not None and head is not None and _narrows(head)
     where = where.to(ids.device)
     with ExitStack() as stack:
         stack.enter_context(context(rows) if context else nullcontext())
         if head is not None:
-            stack.enter_context(objective._gathering(head, seen, rows, width, where))
+            stack.enter_context(_gathering(head, seen, rows, width, where))
         if narrow and tokens is not None:
-            stack.enter_context(objective._narrowed(head, tokens))
+            stack.enter_context(_narrowed(head, tokens))
         output = model(input_ids=ids, attention_mask=mask, **extra)
     if cache.get_seq_length() != mask.shape[1]:
         raise Unusable(f"its cache has {cache.get_seq_length()} tokens after {mask.shape[1]}")

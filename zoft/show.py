@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from zoft.config import Config
-
-if TYPE_CHECKING:
-    from zoft.encode import Example
+from zoft.example import Example
 
 FOLD = 160  # tokens of an unscored run that are shown; of a longer one, half of them at either end
 SCORED, DIM, OFF = "\033[32m", "\033[2m", "\033[0m"

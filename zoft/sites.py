@@ -9,7 +9,8 @@ a forward.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from zoft.layout import Call, Seen, compare, look
-from zoft.routes_adapter import has_pair
 from zoft.space import Trained
 
 # Questions about a tensor that never look at its values.
@@ -285,3 +285,15 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
     elif isinstance(tree, dict):
         for x in tree.values():
             yield from _tensors(x)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether it is peft's LoRA layer around a linear one: one site, though the modules within it read the tensors."""
+    peft = sys.modules.get("peft.tuners.lora.layer")  # loaded by whoever has made such a layer
+    return peft is not None and type(module) is peft.Linear
+
+
+def has_pair(module: nn.Module, trained: Container[int]) -> bool:
+    """Whether it is such a layer, and something of its pairs is trained; trained: ids of parameters."""
+    added = (n for n, p in module.named_parameters() if id(p) in trained) if is_layer(module) else ()
+    return any(n.startswith("lora_") for n in added)

@@ -12,14 +12,14 @@ from torch import nn
 
 from zoft.config import ADAPTERS
 from zoft.errors import UserError
-from zoft.noise import Mask, tensor_id
+from zoft.kind import ADDED, after, blocks_of, own_name
+from zoft.noise.spec import Mask, tensor_id
 from zoft.quant import FLOOR, Scales
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP16_MAX = 65504.0
 # A trained set below this share of the model is kept in fp32: it costs nothing and needs no stochastic rounding.
 SMALL_SHARE = 0.02
-ADDED = re.compile(r"\.lora_|^prompt_encoder\.")  # names of the tensors that peft has added to a model
 
 
 @dataclass
@@ -100,41 +100,6 @@ def train_names(model: nn.Module, train: str) -> list[str]:
             f"train={train!r} selects no tensor of this model; use all, last-2, norms, bias, head or a pattern{hint}"
         )
     return chosen
-
-
-def own_name(name: str) -> str:
-    """The name that a tensor has in the model without an adapter in place."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-
-
-def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """(name, list) of the model's stack of blocks: its longest ModuleList of one type, by parameter count."""
-    best: tuple[int, str, nn.ModuleList] | None = None
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) <= 2:
-            size = sum(p.numel() for p in module.parameters())
-            if best is None or size > best[0]:
-                best = (size, name, module)
-    if best is None:
-        raise UserError("train=last-…: this model has no stack of blocks; name tensors by a pattern instead")
-    return best[1], best[2]
-
-
-def after(model: nn.Module, prefix: str) -> set[str]:
-    """Names of the parameters of the modules that follow the stack inside its parent (the final norm)."""
-    parent_name, _, own = prefix.rpartition(".")
-    parent = model.get_submodule(parent_name) if parent_name else model
-    embeddings = set()
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        module = getattr(model, getter, lambda: None)()
-        embeddings |= {id(p) for p in module.parameters()} if module is not None else set()
-    names, seen = set(), False
-    for child, module in parent.named_children():
-        if seen:
-            path = f"{parent_name}.{child}" if parent_name else child
-            names |= {f"{path}.{n}" for n, p in module.named_parameters() if id(p) not in embeddings}
-        seen = seen or child == own
-    return names
 
 
 def resolve_dtypes(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from zoft.noise import Mask
+from zoft.noise.spec import Mask
 from zoft.space import Trained
 
 CHUNK = 1 << 24  # numbers looked at at a time

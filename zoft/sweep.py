@@ -17,8 +17,8 @@ from zoft import compose, configured, sweep_job
 from zoft.config import Config, fields
 from zoft.errors import UserError, writing
 from zoft.folder import refuse_unwritable, write
-from zoft.stop import RESUME
 from zoft.recipes import is_page
+from zoft.stop import RESUME
 from zoft.sweep_grammar import CONFIG, Dimension, configs, product, split
 
 PLAN = "sweep.json"
@@ -103,7 +103,9 @@ def _besides(configs: Sequence[Config]) -> tuple[str, ...]:
     first = absolute(configs[0])
     reward, page = first.reward, first.recipe if is_page(first.recipe) else None
     trusted = any(c.trust_remote_code for c in configs)
-    told = [word for key, value in (("--reward", reward), ("--recipe", page)) if value for word in (key, value)]
+    told = [
+        word for key, value in (("--reward", reward), ("--recipe", page)) if value for word in (key, value)
+    ]
     return (*told, *(("trust_remote_code=true",) if trusted else ()))
 
 

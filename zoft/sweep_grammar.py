@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zoft.compose import GROUPS, names, packaged
+from zoft import recipes
+from zoft.compose import GROUPS, names
 from zoft.config import fields
 from zoft.errors import UserError
 

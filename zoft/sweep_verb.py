@@ -63,7 +63,7 @@ def run(asked: Asked, words: Sequence[str], say: Callable[[str], Any]) -> None:
 
         return say(sweep_cancel.cancel(str(asked.cancel), words))
     from zoft import sweep_view
-    from zoft.tracking import finite
+    from zoft.console import finite
 
     if way == "status":
         if asked.watch:

@@ -12,11 +12,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 from zoft import sweep, sweep_job
+from zoft.console import short
 from zoft.errors import UserError
 from zoft.folder import write
 from zoft.selection import LOWER_IS_BETTER
 from zoft.tables import aligned, csv_text
-from zoft.tracking import short
 from zoft.yamlfile import yaml_tree
 
 WATCH_SECONDS = 2.0

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 from zoft.config import NO_GRADIENT
+from zoft.console import QUIET_SECONDS, _clock, finite, logged, peak_memory_gb, short
 from zoft.errors import UserError, writing
 from zoft.folder import write
 from zoft.packages import missing
 
-QUIET_SECONDS = 10.0  # between plain lines where the output is no terminal
 LIVE_SECONDS = 0.1  # between redraws of the live line
 RECENT = 50  # steps whose mean time is the speed: a run gets faster once its frozen outputs are all there
 
@@ -175,37 +173,6 @@ class Tracker:
         return "  ".join([*parts, f"{peak_memory_gb(self.device):.2f} GB"])
 
 
-def peak_memory_gb(device: str = "cpu") -> float:
-    """Peak memory so far in GB (1e9 bytes): what a CUDA device allocated, else the process's resident set."""
-    torch = sys.modules.get("torch")  # never the one to import it
-    if device.startswith("cuda") and torch is not None:
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        # Unlike getrusage, this starts afresh with the program and not with its parent's size.
-        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="ignore").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / 1e9
-    except OSError:
-        pass
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def logged(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; what is damaged is left out, for the ledger is the run."""
-    rows = []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):  # the last line of a killed run
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
-
-
 def _mend(path: Path, next_step: int, known: Sequence[Mapping[str, Any]]) -> None:
     """Keep lines of steps before next_step and evaluations up to it; put in the steps of `known` that are missing."""
     rows = [row for row in logged(path) if row["step"] < next_step + ("eval" in row)]
@@ -231,56 +198,3 @@ def _wandb(run_dir: Path, config: Mapping[str, Any]) -> Any:
     import wandb
 
     return wandb.init(project="zoft", name=run_dir.resolve().name, dir=str(run_dir), config=dict(config))
-
-
-def finite(value: Any) -> Any:
-    """The value as JSON can hold it: null for every NaN and infinity in it."""
-    if isinstance(value, Mapping):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def short(value: Any) -> str:
-    """A number for the eye: four digits."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-@contextmanager
-def bar(text: str, total: int, stream: TextIO | None = None) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal, elsewhere a line every QUIET_SECONDS; yields did(amount of total)."""
-    stream = stream or sys.stderr
-    if stream.isatty():
-        from rich import progress
-        from rich.console import Console
-
-        columns = [
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
-            progress.TaskProgressColumn(),
-        ]
-        with progress.Progress(
-            *columns, progress.TimeRemainingColumn(), console=Console(file=stream)
-        ) as shown:
-            task = shown.add_task(text, total=total)
-            yield lambda amount: shown.advance(task, amount)
-        return
-    done, began = 0, time.monotonic()
-    said = began
-
-    def did(amount: int) -> None:
-        nonlocal done, said
-        done, now = done + amount, time.monotonic()
-        if now - said >= QUIET_SECONDS:
-            said = now
-            left = _clock((now - began) * max(0, total - done) / done)
-            print(f"{text}: {min(1.0, done / total):.0%}, ETA {left}", file=stream, flush=True)
-
-    yield did

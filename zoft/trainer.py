@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import distributed, noise, update
+from zoft import distributed, update
 from zoft.errors import UserError
 from zoft.estimator import Moment, finite, two_sided
+from zoft.inplace import InPlace
 from zoft.layout import Unfit
 from zoft.ledger import Ledger, Record
+from zoft.noise.spec import Update
 from zoft.objective import Batch, losses, mean
-from zoft.probe import InPlace, Probe, ProbeAxis
+from zoft.probe import ProbeAxis
+from zoft.scratch import Probe
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def metrics_of(record: Record, eps: float) -> dict[str, Any]:
 class Trainer:
     """Zeroth-order training of a model from losses at θ ± eps·z alone.
 
-    axis: how the model is run at a probe (probe.ProbeAxis or probe.InPlace). batches(step) -> the step's
+    axis: how the model is run at a probe (probe.ProbeAxis or inplace.InPlace). batches(step) -> the step's
     microbatches, all of which see the same directions. ledger: open for appending, it is the run; None only to replay.
     forward(model, batch) -> K numbers an example, the last of them a count. value(their totals over all examples of a
     step [P, K]) -> what is minimised [P]: an objective need be no mean of rows to see its microbatches one at a time.
@@ -90,7 +93,7 @@ class Trainer:
         # A multiplier may overflow fp32 where its losses do not.
         good = finite([*losses, *change.multipliers])
         if not good:
-            change = noise.Update(t, s.seed, (0.0,) * s.q)
+            change = Update(t, s.seed, (0.0,) * s.q)
         metrics = self.write_down(Record(t, change.multipliers, change.decay, tuple(losses), not good, lr))
         if good:  # the step is now a fact; the next reader of each tensor applies it
             self.axis.commit(change)
@@ -196,9 +199,7 @@ class Trainer:
         for record in records:
             self.axis.repeat_step(record.step, self.settings.q, self.settings.eps)
             if not record.skipped:
-                self.axis.commit(
-                    noise.Update(record.step, self.settings.seed, record.multipliers, record.decay)
-                )
+                self.axis.commit(Update(record.step, self.settings.seed, record.multipliers, record.decay))
             self.pass_by(record)
             on_step(record.step)
         self.axis.flush()

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from zoft.errors import UserError
-from zoft.noise import Update
-from zoft.noise import advance as advance_tensor
+from zoft.noise.noise import advance as advance_tensor
+from zoft.noise.spec import Update
 
 if TYPE_CHECKING:
     from zoft.space import Trained

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoft.noise import GAUSSIAN, Mask, Update, kernels, key, storage
+from zoft.noise import kernels, storage
+from zoft.noise.spec import GAUSSIAN, Mask, Update, key
 
 _CODES = {
     torch.float32: storage.FP32,

@@ -16,7 +16,7 @@ from zoft.noise.distributions import draw, halves
 from zoft.noise.intrinsics import jit
 from zoft.noise.storage import BF16, FP16, FP32, FP64, load, store, store_stochastic
 
-NOTHING = -1.0  # noise.NOTHING
+NOTHING = -1.0  # spec.NOTHING
 ALL, SMALL, CHOSEN = 0, 1, 2  # kinds of mask: none, by magnitude, at random
 
 CHUNK = (

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoft.noise import GAUSSIAN, PART, Mask, Probes, Update, key
+from zoft.noise.spec import GAUSSIAN, PART, Mask, Probes, Update, key
 from zoft.noise.triton_kernels import ALL, CHOSEN, SMALL, _pass, _pass_small, _rows
 
 PROBES_MAX = 16  # probes that one launch unrolls

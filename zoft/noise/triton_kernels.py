@@ -11,7 +11,7 @@ import os
 import triton
 import triton.language as tl
 
-from zoft.noise import NOTHING as _NOTHING
+from zoft.noise.spec import NOTHING as _NOTHING
 
 _PLAIN = ["tid", "threshold", "share", "mask0", "mask1"]  # arguments whose values no kernel is compiled for
 NOTHING = tl.constexpr(_NOTHING)

@@ -1,0 +1,185 @@
+"""Perturb, update and draw tensors under the specification (zoft.noise.spec), by the backend of their device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from zoft.noise.spec import GAUSSIAN, NOTHING, PART, RADEMACHER, Mask, Probes, Update
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+def advance(
+    theta: Tensor,
+    tid: int,
+    updates: Sequence[Update],
+    noise: str,
+    *,
+    momentum: Tensor | None = None,
+    beta: float = 0.0,
+    start: int = 0,
+    floor: float | None = None,
+    mask: Mask | None = None,
+) -> None:
+    """Apply updates to θ in place, in order, in one pass over memory.
+
+    θ <- round(decay·θ + s), s = Σ_k m_k·z_k, or with momentum: buffer <- beta·buffer + s and s = buffer
+
+    theta: contiguous, fp32, bf16, fp16 or fp64; momentum: fp32 (fp64 for fp64) of theta's shape. What is
+    no update at all (a skipped step) must not be in updates: with momentum even a no-op coasts.
+    start: theta and momentum are a contiguous part of the tensor, from this element on, a multiple of PART: the
+    bits are those of the whole. floor: what an update brings θ below is set to it, before it is rounded.
+    mask: of the tensor; by magnitude it goes with no restore, for what θ is elsewhere says nothing of θ.
+    """
+    more: dict[str, Any] = {"momentum": momentum, "beta": beta, "start": start, "floor": floor, "mask": mask}
+    perturb(theta, tid, None, (), seed=0, step=0, noise=noise, updates=updates, **more)
+
+
+def perturb(
+    theta: Tensor,
+    tid: int,
+    out: Tensor | None,
+    probes: Probes,
+    *,
+    seed: int,
+    step: int,
+    noise: str,
+    updates: Sequence[Update] = (),
+    momentum: Tensor | None = None,
+    beta: float = 0.0,
+    start: int = 0,
+    floor: float | None = None,
+    mask: Mask | None = None,
+) -> None:
+    """Apply updates to θ as `advance` does, then write every probe of it, in one pass over memory.
+
+    out[i] = cast(θ + scale_i·z_{direction_i})
+
+    probes: (direction, scale) each; out: contiguous [len(probes), *theta.shape], fp32, bf16, fp16 or fp64. Neighbouring
+    probes of one direction share one draw of it. out may be theta itself (`theta[None]`, one probe), nothing between.
+    """
+    assert noise in (GAUSSIAN, RADEMACHER), noise
+    live = tuple(_live(updates, momentum is not None and beta != 0))
+    assert theta.is_contiguous(), (theta.shape, theta.stride())
+    assert start >= 0 and start % PART == 0, start
+    if out is not None:
+        assert out.is_contiguous() and out.shape == (len(probes), *theta.shape), (
+            out.shape,
+            len(probes),
+            theta.shape,
+        )
+        assert out.device == theta.device, (out.device, theta.device)
+    else:
+        assert not probes, probes
+    if momentum is not None:
+        same = momentum.shape == theta.shape and momentum.device == theta.device and momentum.is_contiguous()
+        assert same and momentum.element_size() == max(4, theta.element_size()), (
+            momentum.shape,
+            momentum.dtype,
+        )
+    if mask is not None and mask.threshold is not None:
+        moved = out is not None and out.data_ptr() == theta.data_ptr()
+        assert not moved and not any(u.restore for u in live), (
+            "a mask by magnitude of θ that is moved in place"
+        )
+    if theta.numel() and (live or probes):
+        backend = _backend(theta.device.type)
+        backend.perturb(
+            theta, tid, out, tuple(probes), seed, step, noise, live, momentum, beta, start, floor, mask
+        )
+
+
+def _live(updates: Sequence[Update], coasts: bool) -> Iterator[Update]:
+    """Updates that change something; where only the restore is left of one, it is marked as NOTHING else."""
+    for u in updates:
+        if not u.is_nothing and (coasts or u.decay != 1 or any(u.multipliers)):
+            yield u
+        elif u.restore:
+            yield replace(u, decay=NOTHING)
+
+
+def gather(
+    theta: Tensor,
+    tid: int,
+    rows: Tensor,
+    out: Tensor,
+    direction: int,
+    scale: float,
+    *,
+    seed: int,
+    step: int,
+    noise: str,
+    start: int = 0,
+    mask: Mask | None = None,
+) -> None:
+    """Rows of one probe, with noise made for these rows only.
+
+    out[n] = cast(θ[rows[n]] + scale·z[rows[n]])
+
+    theta: contiguous [R, ...]; rows: int64 [N], each in [0, R); out: contiguous [N, ...]. IndexError for other rows on
+    a CPU; a GPU does not look. start, mask: as in `advance`.
+    """
+    assert noise in (GAUSSIAN, RADEMACHER), noise
+    assert theta.is_contiguous() and out.is_contiguous() and rows.ndim == 1, (
+        theta.stride(),
+        out.stride(),
+        rows.shape,
+    )
+    assert out.shape == (len(rows), *theta.shape[1:]), (out.shape, rows.shape, theta.shape)
+    assert theta.device == rows.device == out.device, (theta.device, rows.device, out.device)
+    assert start >= 0 and start % PART == 0, start
+    if out.numel():
+        _backend(theta.device.type).gather(
+            theta, tid, rows.contiguous(), out, direction, scale, seed, step, noise, start, mask
+        )
+
+
+def direction(
+    shape: Sequence[int],
+    tid: int,
+    *,
+    seed: int,
+    step: int,
+    direction: int,
+    noise: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """z itself: a new tensor of that shape, device and dtype (None: fp32)."""
+    import torch
+
+    assert noise in (GAUSSIAN, RADEMACHER), noise
+    out = torch.empty(tuple(shape), dtype=dtype or torch.float32, device=device)
+    if out.numel():
+        _backend(out.device.type).direction(out, tid, seed, step, direction, noise)
+    return out
+
+
+def moving(theta: Tensor, tid: int, mask: Mask | None, start: int = 0) -> Tensor:
+    """Which elements the mask lets move: bool, of theta's shape. start: as in `advance`."""
+    import torch
+
+    if mask is None:
+        return torch.ones_like(theta, dtype=torch.bool)
+    if mask.threshold is not None:
+        size = theta.abs()  # a 16-bit tensor would be compared with the threshold rounded to 16 bits
+        return (size.float() if size.itemsize < 4 else size) <= mask.threshold
+    found = torch.zeros(theta.shape, dtype=torch.float32, device=theta.device)
+    advance(found, tid, [Update(0, 0, (1.0,))], RADEMACHER, start=start, mask=mask)
+    return found != 0
+
+
+def _backend(device: str):
+    """The module that makes noise on that kind of device; imported when first needed, as both compile code."""
+    if device == "cpu":
+        from zoft.noise import cpu
+
+        return cpu
+    assert device == "cuda", f"no noise backend for device {device!r}"
+    from zoft.noise import triton
+
+    return triton

@@ -1,0 +1,130 @@
+"""Specify the noise: every random number of a step is a pure function of where it is used, on every device alike.
+
+Specification
+    Generator: Philox4x32-10 [1]. key(seed, step, k) = the first two output words for counter
+    (step mod 2³², step // 2³², k, 0x7a6f6674) and key (seed mod 2³², seed // 2³²).
+    Words of element i of a tensor: counter (c mod 2³², c // 2³², tensor_id, purpose), c and purpose as below.
+
+    gaussian (purpose 0): c = i // 8; word (i mod 8) // 2 serves an even element and the odd one after it.
+        Of a word: u = (k + ½)·2⁻¹⁶ in (0, 1), k its upper 16 bits; v = (j + ½)·2⁻¹⁶ in (-½, ½), j = int16(its lower 16);
+        z = sqrt(-2 ln u)·cos 2πv (even element), sqrt(-2 ln u)·sin 2πv (odd), as fp32, within GAUSSIAN_BOUND of that: the
+        same bits on every CPU; on a GPU within GAUSSIAN_BOUND_GPU.
+        16 bits each for u and v, not 32: half the Philox work an element, which is what limits a GPU. What it costs, all
+        exact sums over the 2³² words: |z| <= sqrt(34 ln 2) = 4.8546 (a normal z is beyond once in 830,000), never 0
+        (>= 1.8e-7), symmetric, mean 0, variance 1 - 5.29e-6 (1 - 2⁻¹⁷ ln 2), fourth moment 2.99979, P(|z| > 3) short by
+        3e-5 of it and P(|z| > 4) by 1.7e-3, the distribution function within 6.1e-7 of the normal one. 65,536 angles,
+        0.0055° apart; 65,536 radii, 2.5e-5 apart at 1 but 0.23 at the far end: 4.85, 4.62, 4.51, …
+    rademacher (purpose 0): c = i // 128, bit i mod 32 of word (i mod 128) // 32; set: +1, clear: -1. Exact.
+    rounding (purpose 1, key of direction 0): c = i // 8, half-word i mod 8, low halves first: 16 bits r.
+        to bf16: add r to the fp32 bits and drop the lower 16.
+        to fp16: s = fl(x + sign(x)·(r >> 3)·2⁻¹³·ulp(x)), ulp(x) = 2^(max(e, -14) - 10), e the exponent of |x|, fl to fp32
+        (the product is exact); then s toward zero to fp16, subnormal or not, magnitudes stop at 65504.
+        What is rounded is finite, as weights (checked when training is set up) and multipliers are (a skipped step is
+        no update): NaN and infinity have no rule here. fp32 and fp64: no rounding bits.
+
+    Update, in fp32 (fp64 for fp64 tensors, z widened), every operation rounded on its own, in this order:
+        s = m₀·z₀; s = s + m₁·z₁; …; with momentum: buffer = beta·buffer + s, s = buffer; a = θ + restore·z_last unless
+        restore is 0; a = decay·a unless decay is 1; a = a + s; with a floor a = max(a, floor); θ = round(a).
+        A multiplier of -0 counts as +0. A no-op (all multipliers 0, decay 1) writes nothing at all, unless there is a
+        momentum buffer (and beta is not 0): then it coasts like any other update.
+        decay NOTHING: no update, momentum included, whatever the multipliers.
+        Of a no-op and of NOTHING the restore remains, if it is not 0: θ = nearest(θ + restore·z_last), nearest even in
+        θ's dtype. z_last is the z of the last multiplier. In-place probing takes θ back with it, in the update's own
+        pass and rounding; a move alone is the same bits as a probe of that scale, written onto θ.
+    Probe: fl(θ + fl(scale·z)), then to out's dtype, nearest even; scale 0: θ itself.
+    Mask: an element that is left out keeps its bits: restores, decay, sums and rounding pass it over (in its s is -0, so
+        that a momentum buffer only fades), its probes are θ itself, to out's dtype.
+        by magnitude: |θ| <= threshold moves, θ as it is stored before the update, compared as it is. Several updates
+        in one pass each look anew, probes look at θ after them all: the order of steps, whatever is fused. So the
+        probes of a step and its update, which comes later and finds the same θ, have one mask.
+        at random (purpose 2, key(seed, 0, 0)): c = i // 8, half-word i mod 8, low halves first: 16 bits r; r < share
+        moves. The same at all steps; each tensor its own.
+
+[1] Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011. doi:10.1145/2063384.2063405
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+VERSION = 1  # of the specification above; a ledger can only be replayed under its own
+GAUSSIAN, RADEMACHER = "gaussian", "rademacher"
+NOTHING = -1.0  # a decay that says: no update at all, though a restore may come with it
+PART = 128  # elements that one counter serves at most: a part of a tensor starts at a multiple
+# |z - exact z| stays below, absolute:
+GAUSSIAN_BOUND = 1e-6  # on a CPU; 9.3e-7 over all words, rms 1.3e-7 (scripts/bench_noise.py --exhaustive)
+GAUSSIAN_BOUND_GPU = 5e-5  # on a GPU, with its own logarithm, sine and cosine; rms 3e-7
+
+Probes = Sequence[tuple[int, float]]
+
+
+class Mask(NamedTuple):
+    """Which elements of a tensor move: those with |θ| <= threshold (an fp32 value), or a fixed random share of 2¹⁶."""
+
+    threshold: float | None = None
+    seed: int = 0
+    share: int = 0
+
+
+_MASK = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Update:
+    """One committed step, exactly what the ledger records: θ <- round(decay·θ + Σ_k multipliers[k]·z_k).
+
+    multipliers: fp32 values, one a direction; decay: fp32 value; seed, step: which directions. restore: the scale, fp32,
+    by which the last direction's z is added to θ first (in-place probing); with decay NOTHING that is all there is.
+    """
+
+    step: int
+    seed: int
+    multipliers: tuple[float, ...]
+    decay: float = 1.0
+    restore: float = 0.0
+
+    def __post_init__(self) -> None:
+        assert self.multipliers or not self.restore, "restore: along no direction"
+
+    @property
+    def is_noop(self) -> bool:
+        """True if by itself it changes nothing: without momentum it writes nothing (-0.0 and NaN payloads survive)."""
+        return self.restore == 0 and (self.is_nothing or (self.decay == 1 and not any(self.multipliers)))
+
+    @property
+    def is_nothing(self) -> bool:
+        """True if it is no update: a move of θ by its restore, or not even that."""
+        return self.decay == NOTHING
+
+
+def move(seed: int, step: int, direction: int, scale: float) -> Update:
+    """θ <- nearest(θ + scale·z_direction), as an entry among updates."""
+    return Update(step, seed, (0.0,) * (direction + 1), NOTHING, scale)
+
+
+def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Philox4x32-10 of one counter: four uint32 words. Source: [1] above."""
+    a, b, c, d = counter
+    p, q = key
+    for _ in range(10):
+        x, y = 0xD2511F53 * a, 0xCD9E8D57 * c
+        a, b, c, d = (y >> 32) ^ b ^ p, y & _MASK, (x >> 32) ^ d ^ q, x & _MASK
+        p, q = (p + 0x9E3779B9) & _MASK, (q + 0xBB67AE85) & _MASK
+    return a, b, c, d
+
+
+@lru_cache(maxsize=4096)
+def key(seed: int, step: int, direction: int) -> tuple[int, int]:
+    """The Philox key of one direction of one step: two uint32 words. seed and step count modulo 2⁶⁴."""
+    return philox(
+        (step & _MASK, step >> 32 & _MASK, direction, 0x7A6F6674), (seed & _MASK, seed >> 32 & _MASK)
+    )[:2]
+
+
+def tensor_id(name: str) -> int:
+    """The number of a tensor in its counters: the first 32 bits (little-endian) of SHA-256 of its canonical name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
