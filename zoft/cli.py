@@ -32,6 +32,7 @@ Source = Annotated[
     str | None, typer.Option("--config", "-c", metavar="NAME|FILE", help="A packaged config or a .yaml file.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: where it ran.")]
 
 
 def _version(wanted: bool) -> None:
@@ -230,7 +231,7 @@ def replay(
     denoise: Annotated[
         bool, typer.Option("--denoise", help="Sum in fp32, round to the run's storage once.")
     ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: where it ran.")] = None,
+    device: Device = None,
 ) -> None:
     """Rebuild a run's model from its base and its ledger, bit for bit."""
     from zoft import verbs
@@ -247,7 +248,7 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="fp32, fp16 or bf16; default: the run's save_dtype.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: where it ran.")] = None,
+    device: Device = None,
 ) -> None:
     """Write a run's model as others load it, and check it: zoft export runs/mine --merge --out mine."""
     from zoft import verbs
