@@ -51,7 +51,7 @@ def cell(args: argparse.Namespace, name: str, how: str, batch: int, tokens: int)
         rows = parts.random_rows(model, 8 * whole, tokens, padded=False)
         config, trained, axis = parts.resolved(config, model, rows)
         with Ledger.create(Path(folder) / "ledger", headers.of(config, "random weights", trained)) as ledger:
-            trainer = setup_trainer.trainer(config, model, axis, rows, ledger)
+            trainer = setup_trainer.trainer_of(config, model, axis, rows, ledger)
             # Of as many steps on every process, however fast each is.
             found = parts.timed(trainer, ledger, args.device, 1e9, args.steps)
             fingerprints = world.everyone(distributed.digest(trained))

@@ -24,10 +24,11 @@ import transformers as hf
 from bench_models import MODELS, build
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from zoft import configured, estimate, run
+from zoft import configured, estimate
 from zoft.config import Config
 from zoft.env import environment
 from zoft.space import DTYPES
+from zoft.start import train_run
 from zoft.tables import markdown
 
 DEFAULT = ["opt-125m:16x32", "opt-125m:16x256", "opt-125m:16x256:perturb=inplace", "opt-125m:8x64:q=4,probes_per_forward=8",
@@ -75,7 +76,7 @@ def measure(
     expected = estimate.estimate(config)
     release(device)
     before = _allocated(device)
-    out = run.train(_in(config, folder / f"run-{len(list(folder.iterdir()))}"))
+    out = train_run(_in(config, folder / f"run-{len(list(folder.iterdir()))}"))
     peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else 0  # result.json has it rounded
     found = {
         "case": case, "estimated_bytes": expected["peak_bytes"], "measured_bytes": peak if peak else out["peak_memory_gb"] * 1e9,

@@ -183,7 +183,7 @@ def trainer_step(
             with Ledger.create(
                 Path(folder) / "ledger", headers.of(config, "random weights", trained)
             ) as ledger:
-                trainer = setup_trainer.trainer(config, model, axis, rows, ledger)
+                trainer = setup_trainer.trainer_of(config, model, axis, rows, ledger)
                 found = timed(trainer, ledger, device, seconds, steps)
                 used = ledger.records[-1]
                 found |= {"losses": list(used.losses), "skipped": sum(r.skipped for r in ledger.records)}

@@ -14,7 +14,9 @@ import torch
 
 # A process that was forked where imports have looked for a GPU could not use it.
 CONTEXT: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-CONTEXT.set_forkserver_preload(["zoft.run", "zoft.evaluate", "zoft.distributed", "ranks_imports"])
+CONTEXT.set_forkserver_preload(
+    ["zoft.start", "zoft.run", "zoft.evaluate", "zoft.distributed", "ranks_imports"]
+)
 
 
 def make_place(folder: Path, **settings) -> Path:

@@ -16,8 +16,8 @@ from test_trainer import build, z
 from zoo import PROBES, apart, batch, make, off, twin
 
 from zoft import adapter_beside, adapters, kind, models, quant, routes, routes_adapter, saving, space
-from zoft.configured import compose
 from zoft.config import Config
+from zoft.configured import compose
 from zoft.errors import UserError
 from zoft.objective import losses
 

@@ -16,8 +16,8 @@ from zoo import PROBES, SEED, STEP, ZOO, apart, batch, make, off, twin, zoo
 
 from zoft import adapter_start, adapters, routes, routes_adapter, setup, space
 from zoft.cli import app
-from zoft.configured import compose
 from zoft.config import BY_TRAIN, Config
+from zoft.configured import compose
 from zoft.errors import UserError
 from zoft.noise import noise
 from zoft.objective import collate, losses

@@ -19,12 +19,23 @@ from typer.testing import CliRunner
 
 from zoft import __version__
 from zoft.cli import app
-from zoft.configured import load_run, names
+from zoft.compose import names
+from zoft.configured import load_run
 
 ROOT = Path(__file__).resolve().parent.parent
 # A user's scripts depend on these: a change here is a change of the interface.
 SURFACE = {
-    "train": ["--config", "--dry-run", "--help", "--nproc", "--resume", "--reward", "-c", "overrides"],
+    "train": [
+        "--config",
+        "--dry-run",
+        "--help",
+        "--nproc",
+        "--recipe",
+        "--resume",
+        "--reward",
+        "-c",
+        "overrides",
+    ],
     "eval": [
         "--config",
         "--examples",
@@ -51,6 +62,7 @@ SURFACE = {
         "--launcher",
         "--metric",
         "--plot",
+        "--recipe",
         "--results",
         "--slurm",
         "--status",
@@ -59,13 +71,13 @@ SURFACE = {
         "-c",
         "words",
     ],
-    "replay": ["--denoise", "--device", "--help", "--out", "--step", "--storage", "folder"],
+    "replay": ["--denoise", "--device", "--help", "--out", "--recipe", "--step", "--storage", "folder"],
     "ledger": ["--help", "--json", "--plot", "--verify", "folder"],
-    "export": ["--adapter", "--device", "--dtype", "--help", "--merge", "--out", "folder"],
+    "export": ["--adapter", "--device", "--dtype", "--help", "--merge", "--out", "--recipe", "folder"],
     "ls": ["--help"],
     "cp": ["--help", "dest", "name"],
-    "validate": ["--config", "--help", "-c", "overrides"],
-    "estimate": ["--config", "--help", "--json", "-c", "overrides"],
+    "validate": ["--config", "--help", "--recipe", "-c", "overrides"],
+    "estimate": ["--config", "--help", "--json", "--recipe", "-c", "overrides"],
     "data": ["--config", "--help", "--json", "-c", "-n", "overrides"],
     "keys": ["--help"],
     "env": ["--help", "--json"],

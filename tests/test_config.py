@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from zoft.configured import compose, describe, load_run, names, packaged, parse, to_yaml
+from zoft.compose import describe, names, packaged, parse, to_yaml
 from zoft.config import Config, Task, describe_keys, fields
+from zoft.configured import compose, load_run
 from zoft.errors import UserError
 
 REVIEWS = "mezo/reviews"
@@ -190,8 +191,8 @@ def test_words_of_a_file_that_are_plain(tmp_path):
         ("probes_per_forward=0", ["probes_per_forward=0", "≥ 1"]),
         ("device=gpu", ["device=gpu", "cuda:0"]),
         ("save_model=maybe", ["save_model=maybe", "true or false"]),
-        ("mask=random", ["mask=random", "recipe=sparse_mezo", "not mezo"]),
-        ("sparsity=0.5", ["sparsity=0.5", "recipe=sparse_mezo", "not mezo"]),
+        ("mask=random", ["mask=random", "recipe=sparse_mezo", "yours is mezo"]),
+        ("sparsity=0.5", ["sparsity=0.5", "recipe=sparse_mezo", "yours is mezo"]),
         ("sparsity=1", ["sparsity=1", "< 1"]),
         ("mask=magnitud", ["mask=magnitud", "did you mean magnitude?"]),
         ("task=sst", ["task=sst", "reviews"]),

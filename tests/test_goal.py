@@ -81,7 +81,7 @@ def build(tmp_path, objective, *, name="ledger", model=None, made=None, reward=V
     config = setup.dtypes(config, model, names)
     config, _, axis = setup_axis.make(config, model, space.adopt(model, names), scored)
     ledger = opened or Ledger.create(tmp_path / name, {"seed": config.seed})
-    trainer = setup_trainer.trainer(config, model, axis, scored, ledger, aim)
+    trainer = setup_trainer.trainer_of(config, model, axis, scored, ledger, aim)
     trainer.made, trainer.config = made, config
     return trainer
 

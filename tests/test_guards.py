@@ -14,8 +14,9 @@ import torch
 from test_trainer import build
 
 from zoft import advice, errors, guards, space
-from zoft.configured import compose, names
+from zoft.compose import names
 from zoft.config import Config, Task
+from zoft.configured import compose
 from zoft.errors import UserError
 from zoft.noise.spec import tensor_id
 

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from zoft import configured, launch_local, sweep_job
-from zoft.run import train
+from zoft.start import train_run as train
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "0,1", "OMP_NUM_THREADS": "1"}

@@ -62,7 +62,7 @@ def test_the_installed_zoft_works_from_any_folder(installed, tmp_path):
     assert "mezo/reviews" in run("ls").stdout
     assert run("cp", "mezo/reviews", "mine.yaml").returncode == 0
     assert "name: reviews" in run("validate", "--config", "mine.yaml").stdout
-    code = "import zoft, zoft.recipe as r; m = r.recipe('mezo'); print(zoft.__file__, m.__file__, m.__name__)"
+    code = "import sys, zoft, zoft.recipes as r; r.method_of('mezo'); m = sys.modules['zoft.recipes.mezo']; print(zoft.__file__, m.__file__, m.__name__)"
     env = {**os.environ, "PYTHONPATH": str(installed)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     found = done.stdout.split()

@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 from zoft import evaluate, goal, objective, setup, tasks
 from zoft.cli import app
-from zoft.configured import compose, names
+from zoft.compose import names
 from zoft.config import Task
+from zoft.configured import compose
 from zoft.encode import encode
 from zoft.errors import UserError
 from zoft.show import show

@@ -12,24 +12,24 @@ from safetensors.torch import load_file, save_file
 from test_replay import configured, place  # noqa: F401
 from typer.testing import CliRunner
 
-from zoft import run as runs
 from zoft.cli import app
 from zoft.compose import to_yaml
 from zoft.errors import UserError
 from zoft.folder import alone
 from zoft.preflight import DRIVERS
+from zoft.start import train_run
 
 
 def test_a_budget_of_forwards_cuts_the_steps(place):  # noqa: F811
     """(2 probes × q 2) × batch 4 × accumulate 2 = 32 forwards a step: a budget of 100 buys three steps."""
     keys = ["q=2", "batch_size=4", "accumulate=2", "save_model=false"]
-    result = runs.train(configured(place, "cut", *keys, "max_forwards=100"))
+    result = train_run(configured(place, "cut", *keys, "max_forwards=100"))
     assert result["steps"] == 3 and result["forwards"] == 96
-    assert runs.train(configured(place, "whole", *keys, "max_forwards=1000"))["steps"] == 6
+    assert train_run(configured(place, "whole", *keys, "max_forwards=1000"))["steps"] == 6
     with pytest.raises(UserError, match="a step takes 32"):
-        runs.train(configured(place, "none", *keys, "max_forwards=31"))
+        train_run(configured(place, "none", *keys, "max_forwards=31"))
     with pytest.raises(UserError, match="snapshot_every=4: more than the 3 steps"):
-        runs.train(configured(place, "none", *keys, "max_forwards=100", "snapshot_every=4"))
+        train_run(configured(place, "none", *keys, "max_forwards=100", "snapshot_every=4"))
 
 
 WITHOUT_TORCH = """

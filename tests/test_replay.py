@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 
 from zoft import base as bases
 from zoft import fingerprint, headers, ledger, models, setup_axis, shards, space, verbs
-from zoft import run as runs
-from zoft.configured import compose, load_run
 from zoft.config import Config, Task
+from zoft.configured import compose, load_run
 from zoft.errors import UserError
 from zoft.ledger import Ledger, Record
 from zoft.noise import noise
+from zoft.start import train_run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,7 +51,7 @@ def configured(place, name, *keys, model="half"):
 
 
 def train(place, name, *keys, model="half"):
-    runs.train(configured(place, name, *keys, model=model))
+    train_run(configured(place, name, *keys, model=model))
     return place / name
 
 
@@ -119,7 +119,7 @@ def test_denoised_in_the_run_resumed_and_replayed(place, tmp_path, way):
         (cut / "ledger").write_bytes(data[: len(data) - 32 * (count - kept)])
         if way == "snapshots":
             shutil.copytree(whole / "snapshots", cut / "snapshots")
-        runs.train(load_run(cut), resume=cut)
+        train_run(load_run(cut), resume=cut)
         assert bits(cut / "model") == bits(whole / "model"), kept
         assert (cut / "ledger").read_bytes() == data, kept
     verbs.replay(whole, tmp_path / "again")

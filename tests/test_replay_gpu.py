@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 from test_replay import bits, place, train  # noqa: F401 (place is a fixture)
 
 from zoft import ledger, verbs
-from zoft import run as runs
 from zoft.configured import load_run
+from zoft.start import train_run
 
 pytestmark = pytest.mark.gpu
 
@@ -48,7 +48,7 @@ def test_denoised_on_a_gpu_resumed_and_replayed(place, tmp_path, kind, storage):
         cut.mkdir()
         (cut / "config.yaml").write_text((whole / "config.yaml").read_text().replace(str(whole), str(cut)))
         (cut / "ledger").write_bytes(data[: -32 * dropped])
-        runs.train(load_run(cut), resume=cut)
+        train_run(load_run(cut), resume=cut)
         assert bits(cut / "model") == bits(whole / "model"), dropped
     verbs.replay(whole, tmp_path / "again")
     assert bits(tmp_path / "again") == bits(whole / "model")

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from zoft import report, report_runs
 from zoft.cli import app
-from zoft.configured import compose, to_yaml
+from zoft.compose import to_yaml
+from zoft.configured import compose
 
 
 def folder(place, name, seed, after=None, *, steps=20, method=None, words=(), evals=()):

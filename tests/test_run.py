@@ -9,8 +9,8 @@ from test_trainer import Portions, build, examples
 
 from zoft import estimate, models
 from zoft import run as runs
-from zoft.configured import load_run
 from zoft.config import Config, Task
+from zoft.configured import load_run
 from zoft.objective import collate
 from zoft.session import session
 

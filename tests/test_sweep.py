@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from zoft import sweep, sweep_job, sweep_plot, sweep_view
 from zoft.cli import app
-from zoft.configured import compose, load_run, to_yaml
+from zoft.compose import to_yaml
+from zoft.configured import compose, load_run
 from zoft.errors import UserError
 
 LINE = "task: {name: local, train: data.jsonl, prompt: '{text} ', label: label, choices: {a: a, b: b}}\n"

@@ -35,6 +35,7 @@ Page = Annotated[
     str | None, typer.Option("--recipe", metavar="FILE.py", help="A recipe's page of your own; runs FILE.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: where it ran.")]
 
 
 def _version(wanted: bool) -> None:
@@ -67,8 +68,9 @@ def train(
     recipe: Page = None,
 ) -> None:
     """Fine-tune a model: zoft train --config mezo/reviews lr=1e-5."""
-    from zoft import preflight, processes, results, run
+    from zoft import preflight, processes, results
     from zoft.configured import compose, load_run
+    from zoft.start import train_run
 
     code = {
         "reward": reward,
@@ -100,7 +102,7 @@ def train(
         ]
         begin = processes.start_elastic if resolved.elastic else processes.start
         raise typer.Exit(begin(nproc, ["train", *given], str(resume or resolved.output_dir)))
-    result = run.train(resolved, resume=resume, dry_run=dry_run)
+    result = train_run(resolved, resume=resume, dry_run=dry_run)
     if processes.place()[0] == 0:
         typer.echo(results.plan_text(result) if dry_run else results.summary(result))
 
@@ -239,7 +241,7 @@ def replay(
     denoise: Annotated[
         bool, typer.Option("--denoise", help="Sum in fp32, round to the run's storage once.")
     ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: where it ran.")] = None,
+    device: Device = None,
     recipe: Page = None,
 ) -> None:
     """Rebuild a run's model from its base and its ledger, bit for bit."""
@@ -259,7 +261,7 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="fp32, fp16 or bf16; default: the run's save_dtype.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: where it ran.")] = None,
+    device: Device = None,
     recipe: Page = None,
 ) -> None:
     """Write a run's model as others load it, and check it: zoft export runs/mine --merge --out mine."""

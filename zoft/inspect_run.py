@@ -14,12 +14,11 @@ from zoft.errors import UserError
 from zoft.ledger_check import header_faults, plan_of, trained_faults
 from zoft.ledger_format import Log, Record, decode
 from zoft.noise import spec
-from zoft.packages import missing
+from zoft.pictures import pyplot, refuse_other_ends
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 60  # columns of a text plot
 LISTED = 12  # events of a kind whose steps are named
-PLOTS = (".png", ".svg", ".pdf")
 
 
 def open_run(run: str | Path) -> tuple[Path, Log, int, int]:
@@ -152,20 +151,14 @@ def verify(run: str | Path) -> list[str]:
 def plot(run: str | Path, out: str | Path) -> Path:
     """Draw losses and multipliers of all steps, with skipped steps and events marked. Raises UserError."""
     out = Path(out)
-    if out.suffix not in PLOTS:
-        raise UserError(f"--plot {out}: the name must end in {', '.join(PLOTS)}")
+    refuse_other_ends("--plot", out)
     if not out.parent.is_dir():
         raise UserError(f"--plot {out}: no such folder")
     _, log, _, _ = open_run(run)
     if not log.records:
         raise UserError(f"--plot {out}: the ledger has no steps yet")
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError(missing("--plot", "matplotlib")) from None
-    matplotlib.use("Agg")
+    plt = pyplot("--plot")
     import numpy as np
-    from matplotlib import pyplot as plt
 
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 6), dpi=120, sharex=True, layout="constrained")
     losses = np.array(loss_curve(log.records))  # [steps]

@@ -10,7 +10,7 @@ from pathlib import Path
 from zoft import configured, processes, tracking
 from zoft.config import GENERATED, Config
 from zoft.errors import UserError
-from zoft.folder import refuse_unwritable
+from zoft.folder import ASKED, refuse_unwritable
 from zoft.recipes import is_page
 
 OURS = (
@@ -18,7 +18,7 @@ OURS = (
     "ledger",
     "metrics.jsonl",
     "result.json",
-    "baseline.json",
+    ASKED,
     "env.json",
     "model",
     "adapter",
@@ -61,7 +61,7 @@ def claim(folder: Path) -> None:
         )
     taken = [name for name in OURS if (folder / name).exists()]
     if taken:
-        held = "a baseline" if "baseline.json" in taken else taken[0]
+        held = "a baseline" if ASKED in taken else taken[0]
         raise UserError(f"output_dir={folder}: {held} is in the way; choose another name with output_dir=…")
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zoft.errors import UserError, writing
-from zoft.packages import missing
+from zoft.errors import writing
+from zoft.pictures import pyplot, refuse_other_ends
 from zoft.report_runs import Group
 
 COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8d6a9f", "#c98b1b", "#5c6b73", "#b5651d", "#3a7d7c")
@@ -23,15 +23,8 @@ def draw(some: Sequence[Group], metrics: Sequence[str], out: Path) -> None:
     Runs of one evaluation, as baselines are, become dashed lines across. Where no run of a group is finished, they are
     drawn as far as they are, dotted, and the legend says so.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError(missing("--png", "matplotlib")) from None
-    if out.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--png {out}: the name must end in .png, .svg or .pdf")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot("--png")
+    refuse_other_ends("--png", out)
     shown = list(metrics)[:PANELS]
     trained = any(r.losses for g in some for r in g.runs)
     count = max(1, len(shown) + trained)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft.config import GENERATED, Config
+from zoft.config import GENERATED, Config, fields
 from zoft.errors import UserError
 from zoft.ledger_format import Event
 from zoft.snapshot import file_of
@@ -125,7 +125,7 @@ def save(config: Config, folder: Path, out: Path, step: int) -> None:
 
 def check_metric(config: Config, metrics: Mapping[str, Any]) -> None:
     """Refuse a best_by that this run's evaluations do not have."""
-    if (config.keep_best or config.save_best or config.early_stop) and of_best(config, metrics) is None:
+    if chooses(config) and of_best(config, metrics) is None:
         known = [m for m in fields_of_best() if of_best(replace(config, best_by=m), metrics) is not None]
         raise UserError(
             f"best_by={config.best_by}: evaluations here have no such metric; use {', '.join(known)}"
@@ -163,6 +163,4 @@ def badness(value: float | None, metric: str) -> float:
 
 def fields_of_best() -> tuple[str, ...]:
     """The metrics that best_by may name."""
-    from zoft.config import fields
-
     return fields()["best_by"].metadata["one_of"]

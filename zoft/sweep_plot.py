@@ -8,19 +8,13 @@ from statistics import fmean
 from typing import Any
 
 from zoft.errors import UserError
-from zoft.packages import missing
+from zoft.pictures import pyplot
 from zoft.sweep_view import default_metric, grouped, results
 
 
 def plot(root: str | Path, out: str | Path, metric: str | None = None) -> str:
     """Draw the metric over the swept key with most numbers, a line a setting of the others, seeds as a range."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError(missing("--plot", "matplotlib")) from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot("--plot")
     rows = results(root)
     metric = metric or default_metric([r["after"] for r in rows])
     groups = grouped(rows, metric)

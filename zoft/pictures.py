@@ -1,0 +1,29 @@
+"""Draw pictures with matplotlib, which is an optional package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from zoft.errors import UserError
+from zoft.packages import missing
+
+ENDS = (".png", ".svg", ".pdf")
+
+
+def pyplot(option: str) -> Any:
+    """Return matplotlib's pyplot, which draws into files here. Raises UserError without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError(missing(option, "matplotlib")) from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def refuse_other_ends(option: str, out: Path) -> None:
+    """Raise UserError for a picture's name that does not end as one."""
+    if out.suffix not in ENDS:
+        raise UserError(f"{option} {out}: the name must end in {', '.join(ENDS)}")
