@@ -11,22 +11,19 @@ Differences from the paper: its algorithm compares θ with h, its text |θ|: her
 Source: Liu et al. 2024, Sparse MeZO: Less Parameters for Better Performance in Zeroth-Order LLM Fine-Tuning, arXiv 2402.15751.
 """
 
-from zoft.config import ADAPTERS, Config, fields
-from zoft.method import Method
+from zoft.method import Method, Space, is_set
 
 
-def nothing_masked(config: Config) -> str:
+def nothing_masked(config) -> str:
     """Refuse a sparsity that mask=none makes void."""
-    if config.mask == "none" and config.sparsity != fields()["sparsity"].default:
+    if config.mask == "none" and is_set(config, "sparsity"):
         return f"sparsity={config.sparsity:g}: mask=none leaves nothing out; leave one of them out"
     return ""
 
 
-def no_matrices(config: Config) -> str:
-    """Refuse adapters, whose tensors are no matrices of the model."""
-    if config.train in ADAPTERS:
-        return f"train={config.train}: recipe=sparse_mezo masks a model's own matrices; use recipe=lora_zo"
-    return ""
-
-
-METHOD = Method(mask="magnitude", keys=("mask", "sparsity"), refuses=(nothing_masked, no_matrices))
+METHOD = Method(
+    space=Space(never=("lora", "prefix", "prompt")),
+    mask="magnitude",
+    keys=("mask", "sparsity"),
+    refuses=(nothing_masked,),
+)

@@ -8,10 +8,10 @@ import tiny
 from typer.testing import CliRunner
 
 from zoft import goal, selection, tasks
+from zoft.best_by import fields_of_best, metrics_of_task
 from zoft.cli import app
 from zoft.configured import compose
 from zoft.errors import UserError
-from zoft.selection import fields_of_best
 
 BASE = compose("mezo/reviews", ["early_stop=2"])
 
@@ -124,7 +124,7 @@ def test_the_metrics_foretold_are_those_of_an_evaluation(place, monkeypatch, wor
     ]
     config = compose(None, words[1:])
     data = tasks.load(config.task)
-    told = selection.metrics(goal.resolve(config, data), data)
+    told = metrics_of_task(goal.resolve(config, data), data)
     zoft(*words)
     out = config.output_dir
     before = json.loads((place / out / "metrics.jsonl").read_text().splitlines()[0])["eval"]

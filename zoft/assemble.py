@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from zoft import goal, headers, recipes, selection, setup, setup_axis, space, tasks
+from zoft import goal, headers, recipes, setup, setup_axis, space, tasks
+from zoft.best_by import refuse_best_by
 from zoft.config import Config
 from zoft.encode import Example
 from zoft.goal import Goal
@@ -56,7 +57,7 @@ def assemble(config: Config, folder: str | Path | None = None) -> Parts:
     config = setup.device(config)
     data = tasks.load(config.task)
     config, reward = goal.resolve(config, data), goal.reward(config)
-    selection.check(config, data)
+    refuse_best_by(config, data)
     setup.refuse_pattern(config, method)
     model, tokenizer, base = setup.model(config, folder)
     train, held_out = setup.examples(config, tokenizer, data)

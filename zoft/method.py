@@ -57,6 +57,11 @@ class Method:
         return {"train": self.space.train, **self.defaults}
 
 
+def is_set(config: Config, key: str) -> bool:
+    """Say whether a key has another value than the schema's default."""
+    return getattr(config, key) != fields()[key].default
+
+
 def settle(config: Config, method: Method, owners: Mapping[str, str]) -> Config:
     """Resolve what only the method knows (mask=auto), and refuse what it does not allow.
 

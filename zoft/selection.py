@@ -7,52 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft.config import GENERATED, Config, fields
+from zoft.best_by import chooses, fields_of_best
+from zoft.config import Config
 from zoft.errors import UserError
 from zoft.ledger_format import Event
 from zoft.snapshot import file_of
 
 if TYPE_CHECKING:
     from zoft.space import Trained
-    from zoft.tasks import TaskData
 
 LOWER_IS_BETTER = ("loss", "perplexity")
 
 Evals = Mapping[int, Mapping[str, Any]]  # step -> metrics, those on the dev set as dev_…
-
-
-def chooses(config: Config) -> bool:
-    """Whether anything in this run goes by best_by."""
-    return bool(config.keep_best or config.save_best or config.early_stop)
-
-
-def check(config: Config, data: TaskData) -> None:
-    """Refuse a best_by that evaluations of this task's rows cannot have, before the model loads."""
-    if chooses(config) and config.best_by not in (known := metrics(config, data)):
-        raise UserError(
-            f"best_by={config.best_by}: evaluations of task={data.name} have no such metric; "
-            f"use {', '.join(m for m in fields_of_best() if m in known)}"
-        )
-
-
-def metrics(config: Config, data: TaskData) -> set[str]:
-    """The metrics that evaluate.figures, and the texts of a resolved objective, give of the rows that best_by goes by."""
-    from zoft.tasks import subset
-
-    rows = data.dev or subset(data.eval, config.eval_limit)
-    counts = {len(r["candidates"]) for r in [*rows, *data.train]}
-    found = {"loss"}
-    if config.objective in GENERATED:
-        found |= {"reward"} if config.objective == "reward" else {"exact_match", "f1"}
-    if data.objective == "lm":
-        found |= {"perplexity"} | ({"accuracy"} if max(len(r["candidates"]) for r in rows) > 1 else set())
-        writes = config.objective not in GENERATED and all(r.get("answers") for r in rows)
-        return found | ({"exact_match", "f1"} if writes else set())
-    found |= {"accuracy"}
-    if len(counts) == 1 and all(len(r.get("golds", ())) < 2 for r in rows):
-        found |= {"macro_f1", "calibrated_accuracy"}
-        found |= {"auc"} if counts == {2} and len({r["gold"] for r in rows}) == 2 else set()
-    return found
 
 
 def best(config: Config, evals: Evals) -> int:
@@ -159,8 +125,3 @@ def badness(value: float | None, metric: str) -> float:
     if value is None or value != value:
         return float("inf")
     return value if metric in LOWER_IS_BETTER else -value
-
-
-def fields_of_best() -> tuple[str, ...]:
-    """The metrics that best_by may name."""
-    return fields()["best_by"].metadata["one_of"]
