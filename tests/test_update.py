@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from zoft.errors import UserError
-from zoft.estimator import finite
+from zoft.estimators.estimator import finite
 from zoft.noise import Update, direction, tensor_id
 from zoft.space import Trained
 from zoft.update import advance, decay_is_lost, due, lr_at, make_update, mark

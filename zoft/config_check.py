@@ -42,6 +42,8 @@ def check(config: Config) -> Config:
         raise UserError(f"warmup={config.warmup:g}: give whole steps, or a fraction below 1 of all steps")
     _check_snapshots(config)
     _check_mask(config)
+    if config.estimator == "auto":
+        config.estimator = "two_sided"
     if config.warmup > config.steps:
         raise UserError(f"warmup={config.warmup:g}: must not exceed steps={config.steps}")
     if re.fullmatch(r"last-0+", config.train):

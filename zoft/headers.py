@@ -12,7 +12,7 @@ import torch
 
 from zoft import __version__, adapters, noise, space
 from zoft.config import ADAPTERS, Config
-from zoft.config_digest import digests
+from zoft.config_digest import LATER, digests
 from zoft.encode import Example
 from zoft.space import Trained
 
@@ -41,6 +41,8 @@ def of(
     """The ledger's header: what the run is, all that replay needs beside the base, and how the run was made."""
     tensors = {t.name: [t.id, list(t.stored.shape), short(t.stored.dtype)] for t in trained}
     known = {k: getattr(config, k) for k in PLAN}
+    if config.estimator not in LATER["estimator"]:
+        known["estimator"] = config.estimator
     if config.train in ADAPTERS:
         known["adapter"] = adapters.fingerprint(trained)
     found: dict[str, Any] = {
@@ -71,5 +73,6 @@ def data_digest(train: Sequence[Example]) -> str:
 
 
 def with_plan(config: Config, found: Mapping[str, Any]) -> Config:
-    """The config with the plan that a ledger was written under."""
-    return replace(config, **{k: found[k] for k in PLAN if k in found})
+    """Return the config with the plan that a ledger was written under."""
+    plan = {k: found[k] for k in PLAN if k in found}
+    return replace(config, **plan, estimator=found.get("estimator", "two_sided"))

@@ -11,21 +11,14 @@ import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from zoft import noise, routes, update
+from zoft.estimators.estimator import Probe
 from zoft.sites import Site
 from zoft.space import Trained
-
-
-class Probe(NamedTuple):
-    """One evaluation point θ + scale·z_direction."""
-
-    direction: int
-    scale: float
-
 
 PENDING_MAX = 64  # a tensor that no forward reads is brought up to date at least this often
 CLEAN = (Probe(0, 0.0),)  # θ itself: no noise is made for a scale of 0
@@ -138,8 +131,8 @@ class ProbeAxis:
             update.advance(t, self.updates, self.kind, self.beta)
         self.updates.clear()
 
-    def repeat_step(self, step: int, q: int, eps: float) -> None:
-        """What a step's forwards do to θ, for replay: nothing."""
+    def repeat_step(self, step: int, probes: Sequence[Probe]) -> None:
+        """Repeat what a step's forwards do to θ, for replay: nothing."""
 
     def groups(self) -> Iterator[tuple[int, list[Probe]]]:
         """(first index, probes) of each run of at most two probes that share a direction, hence one draw of z."""
@@ -261,7 +254,7 @@ class InPlace:
     Any module works, whatever it does with its tensors; the moves round in θ's dtype, so they do not quite
     restore it. The cycle is part of the run, and replay repeats it. Same interface as ProbeAxis.
 
-    One pass over θ a probe, two a step of one direction, each of its numbers read, worked on in registers and written:
+    One pass over θ a probe, each of its numbers read, worked on in registers and written; of a two-sided direction:
         1. the way back from the last probe of the step before, that step's update, and on to +eps;
         2. on to -eps, by -2 eps.
     The way back is part of the update and its one rounding (`noise.Update.restore`); where there is no update (between
@@ -312,11 +305,10 @@ class InPlace:
         self._go(self.step, CLEAN[0])
         self._apply()
 
-    def repeat_step(self, step: int, q: int, eps: float) -> None:
-        """The moves of a step's forwards, for replay: +eps and -2 eps for each direction."""
-        for k in range(q):
-            self._go(step, Probe(k, eps))
-            self._go(step, Probe(k, -eps))
+    def repeat_step(self, step: int, probes: Sequence[Probe]) -> None:
+        """Repeat the moves of a step's forwards, for replay: on to each probe in turn."""
+        for probe in probes:
+            self._go(step, probe)
             self._not_too_many()
 
     def _go(self, step: int, probe: Probe) -> None:

@@ -16,6 +16,8 @@ from zoft import report_names, results
 from zoft.baseline import ASKED
 from zoft.config_digest import FREE
 from zoft.errors import UserError
+from zoft.estimators.named import ESTIMATORS
+from zoft.estimators.two_sided import TWO_SIDED
 from zoft.tracking import logged
 from zoft.yamlfile import yaml_tree
 
@@ -75,7 +77,8 @@ def read(folder: Path) -> Run:
     rows = logged(folder / "metrics.jsonl")
     result = results.outcome(folder)
     steps = int(result.get("steps", flat.get("steps", 0)))
-    each = 2 * int(flat.get("q", 1)) * int(flat.get("batch_size", 1)) * int(flat.get("accumulate", 1))
+    used = ESTIMATORS.get(str(flat.get("estimator")), TWO_SIDED)
+    each = used.count(int(flat.get("q", 1))) * int(flat.get("batch_size", 1)) * int(flat.get("accumulate", 1))
     if result and steps:
         each = int(result["forwards"]) // steps
     return Run(

@@ -16,6 +16,7 @@ from zoft.config import Config
 from zoft.config_check import check_elastic
 from zoft.due import due, next_stop
 from zoft.errors import UserError
+from zoft.estimators.named import forwards_per_step
 from zoft.folder import Presence, alone, write
 from zoft.preflight import absolute, claim, first_look, rewarded, within
 from zoft.recipe import recipe
@@ -172,7 +173,7 @@ def fit(
         **several,
         "steps": last,
         "skipped": sum(r.skipped for r in s.ledger.records),
-        "forwards": last * 2 * config.q * config.batch_size * config.accumulate,
+        "forwards": last * forwards_per_step(config),
         "train_seconds": round(seconds, 3),
         "peak_memory_gb": round(tracking.peak_memory_gb(config.device), 2),
         "before": evals[0],
