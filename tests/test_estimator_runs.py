@@ -10,6 +10,7 @@ import ranks
 import tiny
 import torch
 from test_cli import zoft
+from test_noise_gpu import run_python, without_gpu
 from test_trainer import build, fp64, same_bits, weights, z
 
 from zoft import headers, preflight
@@ -19,7 +20,7 @@ from zoft.config_check import check
 from zoft.config_digest import changed, digests
 from zoft.distributed import grid
 from zoft.errors import UserError
-from zoft.estimators.estimator import Estimator, Probe
+from zoft.estimators.estimator import Estimator, Probe, rows_of
 from zoft.ledger import Ledger, read
 from zoft.objective import losses
 
@@ -274,3 +275,49 @@ def test_two_sided_runs_have_the_headers_that_they_had(tmp_path):
     assert not changed(digests(one), digests(one))
     assert headers.with_plan(plain, other).estimator == "one_sided"
     assert headers.with_plan(one, found).estimator == "two_sided"
+
+
+# ---- the end of a captured step, without a GPU -----------------------------------------------------------------------
+
+
+def close_as_the_trainer_does():
+    """Control.close, its kernel interpreted, against the eager arithmetic of Trainer.step."""
+    from zoft.control import Control
+    from zoft.estimators.named import estimator_of
+    from zoft.noise.triton_kernels import NOTHING
+    from zoft.trainer import Settings
+
+    torch.Tensor.pin_memory = lambda self: self  # nothing is sent to a device
+    for keys in KINDS.values():
+        s = Settings(**{"seed": 1, "steps": 1, "lr": 0.3, "eps": 1e-3, "q": 3, **keys})
+        e, rng = estimator_of(s), np.random.default_rng(0)
+        probes, eps = e.probes(s.q, s.eps), torch.tensor(s.eps, dtype=torch.float64)
+        control = Control(probes, s.q, s.eps, 0.0, s.seed, torch.device("cpu"))
+        control.configure(e)
+        control.rates.copy_(torch.tensor([s.lr, 0.875], dtype=torch.float64))
+        state = eps.new_tensor(e.state)
+        for step in range(4):
+            sums = torch.from_numpy(rng.normal(3.0, 1e-3, len(probes)))
+            sums[-1] = math.nan if step == 2 else sums[-1]
+            control.totals.copy_(torch.stack([sums, torch.full_like(sums, 3.0)], 1))
+            control.close()
+            c, new = e.run(sums / 3.0, s.q, eps, state)
+            record, good = control.record.tolist(), step != 2
+            state = new if good else state
+            assert torch.equal(control.state, state), (keys, step)
+            want = np.array([-s.lr * x for x in c.tolist()], np.float32)
+            rows = np.array(rows_of((sums / 3.0).tolist(), probes))
+            np.testing.assert_array_equal(record[: 2 * s.q], rows)
+            np.testing.assert_array_equal(np.float32(record[2 * s.q : 3 * s.q]), want)
+            assert bool(record[3 * s.q]) == good
+            pending = [*want.tolist(), 0.875, 1.0] if good else [0.0] * s.q + [NOTHING.value] * 2
+            assert control.master[: s.q + 2].tolist() == np.float32(pending).tolist()
+            assert control.master[control.at_beta + 1] == np.float32(s.eps)  # the way back, in place
+
+
+@without_gpu
+def test_the_end_of_a_captured_step_interpreted():
+    run_python(
+        "import test_estimator_runs as t; t.close_as_the_trainer_does()",
+        TRITON_INTERPRET="1", PYTHONWARNINGS="ignore",
+    )  # fmt: skip
