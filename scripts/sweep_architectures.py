@@ -38,7 +38,6 @@ from zoft.config import ADAPTERS, Config
 from zoft.errors import UserError
 from zoft.noise import noise
 from zoft.probe import ProbeAxis
-from zoft.scratch import Probe
 
 EPS, SEED, STEP = 1e-2, 7, 3
 PROBES = [Probe(0, EPS), Probe(0, -EPS), Probe(1, EPS), Probe(1, -EPS), Probe(1, 8 * EPS)]

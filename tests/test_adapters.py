@@ -22,7 +22,6 @@ from zoft.errors import UserError
 from zoft.noise import noise
 from zoft.objective import collate, losses
 from zoft.probe import ProbeAxis
-from zoft.scratch import Probe
 
 TRAINS = ("lora", "prefix", "prompt")
 N = 3  # virtual tokens

@@ -11,9 +11,9 @@ import ranks
 import torch
 
 from zoft import setup_trainer, update
+from zoft.estimators.estimator import rows_of
 from zoft.ledger import Ledger, read
 from zoft.noise.spec import Update
-from zoft.scratch import Probe
 from zoft.trainer import Trainer
 
 pytest.importorskip("triton")
@@ -41,7 +41,7 @@ class Ahead(CapturedTrainer):
         return totals, torch.zeros((), dtype=torch.int64)
 
     def step(self):
-        s, t, q = self.settings, self.next, self.settings.q
+        s, t = self.settings, self.next
         if self.world.size > 1 and "plain" not in vars(self):
             self.plain, self.world.exchange = self.world.exchange, self.exchange
         if self.alone_at is not None and t >= self.alone_at:
@@ -49,13 +49,13 @@ class Ahead(CapturedTrainer):
         if self.world.rank == 1 and t % 7 == 0:
             self._land_all()
         self.wishes = 0
-        probes = [Probe(k, sign * s.eps) for k in range(q) for sign in (1.0, -1.0)]
-        values = self.bend(t, self.losses_at(t, probes, self.batches(t)))
-        change = update.make_update(t, s.seed, self.scaled(values), lr=s.lr)
+        values = self.bend(t, self.losses_at(t, self.probes, self.batches(t)))
+        change = update.make_update(t, s.seed, self.estimate(values)[0], lr=s.lr)
         good = all(map(torch.isfinite, map(torch.tensor, values)))
         if good:
             self.axis.commit(Update(t, s.seed, change.multipliers, 1.0))
-        record = torch.tensor([*values, *change.multipliers, good, int(self.wishes)], dtype=torch.float64)
+        rows = rows_of(values, self.probes)
+        record = torch.tensor([*rows, *change.multipliers, good, int(self.wishes)], dtype=torch.float64)
         self.flight.append((t, s.lr, record, Done()))
         self.next = t + 1
         return self._land() if len(self.flight) > BEHIND else None
@@ -64,8 +64,6 @@ class Ahead(CapturedTrainer):
         self.axis.flush()
 
     def run(self, on_step, until=None):
-        self.axis.control = self.axis  # nothing to configure
-        self.axis.configure = lambda *args: None
         super().run(on_step, until)
 
 

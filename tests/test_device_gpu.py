@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from test_estimator_runs import MOVING
 from test_trainer import calibration, examples, same_bits, weights
 
 from zoft import adapters, layout, quant, selfcheck, space, sparse
 from zoft.config import ADAPTERS, Config
 from zoft.data_order import batch_indices
+from zoft.estimators.named import estimator_of
 from zoft.example import Example
 from zoft.inplace import InPlace
 from zoft.ledger import Ledger, Record, read
@@ -80,8 +82,15 @@ def build(
     elif how == "plain":
         axis = ProbeAxis(trained, found.sites, **common)
     else:
+        probes = estimator_of(settings).probes(settings.q, settings.eps)
         axis = DeviceAxis(
-            trained, found.sites, q=settings.q, eps=settings.eps, compute=space.DTYPES[compute], **common
+            trained,
+            found.sites,
+            q=settings.q,
+            eps=settings.eps,
+            compute=space.DTYPES[compute],
+            probes=probes,
+            **common,
         )
 
     def batches(step):
@@ -141,6 +150,24 @@ CASES = [
     (tiny.gemma2, examples, {"storage": "fp32", "compute": "bf16"}),
     (tiny.llama, examples, {"lr": 0.0, "weight_decay": 0.1}),
     (tiny.llama, examples, {"q": 3, "clip": 0.3, "meazo": 0.9}),
+    (tiny.llama, examples, {"q": 3, "estimator": "one_sided"}),
+    (
+        tiny.opt,
+        texts,
+        {"q": 2, "estimator": "one_sided", "probes_per_forward": 1, "beta": 0.9, "weight_decay": 0.1},
+    ),
+    (
+        tiny.gpt2,
+        examples,
+        {"q": 5, "estimator": "one_sided", "probes_per_forward": 6, "meazo": 0.9, "clip": 0.3},
+    ),
+    (
+        lambda: adapted("lora"),
+        examples,
+        {**PAIRS, "q": 20, "estimator": "one_sided", "probes_per_forward": 21},
+    ),
+    (lambda: tiny.llama(tie=True), texts, {"mask": "magnitude", "estimator": "one_sided", "storage": "bf16"}),
+    (tiny.llama, examples, {"q": 2, "estimator": MOVING, "accumulate": 2}),
     (tiny.llama, examples, {"inplace": True, "storage": "bf16"}),
     (tiny.opt, texts, {"inplace": True, "storage": "fp16", "q": 3, "weight_decay": 0.1, "beta": 0.9}),
     (
@@ -213,10 +240,19 @@ def test_against_the_plain_probe_axis(tmp_path, storage, compute):
         np.testing.assert_allclose(values[0], values[1], rtol=tolerance)
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-def test_resume_and_replay_end_with_the_same_bits(tmp_path, inplace):
-    def build(*args, **more):
-        return make_trainer(*args, inplace=inplace, storage="fp16", **more)
+@pytest.mark.parametrize(
+    "inplace,more",
+    [
+        (False, {}),
+        (True, {}),
+        (False, {"estimator": "one_sided", "q": 3}),
+        (False, {"estimator": "one_sided", "q": 3, "meazo": 0.9}),
+        (False, {"estimator": MOVING, "q": 3}),
+    ],
+)
+def test_resume_and_replay_end_with_the_same_bits(tmp_path, inplace, more):
+    def build(*args, **rest):
+        return make_trainer(*args, inplace=inplace, storage="fp16", **more, **rest)
 
     whole = build(tmp_path / "whole", tiny.opt, "captured", data=examples(), beta=0.9)
     whole.run()
@@ -354,3 +390,46 @@ def test_norm_kernel(kind, dtype):
             want = norms.reference(x[2 * p : 2 * p + 2], w[p], None if bias is None else bias[p], 1e-5, kind)
             got = y[2 * p : 2 * p + 2].double()
             assert float((got - want).norm() / want.norm()) < (1e-6 if dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("keys", [{}, {"clip": 0.5}, {"meazo": 0.9}, {"meazo": 0.9, "clip": 0.5}])
+@pytest.mark.parametrize("name", ["two_sided", "one_sided"])
+def test_estimators_give_the_same_bits_on_both_devices(name, keys):
+    for q in (1, 2, 3, 7, 66):
+        settings = Settings(seed=0, steps=1, lr=1.0, eps=1e-3, q=q, estimator=name, **keys)
+        e, ends = estimator_of(settings), []
+        for place in ("cpu", "cuda"):
+            rng, eps = np.random.default_rng(q), torch.tensor(1e-3, dtype=torch.float64, device=place)
+            state, found = eps.new_tensor(e.state), []
+            for _ in range(5):
+                losses = torch.from_numpy(rng.normal(2.0, 1e-3, e.count(q))).to(place)
+                c, state = e.run(losses, q, eps, state)
+                found += [*c.tolist(), *state.tolist()]
+            ends.append(found)
+        assert ends[0] == ends[1], q
+
+
+def test_in_place_one_sided_runs_are_eager_and_replay(tmp_path):
+    from zoft import setup_axis
+
+    ends, batch = [], collate(examples()[:4]).to("cuda")
+    config = Config(
+        model="tiny", estimator="one_sided", q=2, eps=1e-3, lr=1e-3, device="cuda", storage="bf16", compute="bf16",
+        perturb="inplace",
+    )  # fmt: skip
+    for name in ("run", "replay"):
+        model = tiny.llama().cuda()
+        trained = space.adopt(model, space.train_names(model, "all"))
+        config, trained, axis = setup_axis.placed(config, model, trained)
+        assert type(axis) is InPlace
+        settings = Settings(
+            seed=0, steps=6, lr=1e-3, eps=1e-3, q=2, estimator="one_sided", probes_per_forward=1
+        )
+        ledger = Ledger.create(tmp_path / name, {"seed": 0})
+        trainer = Trainer(model, axis, lambda step: [batch], ledger, settings)
+        if name == "run":
+            trainer.run()
+        else:
+            trainer.replay(read(tmp_path / "run").records)
+        ends.append(weights(model))
+    assert same_bits(*ends)

@@ -284,7 +284,7 @@ def test_who_takes_over_for_a_worker_that_hangs_has_as_long_for_it(monkeypatch, 
     from types import SimpleNamespace
 
     from zoft import elastic
-    from zoft.scratch import Probe
+    from zoft.estimators.estimator import Probe
 
     monkeypatch.setattr(elastic, "PATIENCE", 2.0)
     run = elastic.ElasticTrainer.__new__(elastic.ElasticTrainer)

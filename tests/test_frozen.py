@@ -23,7 +23,6 @@ from zoft.kind import blocks_of
 from zoft.ledger import read
 from zoft.objective import collate, losses
 from zoft.probe import ProbeAxis
-from zoft.scratch import Probe
 
 MODELS = {"llama": tiny.llama, "opt": tiny.opt, "gpt2": tiny.gpt2, "bert": bert}
 PROBES = [Probe(0, 1e-2), Probe(0, -1e-2), Probe(1, 1e-2), Probe(1, -1e-2)]

@@ -11,11 +11,12 @@ from torch import nn
 from zoo import EPS, PROBES, SEED, STEP, ZOO, apart, batch, losses, make, off, twin, zoo
 
 from zoft import selfcheck, sites, space
+from zoft.estimators.estimator import Probe
 from zoft.inplace import InPlace
 from zoft.noise import noise
 from zoft.noise.spec import Update
 from zoft.probe import ProbeAxis
-from zoft.scratch import CLEAN, Probe
+from zoft.scratch import CLEAN
 
 CASES = [(name, "all") for name in ZOO] + [
     ("lora", "lora"),

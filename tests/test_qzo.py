@@ -16,12 +16,12 @@ from transformers.pytorch_utils import Conv1D
 
 from zoft import models, quant, space
 from zoft.configured import load_run
-from zoft.estimator import two_sided
+from zoft.estimators.estimator import clipped
+from zoft.estimators.two_sided import TWO_SIDED
 from zoft.ledger import Ledger, read
 from zoft.noise import noise
 from zoft.noise.spec import GAUSSIAN, RADEMACHER, Update
 from zoft.objective import losses
-from zoft.scratch import Probe
 
 
 def quantised(make=tiny.llama, bits=4, log=False, wide=False, **keys):
@@ -122,6 +122,13 @@ def test_probes_are_those_of_one_at_a_time(tmp_path):
                 values.append(trainer.losses_at(0, probes, batch))
             np.testing.assert_allclose(values[1:], [values[0]] * 2, rtol=2e-6)
             assert len({round(v, 5) for v in values[0]}) > 1
+
+
+def two_sided(losses, eps, clip=None):
+    values = torch.tensor(losses, dtype=torch.float64)
+    return (
+        clipped(TWO_SIDED, clip).coefficients(values, len(losses) // 2, torch.tensor(eps).double()).tolist()
+    )
 
 
 def test_clipping():

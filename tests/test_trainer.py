@@ -16,7 +16,6 @@ from zoft.ledger import Ledger, read
 from zoft.noise import noise
 from zoft.objective import Batch, collate, losses
 from zoft.probe import ProbeAxis
-from zoft.scratch import Probe
 from zoft.trainer import Settings, Trainer
 
 

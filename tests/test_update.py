@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from zoft.errors import UserError
-from zoft.estimator import finite
+from zoft.estimators.estimator import finite
 from zoft.noise.noise import direction
 from zoft.noise.spec import Update, tensor_id
 from zoft.space import Trained

@@ -10,7 +10,6 @@ import transformers as hf
 from zoft import selfcheck, space
 from zoft.noise import noise
 from zoft.probe import ProbeAxis
-from zoft.scratch import Probe
 
 VOCAB, SEED, STEP = 99, 11, 5
 EPS = 1e-2

@@ -15,7 +15,7 @@ from torch import nn
 from zoft import goal, headers, recipes, setup, setup_axis, space, tasks
 from zoft.best_by import refuse_best_by
 from zoft.config import Config
-from zoft.encode import Example
+from zoft.example import Example
 from zoft.goal import Goal
 from zoft.headers import agree
 from zoft.inplace import InPlace

@@ -47,6 +47,14 @@ class CapturedTrainer(Trainer):
     ) -> None:  # fmt: skip
         super().__init__(model, axis, batches, ledger, settings, forward)
         self.axis: DeviceAxis | DeviceInPlace = axis
+        assert axis.control.probes == self.probes, (
+            f"an axis made for other probes than {self.estimator.name}'s"
+        )
+        axis.control.configure(self.estimator)
+        self.eps, self.state = (
+            axis.control.eps,
+            axis.control.state,
+        )  # on the device, where a resume rebuilds it, too
         self.capture = capture
         self.shapes: dict[tuple, Shape] = {}
         self.pool = torch.cuda.graph_pool_handle() if not capture else None
@@ -84,7 +92,7 @@ class CapturedTrainer(Trainer):
         done.record()
         self.flight.append((t, lr, record, done))
         self.next = t + 1
-        self.forwards += 2 * s.q * sum(b.examples for b in batches)
+        self.forwards += len(self.probes) * sum(b.examples for b in batches)
         return self._land() if len(self.flight) > BEHIND else None
 
     def _alone(self, step: int, why: Unfit | str) -> None:
@@ -201,7 +209,7 @@ class CapturedTrainer(Trainer):
         self._land_all()  # warming up moves θ to where it is going anyway, but its losses are nobody's
         graph = torch.cuda.CUDAGraph()
         control = self.axis.control
-        moment, master = control.moment.clone(), control.still()
+        state, master = control.state.clone(), control.still()
         try:
             control.upload(self.next, 0.0, 1.0)
             self.side.wait_stream(torch.cuda.current_stream())
@@ -226,7 +234,7 @@ class CapturedTrainer(Trainer):
             return None
         finally:
             torch.cuda.current_stream().wait_stream(self.side)
-            control.moment.copy_(moment)
+            control.state.copy_(state)
             control.master.copy_(master)
             control.forget()
 
@@ -249,7 +257,6 @@ class CapturedTrainer(Trainer):
     ) -> None:
         """Steps until `until`; on return and on exceptions every step is written down and the weights are up to date."""
         self.landed: list[dict[str, Any] | None] = []
-        self.axis.control.configure(self.settings.clip, self.moment)
         try:
             while self.next < (self.settings.steps if until is None else until) and not self.halted:
                 metrics = self.step()

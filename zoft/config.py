@@ -174,9 +174,15 @@ class Config:
     )
     schedule: str = key("constant", "learning rate over the steps", one_of=("constant", "linear", "cosine"))
     warmup: float = key(0, "warm-up steps; below 1, a fraction of all steps", least=0)
+    estimator: str = key(
+        "auto",
+        "how a step's losses become its update: two_sided (the loss at θ ± eps·z of each direction, 2q forwards), one_sided "
+        "(at θ + eps·z of each and once at θ, q + 1 forwards; wants a smaller eps); auto: the recipe's, two_sided",
+        one_of=("auto", "two_sided", "one_sided"),
+    )
     clip: float | None = key(
         None,
-        "largest projected gradient (l+ - l-)/2eps that a step may use; null: any (recipe=qzo: 100)",
+        "largest projected gradient, (l+ - l-)/2eps, that a step may use; null: any (recipe=qzo: 100)",
         above=0,
     )
     meazo: float = key(
@@ -207,7 +213,9 @@ class Config:
     sparsity: float = key(
         0.75, "recipe=sparse_mezo: share of each matrix that stays as it is", least=0, below=1
     )
-    q: int = key(1, "directions a step, each probed at + and −", least=1, most=1 << 16)
+    q: int = key(
+        1, "directions a step; `estimator` says at which points each is probed", least=1, most=1 << 16
+    )
     steps: int = key(1000, "updates in all", least=1, below=1 << 32)
     batch_size: int = key(16, "examples a batch, those of all processes together", least=1, most=1 << 20)
     accumulate: int = key(1, "batches a step, under one set of directions", least=1, most=1 << 20)

@@ -18,15 +18,19 @@ FREE = ("model", "adapter", "output_dir", "device", "threads", "parallel", "elas
         "task.null_prompt")  # fmt: skip
 
 
+# Keys that came later. Ledgers of runs that have them at these values lack them, as older ledgers do.
+LATER: dict[str, tuple] = {"estimator": ("auto", "two_sided")}
+
+
 def digests(config: Config) -> dict[str, str]:
-    """A short hash of the value of each key but FREE ones."""
+    """Return a short hash of the value of each key but FREE ones, and LATER ones at their default."""
     tree = dataclasses.asdict(config)
     flat = tree | {f"task.{k}": v for k, v in tree.pop("task").items()}
     found = {}
     for name, value in flat.items():
         if name == "recipe" and value.endswith(".py"):  # its digest is in the header, wherever it is
             value = value.rpartition("/")[2]
-        if name not in FREE:
+        if name not in FREE and value not in LATER.get(name, ()):
             value = int(value) if isinstance(value, float) and value.is_integer() else value  # 0 is 0.0
             text = json.dumps(value, sort_keys=True, default=str)
             found[name] = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
@@ -34,5 +38,9 @@ def digests(config: Config) -> dict[str, str]:
 
 
 def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The keys in which two configs differ, from their `digests`; a key of another zoft, which one lacks, is none."""
-    return [k for k, value in before.items() if now.get(k, value) != value]
+    """Return the keys in which two configs differ, from their `digests`.
+
+    A key that one of them lacks is a key of another zoft, and no difference; but a LATER one is at its default there.
+    """
+    found = [k for k, value in before.items() if k not in LATER and now.get(k, value) != value]
+    return found + [k for k in LATER if before.get(k) != now.get(k)]

@@ -19,12 +19,14 @@ from torch import Tensor
 
 from zoft import norms, precision, routes_adapter
 from zoft.control import Control
+from zoft.estimators.estimator import Probe
+from zoft.estimators.two_sided import TWO_SIDED
 from zoft.noise import triton as kernels
 from zoft.noise.spec import Update
 from zoft.probe import ProbeAxis
 from zoft.quant import QuantLinear
 from zoft.routes import conv1d, fast, linear
-from zoft.scratch import Probe, part, start
+from zoft.scratch import part, start
 from zoft.sites import Site
 from zoft.space import Trained
 
@@ -37,7 +39,7 @@ class Pack:
 
     theta: Tensor  # [N]
     table: Tensor  # kernels.table_of
-    out: Tensor  # fp32 [2q, N], θ + s·z at a step's probes
+    out: Tensor  # fp32 [P, N], θ + s·z at a step's probes
     narrow: Tensor | None  # the same in 16 bits, where some tensor is probed so
     momentum: Tensor | None  # fp32 [N]
     decays: bool
@@ -51,16 +53,17 @@ class DeviceAxis(ProbeAxis):
     only some decay; norms over the last dimension run as one kernel for all probes. Outside `stepping` it is an
     ordinary probe axis.
 
-    compute: what the model computes in, which quantised layers, having no weight, do not tell.
+    compute: what the model computes in, which quantised layers, having no weight, do not tell. probes: a step's, in order;
+    two-sided ones unless given.
     """
 
     def __init__(
         self, trained: Sequence[Trained], sites: Sequence[Site], *, seed: int, kind: str, q: int, eps: float, beta: float = 0.0,
-        compute: torch.dtype = torch.float32,
+        compute: torch.dtype = torch.float32, probes: Sequence[Probe] = (),
     ) -> None:  # fmt: skip
         super().__init__(trained, sites, seed=seed, kind=kind, beta=beta)
         self.flat_device = device = self.trained[0].stored.device
-        self.control = Control(q, eps, beta, seed, device)
+        self.control = Control(probes or TWO_SIDED.probes(q, eps), q, eps, beta, seed, device)
         self.live = False
         self.ahead = False  # a step broke off after the update before it had reached every tensor
         self._done: set[int] = set()  # tensors that have the pending update, in the step under way
@@ -90,7 +93,7 @@ class DeviceAxis(ProbeAxis):
         assert all(t.mask is None and t.floor is None for t in some), [t.name for t in some]
         sizes = [t.stored.numel() for t in some]
         theta = torch.cat([t.stored.flatten() for t in some])
-        out = torch.empty(2 * self.control.q, theta.numel(), dtype=torch.float32, device=theta.device)
+        out = torch.empty(len(self.control.probes), theta.numel(), dtype=torch.float32, device=theta.device)
         width = next((self.narrow[t.id] for t in some if t.id in self.narrow), None)
         pack = Pack(
             theta, kernels.table_of(sizes, [t.id for t in some], theta.device), out,

@@ -8,15 +8,17 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from zoft.control import Control
+from zoft.estimators.two_sided import TWO_SIDED
 from zoft.inplace import InPlace
 from zoft.noise import triton as kernels
 from zoft.noise.spec import Update
-from zoft.scratch import Probe
 from zoft.space import Trained
 
 
 class DeviceInPlace(InPlace):
     """InPlace whose moves, inside `stepping`, take everything that changes from device memory; the same bits.
+
+    It knows the cycle of two-sided steps only; others run on InPlace.
 
     A step's first move goes by way of the update of the step before, whose multipliers never leave the device. Outside
     `stepping` it is an ordinary in-place policy: `land` tells it where the device has left θ.
@@ -27,7 +29,7 @@ class DeviceInPlace(InPlace):
     ) -> None:
         super().__init__(trained, seed=seed, kind=kind, beta=beta)
         self.flat_device = self.trained[0].stored.device
-        self.control = Control(q, eps, beta, seed, self.flat_device)
+        self.control = Control(TWO_SIDED.probes(q, eps), q, eps, beta, seed, self.flat_device)
         self.live = False
         self.ahead = False  # a step broke off after the update before it
 

@@ -1,7 +1,7 @@
 """Several processes, one run: each evaluates its share of a step's (probe, example) pairs, and only losses travel.
 
 The processes that `zoft train --nproc N` or torchrun started stand in a grid of parts × shards: a part has an equal run
-of a step's 2q probes, a shard a slice of each batch's examples. Sums and counts are gathered and added up in one fixed
+of a step's probes, a shard a slice of each batch's examples. Sums and counts are gathered and added up in one fixed
 order, so that all of them make the same coefficients, and from these the same weights: no weight is ever sent.
 """
 
@@ -27,6 +27,7 @@ from torch import Tensor
 from zoft import processes
 from zoft.config import Config
 from zoft.errors import UserError
+from zoft.estimators.named import probes_per_step
 from zoft.fingerprint import Stored
 from zoft.ledger import Ledger
 from zoft.ledger_format import decode
@@ -203,12 +204,12 @@ def digest(trained: Sequence[Stored]) -> str:
 def grid(config: Config, size: int) -> tuple[int, int]:
     """(parts of the probes, shards of the batches) for that many processes.
 
-    auto: as many parts as divide both 2q and the processes, shards for the rest. A process with fewer probes makes less
+    auto: as many parts as divide both the step's probes and the processes, shards for the rest. A process with fewer probes makes less
     noise and writes fewer perturbed weights besides running less; one with fewer examples only runs less, so that
     large models on small batches, where noise is most of a step, gain little from shards.
     Raises UserError where it does not come out even.
     """
-    how, probes = config.parallel, 2 * config.q
+    how, probes = config.parallel, probes_per_step(config)
     if config.perturb == "inplace" and how in ("probes", "2d"):
         raise UserError(
             f"parallel={how}: with perturb=inplace each process moves through all probes, for rounding is part of the run; "
@@ -221,7 +222,7 @@ def grid(config: Config, size: int) -> tuple[int, int]:
         if size not in both:
             raise UserError(
                 f"parallel=probes: {probes} probes a step (q={config.q}) cannot be dealt out evenly to {size} processes; "
-                "use parallel=auto, or as many processes as divide 2q"
+                f"use parallel=auto, another q, or as many processes as divide {probes}"
             )
         parts = size
     elif how == "2d":
@@ -270,9 +271,10 @@ def joined(config: Config, folder: str) -> Iterator[World]:
         if world.cuda:
             connect(world)
         _current.append(world)
+        probes = probes_per_step(config)
         how = "data" if parts == 1 else "probes" if shards == 1 else "2d"
         print(
-            f"{size} processes, parallel={how}: each has {2 * config.q // parts} of {2 * config.q} probes a step, "
+            f"{size} processes, parallel={how}: each has {probes // parts} of {probes} probes a step, "
             f"{config.batch_size / shards:g} of {config.batch_size} examples a batch",
             file=sys.stderr,
         )

@@ -27,7 +27,6 @@ from zoft.config import Config
 from zoft.errors import UserError
 from zoft.ledger import Record
 from zoft.objective import Batch
-from zoft.scratch import Probe
 from zoft.trainer import Trainer
 from zoft.wire import JOIN, VERSION, Closed, Line, address, invite, packed, pairs_of
 

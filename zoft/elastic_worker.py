@@ -107,9 +107,8 @@ def _serve(trainer: Trainer, line: Line, inbox: queue.Queue[tuple[dict | None, b
 
     from zoft import distributed
     from zoft.noise.spec import Update
-    from zoft.scratch import Probe
 
-    probes = [Probe(k, s * trainer.settings.eps) for k in range(trainer.settings.q) for s in (1.0, -1.0)]
+    probes = trainer.probes
     joined, pairs = False, 0
     with suppress(Closed):  # the run may have ended meanwhile: the inbox says so
         line.send("at", step=trainer.next)

@@ -17,6 +17,7 @@ from zoft.data_order import batch_indices
 from zoft.due import due
 from zoft.encode import encode
 from zoft.errors import UserError
+from zoft.estimators.named import probes_per_step
 from zoft.evaluate import room_of
 from zoft.example import Example
 from zoft.frozen import FROZEN_BYTES, frozen_blocks
@@ -80,7 +81,8 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
             p.data = p.data.to(compute)
 
     auto = config.probes_per_forward == "auto"
-    probes = 1 if inplace else 2 if auto else min(int(config.probes_per_forward), 2 * config.q)
+    each = probes_per_step(config)
+    probes = 1 if inplace else min(2 if auto else int(config.probes_per_forward), each)
     batch = collate([longest] * config.batch_size)
     train = _forward(model, batch.repeat(probes), notes)
     rows_each = batch.rows // config.batch_size
@@ -93,7 +95,7 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     scratch = 0 if inplace else _scratch(model, names, compute, min(probes, 2), few)
     if config.train in ADAPTERS and not inplace:
         packed = config.train == "lora" and config.device.startswith("cuda")  # device.Pack, in 32 and 16 bits
-        scratch = trained * (6 * 2 * config.q if packed else 4 * probes)
+        scratch = trained * (6 * each if packed else 4 * probes)
     if config.objective in GENERATED:
         scratch += 0 if inplace or config.hold_probe is False else sum(_held(config, model, names, compute))
         notes.append(
@@ -109,9 +111,9 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
         config.device, compute, batch.inputs["input_ids"].numel() * probes, _width(model), config.noise
     )
     usual = train.flops * _usual_width(config, rows)
-    flops = usual * share * math.ceil(2 * config.q / probes) * config.accumulate
+    flops = usual * share * math.ceil(each / probes) * config.accumulate
     flops += usual * (1 - share) / probes / config.batch_size * _met(config, rows) / config.steps
-    passes = config.q * (2 if inplace else 1)
+    passes = each if inplace else config.q
     seconds = flops / speed["flops"] + passes * trained / speed["noise"]
     # Each denoising draws all directions from the start again.
     redrawn = sum(t for t in range(config.steps + 1) if "denoise" in due(config, t))

@@ -30,6 +30,7 @@ from zoft import distributed, generate, metrics, objective
 from zoft.config import GENERATED, Config
 from zoft.encode import prompts
 from zoft.errors import UserError
+from zoft.estimators.named import forwards_per_step
 from zoft.example import Example
 from zoft.objective import Batch
 from zoft.reward import Reward, load
@@ -206,7 +207,7 @@ class Texts:
         self.reward = reward
         assert (self.reward is None) == (self.name != "reward"), (config.reward, self.name)
         self.progress: Callable[[str], Any] = lambda text: None
-        each = 2 * config.q * config.batch_size * config.accumulate  # texts of a step
+        each = forwards_per_step(config)  # texts of a step
         self.done, self.each = 0, each // distributed.current().size
 
     def forward(self, model: Any, batch: Prompts) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,9 @@ import torch
 
 from zoft import __version__, adapters, space
 from zoft.config import ADAPTERS, Config
-from zoft.config_digest import changed, digests
+from zoft.config_digest import LATER, changed, digests
 from zoft.errors import UserError
+from zoft.estimators.named import ESTIMATORS, estimator_of
 from zoft.example import Example
 from zoft.noise import spec
 from zoft.space import Trained
@@ -54,6 +55,8 @@ def of(
     """The ledger's header: what the run is, all that replay needs beside the base, and how the run was made."""
     tensors = {t.name: [t.id, list(t.stored.shape), short(t.stored.dtype)] for t in trained}
     known = {k: getattr(config, k) for k in PLAN}
+    if (name := estimator_of(config).name) not in LATER["estimator"]:
+        known["estimator"] = name
     if config.train in ADAPTERS:
         known["adapter"] = adapters.fingerprint(trained)
     found: dict[str, Any] = {
@@ -84,8 +87,11 @@ def data_digest(train: Sequence[Example]) -> str:
 
 
 def with_plan(config: Config, found: Mapping[str, Any]) -> Config:
-    """The config with the plan that a ledger was written under."""
-    return replace(config, **{k: found[k] for k in PLAN if k in found})
+    """Return the config with the plan that a ledger was written under."""
+    plan = {k: found[k] for k in PLAN if k in found}
+    named = found.get("estimator", "two_sided")
+    # One of a page of the user's own is `auto`: the page says which.
+    return replace(config, **plan, estimator=named if named in ESTIMATORS else "auto")
 
 
 def agree(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:

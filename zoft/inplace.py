@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from zoft import update
+from zoft.estimators.estimator import Probe
 from zoft.noise import noise, spec
 from zoft.noise.spec import Update
-from zoft.scratch import CLEAN, PENDING_MAX, Probe
+from zoft.scratch import CLEAN, PENDING_MAX
 from zoft.space import Trained
 
 
@@ -22,7 +23,7 @@ class InPlace:
     Any module works, whatever it does with its tensors; the moves round in θ's dtype, so they do not quite
     restore it. The cycle is part of the run, and replay repeats it. Same interface as ProbeAxis.
 
-    One pass over θ a probe, two a step of one direction, each of its numbers read, worked on in registers and written:
+    One pass over θ a probe, each of its numbers read, worked on in registers and written; of a two-sided direction:
         1. the way back from the last probe of the step before, that step's update, and on to +eps;
         2. on to -eps, by -2 eps.
     The way back is part of the update and its one rounding (`spec.Update.restore`); where there is no update (between
@@ -73,11 +74,10 @@ class InPlace:
         self._go(self.step, CLEAN[0])
         self._apply()
 
-    def repeat_step(self, step: int, q: int, eps: float) -> None:
-        """The moves of a step's forwards, for replay: +eps and -2 eps for each direction."""
-        for k in range(q):
-            self._go(step, Probe(k, eps))
-            self._go(step, Probe(k, -eps))
+    def repeat_step(self, step: int, probes: Sequence[Probe]) -> None:
+        """Repeat the moves of a step's forwards, for replay: on to each probe in turn."""
+        for probe in probes:
+            self._go(step, probe)
             self._not_too_many()
 
     def _go(self, step: int, probe: Probe) -> None:

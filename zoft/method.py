@@ -69,6 +69,8 @@ def settle(config: Config, method: Method, owners: Mapping[str, str]) -> Config:
     """
     if config.mask == "auto":
         config.mask = method.mask
+    if config.estimator == "auto" and isinstance(method.estimator, str):
+        config.estimator = method.estimator
     for key, owner in owners.items():
         value = getattr(config, key)
         if key not in method.keys and value not in ("none", method.defaults.get(key), fields()[key].default):

@@ -10,6 +10,7 @@ from pathlib import Path
 from zoft import configured, processes, tracking
 from zoft.config import GENERATED, Config
 from zoft.errors import UserError
+from zoft.estimators.named import forwards_per_step
 from zoft.folder import ASKED, refuse_unwritable
 from zoft.recipes import is_page
 
@@ -88,7 +89,7 @@ def within(config: Config) -> Config:
     """The config with as many steps as `max_forwards` allows. Raises UserError if it allows none."""
     if config.max_forwards is None:
         return config
-    each = 2 * config.q * config.batch_size * config.accumulate
+    each = forwards_per_step(config)
     steps = min(config.steps, config.max_forwards // each)
     if not steps:
         raise UserError(

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from zoft import routes, update
+from zoft.estimators.estimator import Probe
 from zoft.noise.spec import Update
-from zoft.scratch import CLEAN, PENDING_MAX, Probe, Scratch
+from zoft.scratch import CLEAN, PENDING_MAX, Scratch
 from zoft.sites import Site
 from zoft.space import Trained
 
@@ -115,8 +116,8 @@ class ProbeAxis(Scratch):
             update.advance(t, self.updates, self.kind, self.beta)
         self.updates.clear()
 
-    def repeat_step(self, step: int, q: int, eps: float) -> None:
-        """What a step's forwards do to θ, for replay: nothing."""
+    def repeat_step(self, step: int, probes: Sequence[Probe]) -> None:
+        """Repeat what a step's forwards do to θ, for replay: nothing."""
 
     def shortcut(self, site: Site) -> Callable | None:
         """A direct route for this site, or None: its own forward, once per probe."""

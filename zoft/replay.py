@@ -32,6 +32,7 @@ from zoft import (
 from zoft.base import Base
 from zoft.config import Config
 from zoft.errors import UserError
+from zoft.estimators.named import estimator_of
 from zoft.inplace import InPlace
 from zoft.ledger import Event, Log
 from zoft.noise.spec import Update
@@ -237,12 +238,13 @@ class Tensors:
             advance(t, [u for u in self.updates if u.step >= t.step], self.config, did)
             return
         c, todo = self.config, {u.step: u for u in self.updates}
+        probes = estimator_of(c).probes(c.q, c.eps)
         before = t.momentum
         axis = InPlace([t], seed=c.seed, kind=c.noise, beta=c.momentum)  # with a buffer of its own
         if before is not None and t.momentum is not None:
             t.momentum.copy_(before)
         for record in self.log.records[t.step :]:
-            axis.repeat_step(record.step, c.q, c.eps)
+            axis.repeat_step(record.step, probes)
             if record.step in todo:
                 axis.commit(todo[record.step])
             did(t.stored.numel())

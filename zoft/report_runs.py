@@ -10,9 +10,11 @@ from typing import Any
 
 from zoft import results
 from zoft.config_digest import FREE
+from zoft.console import logged
 from zoft.errors import UserError
+from zoft.estimators.named import ESTIMATORS
+from zoft.estimators.two_sided import TWO_SIDED
 from zoft.folder import ASKED
-from zoft.tracking import logged
 from zoft.yamlfile import yaml_tree
 
 METRICS = (
@@ -74,7 +76,8 @@ def read(folder: Path) -> Run:
     rows = logged(folder / "metrics.jsonl")
     result = results.outcome(folder)
     steps = int(result.get("steps", flat.get("steps", 0)))
-    each = 2 * int(flat.get("q", 1)) * int(flat.get("batch_size", 1)) * int(flat.get("accumulate", 1))
+    used = ESTIMATORS.get(str(flat.get("estimator")), TWO_SIDED)
+    each = used.count(int(flat.get("q", 1))) * int(flat.get("batch_size", 1)) * int(flat.get("accumulate", 1))
     if result and steps:
         each = int(result["forwards"]) // steps
     return Run(

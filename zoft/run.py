@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from zoft import compose, console, guards, results
 from zoft.console import logged
 from zoft.due import due, next_stop
+from zoft.estimators.named import forwards_per_step
 from zoft.folder import write
 from zoft.session import Presence, Session, as_begun, steps_of
 
@@ -127,7 +128,7 @@ def fit(
         **several,
         "steps": last,
         "skipped": sum(r.skipped for r in s.ledger.records),
-        "forwards": last * 2 * config.q * config.batch_size * config.accumulate,
+        "forwards": last * forwards_per_step(config),
         "train_seconds": round(seconds, 3),
         "peak_memory_gb": round(console.peak_memory_gb(config.device), 2),
         "before": evals[0],

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from zoft import quant, update
+from zoft.estimators.estimator import Probe
 from zoft.noise import noise
 from zoft.noise.spec import PART, Update
 from zoft.sites import Site
 from zoft.space import Trained
-
-
-class Probe(NamedTuple):
-    """One evaluation point θ + scale·z_direction."""
-
-    direction: int
-    scale: float
-
 
 PENDING_MAX = 64  # a tensor that no forward reads is brought up to date at least this often
 CLEAN = (Probe(0, 0.0),)  # θ itself: no noise is made for a scale of 0

@@ -16,7 +16,6 @@ from zoft import sites
 from zoft.errors import UserError
 from zoft.layout import LIFT, leaves
 from zoft.probe import ProbeAxis
-from zoft.scratch import Probe
 from zoft.sites import Found
 from zoft.space import Trained
 

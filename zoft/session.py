@@ -86,9 +86,11 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
 
 def steps_of(ledger: Ledger, config: Config) -> list[dict[str, Any]]:
     """The metrics of the steps that a ledger has."""
+    from zoft.estimators.named import estimator_of
     from zoft.trainer import metrics_of
 
-    return [metrics_of(record, config.eps) for record in ledger.records]
+    probes = estimator_of(config).probes(config.q, config.eps)
+    return [metrics_of(record, probes) for record in ledger.records]
 
 
 def resolved_anew(config: Config, resume: str | Path | None) -> Config:

@@ -29,6 +29,7 @@ from zoft import (
 from zoft.config import ADAPTERS, SETS, Config
 from zoft.encode import encode, how
 from zoft.errors import UserError
+from zoft.estimators.named import base_estimator
 from zoft.example import Example
 from zoft.method import Method
 from zoft.tasks import TaskData
@@ -193,7 +194,8 @@ def refuse_unquantised(config: Config, loaded: nn.Module) -> None:
 def settings(config: Config) -> Settings:
     """What the trainer needs of a resolved config."""
     names = Settings.__dataclass_fields__
-    return Settings(**{k: v for k, v in asdict(config).items() if k in names})
+    known = {k: v for k, v in asdict(config).items() if k in names}
+    return Settings(**known | {"estimator": base_estimator(config)})
 
 
 _silent = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from zoft import adapters, distributed, kind, precision, routes, selfcheck, spac
 from zoft.config import ADAPTERS, GENERATED, Config
 from zoft.data_order import picked
 from zoft.errors import UserError
+from zoft.estimators.named import estimator_of, probes_per_step
+from zoft.estimators.two_sided import TWO_SIDED
 from zoft.evaluate import CALIBRATION, spread
 from zoft.example import Example
 from zoft.footprint import Live
@@ -68,7 +71,7 @@ def make(
         say(found.note)
     auto = config.probes_per_forward == "auto"
     wanted = 2 if auto else int(config.probes_per_forward)
-    group = min(wanted, 2 * config.q) if found.stacked else 1
+    group = min(wanted, probes_per_step(config)) if found.stacked else 1
     config = replace(config, perturb="probes", probes_per_forward=group)
     config, trained, made = placed(config, loaded, selfcheck.live(trained, found), found.sites)
     if small.tokens is not None and isinstance(made, ProbeAxis):
@@ -129,11 +132,12 @@ def placed(
         say(line)
     refuse_denoise(config, trained)
     common: dict[str, Any] = {"seed": config.seed, "kind": config.noise, "beta": config.momentum}
+    probes = estimator_of(config).probes(config.q, config.eps)
     fed: dict[str, Any] = common | {"q": config.q, "eps": config.eps}
     captured = config.device.startswith("cuda") and config.storage != "fp64"
     if inplace:
         config = replace(config, probes_per_forward=1)
-        if captured:
+        if captured and probes == TWO_SIDED.probes(config.q, config.eps):  # the only cycle that is captured
             from zoft.device_inplace import DeviceInPlace
 
             return config, trained, DeviceInPlace(trained, **fed)
@@ -141,7 +145,11 @@ def placed(
     if captured:
         from zoft.device import DeviceAxis
 
-        return config, trained, DeviceAxis(trained, sites, compute=space.DTYPES[config.compute], **fed)
+        return (
+            config,
+            trained,
+            DeviceAxis(trained, sites, compute=space.DTYPES[config.compute], probes=probes, **fed),
+        )
     return config, trained, ProbeAxis(trained, sites, **common)
 
 
@@ -166,8 +174,9 @@ def refuse_denoise(config: Config, trained: Sequence[Trained]) -> None:
 def grouped(config: Config, loaded: nn.Module, made: ProbeAxis, train: Sequence[Example], room: int) -> int:
     """How many of a step's probes share a forward: as many as have their activations in `room` bytes.
 
-    All 2q, or an equal share of the directions, or 1 where not even the two of one direction fit. What a probe takes is
-    measured, on the longest examples. More probes at once gain where much is frozen, and where batches are small.
+    All of them, or equal groups of whole directions, or 1 where not even the probes of one direction fit. Where probes are
+    no multiple of the directions, the groups are as equal as can be. What a probe takes is measured, on the longest
+    examples. More probes at once gain where much is frozen, and where batches are small.
     """
     longest = sorted(train, key=lambda e: -e.length)[: config.batch_size]
     batch = collate(longest).to(config.device)
@@ -175,12 +184,19 @@ def grouped(config: Config, loaded: nn.Module, made: ProbeAxis, train: Sequence[
     with made.clean(batch.rows), Live(kept, count=False) as live:
         losses(loaded, batch)
     each = max(1, live.most - made.scratch_held())  # the scratch was allocated meanwhile
-    pairs = min(config.q, room // (2 * each))
-    if not pairs:
+    probes = probes_per_step(config)
+    shared = (
+        probes // config.q if probes % config.q == 0 else 1
+    )  # probes that share a draw of z, kept together
+    units = probes // shared
+    fit = min(units, room // (shared * each))
+    if not fit:
         return 1
-    while config.q % pairs:  # groups of one size: no small one at the end
-        pairs -= 1
-    return 2 * pairs
+    if probes % config.q:
+        return math.ceil(units / math.ceil(units / fit))
+    while units % fit:  # groups of one size: no small one at the end
+        fit -= 1
+    return shared * fit
 
 
 def held(config: Config, made: ProbeAxis | InPlace) -> Config:

@@ -13,6 +13,7 @@ from zoft import advice, distributed, objective, precision, quant
 from zoft.assemble import Parts
 from zoft.config import Config
 from zoft.data_order import batches, picked
+from zoft.estimators.named import forwards_per_step
 from zoft.example import Example
 from zoft.goal import Goal, Prompts
 from zoft.inplace import InPlace
@@ -52,7 +53,7 @@ def trainer_of(
             return [Prompts(tuple(mine(picks))) for picks in picked(config, len(train), step)]
 
     eager = goal.texts is not None or goal.value is not objective.mean
-    if eager or not config.device.startswith("cuda") or config.storage == "fp64":
+    if eager or not config.device.startswith("cuda") or type(made) in (ProbeAxis, InPlace):
         return Trainer(loaded, made, at, ledger, settings(config), goal.forward, goal.value)
     from zoft.captured import CapturedTrainer
     from zoft.device import DeviceAxis
@@ -102,5 +103,5 @@ def plan(parts: Parts) -> dict[str, Any]:
         "trained_share": numbers / total,
         "weakest_direction": weakest,
         "weakest_cosine": realised[weakest],
-        "forwards": config.steps * 2 * config.q * config.batch_size * config.accumulate,
+        "forwards": config.steps * forwards_per_step(config),
     }

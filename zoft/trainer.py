@@ -13,25 +13,29 @@ from torch import nn
 
 from zoft import distributed, update
 from zoft.errors import UserError
-from zoft.estimator import Moment, finite, two_sided
+from zoft.estimators.estimator import Estimator, finite, losses_of, projected_gradient, rows_of
+from zoft.estimators.named import estimator_of
 from zoft.inplace import InPlace
 from zoft.layout import Unfit
 from zoft.ledger import Ledger, Record
 from zoft.noise.spec import Update
 from zoft.objective import Batch, losses, mean
 from zoft.probe import ProbeAxis
-from zoft.scratch import Probe
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a step needs to know; lr and eps as in the papers, warmup in steps (or a share of them, below 1)."""
+    """What a step needs to know; lr and eps as in the papers, warmup in steps (or a share of them, below 1).
+
+    estimator: a name (estimators.named), or a value of the user's own.
+    """
 
     seed: int
     steps: int
     lr: float
     eps: float
     q: int = 1
+    estimator: str | Estimator = "auto"
     schedule: str = "constant"
     warmup: float = 0.0
     weight_decay: float = 0.0
@@ -41,21 +45,23 @@ class Settings:
     max_skipped: int = 20
 
 
-def metrics_of(record: Record, eps: float) -> dict[str, Any]:
-    """A step's line in metrics.jsonl: {step, loss: the mean over its probes, projected_gradient, lr, skipped}."""
-    loss, slope = sum(record.losses) / len(record.losses), sum(two_sided(record.losses, eps))
+def metrics_of(record: Record, probes: Sequence[Probe]) -> dict[str, Any]:
+    """Return a step's line in metrics.jsonl: {step, loss: the mean over its probes, projected_gradient, lr, skipped}."""
+    found = losses_of(record.losses, probes)  # [P]
+    loss, slope = sum(found) / len(found), projected_gradient(record, probes)
     return {
         "step": record.step, "loss": loss, "projected_gradient": slope, "lr": record.lr, "skipped": record.skipped
     }  # fmt: skip
 
 
 class Trainer:
-    """Zeroth-order training of a model from losses at θ ± eps·z alone.
+    """Zeroth-order training of a model from losses at an estimator's probes θ + s·z alone.
 
     axis: how the model is run at a probe (probe.ProbeAxis or inplace.InPlace). batches(step) -> the step's
     microbatches, all of which see the same directions. ledger: open for appending, it is the run; None only to replay.
     forward(model, batch) -> K numbers an example, the last of them a count. value(their totals over all examples of a
     step [P, K]) -> what is minimised [P]: an objective need be no mean of rows to see its microbatches one at a time.
+    state: the estimator's, fp64 [S]. It is changed in place, by steps that are not skipped.
     Source: MeZO (arXiv 2305.17333), Algorithm 1 and, for q > 1, Algorithm 2 with one batch for all directions.
     """
 
@@ -76,27 +82,32 @@ class Trainer:
         self.forwards = 0  # examples × probes so far
         self.skipped_in_a_row = 0
         self.halted = False  # a process of the run was asked to stop; all know it after the same step
-        self.moment = Moment(settings.meazo)
+        self.estimator = estimator_of(settings)
+        self.probes = self.estimator.probes(settings.q, settings.eps)  # [P]
+        self.eps = torch.tensor(settings.eps, dtype=torch.float64)
+        self.state = torch.tensor(self.estimator.state, dtype=torch.float64)
         self.world = distributed.current()
 
     def step(self) -> dict[str, Any] | None:
-        """One update of θ from 2q losses; returns its metrics, or None while they are on their way from the device.
+        """Update θ once, from the losses of the estimator's probes; returns the step's metrics, or None while they are on
+        their way from the device.
 
-        θ ← θ - lr·(Σ_k c_k·z_k + weight_decay·θ),  c_k = (l(θ + eps·z_k) - l(θ - eps·z_k)) / (2·eps·q)
+        θ ← θ - lr·(Σ_k c_k·z_k + weight_decay·θ),  c = estimator.coefficients(losses)
         """
         s, t = self.settings, self.next
-        probes = [Probe(k, sign * s.eps) for k in range(s.q) for sign in (1.0, -1.0)]  # [2q]
-        losses = self.losses_at(t, probes, self.batches(t))  # [2q]
-        coefficients = self.scaled(losses)  # [q]
+        losses = self.losses_at(t, self.probes, self.batches(t))  # [P]
+        coefficients, state = self.estimate(losses)  # [q], [S]
         lr = update.lr_at(t, lr=s.lr, steps=s.steps, schedule=s.schedule, warmup=s.warmup)
         change = update.make_update(t, s.seed, coefficients, lr=lr, weight_decay=s.weight_decay)
         # A multiplier may overflow fp32 where its losses do not.
         good = finite([*losses, *change.multipliers])
         if not good:
             change = Update(t, s.seed, (0.0,) * s.q)
-        metrics = self.write_down(Record(t, change.multipliers, change.decay, tuple(losses), not good, lr))
+        rows = rows_of(losses, self.probes)  # [2q]
+        metrics = self.write_down(Record(t, change.multipliers, change.decay, rows, not good, lr))
         if good:  # the step is now a fact; the next reader of each tensor applies it
             self.axis.commit(change)
+            self.state.copy_(state)
         self.next = t + 1
         return metrics
 
@@ -143,12 +154,11 @@ class Trainer:
         print(f"step {step}: one probe a forward from here on: {why}", file=sys.stderr, flush=True)
         self.settings = replace(self.settings, probes_per_forward=1)
 
-    def scaled(self, losses: Sequence[float]) -> list[float]:
-        """A step's coefficients [q] from its losses [2q]: clipped, and over the root of their second moment."""
-        seen = replace(self.moment)  # kept once the step turns out to be an update
-        if finite(losses):
-            seen.see(torch.tensor(losses, dtype=torch.float32).tolist(), self.settings.eps)
-        return seen.scaled(two_sided(losses, self.settings.eps, self.settings.clip))
+    def estimate(self, losses: Sequence[float]) -> tuple[list[float], torch.Tensor]:
+        """Return a step's coefficients [q] from its losses [P], and the state [S] that the estimator has after it."""
+        values = torch.tensor(losses, dtype=torch.float64, device=self.state.device)
+        coefficients, state = self.estimator.run(values, self.settings.q, self.eps, self.state)
+        return coefficients.tolist(), state
 
     def write_down(self, record: Record) -> dict[str, Any]:
         """Append a step to the ledger; returns its metrics. Raises UserError after too many skipped ones in a row."""
@@ -156,14 +166,12 @@ class Trainer:
         self.ledger.append(record)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if record.skipped else 0
         s = self.settings
-        if not record.skipped:
-            self.moment.see(self.ledger.records[-1].losses, s.eps)
         if self.skipped_in_a_row >= s.max_skipped:
             raise UserError(
                 f"lr={s.lr:g}, eps={s.eps:g}: the loss was not finite for max_skipped={s.max_skipped} steps in a row; "
                 "the weights are as before them: start again with a lower lr, or with compute=fp32"
             )
-        return metrics_of(record, s.eps)
+        return metrics_of(record, self.probes)
 
     def run(
         self, on_step: Callable[[dict[str, Any]], None] = lambda metrics: None, until: int | None = None
@@ -189,15 +197,15 @@ class Trainer:
     def pass_by(self, record: Record) -> None:
         """All that a step leaves behind outside the weights."""
         assert record.step == self.next, (record.step, self.next)
-        if not record.skipped:
-            self.moment.see(record.losses, self.settings.eps)
+        if self.estimator.state and not record.skipped:
+            self.state.copy_(self.estimate(losses_of(record.losses, self.probes))[1])
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if record.skipped else 0
         self.next += 1
 
     def replay(self, records: Sequence[Record], on_step: Callable[[int], None] = lambda step: None) -> None:
         """Repeat the updates of a ledger's records in order: θ, momentum and counters as the run had them."""
         for record in records:
-            self.axis.repeat_step(record.step, self.settings.q, self.settings.eps)
+            self.axis.repeat_step(record.step, self.probes)
             if not record.skipped:
                 self.axis.commit(Update(record.step, self.settings.seed, record.multipliers, record.decay))
             self.pass_by(record)
