@@ -39,7 +39,6 @@ def test_the_cache_has_the_name_that_the_forward_gives_it():
     assert model_calls.cache_name(around) == "past_key_values"
 
 
-@pytest.mark.compat
 @pytest.mark.parametrize("make", [tiny.llama, tiny.opt, tiny.gpt2, tiny.gemma2])
 def test_a_cache_goes_in_and_comes_out_under_that_name(make):
     model, ids = make(), torch.tensor([tiny.ids("a", "b", "no", "e")])
@@ -81,7 +80,6 @@ def test_one_entry_under_either_name():
             assert d.get("other") is None and "other" not in d
 
 
-@pytest.mark.compat
 @pytest.mark.parametrize("train", ["prefix", "prompt"])
 def test_generation_that_leaves_a_prompt_out_is_refused_in_one_line(train, monkeypatch):
     model = moved(attach(tiny.llama(), train), scale=1.0)

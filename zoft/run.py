@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft import baseline, compose, guards, processes, results, tracking
+from zoft import baseline, compose, env, guards, processes, results, tracking
 from zoft.config import Config
 from zoft.config_check import check_elastic
 from zoft.due import due, next_stop
@@ -57,6 +57,8 @@ def train(config: Config, *, resume: str | Path | None = None, dry_run: bool = F
     with listening(folder), guards.memory(config), mine:
         if writes:
             first_look(config, resume, dry_run)
+            if line := env.untested():
+                print(line, file=sys.stderr)
         from zoft import distributed
 
         with distributed.joined(config, folder):
