@@ -36,6 +36,7 @@ from torch import nn
 from zoft import adapters, selfcheck, space
 from zoft.config import ADAPTERS, Config
 from zoft.errors import UserError
+from zoft.estimators.estimator import Probe
 from zoft.noise import noise
 from zoft.probe import ProbeAxis
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -14,7 +15,21 @@ import slurm
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+COMPAT = Path(__file__).parent / "compat.txt"
+
+
+def compat():
+    """The entries of compat.txt, each a file or file::test."""
+    lines = COMPAT.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 def pytest_collection_modifyitems(items):
+    chosen = set(compat())
+    for item in items:
+        names = {item.path.name, f"{item.path.name}::{getattr(item, 'originalname', item.name)}"}
+        if chosen & names and not {"slow", "slurm"} & {*item.keywords}:
+            item.add_marker(pytest.mark.compat)
     if any("gpu" in item.keywords for item in items):
         import torch
 

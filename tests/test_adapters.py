@@ -19,6 +19,7 @@ from zoft.cli import app
 from zoft.config import BY_TRAIN, Config
 from zoft.configured import compose
 from zoft.errors import UserError
+from zoft.estimators.estimator import Probe
 from zoft.noise import noise
 from zoft.objective import collate, losses
 from zoft.probe import ProbeAxis

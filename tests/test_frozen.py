@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from zoft import adapters, data_order, evaluate, frozen, saving, selfcheck, setup, setup_axis, space
 from zoft.cli import app
 from zoft.config import Config
+from zoft.estimators.estimator import Probe
 from zoft.example import Example
 from zoft.generate import generate
 from zoft.kind import blocks_of

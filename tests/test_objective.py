@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from zoft import encode as encoding
-from zoft import objective
+from zoft import model_calls, objective
 from zoft.errors import UserError
 from zoft.example import Example
 from zoft.head import project
@@ -392,7 +392,7 @@ def test_no_forward_makes_a_cache_and_the_config_stays(name, monkeypatch, tmp_pa
     model = shrink.model("causal", name).requires_grad_(False)
     model.config.get_text_config().use_cache = True  # as every real checkpoint says
     batch, caches = objective.collate(encode(SINGLE)), []
-    handle = model.register_forward_hook(lambda m, a, out: caches.append(out.past_key_values))
+    handle = model.register_forward_hook(lambda m, a, out: caches.append(model_calls.cache_of(out)))
     model(**batch.inputs)
     objective.losses(model, batch)
     handle.remove()

@@ -8,6 +8,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import fresh
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,6 +70,12 @@ def test_the_installed_zoft_works_from_any_folder(installed, tmp_path):
     assert found[1:] == [str(installed / "zoft" / "recipes" / "mezo.py"), "zoft.recipes.mezo"], done.stderr
 
 
+@pytest.mark.slow
+def test_an_installed_wheel_trains_and_gives_its_weights_back(installed, tmp_path):
+    """With the versions at hand, outside the source tree; `make test-newest` does so with the newest."""
+    fresh.check(tmp_path, {**os.environ, "PYTHONPATH": str(installed)})
+
+
 def test_light_files_import_nothing_heavy_at_the_top():
     heavy = {
         "torch",
@@ -118,13 +125,17 @@ def test_optional_packages_are_imported_only_where_used():
 
 def test_every_install_that_resolves_is_constrained():
     """One unconstrained install would take gigabytes of CUDA on a machine without a GPU."""
-    lines = (ROOT / "Makefile").read_text().splitlines()
-    installs = [line for line in lines if re.search(r"pip install", line)]
-    assert len(installs) == 2 and all("$(CPU)" in line for line in installs)
+    text = (ROOT / "Makefile").read_text()
+    assert len(re.findall(r"pip install", text)) == 2  # both in PIP, which INSTALL constrains
+    assert len(re.findall(r"^  INSTALL = \$\(PIP\).*\$\(CPU\)$", text, re.M)) == 2
+    for line in text.splitlines():
+        assert "$(PIP)" not in line or "$(CPU)" in line or "--no-deps" in line, line
+    assert "LOCKED = $(PIP) --no-deps --require-hashes" in text
     assert "torch==" in (ROOT / "constraints" / "cpu.txt").read_text()
 
 
 def test_ci_is_executable_and_needs_only_the_checkout():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
+    assert "make test-lowest" in script.read_text() and "make test-newest\n" not in script.read_text()
     assert "make lint" in script.read_text() and "make test" in script.read_text()

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from zoft import models, quant, space
 from zoft.configured import load_run
-from zoft.estimators.estimator import clipped
+from zoft.estimators.estimator import Probe, clipped
 from zoft.estimators.two_sided import TWO_SIDED
 from zoft.ledger import Ledger, read
 from zoft.noise import noise

@@ -8,7 +8,7 @@ import tiny
 import torch
 import transformers as hf
 
-from zoft import evaluate, shared
+from zoft import evaluate, model_calls, shared
 from zoft.encode import encode
 from zoft.example import Example
 
@@ -92,12 +92,12 @@ def test_a_model_whose_cache_does_not_do_is_scored_in_plain_rows_and_it_is_said(
     want = np.array(
         [[slow(model, e, c) if c < len(e.completions) else (-np.inf, 1) for c in range(3)] for e in examples]
     )
-    inner = model.model.layers[0].self_attn.forward
+    inner, name = model.model.layers[0].self_attn.forward, model_calls.cache_name(model)
 
     def forward(*args, **kwargs):
-        if kwargs.get("past_key_values") is not None and how == "raises":
+        if kwargs.get(name) is not None and how == "raises":
             raise KeyError("no cache here")
-        return inner(*args, **{**kwargs, "past_key_values": None})
+        return inner(*args, **{**kwargs, name: None})
 
     model.model.layers[0].self_attn.forward = forward
     evaluate._say.cache_clear()

@@ -10,6 +10,7 @@ import transformers as hf
 
 from zoft import selfcheck, space, sparse
 from zoft.data_order import batch_indices
+from zoft.estimators.estimator import Probe
 from zoft.example import Example
 from zoft.inplace import InPlace
 from zoft.ledger import Ledger, read

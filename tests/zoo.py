@@ -8,6 +8,7 @@ import torch
 import transformers as hf
 
 from zoft import selfcheck, space
+from zoft.estimators.estimator import Probe
 from zoft.noise import noise
 from zoft.probe import ProbeAxis
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zoft import model_calls
 from zoft.errors import UserError
 from zoft.noise import noise
 from zoft.noise.spec import GAUSSIAN, tensor_id
@@ -20,8 +21,8 @@ from zoft.noise.spec import GAUSSIAN, tensor_id
 def keys_values(model: Any, tokens: Tensor) -> Tensor:
     """Keys and values [n, layers, 2, heads, dim] that the frozen model makes of one row of n tokens."""
     try:
-        past = model(input_ids=tokens[None], use_cache=True).past_key_values
-        pairs = [torch.stack([layer.keys[0], layer.values[0]]) for layer in past.layers]  # [2, heads, n, dim]
+        past = model_calls.cache_of(model(input_ids=tokens[None], use_cache=True))
+        pairs = [torch.stack([k[0], v[0]]) for k, v in model_calls.keys_values(past)]  # [2, heads, n, dim]
         return torch.stack(pairs).permute(3, 0, 1, 2, 4).contiguous()
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from zoft.control import Control
+from zoft.estimators.estimator import Probe
 from zoft.estimators.two_sided import TWO_SIDED
 from zoft.inplace import InPlace
 from zoft.noise import triton as kernels

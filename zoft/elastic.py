@@ -25,6 +25,7 @@ import torch
 from zoft import __version__, distributed, processes
 from zoft.config import Config
 from zoft.errors import UserError
+from zoft.estimators.estimator import Probe
 from zoft.ledger import Record
 from zoft.objective import Batch
 from zoft.trainer import Trainer

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from zoft import model_calls
 
 
 def project(
@@ -31,11 +32,11 @@ def project(
         width += front
     head = head_of(model)
     narrow = tokens is not None and head is not None and _narrows(head)
-    extra = {"use_cache": False} if _takes_use_cache(_class(model)) else {}
+    extra = {"use_cache": False} if model_calls.takes(model, "use_cache") else {}
     seen = [0]
     with ExitStack() as stack:
         stack.enter_context(uncached(model))
-        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        if model_calls.puts_before(model):
             # peft makes the mask of a prefix on the default device, and a copy from the CPU cannot be captured.
             stack.enter_context(inputs["input_ids"].device)
         if head is not None:
@@ -138,13 +139,3 @@ def prompt_columns(model: Any) -> int:
     """Columns that the model itself puts in front of each row of hidden states: its prompt."""
     settings: Any = getattr(model, "active_peft_config", None)
     return settings.num_virtual_tokens if getattr(settings, "peft_type", "") == "PROMPT_TUNING" else 0
-
-
-def _class(model: Any) -> Any:
-    return type(model.get_base_model() if hasattr(model, "get_base_model") else model)
-
-
-@functools.cache
-def _takes_use_cache(kind: Any) -> bool:
-    # The class's own forward: an instance's may have been replaced by one that takes anything.
-    return "use_cache" in inspect.signature(kind.forward).parameters

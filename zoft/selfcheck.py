@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoft import sites
 from zoft.errors import UserError
+from zoft.estimators.estimator import Probe
 from zoft.layout import LIFT, leaves
 from zoft.probe import ProbeAxis
 from zoft.sites import Found

@@ -9,8 +9,6 @@ sees what it sees in a row of its own. Whether a model's cache does this is not 
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -19,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoft import objective
+from zoft import model_calls, objective
 from zoft.example import Example
-from zoft.head import _class, _gathering, _narrowed, _narrows, head_of
+from zoft.head import _gathering, _narrowed, _narrows, head_of
 
 Context = Callable[[int], AbstractContextManager] | None
 COMMON = 32  # tokens that all rows begin with, from which on they get a forward of their own
@@ -169,8 +167,7 @@ def fault(
 def cached_tokens(model: nn.Module, example: Example, context: Context = None) -> int:
     """How many tokens' keys and values fit in CACHE_BYTES."""
     _, cache = prepare(model, [example], 1, context)
-    held = (t for layer in cache.layers for t in vars(layer).values() if isinstance(t, Tensor))
-    return CACHE_BYTES // max(1, sum(t.nbytes for t in held))
+    return CACHE_BYTES // max(1, model_calls.cache_bytes(cache))
 
 
 def _mean(total: Tensor, count: Tensor) -> Tensor:
@@ -181,18 +178,11 @@ def _mean(total: Tensor, count: Tensor) -> Tensor:
 def _new(model: Any) -> Any:
     if getattr(model, "keeps_rows", False):
         raise Unusable("outputs of frozen blocks are kept by rows")
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    if model_calls.puts_before(model):
         raise Unusable("a prefix or a prompt stands before the text")
-    if not {"past_key_values", "attention_mask"} <= _takes(_class(model)):
+    if model_calls.cache_name(model) is None or not model_calls.takes(model, "attention_mask"):
         raise Unusable("its forward takes no cache")
-    from transformers import DynamicCache
-
-    return DynamicCache(config=model.config)
-
-
-@functools.cache
-def _takes(kind: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
+    return model_calls.new_cache(model)
 
 
 def _forward(
@@ -203,9 +193,10 @@ def _forward(
     mask: int64 [R, past + K]. The cache takes the K tokens in.
     """
     rows, width = ids.shape
-    kind = _class(model)
-    extra: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
-    if "position_ids" in _takes(kind):
+    name = model_calls.cache_name(model)
+    assert name is not None, "a model without a cache"  # _new refuses one
+    extra: dict[str, Any] = {name: cache, "use_cache": True}
+    if model_calls.takes(model, "position_ids"):
         extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
     head, seen = head_of(model), [0]
     narrow = tokens is not None and head is not None and _narrows(head)
@@ -217,8 +208,11 @@ def _forward(
         if narrow and tokens is not None:
             stack.enter_context(_narrowed(head, tokens))
         output = model(input_ids=ids, attention_mask=mask, **extra)
-    if cache.get_seq_length() != mask.shape[1]:
-        raise Unusable(f"its cache has {cache.get_seq_length()} tokens after {mask.shape[1]}")
+    length = model_calls.cache_length(cache)
+    if length is None:
+        raise Unusable("its cache holds states and no tokens")
+    if length != mask.shape[1]:
+        raise Unusable(f"its cache has {length} tokens after {mask.shape[1]}")
     logits = output.logits if hasattr(output, "logits") else output[0]
     if seen[0] == 0:  # nobody gathered
         logits = logits.flatten(0, 1).index_select(0, where)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft import guards, processes, results
+from zoft import env, guards, processes, results
 from zoft.config import Config
 from zoft.errors import UserError
 from zoft.folder import ASKED, alone
@@ -51,6 +51,8 @@ def train_run(config: Config, *, resume: str | Path | None = None, dry_run: bool
     with listening(folder), guards.memory(config), mine:
         if writes:
             first_look(config, resume, dry_run)
+            if line := env.untested():
+                print(line, file=sys.stderr)
         from zoft import distributed
 
         with distributed.joined(config, folder):

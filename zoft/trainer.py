@@ -13,7 +13,7 @@ from torch import nn
 
 from zoft import distributed, update
 from zoft.errors import UserError
-from zoft.estimators.estimator import Estimator, finite, losses_of, projected_gradient, rows_of
+from zoft.estimators.estimator import Estimator, Probe, finite, losses_of, projected_gradient, rows_of
 from zoft.estimators.named import estimator_of
 from zoft.inplace import InPlace
 from zoft.layout import Unfit
