@@ -83,6 +83,7 @@ class Update:
 
     multipliers: fp32 values, one a direction; decay: fp32 value; seed, step: which directions. restore: the scale, fp32,
     by which the last direction's z is added to θ first (in-place probing); with decay NOTHING that is all there is.
+    lr: fp32 value, read by update rules alone (`reference.advance`), whose multipliers do not have it inside.
     """
 
     step: int
@@ -90,6 +91,7 @@ class Update:
     multipliers: tuple[float, ...]
     decay: float = 1.0
     restore: float = 0.0
+    lr: float = 0.0
 
     def __post_init__(self) -> None:
         assert self.multipliers or not self.restore, "restore: along no direction"
