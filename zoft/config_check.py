@@ -85,6 +85,7 @@ def check(config: Config) -> Config:
         )
     if config.eps < 1e-30:
         raise UserError(f"eps={config.eps:g}: it is 0 in fp32; use 1e-3 or so")
+    _check_update(config)
     _check_quantised(config)
     _check_objective(config)
     # YAML reads `yes:` and `true:` as booleans, and `0:` as a number, where data files hold their names.
@@ -119,6 +120,26 @@ def _check_adapter(config: Config) -> None:
         raise UserError(
             f"denoise_every={config.denoise_every}: rebuilds weights from the model's own files, without an adapter in place; leave it out"
         )
+
+
+def _check_update(config: Config) -> None:
+    """Refuse what update rules do not go with."""
+    if config.update == "sgd":
+        return
+    if config.momentum:
+        raise UserError(
+            f"momentum={config.momentum:g}: is for update=sgd, not {config.update}; leave one of them out"
+        )
+    if config.perturb == "inplace":
+        raise UserError(
+            f"update={config.update}: perturb=inplace makes its own updates on the way; use perturb=probes"
+        )
+    if config.denoise_every:
+        raise UserError(
+            f"denoise_every={config.denoise_every}: base and ledger give no plain sum with update={config.update}; leave it out"
+        )
+    if config.meazo and config.update == "sign":
+        raise UserError(f"meazo={config.meazo:g}: changes no sign, so none of update=sign; leave it out")
 
 
 def _check_mask(config: Config) -> None:

@@ -17,6 +17,9 @@ FREE = ("model", "adapter", "output_dir", "device", "threads", "parallel", "elas
         "trust_remote_code", "task.train", "task.eval", "task.num_eval", "reward", "reward_seconds", "hold_probe",
         "task.null_prompt")  # fmt: skip
 
+# Keys that came later, at the value that runs from before have: left out then, so that headers stay what they were.
+LATER = {"update": "sgd"}
+
 
 def digests(config: Config) -> dict[str, str]:
     """A short hash of the value of each key but FREE ones."""
@@ -24,7 +27,7 @@ def digests(config: Config) -> dict[str, str]:
     flat = tree | {f"task.{k}": v for k, v in tree.pop("task").items()}
     found = {}
     for name, value in flat.items():
-        if name not in FREE:
+        if name not in FREE and not (name in LATER and value == LATER[name]):
             value = int(value) if isinstance(value, float) and value.is_integer() else value  # 0 is 0.0
             text = json.dumps(value, sort_keys=True, default=str)
             found[name] = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()

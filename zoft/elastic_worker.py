@@ -112,7 +112,8 @@ def _serve(trainer: Trainer, line: Line, inbox: queue.Queue[tuple[dict | None, b
     """Answer until the run ends; returns a line about it."""
     import torch
 
-    from zoft import distributed, noise
+    from zoft import distributed
+    from zoft.ledger import update_of
     from zoft.probe import Probe
 
     probes = [Probe(k, s * trainer.settings.eps) for k in range(trainer.settings.q) for s in (1.0, -1.0)]
@@ -138,10 +139,7 @@ def _serve(trainer: Trainer, line: Line, inbox: queue.Queue[tuple[dict | None, b
                 record = unpacked(data)
                 if record.step >= trainer.next:  # else the ledger that came first had it
                     if not record.skipped:
-                        update = noise.Update(
-                            record.step, trainer.settings.seed, record.multipliers, record.decay
-                        )
-                        trainer.axis.commit(update)
+                        trainer.axis.commit(update_of(record, trainer.settings.seed))
                     trainer.pass_by(record)
                 if not joined:
                     line.send("at", step=trainer.next)

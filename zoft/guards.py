@@ -76,8 +76,19 @@ def at_start(config: Config, trained: Sequence[Trained]) -> list[str]:
         return lines
     numbers = sum(t.stored.numel() for t in trained)
     low, high = lr_range(config, k, numbers)
-    # With meazo, lr is the size of a step; nobody has searched that.
-    if config.lr and not config.meazo and not FAR_BELOW * low <= config.lr <= k.far * high:
+    if config.update == "adam" and config.train == "all" and config.q == 1:
+        exactly = "" if config.noise == "rademacher" else "nearly "
+        lines.append(
+            f"update=adam: with q=1 and train=all this is {exactly}momentum divided by one number, and its moments take "
+            f"{8 * numbers / 1e9:.2g} GB (8 bytes per trained number); for small trained sets, or a large q"
+        )
+    # With meazo or an update rule, lr is the size of a step; nobody has searched that.
+    if (
+        config.lr
+        and not config.meazo
+        and config.update == "sgd"
+        and not FAR_BELOW * low <= config.lr <= k.far * high
+    ):
         lines.append(
             f"lr={config.lr:g} is far {'above' if config.lr > high else 'below'} what is known to work: "
             f"{low:.1g} to {high:.1g} for {numbers:,} trained numbers ({_paper(k)})"
@@ -151,7 +162,7 @@ class Watch:
             f"the loss has been above its start for {self.above} steps ({_median(self.first):.3g} → "
             f"{_median(self.last):.3g}, medians of {self.window}): start again with a lower lr than {c.lr:g}"
         )
-        if k is None or c.meazo:
+        if k is None or c.meazo or c.update != "sgd":
             return text
         low, high = lr_range(c, k, sum(t.stored.numel() for t in self.trained))
         here = "" if (low, high) == k.lr else f", which means {low:.1g} to {high:.1g} here"
@@ -278,7 +289,7 @@ def _lower(config: Config) -> str:
         from zoft import estimate
 
         found = estimate.estimate(config)
-        names = ("weights", "momentum", "scratch", "frozen", "activation", "evaluation")
+        names = ("weights", "momentum", "state", "scratch", "frozen", "activation", "evaluation")
         parts = {name: found[f"{name}_bytes"] for name in names}
         shown = ", ".join(f"{name} {size / 1e9:.2g}" for name, size in parts.items() if size >= 5e6)
         figures = f"the estimate is {found['peak_bytes'] / 1e9:.3g} GB ({shown}); "
@@ -295,6 +306,8 @@ def _lower(config: Config) -> str:
         ways.append("storage to fp16")
     if config.momentum:
         ways.append("momentum to 0")
+    if config.update == "adam":
+        ways.append("update to sgd or sign")
     if parts.get("frozen", 0) >= 5e6:
         ways.append("cache_frozen to false")
     return f"{figures}lower {', '.join(ways)}"

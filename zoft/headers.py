@@ -41,6 +41,8 @@ def of(
     """The ledger's header: what the run is, all that replay needs beside the base, and how the run was made."""
     tensors = {t.name: [t.id, list(t.stored.shape), short(t.stored.dtype)] for t in trained}
     known = {k: getattr(config, k) for k in PLAN}
+    if config.update != "sgd":
+        known["update"] = config.update
     if config.train in ADAPTERS:
         known["adapter"] = adapters.fingerprint(trained)
     found: dict[str, Any] = {
@@ -72,4 +74,4 @@ def data_digest(train: Sequence[Example]) -> str:
 
 def with_plan(config: Config, found: Mapping[str, Any]) -> Config:
     """The config with the plan that a ledger was written under."""
-    return replace(config, **{k: found[k] for k in PLAN if k in found})
+    return replace(config, **{k: found[k] for k in (*PLAN, "update") if k in found})

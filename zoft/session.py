@@ -97,6 +97,8 @@ def steps_of(ledger: Ledger, config: Config) -> list[dict[str, Any]]:
 
 def agree(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
     """Refuse to continue or replay a ledger on anything but what it was written on."""
+    if "config" in wanted and (began := found.get("update", "sgd")) != wanted.get("update", "sgd"):
+        raise UserError(f"{folder}: its ledger was written with update={began}: put that back in config.yaml")
     for name, value in wanted.items():
         if name in ("zoft", "plan", "reward") or name not in found or found[name] == value:
             continue

@@ -18,6 +18,7 @@ from zoft import (
     positions,
     precision,
     routes,
+    rules,
     selfcheck,
     space,
     sparse,
@@ -138,9 +139,11 @@ def placed(
     for line in sparse.mask(trained, config.mask, config.sparsity, config.seed):  # θ is the base, as stored
         say(line)
     refuse_denoise(config, trained)
+    rule = rules.RULES.get(config.update)
+    rules.attach_rule(trained, rule)
     common: dict[str, Any] = {"seed": config.seed, "kind": config.noise, "beta": config.momentum}
     fed: dict[str, Any] = common | {"q": config.q, "eps": config.eps}
-    captured = config.device.startswith("cuda") and config.storage != "fp64"
+    captured = config.device.startswith("cuda") and config.storage != "fp64" and rule is None
     if inplace:
         config = replace(config, probes_per_forward=1)
         if captured:

@@ -15,7 +15,7 @@ from zoft import distributed, noise, update
 from zoft.errors import UserError
 from zoft.estimator import Moment, finite, two_sided
 from zoft.layout import Unfit
-from zoft.ledger import Ledger, Record
+from zoft.ledger import Ledger, Record, update_of
 from zoft.objective import Batch, losses, mean
 from zoft.probe import InPlace, Probe, ProbeAxis
 
@@ -86,7 +86,8 @@ class Trainer:
         losses = self.losses_at(t, probes, self.batches(t))  # [2q]
         coefficients = self.scaled(losses)  # [q]
         lr = update.lr_at(t, lr=s.lr, steps=s.steps, schedule=s.schedule, warmup=s.warmup)
-        change = update.make_update(t, s.seed, coefficients, lr=lr, weight_decay=s.weight_decay)
+        ruled = self.axis.trained[0].rule is not None
+        change = update.make_update(t, s.seed, coefficients, lr=lr, weight_decay=s.weight_decay, ruled=ruled)
         # A multiplier may overflow fp32 where its losses do not.
         good = finite([*losses, *change.multipliers])
         if not good:
@@ -196,9 +197,7 @@ class Trainer:
         for record in records:
             self.axis.repeat_step(record.step, self.settings.q, self.settings.eps)
             if not record.skipped:
-                self.axis.commit(
-                    noise.Update(record.step, self.settings.seed, record.multipliers, record.decay)
-                )
+                self.axis.commit(update_of(record, self.settings.seed))
             self.pass_by(record)
             on_step(record.step)
         self.axis.flush()
