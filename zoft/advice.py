@@ -33,10 +33,12 @@ PREFIX = Known("prefixes", (1e-3, 1e-1), (1e-1, 1e-1), 2.5e5, 30)
 FAR_BELOW, FAR_EPS = 0.1, 10.0  # a tenth of the lowest lr wastes time
 
 
-def known(config: Config) -> Known | None:
+def known(config: Config, trained: Sequence[Trained]) -> Known | None:
     """What is known of training what this config trains; None: nothing."""
     # Prompts, and the scales of a quantisation, are in no grid of that paper.
-    if config.recipe == "qzo" or config.train in ("prompt", "scales"):
+    if config.train in ("prompt", "scales") or any(
+        getattr(t.param, "logged", None) is not None for t in trained
+    ):
         return None
     return {"lora": LORA, "prefix": PREFIX}.get(config.train, WEIGHTS)
 
@@ -54,7 +56,7 @@ def lr_range(config: Config, k: Known, numbers: int) -> tuple[float, float]:
 
 def at_start(config: Config, trained: Sequence[Trained]) -> list[str]:
     """A line for each of lr and eps that is far outside of what is known to work, and for what is slow or moves nothing."""
-    k, lines = known(config), []
+    k, lines = known(config, trained), []
     if config.lr == 0:
         lines.append("lr=0: no step will change a weight")
     if config.device.startswith("cuda") and config.compute == "fp32":  # a GGUF file's weights load as fp32
@@ -63,8 +65,19 @@ def at_start(config: Config, trained: Sequence[Trained]) -> list[str]:
         return lines
     numbers = sum(t.stored.numel() for t in trained)
     low, high = lr_range(config, k, numbers)
-    # With meazo, lr is the size of a step; nobody has searched that.
-    if config.lr and not config.meazo and not FAR_BELOW * low <= config.lr <= k.far * high:
+    if (
+        any(t.rule is not None and t.rule.name == "adam" for t in trained)
+        and config.train == "all"
+        and config.q == 1
+    ):
+        exactly = "" if config.noise == "rademacher" else "nearly "
+        lines.append(
+            f"update=adam: with q=1 and train=all this is {exactly}momentum divided by one number, and its moments take "
+            f"{8 * numbers / 1e9:.2g} GB (8 bytes per trained number); for small trained sets, or a large q"
+        )
+    # With meazo or an update rule, lr is the size of a step; nobody has searched that.
+    sized = config.meazo or any(t.rule is not None for t in trained)
+    if config.lr and not sized and not FAR_BELOW * low <= config.lr <= k.far * high:
         lines.append(
             f"lr={config.lr:g} is far {'above' if config.lr > high else 'below'} what is known to work: "
             f"{low:.1g} to {high:.1g} for {numbers:,} trained numbers ({paper_range(k)})"

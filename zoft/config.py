@@ -196,7 +196,13 @@ class Config:
         None, "stop at so many forwards (examples × probes): fewer steps than `steps` if need be", least=1
     )
     weight_decay: float = key(0.0, "decoupled decay, times lr, not for biases and norms", least=0)
-    momentum: float = key(0.0, "0 keeps no buffer", least=0, below=1)
+    update: str = key(
+        "auto",
+        "how a step moves the weights: by lr times the estimate (sgd), by lr against its sign (sign), or as Adam does, with "
+        "two fp32 moments for each trained number (adam); lr is the size of a step with the last two; auto is the recipe's own (sgd)",
+        one_of=("auto", "sgd", "sign", "adam"),
+    )
+    momentum: float = key(0.0, "update=sgd: 0 keeps no buffer", least=0, below=1)
     eps: float = key(
         1e-3,
         "probe size: the loss is asked at θ ± eps·z; not set: lora 1e-2, prefix 1e-1, prompt 1e-2",

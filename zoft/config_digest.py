@@ -17,9 +17,8 @@ FREE = ("model", "adapter", "output_dir", "device", "threads", "parallel", "elas
         "trust_remote_code", "task.train", "task.eval", "task.num_eval", "reward", "reward_seconds", "hold_probe",
         "task.null_prompt")  # fmt: skip
 
-
 # Keys that came later. Ledgers of runs that have them at these values lack them, as older ledgers do.
-LATER: dict[str, tuple] = {"estimator": ("auto", "two_sided")}
+LATER: dict[str, tuple] = {"estimator": ("auto", "two_sided"), "update": ("auto", "sgd")}
 
 
 def digests(config: Config) -> dict[str, str]:

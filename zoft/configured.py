@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zoft import compose as files
-from zoft import method, recipes
+from zoft import method, recipes, rules
 from zoft.config import Config
 from zoft.config_check import check
 from zoft.errors import UserError
@@ -44,6 +44,7 @@ def strict(tree: dict[str, Any], default_output: str = "run") -> Config:
     files.known(tree)
     page = recipes.method_of(str(tree.get("recipe") or "mezo"))
     made = method.settle(check(files.typed(tree, page.filled)), page, recipes.owners())
+    rules.check_update(made)
     if made.output_dir is not None:
         made.output_dir = str(Path(made.output_dir).expanduser())
     else:

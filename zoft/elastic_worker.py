@@ -106,7 +106,7 @@ def _serve(trainer: Trainer, line: Line, inbox: queue.Queue[tuple[dict | None, b
     import torch
 
     from zoft import distributed
-    from zoft.noise.spec import Update
+    from zoft.ledger import update_of
 
     probes = trainer.probes
     joined, pairs = False, 0
@@ -131,8 +131,7 @@ def _serve(trainer: Trainer, line: Line, inbox: queue.Queue[tuple[dict | None, b
                 record = unpacked(data)
                 if record.step >= trainer.next:  # else the ledger that came first had it
                     if not record.skipped:
-                        update = Update(record.step, trainer.settings.seed, record.multipliers, record.decay)
-                        trainer.axis.commit(update)
+                        trainer.axis.commit(update_of(record, trainer.settings.seed))
                     trainer.pass_by(record)
                 if not joined:
                     line.send("at", step=trainer.next)

@@ -24,6 +24,7 @@ from zoft.frozen import FROZEN_BYTES, frozen_blocks
 from zoft.noise import noise
 from zoft.noise.spec import Update
 from zoft.objective import Batch, collate, losses
+from zoft.rules import rule_of
 from zoft.scratch import SLAB
 from zoft.skeleton import quantised, skeleton
 
@@ -38,12 +39,12 @@ WORKSPACES = 2 * (32 << 20)
 def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str, Any]:
     """Bytes and seconds of a run with this config.
 
-    peak = weights + momentum + scratch + workspaces + kept frozen outputs + max(activations of a training, an evaluation forward)
+    peak = weights + momentum or state + scratch + workspaces + kept frozen outputs + max(activations of a training, an evaluation forward)
     seconds a step = flops of its forwards ÷ rate of a matrix product + trained numbers ÷ rate of noise
 
     rows: training examples (None: the config's data; where that cannot be read, rows of max_length); the longest
     says the memory, the usual batch the time. Rates are measured here, on config.device. Returns {weights: {dtype:
-    bytes}, weights_bytes, momentum_bytes, scratch_bytes, frozen_bytes, activation_bytes, evaluation_bytes,
+    bytes}, weights_bytes, momentum_bytes, state_bytes, scratch_bytes, frozen_bytes, activation_bytes, evaluation_bytes,
     peak_bytes, seconds_per_step, seconds, parameters, trained, rows, tokens, adamw: {peak_bytes, seconds_per_step},
     lora: {the same}, config: {resolved storage, compute, perturb, probes_per_forward, device, steps}, notes: [str]}.
     Raises UserError as a run would.
@@ -94,7 +95,8 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     few = batch.tokens is not None  # of the output matrix only the candidates' rows are made
     scratch = 0 if inplace else _scratch(model, names, compute, min(probes, 2), few)
     if config.train in ADAPTERS and not inplace:
-        packed = config.train == "lora" and config.device.startswith("cuda")  # device.Pack, in 32 and 16 bits
+        # device.Pack, in 32 and 16 bits
+        packed = config.train == "lora" and config.device.startswith("cuda") and rule_of(config) is None
         scratch = trained * (6 * each if packed else 4 * probes)
     if config.objective in GENERATED:
         scratch += 0 if inplace or config.hold_probe is False else sum(_held(config, model, names, compute))
@@ -103,9 +105,17 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
             "tokens takes a small forward more, and its keys and values some memory"
         )
     momentum = (8 if compute == torch.float64 else 4) * trained if config.momentum else 0
+    rule = rule_of(config)
+    state = len(rule.state) * (8 if config.storage == "fp64" else 4) * trained if rule else 0
+    if rule:
+        notes.append(
+            f"update={rule.name}: its passes are plain tensor operations, slower than what seconds_per_step counts"
+        )
     frozen, share = _frozen(config, model, names, rows, tested)
     spaces = WORKSPACES if config.device.startswith("cuda") else 0
-    peak = max(load, total + momentum + scratch + spaces + frozen + max(train.activations, evaluation))
+    peak = max(
+        load, total + momentum + state + scratch + spaces + frozen + max(train.activations, evaluation)
+    )
 
     speed = rates(
         config.device, compute, batch.inputs["input_ids"].numel() * probes, _width(model), config.noise
@@ -119,7 +129,7 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     redrawn = sum(t for t in range(config.steps + 1) if "denoise" in due(config, t))
     denoising = redrawn * config.q * trained / speed["noise"]
     return {
-        "weights": sizes, "weights_bytes": total, "momentum_bytes": momentum, "scratch_bytes": scratch, "frozen_bytes": frozen,
+        "weights": sizes, "weights_bytes": total, "momentum_bytes": momentum, "state_bytes": state, "scratch_bytes": scratch, "frozen_bytes": frozen,
         "activation_bytes": train.activations, "evaluation_bytes": evaluation, "peak_bytes": peak,
         "seconds_per_step": seconds, "seconds": seconds * config.steps + denoising, "denoising_seconds": denoising,
         "flops_per_step": flops, "rates": speed,
@@ -319,6 +329,7 @@ def text(found: dict[str, Any]) -> str:
         f"tokens, {c['probes_per_forward']} probes a forward; stored in {c['storage']}, computed in {c['compute']}, on {c['device']}",
         f"{'weights':30}{_gb(found['weights_bytes'])}   ({shares})",
         *([f"{'momentum':30}{_gb(found['momentum_bytes'])}"] if found["momentum_bytes"] else []),
+        *([f"{'moments of the update rule':30}{_gb(found['state_bytes'])}"] if found["state_bytes"] else []),
         f"{'scratch for probes':30}{_gb(found['scratch_bytes'])}",
         *([f"{'frozen outputs, kept':30}{_gb(found['frozen_bytes'])}"] if found["frozen_bytes"] else []),
         f"{'activations, training':30}{_gb(found['activation_bytes'])}",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from zoft.advice import known, lr_range, paper_range
 from zoft.config import GENERATED, NO_GRADIENT, Config
 from zoft.errors import UserError, is_memory
+from zoft.rules import rule_of
 
 if TYPE_CHECKING:
     from zoft.space import Trained
@@ -77,12 +78,12 @@ class Watch:
         return [line] if new else []
 
     def _diverged(self) -> str:
-        c, k = self.config, known(self.config)
+        c, k = self.config, known(self.config, self.trained)
         text = (
             f"the loss has been above its start for {self.above} steps ({_median(self.first):.3g} → "
             f"{_median(self.last):.3g}, medians of {self.window}): start again with a lower lr than {c.lr:g}"
         )
-        if k is None or c.meazo:
+        if k is None or c.meazo or c.update != "sgd":
             return text
         low, high = lr_range(c, k, sum(t.stored.numel() for t in self.trained))
         here = "" if (low, high) == k.lr else f", which means {low:.1g} to {high:.1g} here"
@@ -200,7 +201,7 @@ def _lower(config: Config) -> str:
         from zoft import estimate
 
         found = estimate.estimate(config)
-        names = ("weights", "momentum", "scratch", "frozen", "activation", "evaluation")
+        names = ("weights", "momentum", "state", "scratch", "frozen", "activation", "evaluation")
         parts = {name: found[f"{name}_bytes"] for name in names}
         shown = ", ".join(f"{name} {size / 1e9:.2g}" for name, size in parts.items() if size >= 5e6)
         figures = f"the estimate is {found['peak_bytes'] / 1e9:.3g} GB ({shown}); "
@@ -217,6 +218,8 @@ def _lower(config: Config) -> str:
         ways.append("storage to fp16")
     if config.momentum:
         ways.append("momentum to 0")
+    if (rule := rule_of(config)) and rule.state:
+        ways.append("update to sgd or sign")
     if parts.get("frozen", 0) >= 5e6:
         ways.append("cache_frozen to false")
     return f"{figures}lower {', '.join(ways)}"

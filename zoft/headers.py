@@ -18,6 +18,7 @@ from zoft.errors import UserError
 from zoft.estimators.named import ESTIMATORS, estimator_of
 from zoft.example import Example
 from zoft.noise import spec
+from zoft.rules import RULES, rule_of
 from zoft.space import Trained
 
 # What it means where a resumed run's ledger says something else.
@@ -57,6 +58,8 @@ def of(
     known = {k: getattr(config, k) for k in PLAN}
     if (name := estimator_of(config).name) not in LATER["estimator"]:
         known["estimator"] = name
+    if rule := rule_of(config):
+        known["update"] = rule.name
     if config.train in ADAPTERS:
         known["adapter"] = adapters.fingerprint(trained)
     found: dict[str, Any] = {
@@ -90,12 +93,20 @@ def with_plan(config: Config, found: Mapping[str, Any]) -> Config:
     """Return the config with the plan that a ledger was written under."""
     plan = {k: found[k] for k in PLAN if k in found}
     named = found.get("estimator", "two_sided")
-    # One of a page of the user's own is `auto`: the page says which.
-    return replace(config, **plan, estimator=named if named in ESTIMATORS else "auto")
+    ruled = found.get("update", "sgd")
+    # Those of a page of the user's own are `auto`: the page says which.
+    return replace(
+        config,
+        **plan,
+        estimator=named if named in ESTIMATORS else "auto",
+        update=ruled if ruled in ("sgd", *RULES) else "auto",
+    )
 
 
 def agree(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
     """Refuse to continue or replay a ledger on anything but what it was written on."""
+    if "config" in wanted and (began := found.get("update", "sgd")) != wanted.get("update", "sgd"):
+        raise UserError(f"{folder}: its ledger was written with update={began}: put that back in config.yaml")
     for name, value in wanted.items():
         if name in ("zoft", "plan", "reward") or name not in found or found[name] == value:
             continue

@@ -15,7 +15,7 @@ from zoft.errors import UserError
 from zoft.ledger_format import EVENTS, Event, Log, Record, decode, encode, encode_event, encode_header
 from zoft.noise.spec import Update
 
-__all__ = ["Event", "Ledger", "Log", "Record", "read", "updates"]
+__all__ = ["Event", "Ledger", "Log", "Record", "read", "update_of", "updates"]
 
 
 def read(path: str | os.PathLike) -> Log:
@@ -38,7 +38,12 @@ def updates(header: dict, records: Sequence[Record]) -> list[Update]:
         raise UserError(
             f"ledger: seed={seed!r} in its header is no whole number: its noise cannot be made again"
         )
-    return [Update(r.step, seed, r.multipliers, r.decay) for r in records if not r.skipped]
+    return [update_of(r, seed) for r in records if not r.skipped]
+
+
+def update_of(record: Record, seed: int) -> Update:
+    """Return the weight update of a step that was not skipped."""
+    return Update(record.step, seed, record.multipliers, record.decay, lr=record.lr)
 
 
 @final

@@ -33,7 +33,7 @@ class Method:
 
     space: which tensors are trained. directions: the kinds of noise that `noise` may name. mask: what mask=auto means.
     estimator: an Estimator, or the name of a packaged one, that estimator=auto means. update: a Rule, or the name of a
-    packaged one, that update=sgd gives way to. policies: what `perturb` may be. defaults: keys that a config does not
+    packaged one (sgd: the fused passes), that update=auto means. policies: what `perturb` may be. defaults: keys that a config does not
     set. keys: keys that belong to this recipe; another recipe refuses them. refuses: functions of the config that
     return "" or the line of a refusal.
     name, digest: set by whoever loads the page; digest is "" for a packaged recipe.
@@ -71,6 +71,8 @@ def settle(config: Config, method: Method, owners: Mapping[str, str]) -> Config:
         config.mask = method.mask
     if config.estimator == "auto" and isinstance(method.estimator, str):
         config.estimator = method.estimator
+    if config.update == "auto" and isinstance(method.update, str):
+        config.update = method.update
     for key, owner in owners.items():
         value = getattr(config, key)
         if key not in method.keys and value not in ("none", method.defaults.get(key), fields()[key].default):

@@ -101,7 +101,8 @@ class ProbeAxis(Scratch):
         """Take a step's update; each tensor gets it with its next read, or by flush."""
         self.updates.append(change)
         self._held_at = None
-        if len(self.updates) >= PENDING_MAX:
+        # What a rule does is no part of a read: it is done at once.
+        if len(self.updates) >= PENDING_MAX or any(t.rule for t in self.trained):
             self.flush()
 
     def settle(self) -> None:

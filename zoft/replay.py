@@ -21,6 +21,7 @@ from zoft import (
     ledger,
     ledger_check,
     results,
+    rules,
     saving,
     setup,
     shards,
@@ -74,6 +75,10 @@ def asked(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
         if "+" in header["base"]:
             raise UserError(
                 f"{word}: {folder} has an adapter in place, which the sum over the ledger leaves out"
+            )
+        if rule := rules.rule_of(config):
+            raise UserError(
+                f"{word}: {folder} was trained with update={rule.name}, so base and ledger give no plain sum"
             )
         if config.mask == "magnitude" and config.sparsity:
             raise UserError(
@@ -211,6 +216,8 @@ class Tensors:
                 t.stored = file.get_tensor(name).clone()
                 if f"{name}@momentum" in set(file.keys()):
                     t.momentum = file.get_tensor(f"{name}@momentum").clone()
+                for key, value in t.state.items():
+                    value.copy_(file.get_tensor(f"{name}@{key}"))
         elif self.denoised and dtype.itemsize == 2:
             exact = self.summed(name, theta, self.denoised, did)
             t = self._of(name, theta, dtype)
@@ -230,6 +237,7 @@ class Tensors:
         t = space.one(name, nn.Parameter(theta.to(dtype), requires_grad=False))
         sparse.one(t, self.config.mask, self.config.sparsity, self.config.seed)
         t.floor = self.log.header.get("floors", {}).get(name)
+        rules.attach_rule([t], rules.rule_of(self.config))
         return t
 
     def _repeat(self, t: Trained, did: Callable[[int], None]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoft import adapters, distributed, kind, precision, routes, selfcheck, space, sparse, update
+from zoft import adapters, distributed, kind, precision, routes, rules, selfcheck, space, sparse, update
 from zoft.config import ADAPTERS, GENERATED, Config
 from zoft.data_order import picked
 from zoft.errors import UserError
@@ -131,10 +131,12 @@ def placed(
     for line in sparse.mask(trained, config.mask, config.sparsity, config.seed):  # θ is the base, as stored
         say(line)
     refuse_denoise(config, trained)
+    rule = rules.rule_of(config)
+    rules.attach_rule(trained, rule)
     common: dict[str, Any] = {"seed": config.seed, "kind": config.noise, "beta": config.momentum}
     probes = estimator_of(config).probes(config.q, config.eps)
     fed: dict[str, Any] = common | {"q": config.q, "eps": config.eps}
-    captured = config.device.startswith("cuda") and config.storage != "fp64"
+    captured = config.device.startswith("cuda") and config.storage != "fp64" and rule is None
     if inplace:
         config = replace(config, probes_per_forward=1)
         if captured and probes == TWO_SIDED.probes(config.q, config.eps):  # the only cycle that is captured

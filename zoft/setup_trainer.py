@@ -52,7 +52,7 @@ def trainer_of(
             mine = distributed.current().examples
             return [Prompts(tuple(mine(picks))) for picks in picked(config, len(train), step)]
 
-    eager = goal.texts is not None or goal.value is not objective.mean
+    eager = goal.texts is not None or goal.value is not objective.mean or made.trained[0].rule is not None
     if eager or not config.device.startswith("cuda") or type(made) in (ProbeAxis, InPlace):
         return Trainer(loaded, made, at, ledger, settings(config), goal.forward, goal.value)
     from zoft.captured import CapturedTrainer

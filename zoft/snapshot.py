@@ -1,7 +1,7 @@
 """Snapshots: a run's trained weights and momentum at a step, which shorten a resume or a replay.
 
-RUN/snapshots/step-00001000.safetensors holds each trained tensor under its name, in its storage dtype, and its
-momentum, if any, as NAME@momentum. The ledger's event of that step holds the file's digest: a file is as sound as
+RUN/snapshots/step-00001000.safetensors holds each trained tensor under its name, in its storage dtype, its momentum, if
+any, as NAME@momentum, and what its update rule keeps as NAME@m, NAME@v, …, NAME@t (its count of updates). The ledger's event of that step holds the file's digest: a file is as sound as
 the ledger says, whatever happened to it; one that the ledger does not know is not used.
 """
 
@@ -49,6 +49,7 @@ def take(folder: Path, ledger: Ledger, trained: Sequence[Trained]) -> str:
     path = file_of(folder, step)
     tensors = {t.name: t.stored for t in trained}
     tensors |= {f"{t.name}@momentum": t.momentum for t in trained if t.momentum is not None}
+    tensors |= {f"{t.name}@{key}": value for t in trained for key, value in t.state.items()}
     try:
         path.parent.mkdir(exist_ok=True)
         for left in path.parent.glob(".*.new"):  # of a killed run
@@ -112,8 +113,8 @@ def load(path: Path, trained: Sequence[Trained], step: int) -> None:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        names = set(file.keys())
-        assert {t.name for t in trained} == {n.removesuffix("@momentum") for n in names}, sorted(names)[:3]
+        names, ours = set(file.keys()), {t.name for t in trained}
+        assert ours == {n if n in ours else n.rpartition("@")[0] for n in names}, sorted(names)[:3]
         for t in trained:
             value = file.get_tensor(t.name)
             assert (value.shape, value.dtype) == (t.stored.shape, t.stored.dtype), (
@@ -131,6 +132,8 @@ def load(path: Path, trained: Sequence[Trained], step: int) -> None:
                 t.momentum.copy_(value)
             elif t.momentum is not None:
                 t.momentum.zero_()
+            for key, value in t.state.items():
+                value.copy_(file.get_tensor(f"{t.name}@{key}"))
 
 
 def _facts(header: Mapping[str, Any], step: int) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from zoft.errors import UserError
 from zoft.kind import ADDED, after, blocks_of, own_name
 from zoft.noise.spec import Mask, tensor_id
 from zoft.quant import FLOOR, Scales
+from zoft.rules import Rule
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP16_MAX = 65504.0
@@ -36,6 +37,8 @@ class Trained:
     momentum: torch.Tensor | None = None  # fp32 (fp64 for fp64 storage), like stored
     floor: float | None = None  # no update brings an element below it
     mask: Mask | None = None  # which elements move; None: all
+    rule: Rule | None = None  # how an update moves it; None: by the fused pass
+    state: dict[str, torch.Tensor] = field(default_factory=dict)  # the rule's buffers, and "t", int64 [1]
 
     @property
     def threshold(self) -> float | None:

@@ -17,7 +17,7 @@ from zoft.estimators.estimator import Estimator, Probe, finite, losses_of, proje
 from zoft.estimators.named import estimator_of
 from zoft.inplace import InPlace
 from zoft.layout import Unfit
-from zoft.ledger import Ledger, Record
+from zoft.ledger import Ledger, Record, update_of
 from zoft.noise.spec import Update
 from zoft.objective import Batch, losses, mean
 from zoft.probe import ProbeAxis
@@ -98,7 +98,8 @@ class Trainer:
         losses = self.losses_at(t, self.probes, self.batches(t))  # [P]
         coefficients, state = self.estimate(losses)  # [q], [S]
         lr = update.lr_at(t, lr=s.lr, steps=s.steps, schedule=s.schedule, warmup=s.warmup)
-        change = update.make_update(t, s.seed, coefficients, lr=lr, weight_decay=s.weight_decay)
+        ruled = self.axis.trained[0].rule is not None
+        change = update.make_update(t, s.seed, coefficients, lr=lr, weight_decay=s.weight_decay, ruled=ruled)
         # A multiplier may overflow fp32 where its losses do not.
         good = finite([*losses, *change.multipliers])
         if not good:
@@ -207,7 +208,7 @@ class Trainer:
         for record in records:
             self.axis.repeat_step(record.step, self.probes)
             if not record.skipped:
-                self.axis.commit(Update(record.step, self.settings.seed, record.multipliers, record.decay))
+                self.axis.commit(update_of(record, self.settings.seed))
             self.pass_by(record)
             on_step(record.step)
         self.axis.flush()

@@ -51,18 +51,21 @@ def warmup_steps(warmup: float, steps: int) -> int:
 
 
 def make_update(
-    step: int, seed: int, coefficients: Sequence[float], *, lr: float, weight_decay: float = 0.0
-) -> Update:
+    step: int, seed: int, coefficients: Sequence[float], *, lr: float, weight_decay: float = 0.0, ruled: bool = False
+) -> Update:  # fmt: skip
     """The update θ ← θ - lr·(Σ_k c_k·z_k + weight_decay·θ), as the fp32 numbers that the ledger keeps.
 
     multipliers[k] = fl32(-lr·c_k), decay = fl32(1 - lr·weight_decay): computed in float64, rounded once.
+    ruled: an update rule takes the step, with lr itself, and multipliers[k] = fl32(-c_k).
     A multiplier can overflow: ask `estimators.estimator.finite(update.multipliers)` and skip the step if not.
     lr·weight_decay below 3e-8 rounds to no decay at all: `decay_is_lost` tells.
     Source: Malladi et al. 2023 (MeZO), algorithm 1; decay decoupled as in its code and in AdamW.
     """
     with np.errstate(over="ignore"):
-        multipliers = np.asarray([-lr * c for c in coefficients], np.float64).astype(np.float32)  # [q]
-    return Update(step, seed, tuple(multipliers.tolist()), float(np.float32(1.0 - lr * weight_decay)))
+        scale = 1.0 if ruled else lr
+        multipliers = np.asarray([-scale * c for c in coefficients], np.float64).astype(np.float32)  # [q]
+    decay = float(np.float32(1.0 - lr * weight_decay))
+    return Update(step, seed, tuple(multipliers.tolist()), decay, lr=float(np.float32(lr)) if ruled else 0.0)
 
 
 def decay_is_lost(lr: float, weight_decay: float) -> bool:
@@ -83,6 +86,7 @@ def due(trained: Trained, updates: Sequence[Update], beta: float) -> list[Update
     """
     assert all(a.step < b.step for a, b in pairwise(updates)), "updates out of order"
     todo = [u for u in updates if u.step >= trained.step]
+    assert not (todo and trained.rule), f"{trained.name}: a rule's updates wait for `advance`"
     if not trained.decays:
         todo = [u if u.is_nothing else replace(u, decay=1.0) for u in todo]
     if beta == 0:
@@ -114,12 +118,32 @@ def advance(trained: Trained, updates: Sequence[Update], noise: str, beta: float
     step, where torch scales the whole buffer with today's: here a step of lr 0 still coasts.
 
     updates: in order; those the tensor has behind it are passed over. noise: gaussian | rademacher.
-    beta: the run's, the same in every call.
+    beta: the run's, the same in every call. A tensor with a rule is moved by that instead.
     """
+    if trained.rule is not None:
+        return _by_rule(trained, updates, noise)
     todo = due(trained, updates, beta)
     if todo:
         advance_tensor(
             trained.stored, trained.id, todo, noise, momentum=trained.momentum, beta=beta, floor=trained.floor,
             mask=trained.mask,
         )  # fmt: skip
+    mark(trained, updates)
+
+
+def _by_rule(trained: Trained, updates: Sequence[Update], noise: str) -> None:
+    """Apply the updates that a tensor lacks by its rule, one after the other."""
+    from zoft.noise import reference  # here, as schedules are of use without torch
+
+    rule, state = trained.rule, {k: v for k, v in trained.state.items() if k != "t"}
+    assert rule is not None
+    for u in updates:
+        if u.step >= trained.step and not u.is_nothing:
+            u = u if trained.decays else replace(u, decay=1.0)
+            trained.state["t"] += 1
+            reference.advance(
+                trained.stored, trained.id, u, noise, rule.step, state, count=int(trained.state["t"]),
+                floor=trained.floor, mask=trained.mask,
+            )  # fmt: skip
+            mark(trained, [u])
     mark(trained, updates)

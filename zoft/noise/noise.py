@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from zoft.noise.spec import GAUSSIAN, NOTHING, PART, RADEMACHER, Mask, Probes, Update
+from zoft.noise.spec import KINDS, NOTHING, PART, RADEMACHER, Mask, Probes, Update
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ def perturb(
     probes: (direction, scale) each; out: contiguous [len(probes), *theta.shape], fp32, bf16, fp16 or fp64. Neighbouring
     probes of one direction share one draw of it. out may be theta itself (`theta[None]`, one probe), nothing between.
     """
-    assert noise in (GAUSSIAN, RADEMACHER), noise
+    assert noise in KINDS, noise
     live = tuple(_live(updates, momentum is not None and beta != 0))
     assert theta.is_contiguous(), (theta.shape, theta.stride())
     assert start >= 0 and start % PART == 0, start
@@ -123,7 +123,7 @@ def gather(
     theta: contiguous [R, ...]; rows: int64 [N], each in [0, R); out: contiguous [N, ...]. IndexError for other rows on
     a CPU; a GPU does not look. start, mask: as in `advance`.
     """
-    assert noise in (GAUSSIAN, RADEMACHER), noise
+    assert noise in KINDS, noise
     assert theta.is_contiguous() and out.is_contiguous() and rows.ndim == 1, (
         theta.stride(),
         out.stride(),
@@ -152,7 +152,7 @@ def direction(
     """z itself: a new tensor of that shape, device and dtype (None: fp32)."""
     import torch
 
-    assert noise in (GAUSSIAN, RADEMACHER), noise
+    assert noise in KINDS, noise
     out = torch.empty(tuple(shape), dtype=dtype or torch.float32, device=device)
     if out.numel():
         _backend(out.device.type).direction(out, tid, seed, step, direction, noise)

@@ -53,6 +53,7 @@ from typing import NamedTuple
 
 VERSION = 1  # of the specification above; a ledger can only be replayed under its own
 GAUSSIAN, RADEMACHER = "gaussian", "rademacher"
+KINDS = {GAUSSIAN: 0, RADEMACHER: 1}  # the codes by which kernels know what z is drawn from
 NOTHING = -1.0  # a decay that says: no update at all, though a restore may come with it
 PART = 128  # elements that one counter serves at most: a part of a tensor starts at a multiple
 # |z - exact z| stays below, absolute:
@@ -79,6 +80,7 @@ class Update:
 
     multipliers: fp32 values, one a direction; decay: fp32 value; seed, step: which directions. restore: the scale, fp32,
     by which the last direction's z is added to θ first (in-place probing); with decay NOTHING that is all there is.
+    lr: fp32 value, read by update rules alone (`reference.advance`), whose multipliers do not have it inside.
     """
 
     step: int
@@ -86,6 +88,7 @@ class Update:
     multipliers: tuple[float, ...]
     decay: float = 1.0
     restore: float = 0.0
+    lr: float = 0.0
 
     def __post_init__(self) -> None:
         assert self.multipliers or not self.restore, "restore: along no direction"
