@@ -35,7 +35,7 @@ class Settings:
     lr: float
     eps: float
     q: int = 1
-    estimator: str | Estimator = "auto"
+    estimator: str | Estimator = "two_sided"
     schedule: str = "constant"
     warmup: float = 0.0
     weight_decay: float = 0.0
