@@ -30,10 +30,20 @@ def check(folder, env=None):
 
     place = Path(run(sys.executable, "-c", "import zoft; print(zoft.__file__)").strip())
     assert ROOT / "zoft" not in place.parents, f"{place} is the source tree"
-    make = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import pathlib, tiny; m = tiny.llama(); "
+    make = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import pathlib, tiny; m = tiny.llama(); "
+    )
     make += "m.save_pretrained('tiny'); tiny.tokenizer().save_pretrained('tiny'); tiny.write_rows(pathlib.Path('rows.jsonl'), tiny.ROWS)"
     run(sys.executable, "-c", make)
-    small = ["model=tiny", "steps=6", "batch_size=2", "eval_every=3", "eval_limit=8", "max_length=32", "threads=1"]
+    small = [
+        "model=tiny",
+        "steps=6",
+        "batch_size=2",
+        "eval_every=3",
+        "eval_limit=8",
+        "max_length=32",
+        "threads=1",
+    ]
     task = [
         "task=local", "task.train=rows.jsonl", "task.eval=rows.jsonl", "task.prompt={text}:", "task.label=label",
         "task.choices={a: no, b: yes}",

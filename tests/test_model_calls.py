@@ -51,7 +51,9 @@ def test_a_cache_goes_in_and_comes_out_under_that_name(make):
     )  # fmt: skip
     assert torch.allclose(out.logits[:, -1], whole.logits[:, -1], atol=1e-5)
     assert model_calls.cache_of(out) is cache
-    for mine, theirs in zip(model_calls.keys_values(cache), model_calls.keys_values(model_calls.cache_of(whole))):
+    for mine, theirs in zip(
+        model_calls.keys_values(cache), model_calls.keys_values(model_calls.cache_of(whole))
+    ):
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(mine, theirs))
     held = [t for pair in model_calls.keys_values(cache) for t in pair]
     assert model_calls.cache_bytes(cache) >= sum(t.nbytes for t in held) > 0
@@ -95,7 +97,9 @@ def test_generation_that_leaves_a_prompt_out_is_refused_in_one_line(train, monke
 
     monkeypatch.setattr(type(model), "prepare_inputs_for_generation", nothing)
     model = moved(attach(tiny.llama(), train), scale=1.0)
-    with pytest.raises(UserError, match=f"train={train}: peft .* with transformers .*use train=lora") as error:
+    with pytest.raises(
+        UserError, match=f"train={train}: peft .* with transformers .*use train=lora"
+    ) as error:
         generation.generate(model, tiny.tokenizer(), contexts, max_new_tokens=3)
     assert "\n" not in str(error.value)
 
@@ -106,6 +110,8 @@ def test_it_is_asked_in_one_place():
         text = path.read_text(encoding="utf-8")
         if path.name == "model_calls.py":
             tree = ast.parse(text)
-            assert not any(isinstance(n, ast.ImportFrom) and n.module.startswith("zoft") for n in ast.walk(tree))
+            assert not any(
+                isinstance(n, ast.ImportFrom) and n.module.startswith("zoft") for n in ast.walk(tree)
+            )
             continue
         assert not re.search(r"inspect\.signature|past_key_values|DynamicCache", text), path

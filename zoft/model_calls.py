@@ -103,7 +103,9 @@ class _OneCache(dict):
     """A forward's arguments, of which all names of the cache mean the one that is there."""
 
     def _named(self, key: Any) -> Any:
-        return next((k for k in CACHE_NAMES if dict.__contains__(self, k)), key) if key in CACHE_NAMES else key
+        return (
+            next((k for k in CACHE_NAMES if dict.__contains__(self, k)), key) if key in CACHE_NAMES else key
+        )
 
     def __contains__(self, key: Any) -> bool:
         return super().__contains__(self._named(key))
