@@ -102,7 +102,7 @@ test-lowest:
 	@$(SAY_TORCH)
 	$(CREATE) $(VENV)
 	$(INSTALL) torch
-	$(LOCKED) -r constraints/lock-lowest.txt
+	$(LOCKED) -r constraints/lock-lowest.txt -r constraints/lock-real.txt
 	$(PIP) --no-deps --no-build-isolation -e .
 	$(BIN)/python -m zoft env
 	$(PYTEST) $(COMPAT) $(ARGS)
@@ -117,6 +117,7 @@ test-newest:
 	$(CREATE) $(VENV); \
 	$(WHEEL) $(FOLDER); \
 	$(INSTALL) "$$(echo $(FOLDER)/zoft-*.whl)[dev]"; \
+	$(LOCKED) -r constraints/lock-real.txt; \
 	(cd $(FOLDER) && $(BIN)/python -m zoft env && $(BIN)/python $(CURDIR)/tests/fresh.py); \
 	$(PYTEST) $(COMPAT) $(ARGS)
 	@$(SAY_TORCH)
