@@ -200,6 +200,11 @@ def test_slices_of_the_batch_over_two_processes_within_rounding(place):
     np.testing.assert_allclose(got, want, rtol=2e-6)
 
 
+def test_an_elastic_run_has_the_same_bits(place):
+    assert ranks.zoft(place, "output_dir=elastic", "elastic=true") == [0]
+    assert same(place, "elastic")
+
+
 def stop_at_5(rank):
     from test_distributed import stop_at
 
