@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 
 VERSION = 1  # of the specification above; a ledger can only be replayed under its own
 GAUSSIAN, RADEMACHER = "gaussian", "rademacher"
+KINDS = {GAUSSIAN: 0, RADEMACHER: 1}  # the codes by which kernels know what z is drawn from
 NOTHING = -1.0  # a decay that says: no update at all, though a restore may come with it
 PART = 128  # elements that one counter serves at most: a part of a tensor starts at a multiple
 # |z - exact z| stays below, absolute:
@@ -185,7 +186,7 @@ def perturb(
     probes: (direction, scale) each; out: contiguous [len(probes), *theta.shape], fp32, bf16, fp16 or fp64. Neighbouring
     probes of one direction share one draw of it. out may be theta itself (`theta[None]`, one probe), nothing between.
     """
-    assert noise in (GAUSSIAN, RADEMACHER), noise
+    assert noise in KINDS, noise
     live = tuple(_live(updates, momentum is not None and beta != 0))
     assert theta.is_contiguous(), (theta.shape, theta.stride())
     assert start >= 0 and start % PART == 0, start
@@ -246,7 +247,7 @@ def gather(
     theta: contiguous [R, ...]; rows: int64 [N], each in [0, R); out: contiguous [N, ...]. IndexError for other rows on
     a CPU; a GPU does not look. start, mask: as in `advance`.
     """
-    assert noise in (GAUSSIAN, RADEMACHER), noise
+    assert noise in KINDS, noise
     assert theta.is_contiguous() and out.is_contiguous() and rows.ndim == 1, (
         theta.stride(),
         out.stride(),
@@ -275,7 +276,7 @@ def direction(
     """z itself: a new tensor of that shape, device and dtype (None: fp32)."""
     import torch
 
-    assert noise in (GAUSSIAN, RADEMACHER), noise
+    assert noise in KINDS, noise
     out = torch.empty(tuple(shape), dtype=dtype or torch.float32, device=device)
     if out.numel():
         _backend(out.device.type).direction(out, tid, seed, step, direction, noise)
