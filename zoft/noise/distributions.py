@@ -2,14 +2,13 @@
 
 import numpy as np
 
-from zoft.noise import GAUSSIAN, KINDS, RADEMACHER
 from zoft.noise.intrinsics import bits_of, float_of, fma, jit, signs_of
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _LOW = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
-_GAUSSIAN, _RADEMACHER = KINDS[GAUSSIAN], KINDS[RADEMACHER]
+GAUSSIAN, RADEMACHER = 0, 1  # noise.KINDS; here, as kept machine code is named after this file's text
 
 
 @jit
@@ -99,10 +98,10 @@ def _noise(z, words, base, n, tid, k0, k1, kind):
     kind: a code of noise.KINDS.
     """
     blocks = (n + 127) // 128  # whole vectors, no loop tails
-    if kind == _GAUSSIAN:
+    if kind == GAUSSIAN:
         philox(words, base // 8, 16 * blocks, tid, 0, k0, k1)
         _fill_gaussian(z, words.view(np.uint32), 64 * blocks)
-    elif kind == _RADEMACHER:
+    elif kind == RADEMACHER:
         philox(words, base // 128, blocks, tid, 0, k0, k1)
         _fill_rademacher(z, words.view(np.uint32), 4 * blocks)
 

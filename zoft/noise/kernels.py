@@ -11,7 +11,7 @@ import inspect
 import numba
 import numpy as np
 
-from zoft.noise import KINDS, distributions, intrinsics, storage
+from zoft.noise import distributions, intrinsics, storage
 from zoft.noise.distributions import draw, halves
 from zoft.noise.intrinsics import jit
 from zoft.noise.storage import BF16, FP16, FP32, FP64, load, store, store_stochastic
@@ -31,10 +31,10 @@ def _entry(function):
     """A function called from Python: others may run meanwhile, and its compiled code is kept on disk.
 
     numba's disk cache finds code by the function's qualified name, and notices changes to that function's file alone:
-    the other files' digest, and that of the codes of kinds, is part of the name, so that no code outlives a change to them.
+    the other files' digest is part of the name, so that no code outlives a change to one of them.
     """
     try:
-        sources = "".join(inspect.getsource(module) for module in COMPILED) + repr(KINDS)
+        sources = "".join(inspect.getsource(module) for module in COMPILED)
         function.__qualname__ += "_" + hashlib.sha256(sources.encode()).hexdigest()[:16]
         return numba.njit(cache=True, nogil=True, fastmath=False)(function)
     except (OSError, RuntimeError):
