@@ -810,6 +810,10 @@ def test_works_where_no_compiled_code_can_be_kept(tmp_path):
     )
 
 
+def test_the_codes_of_kinds_are_those_of_the_specification():
+    assert noise.KINDS == {GAUSSIAN: distributions.GAUSSIAN, RADEMACHER: distributions.RADEMACHER}
+
+
 def test_a_change_to_anything_that_compiled_code_is_made_of_changes_its_name():
     """What the kernels and what they call take from other files of zoft is all in the digest."""
     hashed = {module.__name__ for module in kernels.COMPILED}

@@ -267,17 +267,17 @@ def ptx(kernel, types, constants, capability):
 
 for capability in (80, 90):
     for dtype, out in (("bf16", "bf16"), ("fp16", "bf16"), ("fp32", "fp32")):
-        for gaussian in (True, False):
+        for kind in (kernels.GAUSSIAN, kernels.RADEMACHER):
             types = dict(theta="*" + dtype, out="*" + out, momentum="*fp32", keys="*i32", values="*fp32", n="i32", start="i32", tid="i32", U="i32", Q="i32", threshold="fp32", share="i32", mask0="i32", mask1="i32")
             fixed = dict(WORK=tl.float32, PARTIAL=True, MASK=kernels.ALL, HAS_THETA=True, HAS_UPDATES=True, ONE=0, HAS_MOMENTUM=True, WRITE_THETA=True,
-                         RESTORE=True, STOCHASTIC=dtype != "fp32", BF16=dtype == "bf16", PROBES=2, FRESH=1, SILENT=0, NARROW=out != "fp32", GAUSSIAN=gaussian, LANES=256)
+                         RESTORE=True, STOCHASTIC=dtype != "fp32", BF16=dtype == "bf16", PROBES=2, FRESH=1, SILENT=0, NARROW=out != "fp32", KIND=kind, LANES=256)
             print(ptx(kernels._pass, types, fixed, capability))
     types = dict(theta="*fp32", momentum="*fp32", out="*fp32", narrow="*bf16", table="*i64", keys="*i32", values="*fp32", total="i32", U="i32", Q="i32")
-    fixed = dict(HAS_UPDATES=True, ONE=0, RESTORE=False, HAS_MOMENTUM=True, PROBES=2, FRESH=1, SILENT=0, NARROW=True, GAUSSIAN=True, LANES=64)
+    fixed = dict(HAS_UPDATES=True, ONE=0, RESTORE=False, HAS_MOMENTUM=True, PROBES=2, FRESH=1, SILENT=0, NARROW=True, KIND=kernels.GAUSSIAN, LANES=64)
     print(ptx(kernels._pass_small, types, fixed, capability))
     types = dict(theta="*fp16", rows="*i64", out="*bf16", keys="*i32", values="*fp32", width="i32", origin="i32", per_probe="i32", tid="i32",
                  threshold="fp32", share="i32", mask0="i32", mask1="i32")
-    print(ptx(kernels._rows, types, dict(WORK=tl.float32, MASK=kernels.SMALL, SILENT=False, NARROW=True, GAUSSIAN=True, LANES=256), capability))
+    print(ptx(kernels._rows, types, dict(WORK=tl.float32, MASK=kernels.SMALL, SILENT=False, NARROW=True, KIND=kernels.GAUSSIAN, LANES=256), capability))
 """
 
 

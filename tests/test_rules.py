@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
+from typing import Any
 
 import noise_twin as slow
 import numpy as np
@@ -351,20 +353,17 @@ def test_two_processes_make_one_run(place):  # noqa: F811
 
 
 def test_a_private_rule_needs_no_name(tmp_path):
-    """What docs/updates.md shows, on a trainer: nothing knows the rule's name."""
-
-    def lion(theta, g, state, lr):
-        m = state["m"]
-        state["m"] = 0.99 * m + 0.01 * g
-        return theta - lr * (0.9 * m + 0.1 * g).sign()
-
+    """The text of docs/updates.md, on a trainer: nothing knows the rule's name."""
+    text = (Path(__file__).resolve().parent.parent / "docs" / "updates.md").read_text()
+    shown: dict[str, Any] = {}
+    exec(text.partition("```python\n")[2].partition("```")[0], shown)
     model = tiny.llama(tie=True)
     trainer = build(tmp_path, model, storage="bf16", lr=1e-3, steps=6)
-    rules.attach_rule(trainer.axis.trained, Rule("lion", lion, ("m",)))
+    shown["attach_rule"](trainer.axis.trained, shown["LION"])
     begun = weights(model)
     trainer.run()
     again = build(tmp_path, tiny.llama(tie=True), name="other", storage="bf16")
-    rules.attach_rule(again.axis.trained, Rule("lion", lion, ("m",)))
+    rules.attach_rule(again.axis.trained, shown["LION"])
     again.replay(trainer.ledger.records)
     assert same_bits(weights(again.model), weights(model)) and not same_bits(begun, weights(model))
 

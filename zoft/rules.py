@@ -42,7 +42,7 @@ def sign(theta: Tensor, g: Tensor, state: dict[str, Any], lr: float) -> Tensor:
 
     Source: Liu et al. 2019 (signSGD via zeroth-order oracle), as ZO-SGD-Sign in Zhang et al. 2024 (ZO-Bench,
     arXiv 2402.11592). Their released code does something else: it takes the sign of the projected gradient, a scalar,
-    so that θ moves by lr·sign(c)·z. With rademacher noise and one direction both are the same.
+    so that θ moves by lr·sign(c)·z, and its sweeps leave the step to AdamW. With rademacher noise and one direction both are the same.
     """
     return theta - lr * g.sign()
 

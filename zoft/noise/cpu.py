@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zoft.noise import kernels, storage
-from zoft.noise.spec import GAUSSIAN, Mask, Update, key
+from zoft.noise.spec import KINDS, Mask, Update, key
 
 _CODES = {
     torch.float32: storage.FP32,
@@ -47,16 +47,14 @@ def perturb(
     code, n = _CODES[theta.dtype], theta.numel()
     work = np.float64 if code == storage.FP64 else np.float32
     plan = _plan(updates, probes, seed, step, work)
-    address, gaussian = _address(theta, first), noise == GAUSSIAN
+    address, kind = _address(theta, first), KINDS[noise]
     buffer = _NONE if momentum is None else _address(momentum, first)
     target, out_code = (_NONE, 0) if out is None else (np.uint64(out.data_ptr()), _CODES[out.dtype])
     rules = _rules(beta, floor, mask)
 
     def piece(start: int, end: int) -> None:
         shape = (out_code, n, start)
-        kernels.run(
-            address, code, first + start, first + end, tid, gaussian, buffer, rules, plan, target, shape
-        )
+        kernels.run(address, code, first + start, first + end, tid, kind, buffer, rules, plan, target, shape)
 
     _spread(piece, n, _PIECE)
 
@@ -81,11 +79,11 @@ def gather(
         raise IndexError(f"rows [{index.min()}, {index.max()}] of a tensor that has {len(theta)}")
     work = np.float64 if code == storage.FP64 else np.float32
     plan, rules = _plan((), ((direction, scale),), seed, step, work), _rules(0.0, None, mask)
-    source, target, gaussian = _address(theta, start), np.uint64(out.data_ptr()), noise == GAUSSIAN
+    source, target, kind = _address(theta, start), np.uint64(out.data_ptr()), KINDS[noise]
 
     def piece(first: int, last: int) -> None:
         kernels.run_rows(
-            source, code, index, first, last, width, start, tid, gaussian, rules, plan, target, out_code
+            source, code, index, first, last, width, start, tid, kind, rules, plan, target, out_code
         )
 
     _spread(piece, len(rows), -(-_PIECE // width))
@@ -93,7 +91,7 @@ def gather(
 
 def direction(out: Tensor, tid: int, seed: int, step: int, direction: int, noise: str) -> None:
     """`zoft.noise.direction` into a CPU tensor."""
-    code, n, gaussian = _CODES[out.dtype], out.numel(), noise == GAUSSIAN
+    code, n, kind = _CODES[out.dtype], out.numel(), KINDS[noise]
     plan = _plan((), ((direction, 1.0),), seed, step, np.float32)
     target = np.uint64(out.data_ptr())
 
@@ -101,7 +99,7 @@ def direction(out: Tensor, tid: int, seed: int, step: int, direction: int, noise
 
     def piece(start: int, end: int) -> None:
         shape = (code, n, start)
-        kernels.run(_NONE, storage.ZERO, start, end, tid, gaussian, _NONE, rules, plan, target, shape)
+        kernels.run(_NONE, storage.ZERO, start, end, tid, kind, _NONE, rules, plan, target, shape)
 
     _spread(piece, n, _PIECE)
 

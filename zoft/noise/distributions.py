@@ -8,6 +8,7 @@ _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _LOW = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
+GAUSSIAN, RADEMACHER = 0, 1  # noise.KINDS; here, as kept machine code is named after this file's text
 
 
 @jit
@@ -79,34 +80,37 @@ def gaussian_pair(word):
 
 
 @jit
-def _gaussian(z, words, n):
+def _fill_gaussian(z, words, n):
     for j in range(n):
         z[2 * j], z[2 * j + 1] = gaussian_pair(words[j])
 
 
 @jit
-def _rademacher(z, words, n):
+def _fill_rademacher(z, words, n):
     for j in range(n):
         signs_of(z, 32 * j, words[j])
 
 
 @jit
-def _noise(z, words, base, n, tid, k0, k1, gaussian):
-    """z[i - base] for i in [base, base + n), base a multiple of 128; z is filled up to the next multiple of 128."""
+def _noise(z, words, base, n, tid, k0, k1, kind):
+    """z[i - base] for i in [base, base + n), base a multiple of 128; z is filled up to the next multiple of 128.
+
+    kind: a code of noise.KINDS.
+    """
     blocks = (n + 127) // 128  # whole vectors, no loop tails
-    if gaussian:
+    if kind == GAUSSIAN:
         philox(words, base // 8, 16 * blocks, tid, 0, k0, k1)
-        _gaussian(z, words.view(np.uint32), 64 * blocks)
-    else:
+        _fill_gaussian(z, words.view(np.uint32), 64 * blocks)
+    elif kind == RADEMACHER:
         philox(words, base // 128, blocks, tid, 0, k0, k1)
-        _rademacher(z, words.view(np.uint32), 4 * blocks)
+        _fill_rademacher(z, words.view(np.uint32), 4 * blocks)
 
 
 @jit
-def draw(z, words, base, n, tid, keys, k, last, gaussian):
+def draw(z, words, base, n, tid, keys, k, last, kind):
     """Noise of keys[k], unless z holds it already as that of keys[last] (-1: it holds none); returns k."""
     if last < 0 or keys[k, 0] != keys[last, 0] or keys[k, 1] != keys[last, 1]:
-        _noise(z, words, base, n, tid, keys[k, 0], keys[k, 1], gaussian)
+        _noise(z, words, base, n, tid, keys[k, 0], keys[k, 1], kind)
     return k
 
 

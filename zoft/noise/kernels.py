@@ -120,7 +120,7 @@ def _copy(a, b, n):
 
 
 @_entry
-def run(theta, code, start, end, tid, gaussian, momentum, rules, plan, out, shape):
+def run(theta, code, start, end, tid, kind, momentum, rules, plan, out, shape):
     """Elements [start, end) of one tensor: pending updates in order, then every probe.
 
     theta, momentum, out: uint64 addresses (momentum 0: none). rules fp64 [7]: beta, floor (-inf: none), of the mask its
@@ -139,8 +139,8 @@ def run(theta, code, start, end, tid, gaussian, momentum, rules, plan, out, shap
     a, s, m = np.empty(CHUNK, values.dtype), np.empty(CHUNK, values.dtype), np.empty(CHUNK, values.dtype)
     m[0], m[1], m[2] = rules[0], rules[1], rules[3]
     beta, floor, threshold = m[0], m[1], m[2]  # in the work dtype
-    kind, share, mask0, mask1 = int(rules[2]), np.int32(rules[4]), np.uint32(rules[5]), np.uint32(rules[6])
-    size = CHUNK if kind != ALL else 1
+    mask, share, mask0, mask1 = int(rules[2]), np.int32(rules[4]), np.uint32(rules[5]), np.uint32(rules[6])
+    size = CHUNK if mask != ALL else 1
     keep, old = np.empty(size, np.float32), np.empty(size, values.dtype)
     out_code, stride, origin = shape
     work = FP32 if values.itemsize == 4 else FP64
@@ -150,19 +150,19 @@ def run(theta, code, start, end, tid, gaussian, momentum, rules, plan, out, shap
         hi = min(end, base + CHUNK)
         n, skip = hi - lo, lo - base
         load(a, theta, code, lo, n)
-        if kind == CHOSEN:
+        if mask == CHOSEN:
             halves(words, base, n + skip, tid, 2, mask0, mask1)
             _drawn(keep, bits[skip:], share, n)
         k, last = 0, -1
         for u in range(len(counts)):
-            if kind != ALL:
-                if kind == SMALL:
+            if mask != ALL:
+                if mask == SMALL:
                     _smaller(keep, a, threshold, n)
                 _copy(old, a, n)
             if counts[u] == 0:
                 s[:n] = -0.0  # an empty sum leaves the signs of zeros alone
             for d in range(counts[u]):
-                last = draw(z, words, base, n + skip, tid, keys, k, last, gaussian)
+                last = draw(z, words, base, n + skip, tid, keys, k, last, kind)
                 if d == 0:
                     _scaled(s, values[k], z[skip:], n)
                 else:
@@ -171,14 +171,14 @@ def run(theta, code, start, end, tid, gaussian, momentum, rules, plan, out, shap
             if restores[u] != 0:
                 _accumulate(a, restores[u], z[skip:], n)
             if decays[u] == NOTHING:
-                if kind != ALL:
+                if mask != ALL:
                     _where(keep, a, old, n)
                 if code == BF16 or code == FP16:  # to nearest
                     store(a, theta, code, lo, n)
                     load(a, theta, code, lo, n)
                 continue
             if momentum != 0:
-                if kind != ALL:
+                if mask != ALL:
                     _silence(keep, s, n)
                 load(m, momentum, work, lo, n)
                 _accumulate(s, beta, m, n)
@@ -188,23 +188,23 @@ def run(theta, code, start, end, tid, gaussian, momentum, rules, plan, out, shap
             _add(a, s, n)
             if floor > -np.inf:
                 _raise(a, floor, n)
-            if kind != ALL:  # what stays is on the grid of its dtype, which no rounding leaves
+            if mask != ALL:  # what stays is on the grid of its dtype, which no rounding leaves
                 _where(keep, a, old, n)
             if code == BF16 or code == FP16:
                 halves(words, base, n + skip, tid, 1, rounding[u, 0], rounding[u, 1])
                 store_stochastic(a, bits[skip:], theta, code, lo, n)
         if len(counts) > 0 and (code == FP32 or code == FP64):
             store(a, theta, code, lo, n)
-        if kind == SMALL and len(probes) > 0:
+        if mask == SMALL and len(probes) > 0:
             _smaller(keep, a, threshold, n)
         p, v = 0, k
         for g in range(len(probes)):
             if probes[g] > 0:
-                last = draw(z, words, base, n + skip, tid, keys, k, last, gaussian)
+                last = draw(z, words, base, n + skip, tid, keys, k, last, kind)
             for _ in range(abs(probes[g])):
                 at = p * stride + origin + lo - start
                 if probes[g] > 0:
-                    if kind == ALL:
+                    if mask == ALL:
                         _add_scaled(s, a, values[v], z[skip:], n)
                     else:
                         _add_scaled_where(keep, s, a, values[v], z[skip:], n)
@@ -218,7 +218,7 @@ def run(theta, code, start, end, tid, gaussian, momentum, rules, plan, out, shap
 
 
 @_entry
-def run_rows(theta, code, rows, first, last, width, origin, tid, gaussian, rules, plan, out, out_code):
+def run_rows(theta, code, rows, first, last, width, origin, tid, kind, rules, plan, out, out_code):
     """out[n] = θ[rows[n]] + scale·z[rows[n]] for first <= n < last; a row is `width` consecutive elements, row 0
     begins with element `origin`."""
     for n in range(first, last):
@@ -229,7 +229,7 @@ def run_rows(theta, code, rows, first, last, width, origin, tid, gaussian, rules
             start,
             start + width,
             tid,
-            gaussian,
+            kind,
             np.uint64(0),
             rules,
             plan,

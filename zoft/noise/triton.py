@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoft.noise.spec import GAUSSIAN, PART, Mask, Probes, Update, key
+from zoft.noise.spec import KINDS, PART, Mask, Probes, Update, key
 from zoft.noise.triton_kernels import ALL, CHOSEN, SMALL, _pass, _pass_small, _rows
 
 PROBES_MAX = 16  # probes that one launch unrolls
@@ -126,7 +126,7 @@ def launch(
             HAS_THETA=theta is not None, HAS_UPDATES=plan.updates > 0, ONE=_one(plan), RESTORE=plan.restores, HAS_MOMENTUM=momentum is not None,
             WRITE_THETA=not in_place, STOCHASTIC=some.dtype in (torch.float16, torch.bfloat16),
             BF16=some.dtype == torch.bfloat16, PROBES=plan.probes, FRESH=plan.fresh, SILENT=plan.silent,
-            NARROW=out is not None and out.itemsize == 2, GAUSSIAN=noise == GAUSSIAN, LANES=_LANES, FLOOR=floor, **_OPTIONS,
+            NARROW=out is not None and out.itemsize == 2, KIND=KINDS[noise], LANES=_LANES, FLOOR=floor, **_OPTIONS,
         )  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def launch_small(
             narrow if narrow is not None else theta, table,
             plan.keys, plan.values, theta.numel(), plan.updates, plan.directions,
             NARROW=narrow is not None, HAS_UPDATES=plan.updates > 0, ONE=_one(plan), RESTORE=plan.restores, HAS_MOMENTUM=momentum is not None, PROBES=plan.probes,
-            FRESH=plan.fresh, SILENT=plan.silent, GAUSSIAN=noise == GAUSSIAN, LANES=_SMALL, **_OPTIONS_SMALL,
+            FRESH=plan.fresh, SILENT=plan.silent, KIND=KINDS[noise], LANES=_SMALL, **_OPTIONS_SMALL,
         )  # fmt: skip
 
 
@@ -175,7 +175,7 @@ def launch_rows(
         _rows[(len(rows), triton.cdiv(width + 127, 8 * lanes))](
             theta, rows, out, plan.keys, plan.values, width, start, len(rows) // plan.probes, _signed(tid), **_mask(mask),
             WORK=tl.float64 if theta.dtype == torch.float64 else tl.float32,
-            SILENT=plan.silent == (1 << plan.probes) - 1, NARROW=out.itemsize == 2, GAUSSIAN=noise == GAUSSIAN, LANES=lanes,
+            SILENT=plan.silent == (1 << plan.probes) - 1, NARROW=out.itemsize == 2, KIND=KINDS[noise], LANES=lanes,
             **(_OPTIONS if lanes == _LANES else _OPTIONS_SMALL),
         )  # fmt: skip
 

@@ -11,10 +11,14 @@ import os
 import triton
 import triton.language as tl
 
+from zoft.noise.spec import GAUSSIAN as _GAUSSIAN
+from zoft.noise.spec import KINDS as _KINDS
 from zoft.noise.spec import NOTHING as _NOTHING
+from zoft.noise.spec import RADEMACHER as _RADEMACHER
 
 _PLAIN = ["tid", "threshold", "share", "mask0", "mask1"]  # arguments whose values no kernel is compiled for
 NOTHING = tl.constexpr(_NOTHING)
+GAUSSIAN, RADEMACHER = tl.constexpr(_KINDS[_GAUSSIAN]), tl.constexpr(_KINDS[_RADEMACHER])
 ALL, SMALL, CHOSEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # kinds of mask, as in kernels.py
 # Triton's interpreter knows no assembly: there the same functions, exact, stand in for the hardware's.
 _HARDWARE = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") != "1")
@@ -69,16 +73,17 @@ def _key(keys, k):
 
 
 @triton.jit
-def _noise(base, tid, keys, k, GAUSSIAN: tl.constexpr, LANES: tl.constexpr):
-    """z of the 8·LANES elements from base (a multiple of 128) on, fp32; key k of keys int32 [., 2]."""
+def _noise(base, tid, keys, k, KIND: tl.constexpr, LANES: tl.constexpr):
+    """z of the 8·LANES elements from base (a multiple of 128) on, fp32; key k of keys int32 [., 2]; KIND of noise.KINDS."""
     k0, k1 = _key(keys, k)
-    if GAUSSIAN:
+    if KIND == GAUSSIAN:
         w0, w1, w2, w3 = _words((base >> 3) + tl.arange(0, LANES), tid, 0, k0, k1)
         a0, a1 = _pair(w0)
         b0, b1 = _pair(w1)
         c0, c1 = _pair(w2)
         d0, d1 = _pair(w3)
         return tl.interleave(_in_order(a0, b0, c0, d0), _in_order(a1, b1, c1, d1))
+    tl.static_assert(KIND == RADEMACHER)
     word = tl.arange(0, LANES // 4)  # of 32 elements each
     w0, w1, w2, w3 = _words((base >> 7) + word // 4, tid, 0, k0, k1)
     which = word % 4
@@ -153,10 +158,10 @@ def _restored(a, z, scale):
 @triton.jit
 def _moved(
     a, base, tid, keys, k, scale, keep, MASK: tl.constexpr,
-    STOCHASTIC: tl.constexpr, BF16: tl.constexpr, GAUSSIAN: tl.constexpr, LANES: tl.constexpr,
+    STOCHASTIC: tl.constexpr, BF16: tl.constexpr, KIND: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """θ after a move by scale along key k; a mask by magnitude goes with no move."""
-    z = _noise(base, tid, keys, k, GAUSSIAN, LANES).to(a.dtype)
+    z = _noise(base, tid, keys, k, KIND, LANES).to(a.dtype)
     b = a + scale * z
     if STOCHASTIC:
         b = _round_nearest(b, BF16)
@@ -197,7 +202,7 @@ def _step(
 def _updated(
     a, m, base, tid, keys, values, U, Q, keep, threshold,
     PROBES: tl.constexpr, ONE: tl.constexpr, RESTORE: tl.constexpr, MASK: tl.constexpr, MOMENTUM: tl.constexpr,
-    STOCHASTIC: tl.constexpr, BF16: tl.constexpr, GAUSSIAN: tl.constexpr, LANES: tl.constexpr, FLOOR: tl.constexpr,
+    STOCHASTIC: tl.constexpr, BF16: tl.constexpr, KIND: tl.constexpr, LANES: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
     """θ (and momentum) after U updates of Q directions each; one whose multipliers are all 0 changes nothing, unless
     there is momentum; one whose decay is NOTHING changes nothing at all: but their restores are done.
@@ -213,10 +218,10 @@ def _updated(
         for k in tl.static_range(ONE):
             live = live | (tl.load(values + k) != 0)
         if live & (decay != NOTHING):
-            z = _noise(base, tid, keys, 0, GAUSSIAN, LANES).to(a.dtype)
+            z = _noise(base, tid, keys, 0, KIND, LANES).to(a.dtype)
             s = tl.load(values) * z
             for k in tl.static_range(1, ONE):
-                z = _noise(base, tid, keys, k, GAUSSIAN, LANES).to(a.dtype)
+                z = _noise(base, tid, keys, k, KIND, LANES).to(a.dtype)
                 s = s + tl.load(values + k) * z
             a, m = _step(
                 a, m, s, z, 0, base, tid, keys, ONE, decay, beta, restores, keep, threshold,
@@ -226,9 +231,7 @@ def _updated(
             if RESTORE:
                 if tl.load(restores) != 0:
                     back = tl.load(restores)
-                    a = _moved(
-                        a, base, tid, keys, ONE - 1, back, keep, MASK, STOCHASTIC, BF16, GAUSSIAN, LANES
-                    )
+                    a = _moved(a, base, tid, keys, ONE - 1, back, keep, MASK, STOCHASTIC, BF16, KIND, LANES)
     else:
         for u in range(U):
             decay = tl.load(values + U * Q + u)
@@ -239,7 +242,7 @@ def _updated(
                 s = _nothing(a)
                 z = s
                 for k in range(Q):
-                    z = _noise(base, tid, keys, u * Q + k, GAUSSIAN, LANES).to(a.dtype)
+                    z = _noise(base, tid, keys, u * Q + k, KIND, LANES).to(a.dtype)
                     product = tl.load(values + u * Q + k) * z
                     s = tl.where(k == 0, product, s + product)
                 a, m = _step(
@@ -250,9 +253,7 @@ def _updated(
                 if RESTORE:
                     if tl.load(restores + u) != 0:
                         last, back = u * Q + Q - 1, tl.load(restores + u)
-                        a = _moved(
-                            a, base, tid, keys, last, back, keep, MASK, STOCHASTIC, BF16, GAUSSIAN, LANES
-                        )
+                        a = _moved(a, base, tid, keys, last, back, keep, MASK, STOCHASTIC, BF16, KIND, LANES)
     return a, m
 
 
@@ -287,7 +288,7 @@ def _pass(
     FRESH: tl.constexpr,  # bit p: probe p needs another draw than the one before it
     SILENT: tl.constexpr,  # bit p: probe p needs no noise
     NARROW: tl.constexpr,  # out has 16 bits
-    GAUSSIAN: tl.constexpr,
+    KIND: tl.constexpr,
     LANES: tl.constexpr,
     FLOOR: tl.constexpr = None,  # no update brings θ below it
 ):
@@ -310,7 +311,7 @@ def _pass(
             m = tl.load(momentum + at, mask=inside, other=0.0)
         a, m = _updated(
             a, m, base, tid, keys, values, U, Q, keep, threshold,
-            PROBES, ONE, RESTORE, MASK, HAS_MOMENTUM, STOCHASTIC, BF16, GAUSSIAN, LANES, FLOOR,
+            PROBES, ONE, RESTORE, MASK, HAS_MOMENTUM, STOCHASTIC, BF16, KIND, LANES, FLOOR,
         )  # fmt: skip
         if HAS_MOMENTUM:
             tl.store(momentum + at, m, mask=inside)
@@ -321,7 +322,7 @@ def _pass(
     z = tl.zeros([8 * LANES], tl.float32)
     for p in tl.static_range(PROBES):
         if (FRESH >> p) & 1:
-            z = _noise(base, tid, keys, U * Q + U + p, GAUSSIAN, LANES)
+            z = _noise(base, tid, keys, U * Q + U + p, KIND, LANES)
         if (SILENT >> p) & 1:
             probe = a
         else:
@@ -353,7 +354,7 @@ def _pass_small(
     FRESH: tl.constexpr,
     SILENT: tl.constexpr,
     NARROW: tl.constexpr,
-    GAUSSIAN: tl.constexpr,
+    KIND: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """`_pass` for many small fp32 tensors in one launch; none of them has a mask or a floor."""
@@ -370,7 +371,7 @@ def _pass_small(
             m = tl.load(momentum + at, mask=inside, other=0.0)
         a, m = _updated(
             a, m, base, tid, keys, values, U, Q, inside, 0.0,
-            PROBES, ONE, RESTORE, ALL, HAS_MOMENTUM, False, False, GAUSSIAN, LANES, None,
+            PROBES, ONE, RESTORE, ALL, HAS_MOMENTUM, False, False, KIND, LANES, None,
         )  # fmt: skip
         if HAS_MOMENTUM:
             tl.store(momentum + at, m, mask=inside)
@@ -378,7 +379,7 @@ def _pass_small(
     z = tl.zeros([8 * LANES], tl.float32)
     for p in tl.static_range(PROBES):
         if (FRESH >> p) & 1:
-            z = _noise(base, tid, keys, U * Q + U + p, GAUSSIAN, LANES)
+            z = _noise(base, tid, keys, U * Q + U + p, KIND, LANES)
         if (SILENT >> p) & 1:
             probe = a
         else:
@@ -407,7 +408,7 @@ def _rows(
     MASK: tl.constexpr,
     SILENT: tl.constexpr,
     NARROW: tl.constexpr,
-    GAUSSIAN: tl.constexpr,
+    KIND: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Program (n, j): out[n] = θ[rows[n]] + scale·z[rows[n]], the j-th stretch that starts at a multiple of 128."""
@@ -421,7 +422,7 @@ def _rows(
     if not SILENT:
         p = row // per_probe
         tid = tid.to(tl.uint32, bitcast=True)
-        z = _noise(base, tid, keys, p, GAUSSIAN, LANES)
+        z = _noise(base, tid, keys, p, KIND, LANES)
         a = probe
         probe = a + tl.load(values + p) * z.to(WORK)
         if MASK:
