@@ -14,10 +14,10 @@ from test_noise_gpu import run_python, without_gpu
 from test_trainer import build, fp64, same_bits, weights, z
 
 from zoft import headers, preflight
-from zoft.compose import load_run
 from zoft.config import Config, Task
 from zoft.config_check import check
 from zoft.config_digest import changed, digests
+from zoft.configured import load_run
 from zoft.distributed import grid
 from zoft.errors import UserError
 from zoft.estimators.estimator import Estimator, Probe, rows_of

@@ -17,10 +17,10 @@ from test_trainer import build, same_bits, weights
 
 from zoft import estimate, guards, headers, ledger, rules, snapshot, space, verbs
 from zoft import run as runs
-from zoft.compose import compose, load_run
 from zoft.config import Config
 from zoft.config_check import check
 from zoft.config_digest import digests
+from zoft.configured import compose, load_run
 from zoft.errors import UserError
 from zoft.noise import noise
 from zoft.noise.noise import reference
