@@ -16,18 +16,17 @@ from test_replay import bits, configured, place, train  # noqa: F401 (place is a
 from test_trainer import build, same_bits, weights
 
 from zoft import estimate, guards, headers, ledger, rules, snapshot, space, verbs
-from zoft import run as runs
 from zoft.config import Config
 from zoft.config_check import check
 from zoft.config_digest import digests
 from zoft.configured import compose, load_run
 from zoft.errors import UserError
-from zoft.noise import noise
-from zoft.noise.noise import reference
+from zoft.noise import noise, reference
 from zoft.noise.spec import PART, Mask, Update, key, philox
 from zoft.rules import RULES, Rule
 from zoft.session import agree
 from zoft.space import Trained
+from zoft.start import train_run
 from zoft.update import advance, make_update
 
 SEED, TID = 2**40 + 5, 2**32 - 3
@@ -284,7 +283,7 @@ def test_resumed_and_replayed_runs_have_the_bits_of_the_run(place, way, tmp_path
                 shutil.copytree(run / extra, cut / extra)
             elif (run / extra).exists():
                 shutil.copy(run / extra, cut / extra)
-        runs.train(load_run(cut), resume=cut)
+        train_run(load_run(cut), resume=cut)
         assert (cut / model / file).read_bytes() == end, kept
         assert (cut / "ledger").read_bytes() == data, kept
 
@@ -312,7 +311,7 @@ def test_no_other_rule_goes_on_with_a_ledger(place):  # noqa: F811
         (run / "result.json").unlink()
         config = dataclasses.replace(load_run(run), update=now)
         with pytest.raises(UserError, match=f"was written with update={before}: put that back"):
-            runs.train(config, resume=run)
+            train_run(config, resume=run)
 
 
 def test_headers_of_plain_runs_say_nothing_new():
