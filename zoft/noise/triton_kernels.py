@@ -83,13 +83,14 @@ def _noise(base, tid, keys, k, KIND: tl.constexpr, LANES: tl.constexpr):
         c0, c1 = _pair(w2)
         d0, d1 = _pair(w3)
         return tl.interleave(_in_order(a0, b0, c0, d0), _in_order(a1, b1, c1, d1))
-    tl.static_assert(KIND == RADEMACHER)
-    word = tl.arange(0, LANES // 4)  # of 32 elements each
-    w0, w1, w2, w3 = _words((base >> 7) + word // 4, tid, 0, k0, k1)
-    which = word % 4
-    bits = tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
-    spread = (bits[:, None] >> tl.arange(0, 32).to(tl.uint32)[None, :]) & 1
-    return tl.reshape(spread.to(tl.float32) * 2.0 - 1.0, [8 * LANES])
+    else:
+        tl.static_assert(KIND == RADEMACHER)
+        word = tl.arange(0, LANES // 4)  # of 32 elements each
+        w0, w1, w2, w3 = _words((base >> 7) + word // 4, tid, 0, k0, k1)
+        which = word % 4
+        bits = tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
+        spread = (bits[:, None] >> tl.arange(0, 32).to(tl.uint32)[None, :]) & 1
+        return tl.reshape(spread.to(tl.float32) * 2.0 - 1.0, [8 * LANES])
 
 
 @triton.jit
