@@ -171,7 +171,7 @@ def _refuse_unseen(model: Any, contexts: Sequence[Sequence[int]], pad: int, arou
     """
     if not contexts or model in _sees or not model_calls.puts_before(model):
         return
-    row = list(min(contexts, key=len))
+    row = list(min(contexts, key=lambda c: len(c)))
     with around(1):
         out = _run(model, [row], pad, max_new_tokens=2, output_logits=True, return_dict_in_generate=True)
         got = torch.stack([x[0].double() for x in out.logits])  # [2, V]
