@@ -30,7 +30,12 @@ N = 3  # virtual tokens
 
 def attach(model, train, **keys):
     keys = {"virtual_tokens": None if train == "lora" else N, "seed": 5} | keys
-    return adapters.attach(model, Config(train=train, **keys))
+    try:
+        return adapters.attach(model, Config(train=train, **keys))
+    except UserError as error:
+        if "each other's keys" in str(error):  # peft 0.19 and Gemma
+            pytest.skip(str(error))
+        raise
 
 
 def moved(model, scale=0.3):

@@ -10,8 +10,9 @@ import tiny
 import torch
 from test_adapters import attach, moved
 
+from zoft import adapters, model_calls
 from zoft import generate as generation
-from zoft import model_calls
+from zoft.config import Config
 from zoft.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,6 +103,26 @@ def test_generation_that_leaves_a_prompt_out_is_refused_in_one_line(train, monke
     ) as error:
         generation.generate(model, tiny.tokenizer(), contexts, max_new_tokens=3)
     assert "\n" not in str(error.value)
+
+
+def test_a_peft_that_mixes_layers_up_is_refused_in_one_line(monkeypatch, tmp_path):
+    """As peft 0.19.0 does for Gemma, by an index too many."""
+    model = attach(tiny.llama(), "prefix")
+    assert model_calls.misread_prefix(model) == ""
+    adapters.save(model, tmp_path / "saved")
+    inner = type(model).get_prompt
+
+    def mixed(self, *args, **kwargs):
+        cache = inner(self, *args, **kwargs)
+        cache.layers.reverse()
+        return cache
+
+    monkeypatch.setattr(type(model), "get_prompt", mixed)
+    with pytest.raises(UserError, match="train=prefix: LlamaForCausalLM: peft .*; use a newer peft") as error:
+        adapters.attach(tiny.llama(), Config(train="prefix", virtual_tokens=3))
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="saved: peft .*; use a newer peft"):
+        adapters.load(tiny.llama(), tmp_path / "saved")
 
 
 def test_it_is_asked_in_one_place():

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from zoft import adapter_beside, adapter_start, saving
+from zoft import adapter_beside, adapter_start, model_calls, saving
 from zoft.config import ADAPTERS, Config
 from zoft.errors import UserError
 from zoft.fingerprint import Stored, raw_bytes
@@ -196,12 +196,14 @@ def _prompt(model: Any, config: Config) -> Any:
 
 def _works(made: Any, train: str, n: int) -> None:
     """Raise UserError where the model cannot run behind a prefix or a prompt."""
+    base = type(made.get_base_model()).__name__
+    if train == "prefix" and (line := model_calls.misread_prefix(made)):
+        raise UserError(f"train=prefix: {base}: {line}; use a newer peft, or train=lora")
     ids = torch.full((2, 3), 1, device=made.device)
     try:
         seen = made(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.shape[1]
         assert seen == 3 + (n if train == "prompt" else 0), f"logits at {seen} positions"
     except Exception as error:  # whatever peft or the model cannot do
-        base = type(made.get_base_model()).__name__
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         raise UserError(f"train={train}: {base} does not run with one ({why}); use train=lora") from None
 
@@ -270,6 +272,10 @@ def load(model: nn.Module, folder: str | Path) -> Any:
                 return get_peft_model(model, PeftConfig.from_pretrained(str(folder)))
             made: Any = PeftModel.from_pretrained(model, str(folder))
             adapter_beside.complete(made, Path(folder))
+            if made.active_peft_config.peft_type == "PREFIX_TUNING" and (
+                line := model_calls.misread_prefix(made)
+            ):
+                raise UserError(f"{folder}: {line}; use a newer peft")
             return made.eval().requires_grad_(False)
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise UserError(f"{folder}: {' '.join(str(error).split())[:200]}") from None

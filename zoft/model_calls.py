@@ -8,6 +8,7 @@ and it is asked here only.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,6 +73,30 @@ def cache_length(cache: Any) -> int | None:
         return cache.get_seq_length()
     except ValueError:  # transformers 5.24's answer for a cache without attention layers
         return None
+
+
+def misread_prefix(model: Any) -> str:
+    """Return a line where peft hands the model other keys and values than its prefix holds; "" where it does not.
+
+    peft 0.19.0 gives Gemma's layers those of the first two layers. A cache of another shape than the prefix's is not
+    judged.
+    """
+    settings, table = model.active_peft_config, model.prompt_encoder["default"].embedding.weight
+    if getattr(settings, "prefix_projection", False):  # the table is not what the layers read
+        return ""
+    heads = settings.num_attention_heads
+    own = table.view(table.shape[0], -1, heads, settings.token_dim // heads).permute(
+        1, 2, 0, 3
+    )  # [2·layers, H, n, D]
+    try:
+        read = [x[0] for pair in keys_values(model.get_prompt(1)) for x in pair]
+    except (AttributeError, TypeError):  # nothing that has layers
+        return ""
+    if [x.shape for x in read] != [x.shape for x in own] or all(
+        torch.equal(x, y.to(x.dtype)) for x, y in zip(read, own)
+    ):
+        return ""
+    return f"peft {importlib.metadata.version('peft')} gives this model's layers each other's keys and values"
 
 
 @contextmanager
