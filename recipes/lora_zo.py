@@ -13,6 +13,6 @@ update rounds away; any module can have a LoRA pair, and any model that peft kno
 Source: Malladi et al. 2023, Fine-Tuning Language Models with Just Forward Passes, arXiv 2305.17333.
 """
 
-from zoft.method import Method, Space
+from zoft.method.method import Method, Space
 
 METHOD = Method(space=Space(train="lora", only=("lora", "prefix", "prompt")))

@@ -8,6 +8,6 @@ fp32 with stochastic rounding, weight decay not on norms and biases.
 Source: Malladi et al. 2023, Fine-Tuning Language Models with Just Forward Passes, arXiv 2305.17333.
 """
 
-from zoft.method import Method
+from zoft.method.method import Method
 
 METHOD = Method()

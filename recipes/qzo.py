@@ -11,7 +11,7 @@ reaches 0, and there is no floor; eps and lr are then shares of a scale, not its
 Source: Shang et al. 2025, Fine-tuning Quantized Neural Networks with Zeroth-order Optimization, arXiv 2505.13430.
 """
 
-from zoft.method import Method, Space
+from zoft.method.method import Method, Space
 
 METHOD = Method(
     space=Space(train="scales", never=("lora", "prefix", "prompt"), quantised=True),

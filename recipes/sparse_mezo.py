@@ -11,7 +11,7 @@ Differences from the paper: its algorithm compares θ with h, its text |θ|: her
 Source: Liu et al. 2024, Sparse MeZO: Less Parameters for Better Performance in Zeroth-Order LLM Fine-Tuning, arXiv 2402.15751.
 """
 
-from zoft.method import Method, Space, is_set
+from zoft.method.method import Method, Space, is_set
 
 
 def nothing_masked(config) -> str:

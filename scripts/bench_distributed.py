@@ -26,11 +26,14 @@ import bench_parts as parts
 import torch
 from bench_models import MODELS, build
 
-from zoft import distributed, headers, setup, setup_trainer
-from zoft.config import Config, Task
+from zoft.config.schema import Config, Task
 from zoft.env import environment
-from zoft.ledger import Ledger
-from zoft.space import DTYPES
+from zoft.ledger.log import Ledger
+from zoft.method.space import DTYPES
+from zoft.parallel import world as distributed
+from zoft.train import build as setup_trainer
+from zoft.train import header
+from zoft.train import parts as setup
 
 CELLS = ["opt-1.3b:data:16x256", "opt-6.7b:probes:16x256"]
 
@@ -50,7 +53,7 @@ def cell(args: argparse.Namespace, name: str, how: str, batch: int, tokens: int)
         model = build(name, config.device, DTYPES[args.dtype])
         rows = parts.random_rows(model, 8 * whole, tokens, padded=False)
         config, trained, axis = parts.resolved(config, model, rows)
-        with Ledger.create(Path(folder) / "ledger", headers.of(config, "random weights", trained)) as ledger:
+        with Ledger.create(Path(folder) / "ledger", header.of(config, "random weights", trained)) as ledger:
             trainer = setup_trainer.trainer_of(config, model, axis, rows, ledger)
             # Of as many steps on every process, however fast each is.
             found = parts.timed(trainer, ledger, args.device, 1e9, args.steps)

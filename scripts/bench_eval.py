@@ -43,8 +43,9 @@ def plain(model: Any, examples: list[Any], size: int) -> np.ndarray:
 
 def compare(config: Any, model: Any, tokenizer: Any, rows: int, batch: int) -> dict[str, Any]:
     """Times of both ways on the training and evaluation rows of a task, the first `rows` of them."""
-    from zoft import evaluate, tasks
-    from zoft.encode import encode
+    from zoft.data import tasks
+    from zoft.data.encode import encode
+    from zoft.evaluation import evaluate
 
     data = tasks.load(config.task)
     examples = encode((data.eval + data.train)[:rows], tokenizer, data, config.max_length)
@@ -85,16 +86,18 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     from dataclasses import replace
 
-    from zoft import evaluate, models, tasks
-    from zoft.configured import compose
+    from zoft.data import tasks
     from zoft.errors import UserError
+    from zoft.evaluation import evaluate
+    from zoft.method.configured import compose
+    from zoft.models import load
 
     torch.set_num_threads(args.threads)
     if args.tokens:
         evaluate.TOKENS = evaluate.CPU_TOKENS = args.tokens
     try:
         config = compose(args.config, args.overrides)
-        model, tokenizer = models.load(config.model, dtype=torch.float32)
+        model, tokenizer = load.load(config.model, dtype=torch.float32)
         words = {k: args.word + v for k, v in tasks.load(config.task).choices.items()}
     except UserError as error:
         raise SystemExit(f"error: {error}") from None

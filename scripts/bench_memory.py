@@ -24,11 +24,12 @@ import transformers as hf
 from bench_models import MODELS, build
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from zoft import configured, estimate
-from zoft.config import Config
+from zoft.config.schema import Config
 from zoft.env import environment
-from zoft.space import DTYPES
-from zoft.start import train_run
+from zoft.method import configured
+from zoft.method.space import DTYPES
+from zoft.run import estimate
+from zoft.run.start import train_run
 from zoft.tables import markdown
 
 DEFAULT = ["opt-125m:16x32", "opt-125m:16x256", "opt-125m:16x256:perturb=inplace", "opt-125m:8x64:q=4,probes_per_forward=8",

@@ -18,12 +18,15 @@ import torch
 from bench_models import plain_causal
 from torch import Tensor, nn
 
-from zoft import adapters, headers, setup, setup_axis, setup_trainer, space
-from zoft.config import ADAPTERS, Config, Task
+from zoft.config.schema import ADAPTERS, Config, Task
+from zoft.data.example import Example
 from zoft.errors import UserError
-from zoft.example import Example
-from zoft.ledger import Ledger
-from zoft.trainer import Trainer
+from zoft.ledger.log import Ledger
+from zoft.method import space
+from zoft.models.adapters import attach
+from zoft.train import axis as setup_axis
+from zoft.train import build, header, parts
+from zoft.train.trainer import Trainer
 
 WARM = 10  # steps before the clock of a Trainer starts: kernels compile, graphs are captured
 EDGE = 8  # appends at each end of a run that are not timed: more than steps may be under way
@@ -128,7 +131,7 @@ def adapter(model: Any, train: str) -> Iterator[Any]:
     if train not in ADAPTERS:
         yield model
         return
-    made = adapters.attach(model, Config(train=train))
+    made = attach.attach(model, Config(train=train))
     try:
         yield made
     finally:
@@ -179,11 +182,11 @@ def trainer_step(
     release(device)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            config, trained, axis = resolved(setup.device(config), model, rows)
+            config, trained, axis = resolved(parts.device(config), model, rows)
             with Ledger.create(
-                Path(folder) / "ledger", headers.of(config, "random weights", trained)
+                Path(folder) / "ledger", header.of(config, "random weights", trained)
             ) as ledger:
-                trainer = setup_trainer.trainer_of(config, model, axis, rows, ledger)
+                trainer = build.trainer_of(config, model, axis, rows, ledger)
                 found = timed(trainer, ledger, device, seconds, steps)
                 used = ledger.records[-1]
                 found |= {"losses": list(used.losses), "skipped": sum(r.skipped for r in ledger.records)}
@@ -208,7 +211,7 @@ def trainer_step(
 def resolved(config: Config, model: Any, rows: list[Example]) -> tuple[Config, Any, Any]:
     """(config with nothing left at auto, trained tensors, axis), as a recipe makes them."""
     names = space.train_names(model, config.train)
-    config = setup.dtypes(config, model, names)
+    config = parts.dtypes(config, model, names)
     return setup_axis.make(config, model, space.adopt(model, names), rows)
 
 

@@ -26,9 +26,9 @@ from bench_models import MODELS, STD, _no_initialisation, build, plain_causal
 from bench_step import _line, shape
 from torch import nn
 
-from zoft import quant
-from zoft.config import Config, Task
+from zoft.config.schema import Config, Task
 from zoft.env import environment
+from zoft.models.quant import linear as quant
 
 ROWS = (16, 32, 64, 128, 256, 512, 1024, 4096)
 PARTS = ("bf16", "layers", "step")

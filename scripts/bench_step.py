@@ -27,7 +27,7 @@ import torch
 from bench_models import MODELS, build
 
 from zoft.env import environment
-from zoft.space import DTYPES
+from zoft.method.space import DTYPES
 
 PARTS = ("reference", "inplace", "probe", "forwards")
 DEFAULT_MODELS = ["opt-125m", "opt-1.3b", "opt-13b"]

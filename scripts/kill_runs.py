@@ -136,10 +136,10 @@ def variant(name: str, kills: int, rng: random.Random) -> int:
 
 def forked(*args: str) -> int:
     """Start `zoft train` with these arguments in a process of its own; its id."""
-    import zoft.evaluate  # noqa: F401
-    import zoft.replay_live  # noqa: F401
-    import zoft.setup_trainer  # noqa: F401 - and with these all that training imports
-    from zoft.cli import app
+    import zoft.evaluation.evaluate  # noqa: F401
+    import zoft.replay.live  # noqa: F401
+    import zoft.train.build  # noqa: F401 - and with these all that training imports
+    from zoft.cli.main import app
 
     sys.stdout.flush()
     pid = os.fork()
@@ -170,7 +170,7 @@ def wait(until: Callable[[], bool], seconds: float = 120) -> None:
 
 def steps_of(run: Path) -> int:
     """Whole steps in a run's ledger, which may be under way."""
-    from zoft import ledger
+    from zoft.ledger import log as ledger
 
     return len(ledger.read(run / "ledger").records) if (run / "ledger").exists() else 0
 

@@ -18,15 +18,16 @@ from pathlib import Path
 
 def work(invitation: str) -> str:
     """One worker, from the text of a run's join.json; returns the line that it ends with."""
-    from zoft import elastic_worker, wire
-    from zoft.stop import Stopped
+    from zoft.cli import join
+    from zoft.parallel import messages
+    from zoft.signals import Stopped
 
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / wire.JOIN
+        path = Path(folder) / messages.JOIN
         path.write_text(invitation, encoding="utf-8")
         path.chmod(0o600)
         try:
-            return elastic_worker.work(json.loads(invitation)["address"], str(path), trust_remote_code=False)
+            return join.work(json.loads(invitation)["address"], str(path), trust_remote_code=False)
         except Stopped as stopped:
             return str(stopped)
 

@@ -62,17 +62,21 @@ def train(config: Any, dtype: str, say: Callable[[str], Any]) -> dict[str, Any]:
     Uses model, task, train, lr (with its schedule), eps, steps, batch_size, seed, max_length, eval_*, device.
     Returns {before, after, evals [(step, metrics)], seconds, dtype, moved: ‖θ − θ₀‖ / ‖θ₀‖ }.
     """
-    from zoft import data_order, evaluate, setup, space, tasks
-    from zoft import update as schedules
-    from zoft.objective import losses
+    from zoft.data import tasks
+    from zoft.evaluation import evaluate
+    from zoft.method import space
+    from zoft.method import updates as schedules
+    from zoft.objectives.losses import losses
+    from zoft.train import batches as data_order
+    from zoft.train import parts
 
     if config.q != 1 or config.accumulate != 1 or config.momentum or config.weight_decay:
         raise SystemExit("reference loop: q=1 accumulate=1 momentum=0 weight_decay=0 is all it knows")
-    config = setup.device(config)
+    config = parts.device(config)
     data = tasks.load(config.task)
-    model, tokenizer, _ = setup.model(config)
+    model, tokenizer, _ = parts.model(config)
     model = model.to(space.DTYPES[dtype])
-    examples, held_out = setup.examples(config, tokenizer, data)
+    examples, held_out = parts.examples(config, tokenizer, data)
     names = set(space.train_names(model, config.train))
     params = [p for n, p in model.named_parameters() if n in names]
     start = [p.data.cpu() for p in params]
@@ -114,9 +118,9 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the result here too")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for `zoft train`")
     args = parser.parse_intermixed_args()
-    from zoft.configured import compose
     from zoft.errors import UserError
-    from zoft.results import table
+    from zoft.method.configured import compose
+    from zoft.replay.saved_model import table
 
     try:
         result = train(compose(args.config, args.overrides), args.dtype, lambda s: print(s, file=sys.stderr))

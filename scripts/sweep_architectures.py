@@ -33,12 +33,14 @@ import torch
 import transformers as hf
 from torch import nn
 
-from zoft import adapters, selfcheck, space
-from zoft.config import ADAPTERS, Config
+from zoft.config.schema import ADAPTERS, Config
 from zoft.errors import UserError
-from zoft.estimators.estimator import Probe
+from zoft.method import space
+from zoft.method.estimators.estimator import Probe
+from zoft.models.adapters import attach
 from zoft.noise import noise
-from zoft.probe import ProbeAxis
+from zoft.probe import proof
+from zoft.probe.axis import ProbeAxis
 
 EPS, SEED, STEP = 1e-2, 7, 3
 PROBES = [Probe(0, EPS), Probe(0, -EPS), Probe(1, EPS), Probe(1, -EPS), Probe(1, 8 * EPS)]
@@ -123,9 +125,9 @@ def twin(model: nn.Module, names: dict[str, int], batch: Batch, probes: list[Pro
 
 def with_adapter(model: nn.Module, train: str) -> nn.Module:
     """The model with what `train` adds to it, LoRA's B moved from where it hides A."""
-    made = adapters.attach(model, Config(train=train, virtual_tokens=None if train == "lora" else 3))
+    made = attach.attach(model, Config(train=train, virtual_tokens=None if train == "lora" else 3))
     generator = torch.Generator().manual_seed(1)
-    for key, p in adapters.named(made):
+    for key, p in attach.named(made):
         if "lora_B" in key or "lora_embedding_A" in key:
             p.data = 0.3 * torch.randn(p.shape, generator=generator)
     if train == "prompt":
@@ -158,14 +160,14 @@ def check(kind: str, name: str, side: str, train: str = "all") -> Result:
     trained = space.adopt(model, space.train_names(model, train))
     start = time.perf_counter()
     try:
-        found = selfcheck.find_sites(model, trained, lambda b: losses(model, b), small, double, EPS)
+        found = proof.find_sites(model, trained, lambda b: losses(model, b), small, double, EPS)
     except UserError as error:
         if train not in ADAPTERS:  # for a model's own weights there is always a way
             raise
         result.note = f"refused: {error}"
         return result
     result.seconds = time.perf_counter() - start
-    axis = ProbeAxis(selfcheck.live(trained, found), found.sites, seed=SEED, kind="gaussian")
+    axis = ProbeAxis(proof.live(trained, found), found.sites, seed=SEED, kind="gaussian")
     # A run's batches have other sizes than the one that was looked at, and other padding.
     fixed = getattr(model.config, "model_type", "") == "perceiver"  # gives as many logits as it has positions
     length = shrink.TOKENS + (0 if fixed else 3)

@@ -13,7 +13,7 @@ from pathlib import Path
 import tiny
 from typer.testing import CliRunner
 
-from zoft.cli import app
+from zoft.cli.main import app
 
 CONFIG = {
     "model": "tiny",

@@ -15,7 +15,7 @@ import torch
 # A process that was forked where imports have looked for a GPU could not use it.
 CONTEXT: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
 CONTEXT.set_forkserver_preload(
-    ["zoft.start", "zoft.run", "zoft.evaluate", "zoft.distributed", "ranks_imports"]
+    ["zoft.run.start", "zoft.run.loop", "zoft.evaluation.evaluate", "zoft.parallel.world", "ranks_imports"]
 )
 
 
@@ -56,12 +56,12 @@ def _child(place, args, rank, size, port, log, hook):
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-    from zoft import cli
+    from zoft.cli import main
 
     if hook is not None:
         hook(rank)
     sys.argv = ["zoft", *args]
-    cli.main()
+    main.main()
 
 
 def zoft(place: Path, *args: str, size: int = 1, hook=None, timeout: float = 240) -> list[int]:

@@ -5,7 +5,7 @@ import torch.distributed  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 from transformers import PreTrainedTokenizerFast  # noqa: F401
 
-import zoft.adapters  # noqa: F401
-import zoft.replay_live  # noqa: F401
-import zoft.setup_trainer  # noqa: F401
-import zoft.snapshot  # noqa: F401
+import zoft.models.adapters.attach  # noqa: F401
+import zoft.replay.live  # noqa: F401
+import zoft.replay.snapshot  # noqa: F401
+import zoft.train.build  # noqa: F401

@@ -15,11 +15,16 @@ from test_qzo import Twin, quantised
 from test_trainer import build, z
 from zoo import PROBES, apart, batch, make, off, twin
 
-from zoft import adapter_beside, adapters, kind, models, quant, routes, routes_adapter, saving, space
-from zoft.config import Config
-from zoft.configured import compose
+from zoft.config.schema import Config
 from zoft.errors import UserError
-from zoft.objective import losses
+from zoft.method import space
+from zoft.method.configured import compose
+from zoft.models import kind, load, saving
+from zoft.models.adapters import attach as adapters
+from zoft.models.adapters import kept_in_place
+from zoft.models.quant import linear
+from zoft.objectives.losses import losses
+from zoft.probe import lora_forward, site_forwards
 
 
 def place(tmp_path, model, **keys):
@@ -27,10 +32,10 @@ def place(tmp_path, model, **keys):
     torch.manual_seed(0)
     made = moved(attach(model, "lora", lora_rank=4, **keys))
     adapters.save(made, tmp_path / "adapter")
-    with adapter_beside.without(made) as base:
+    with kept_in_place.without(made) as base:
         pass
-    for name, layer in adapter_beside.pairs(made).items():
-        adapter_beside.put(base, name, layer.base_layer)
+    for name, layer in kept_in_place.pairs(made).items():
+        kept_in_place.put(base, name, layer.base_layer)
     return adapters.load(base, tmp_path / "adapter")
 
 
@@ -46,7 +51,7 @@ def test_pairs_are_those_of_the_plain_model(name, targets):
     beside = attach(quantised(tiny.MODELS[name]), "lora", **keys)
     a, b = dict(adapters.named(plain)), dict(adapters.named(beside))
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-    assert len(quant.layers(beside)) == len(quant.layers(quantised(tiny.MODELS[name])))
+    assert len(linear.layers(beside)) == len(linear.layers(quantised(tiny.MODELS[name])))
     said = [m.peft_config["default"].to_dict() for m in (plain, beside)]
     assert said[0] == said[1]
     some = attach(quantised(tiny.llama), "lora", lora_layers="last-1", lora_targets="all-linear")
@@ -59,11 +64,11 @@ def test_pairs_are_those_of_the_plain_model(name, targets):
 def test_stacked_losses_are_those_of_moved_tensors(tmp_path, name):
     b = batch("right")
     b.inputs["input_ids"] %= tiny.VOCAB
-    for train, way in (("lora", routes_adapter.lora), ("scales", routes.quantised)):
+    for train, way in (("lora", lora_forward.lora), ("scales", site_forwards.quantised)):
         model = place(tmp_path / train, quantised(tiny.MODELS[name]), lora_targets="all-linear")
         made = make(model, b, train, run=rows_losses)
         assert made.found.stacked and not made.found.note, made.found.note
-        assert {routes.fast(s) for s in made.found.sites} == {way}
+        assert {site_forwards.fast(s) for s in made.found.sites} == {way}
         expected = twin(made.untouched, made.trained, b, PROBES, run=rows_losses)
         assert apart(expected) > 1e-5, apart(expected)
         for group in (1, 2, len(PROBES)):
@@ -120,7 +125,7 @@ def test_steps_on_scales_are_those_of_a_slow_twin(tmp_path):
     other = Twin(base, np.float64)
     model = place(tmp_path, base)
     deltas = {n: m.scaling["default"] * (m.lora_B["default"].weight @ m.lora_A["default"].weight).detach().double()
-              for n, m in adapter_beside.pairs(model).items()}  # fmt: skip
+              for n, m in kept_in_place.pairs(model).items()}  # fmt: skip
     assert len(deltas) == 4
 
     class Beside(Twin):
@@ -140,7 +145,7 @@ def test_steps_on_scales_are_those_of_a_slow_twin(tmp_path):
     before = {n: p[2].copy() for n, p in other.parts.items()}
     for t in range(12):
         (batch_,) = trainer.batches(t)
-        other.step(t, named, batch_, eps=1e-3, lr=3e-4, clip=3.0, floor=quant.FLOOR)
+        other.step(t, named, batch_, eps=1e-3, lr=3e-4, clip=3.0, floor=linear.FLOOR)
         trainer.step()
     trainer.axis.flush()
     for t in trainer.axis.trained:
@@ -178,7 +183,7 @@ def test_a_saved_model_has_its_pairs_merged_or_beside_its_codes(tmp_path, name):
     for codes in (False, True):
         base = quantised(tiny.MODELS[name]) if codes else tiny.MODELS[name]()
         model = place(tmp_path / str(codes), base, **keys)
-        model.beside = adapter_beside.files(tmp_path / str(codes) / "adapter")
+        model.beside = kept_in_place.files(tmp_path / str(codes) / "adapter")
         want = model(ids).logits.detach()
         ways = [("plain", True), ("codes", False)] if codes else [("plain", False)]
         for form, dequantise in ways:
@@ -190,17 +195,17 @@ def test_a_saved_model_has_its_pairs_merged_or_beside_its_codes(tmp_path, name):
                 got = hf.AutoModelForCausalLM.from_pretrained(out)(ids).logits.detach()
                 assert float((got - want).abs().max()) < 1e-4 * float(want.abs().max())
             else:
-                saved, _ = models.load(str(out))
+                saved, _ = load.load(str(out))
                 assert torch.equal(adapters.load(saved, out / "adapter")(ids).logits, want)
 
 
 def test_a_pair_on_a_tied_matrix_is_kept_beside_it(tmp_path):
     model = place(tmp_path, tiny.llama(tie=True), lora_targets="lm_head")
-    model.beside = adapter_beside.files(tmp_path / "adapter")
+    model.beside = kept_in_place.files(tmp_path / "adapter")
     saving.save(model, tiny.tokenizer(), tmp_path / "out")
     assert (tmp_path / "out" / "adapter").is_dir()
     ids = torch.arange(12).view(2, 6) + 3
-    again = adapters.load(models.load(str(tmp_path / "out"))[0], tmp_path / "out" / "adapter")
+    again = adapters.load(load.load(str(tmp_path / "out"))[0], tmp_path / "out" / "adapter")
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
@@ -228,20 +233,20 @@ def test_adapters_that_cannot_be_put_in_place_are_one_line(tmp_path):
         shutil.copytree(folder, other)
         changed(other, **keys)
         with pytest.raises(UserError, match=f"adapter=.*{said}"):
-            adapter_beside.files(other)
-    assert adapter_beside.fingerprint(folder) == adapter_beside.fingerprint(folder)
-    before = adapter_beside.fingerprint(folder)
+            kept_in_place.files(other)
+    assert kept_in_place.fingerprint(folder) == kept_in_place.fingerprint(folder)
+    before = kept_in_place.fingerprint(folder)
     changed(folder, base_model_name_or_path="elsewhere")
-    assert adapter_beside.fingerprint(folder) == before
+    assert kept_in_place.fingerprint(folder) == before
     changed(folder, lora_alpha=3)
-    assert adapter_beside.fingerprint(folder) != before
+    assert kept_in_place.fingerprint(folder) != before
     data = (folder / "adapter_model.safetensors").read_bytes()
     (folder / "adapter_model.safetensors").write_bytes(data[:-4])
     with pytest.raises(UserError, match="is damaged"):
-        adapter_beside.files(folder)
+        kept_in_place.files(folder)
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match="safetensors only"):
-        adapter_beside.files(folder)
+        kept_in_place.files(folder)
 
 
 @pytest.mark.parametrize("keys, part", [
@@ -304,9 +309,11 @@ def metrics(*words):
 def test_the_second_stage_starts_where_the_first_ended(runs):
     assert result(runs / "two")["before"] == pytest.approx(result(runs / "one")["after"], rel=1e-5)
     assert result(runs / "two")["after"]["loss"] != result(runs / "two")["before"]["loss"]
-    base, saved = models.load(str(runs / "tiny"))[0], models.load(str(runs / "two" / "model"))[0]
-    quant.quantise_model(base, bits=4, group=32, zero_points=True)
-    moved_ = [not torch.equal(m.scales, quant.layers(base)[n].scales) for n, m in quant.layers(saved).items()]
+    base, saved = load.load(str(runs / "tiny"))[0], load.load(str(runs / "two" / "model"))[0]
+    linear.quantise_model(base, bits=4, group=32, zero_points=True)
+    moved_ = [
+        not torch.equal(m.scales, linear.layers(base)[n].scales) for n, m in linear.layers(saved).items()
+    ]
     assert len(moved_) == 14 and all(moved_)
     name = "adapter_model.safetensors"
     assert (runs / "two/model/adapter" / name).read_bytes() == (runs / "one/adapter" / name).read_bytes()
@@ -366,8 +373,8 @@ def test_another_adapter_is_refused(runs, tmp_path):
 
 def test_what_stage_one_saves_is_plain_peft(runs, tmp_path):
     """Beside the dequantised model, opened by transformers and peft alone, it gives the logits of zoft's own export."""
-    base, tokenizer = models.load(str(runs / "tiny"))
-    quant.quantise_model(base, bits=4, group=32, zero_points=True)
+    base, tokenizer = load.load(str(runs / "tiny"))
+    linear.quantise_model(base, bits=4, group=32, zero_points=True)
     saving.save(base, tokenizer, tmp_path / "plain", dequantise=True)
     plain = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
     ids = torch.arange(12).view(2, 6) + 3
@@ -457,7 +464,7 @@ def test_a_model_with_an_adapter_in_place_takes_no_other(runs, tmp_path):
 
 
 def test_estimate_knows_of_both(runs, monkeypatch):
-    from zoft import estimate
+    from zoft.run import estimate
 
     monkeypatch.setattr(estimate, "MEASURED", 0.0)
     words = ["estimate", "--config", "mine.yaml", "--json"]

@@ -14,15 +14,19 @@ from test_trainer import build, examples
 from typer.testing import CliRunner
 from zoo import PROBES, SEED, STEP, ZOO, apart, batch, make, off, twin, zoo
 
-from zoft import adapter_start, adapters, routes, routes_adapter, setup, space
-from zoft.cli import app
-from zoft.config import BY_TRAIN, Config
-from zoft.configured import compose
+from zoft.cli.main import app
+from zoft.config.schema import BY_TRAIN, Config
 from zoft.errors import UserError
-from zoft.estimators.estimator import Probe
+from zoft.method import space
+from zoft.method.configured import compose
+from zoft.method.estimators.estimator import Probe
+from zoft.models.adapters import attach as adapters
+from zoft.models.adapters import start as adapter_start
 from zoft.noise import noise
-from zoft.objective import collate, losses
-from zoft.probe import ProbeAxis
+from zoft.objectives.losses import collate, losses
+from zoft.probe import lora_forward, site_forwards
+from zoft.probe.axis import ProbeAxis
+from zoft.train import parts
 
 TRAINS = ("lora", "prefix", "prompt")
 N = 3  # virtual tokens
@@ -188,8 +192,8 @@ def test_stacked_losses_are_those_of_moved_tensors(name, train):
     b = batch("right")
     made = make(moved(attach(zoo(name), train, **keys)), b, train, run=run)
     assert made.found.stacked and not made.found.note, made.found.note
-    ways = {routes.fast(s) for s in made.found.sites}
-    assert ways == {routes_adapter.lora if train == "lora" else routes.embedding}
+    ways = {site_forwards.fast(s) for s in made.found.sites}
+    assert ways == {lora_forward.lora if train == "lora" else site_forwards.embedding}
     expected = twin(made.untouched, made.trained, b, PROBES, run=run)  # [P, rows]
     assert apart(expected) > 1e-5, apart(expected)
     tolerance = min(1e-5, apart(expected) / 20)
@@ -250,7 +254,7 @@ def test_a_base_layer_trained_as_well_goes_the_general_way():
     names = [n for n, _ in model.named_parameters() if "layers.0.self_attn.q_proj" in n]
     made = make(model, b, names, run=rows_losses)
     (site,) = made.found.sites
-    assert len(site.trained) == 3 and routes.fast(site) is None
+    assert len(site.trained) == 3 and site_forwards.fast(site) is None
     assert off(made.losses(b, PROBES), twin(made.untouched, made.trained, b, PROBES, run=rows_losses)) < 1e-5
 
 
@@ -343,7 +347,7 @@ def decays(theta):
     "train, keys", [("lora", {"q": 2, "probes_per_forward": 4}), ("lora", {"policy": "inplace"}), ("prefix", {}), ("prompt", {})]
 )  # fmt: skip
 def test_fifty_steps_are_those_of_a_slow_twin(tmp_path, train, keys):
-    from zoft.data_order import batch_indices
+    from zoft.train.batches import batch_indices
 
     data, lr, eps = examples(), {"lora": 3e-3, "prefix": 2e-2, "prompt": 2e-2}[train], 1e-2
     model = attach(tiny.llama(), train)
@@ -565,7 +569,7 @@ def test_a_kept_start_is_taken_and_another_one_refused(place):
     assert zoft("train", "--config", "mine.yaml", "train=prefix", "output_dir=run").exit_code == 0
     start = load_file("run/start.safetensors")
     ((name, table),) = start.items()
-    model, _, _ = setup.model(setup.device(compose("mine.yaml", ["train=prefix"])))
+    model, _, _ = parts.model(parts.device(compose("mine.yaml", ["train=prefix"])))
     assert torch.equal(dict(adapters.named(model))[name], table)
     save_file({name: table.nextafter(table + 1)}, "run/start.safetensors")
     done = zoft("replay", "run", "--out", "out")
@@ -626,7 +630,7 @@ def test_pairs_in_the_last_blocks_use_the_cache_of_frozen_ones(place):
 
 
 def test_estimate_counts_the_adapter(place, monkeypatch):
-    from zoft import estimate
+    from zoft.run import estimate
 
     monkeypatch.setattr(estimate, "MEASURED", 0.0)
     for train, numbers in (

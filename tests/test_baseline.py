@@ -10,10 +10,12 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
-from zoft import baseline, evaluate, linear_probe, tasks
-from zoft.cli import app
-from zoft.configured import compose
-from zoft.encode import encode
+from zoft.baselines import linear_probe, methods
+from zoft.cli.main import app
+from zoft.data import tasks
+from zoft.data.encode import encode
+from zoft.evaluation import evaluate
+from zoft.method.configured import compose
 
 ROWS = [
     {"text": ("bad no " if i % 3 else "so yes ") * (1 + i % 4) + str(i), "label": ("n", "p")[i % 3 == 0]}
@@ -71,7 +73,7 @@ def test_what_is_not_trained_is_told_in_one_column_without_steps(place):
 
 def test_demonstrations_stand_before_every_prompt_as_often_as_they_fit(place):
     config, data = data_of(place)
-    told = baseline.demonstrated(replace(config, max_length=200), 3, data, tiny.tokenizer())
+    told = methods.demonstrated(replace(config, max_length=200), 3, data, tiny.tokenizer())
     front = {row["prompt"].rpartition("\n\n")[0] for row in told.train + told.eval}
     assert len(front) == 1 and told.demos == 3
     blocks = front.pop().split("\n\n")
@@ -81,18 +83,18 @@ def test_demonstrations_stand_before_every_prompt_as_often_as_they_fit(place):
     assert not {r["prompt"].rpartition("\n\n")[2] for r in told.train} & {
         b.rpartition(":")[0] + ":" for b in blocks
     }
-    other = baseline.demonstrated(replace(config, max_length=200, seed=1), 3, data, tiny.tokenizer())
+    other = methods.demonstrated(replace(config, max_length=200, seed=1), 3, data, tiny.tokenizer())
     assert other.eval[0]["prompt"] != told.eval[0]["prompt"]
 
 
 def test_fewer_demonstrations_where_no_more_fit_and_it_is_said(place, capfd):
     config, data = data_of(place)
-    told = baseline.demonstrated(replace(config, max_length=100), 32, data, tiny.tokenizer())
+    told = methods.demonstrated(replace(config, max_length=100), 32, data, tiny.tokenizer())
     assert 0 < told.demos < 32 and f"{told.demos} of 32 demonstrations" in capfd.readouterr().err
     lengths = [e.length for e in encode(told.eval, tiny.tokenizer(), data, 1 << 30)]
     assert max(lengths) <= 100
-    with pytest.raises(baseline.UserError, match="max_length=20"):
-        baseline.demonstrated(replace(config, max_length=20), 4, data, tiny.tokenizer())
+    with pytest.raises(methods.UserError, match="max_length=20"):
+        methods.demonstrated(replace(config, max_length=20), 4, data, tiny.tokenizer())
 
 
 def log_probs(model, text, candidate):
@@ -106,7 +108,7 @@ def log_probs(model, text, candidate):
 def test_in_context_scores_are_those_of_the_whole_text(place):
     found = made("-m", "icl", "--demos", "2", "seed=3", "eval_limit=6", "max_length=200")
     config, data = data_of(place)
-    told = baseline.demonstrated(replace(config, seed=3, max_length=200), 2, data, tiny.tokenizer())
+    told = methods.demonstrated(replace(config, seed=3, max_length=200), 2, data, tiny.tokenizer())
     model, hits = tiny.llama(), []
     for row in tasks.subset(told.eval, 6):
         means = [np.mean(log_probs(model, row["prompt"], c)) for c in row["candidates"]]
@@ -118,7 +120,7 @@ def test_surface_form_is_a_difference_of_sums(place):
     config, data = data_of(place)
     model, tokenizer = tiny.llama(), tiny.tokenizer()
     examples = encode(data.eval, tokenizer, data, 60)
-    got, forwards = baseline.surface_form(config, data, model, tokenizer, examples)
+    got, forwards = methods.surface_form(config, data, model, tokenizer, examples)
 
     def total(text, candidate):
         return sum(log_probs(model, text, candidate))
@@ -128,7 +130,7 @@ def test_surface_form_is_a_difference_of_sums(place):
         assert np.diff(scores) == pytest.approx(np.diff(want), abs=1e-4)
     assert forwards == 2
     config.task.null_prompt = "d:"
-    other, _ = baseline.surface_form(config, data, model, tokenizer, examples)
+    other, _ = methods.surface_form(config, data, model, tokenizer, examples)
     want = [total(data.eval[0]["prompt"], c) - total("d:", c) for c in data.eval[0]["candidates"]]
     assert np.diff(other[0]) == pytest.approx(np.diff(want), abs=1e-4)
 
@@ -140,7 +142,7 @@ def test_surface_form_of_rows_that_differ_in_their_number_of_candidates(place):
     data.eval = [
         row | {"candidates": [" no", " yes", " no 1"][: 2 + i % 2]} for i, row in enumerate(data.eval)
     ]
-    got, forwards = baseline.surface_form(
+    got, forwards = methods.surface_form(
         config, data, model, tokenizer, encode(data.eval, tokenizer, data, 60)
     )
     for row, scores in zip(data.eval, got, strict=True):
@@ -252,7 +254,7 @@ def test_text_to_learn_by_a_template_is_for_icl_too(place):
 
 def test_a_folders_name_holds_what_is_not_the_configs_own():
     def name(*words, config="mezo/reviews", method="icl"):
-        return baseline.settings(config, words, method, None, None)[0].output_dir
+        return methods.settings(config, words, method, None, None)[0].output_dir
 
     assert name() == "runs/mezo-reviews-icl-seed0"
     assert name("model=a/My-1.7B", "bits=4") == "runs/mezo-reviews-My-1.7B-bits4-icl-seed0"

@@ -10,14 +10,15 @@ import pytest
 import ranks
 import torch
 
-from zoft import setup_trainer, update
-from zoft.estimators.estimator import rows_of
-from zoft.ledger import Ledger, read
+from zoft.ledger.log import Ledger, read
+from zoft.method import updates
+from zoft.method.estimators.estimator import rows_of
 from zoft.noise.spec import Update
-from zoft.trainer import Trainer
+from zoft.train import build
+from zoft.train.trainer import Trainer
 
 pytest.importorskip("triton")
-from zoft.captured import BEHIND, CapturedTrainer  # noqa: E402
+from zoft.train.cuda_graphs import BEHIND, CapturedTrainer  # noqa: E402
 
 
 class Done:
@@ -50,7 +51,7 @@ class Ahead(CapturedTrainer):
             self._land_all()
         self.wishes = 0
         values = self.bend(t, self.losses_at(t, self.probes, self.batches(t)))
-        change = update.make_update(t, s.seed, self.estimate(values)[0], lr=s.lr)
+        change = updates.make_update(t, s.seed, self.estimate(values)[0], lr=s.lr)
         good = all(map(torch.isfinite, map(torch.tensor, values)))
         if good:
             self.axis.commit(Update(t, s.seed, change.multipliers, 1.0))
@@ -70,7 +71,7 @@ class Ahead(CapturedTrainer):
 def ahead(bend):
     def hook(rank):
         Ahead.bend = staticmethod(bend)
-        setup_trainer.Trainer = Ahead
+        build.Trainer = Ahead
 
     return hook
 
@@ -90,13 +91,13 @@ def full_disk(rank):
 
     def extend(self, data, crc, what):
         if rank == 0 and self.last_step == 11:
-            from zoft import ledger
+            from zoft.ledger import log
 
-            real, ledger._write = ledger._write, refuse
+            real, log._write = log._write, refuse
             try:
                 return plain(self, data, crc, what)
             finally:
-                ledger._write = real
+                log._write = real
         return plain(self, data, crc, what)
 
     Ledger._extend = extend
@@ -152,7 +153,7 @@ def cannot_stack_at_7(rank):
     """Rank 1 meets a batch at step 7 that cannot be stacked."""
     ahead(lambda step, values: values)(rank)
     if rank == 1:
-        from zoft.layout import Unfit
+        from zoft.probe.rows import Unfit
 
         plain = Ahead.sums_at
 

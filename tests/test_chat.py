@@ -9,9 +9,10 @@ import torch
 from chatty import runs, whole
 from test_formats import real
 
-from zoft import chat, objective
-from zoft.encode import encode, how, prompts
+from zoft.data import chat
+from zoft.data.encode import encode, how, prompts
 from zoft.errors import UserError
+from zoft.objectives import losses as objective
 
 END = "<|im_end|>"
 WORDS = [
@@ -325,7 +326,7 @@ def test_the_loss_of_a_mask_is_that_of_a_slow_twin():
 def test_a_mask_is_part_of_the_data():
     from dataclasses import replace
 
-    from zoft.headers import data_digest
+    from zoft.train.header import data_digest
 
     (e,) = encode([row("u:q", "a:r", "u:s", "a:t")], chatty.tokenizer(), Data(), 512)
     other = replace(e, scored=(True,) * len(e.scored))

@@ -18,9 +18,9 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from zoft import __version__
-from zoft.cli import app
-from zoft.compose import names
-from zoft.configured import load_run
+from zoft.cli.main import app
+from zoft.config.compose import names
+from zoft.method.configured import load_run
 
 ROOT = Path(__file__).resolve().parent.parent
 # A user's scripts depend on these: a change here is a change of the interface.
@@ -454,7 +454,7 @@ def test_data_counts_what_is_scored(place):
 
 
 def test_estimate_says_what_a_run_takes(place, monkeypatch):
-    from zoft import estimate
+    from zoft.run import estimate
 
     monkeypatch.setattr(estimate, "MEASURED", 0.0)
     done = zoft("estimate", "--config", "mine.yaml", "train=norms", "--json", cwd=place)

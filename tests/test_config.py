@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from zoft.compose import describe, names, packaged, parse, to_yaml
-from zoft.config import Config, Task, describe_keys, fields
-from zoft.configured import compose, load_run
+from zoft.config.compose import describe, names, packaged, parse, to_yaml
+from zoft.config.schema import Config, Task, describe_keys, fields
 from zoft.errors import UserError
+from zoft.method.configured import compose, load_run
 
 REVIEWS = "mezo/reviews"
 

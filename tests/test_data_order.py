@@ -4,8 +4,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from zoft import data_order
-from zoft.data_order import batch_indices
+from zoft.train import batches
+from zoft.train.batches import batch_indices
 
 
 def stream(steps: int, **sizes) -> list[int]:
@@ -68,8 +68,8 @@ def test_any_step_comes_out_the_same_whatever_was_asked_before(n):
     sizes = {"n": n, "batch_size": 4, "accumulate": 2, "seed": 3}
     forwards = [batch_indices(step, **sizes) for step in range(60)]
     for step in reversed(range(60)):
-        data_order._epoch.cache_clear()
-        data_order._shuffle.cache_clear()
+        batches._epoch.cache_clear()
+        batches._shuffle.cache_clear()
         assert batch_indices(step, **sizes) == forwards[step]
 
 

@@ -7,16 +7,19 @@ import torch
 from test_estimator_runs import MOVING
 from test_trainer import calibration, examples, same_bits, weights
 
-from zoft import adapters, layout, quant, selfcheck, space, sparse
-from zoft.config import ADAPTERS, Config
-from zoft.data_order import batch_indices
-from zoft.estimators.named import estimator_of
-from zoft.example import Example
-from zoft.inplace import InPlace
-from zoft.ledger import Ledger, Record, read
-from zoft.objective import collate, losses
-from zoft.probe import ProbeAxis
-from zoft.trainer import Settings, Trainer
+from zoft.config.schema import ADAPTERS, Config
+from zoft.data.example import Example
+from zoft.ledger.log import Ledger, Record, read
+from zoft.method import masks, space
+from zoft.method.estimators.named import estimator_of
+from zoft.models.adapters import attach
+from zoft.models.quant import linear
+from zoft.objectives.losses import collate, losses
+from zoft.probe import proof, rows
+from zoft.probe.axis import ProbeAxis
+from zoft.probe.inplace import InPlace
+from zoft.train.batches import batch_indices
+from zoft.train.trainer import Settings, Trainer
 
 pytestmark = pytest.mark.gpu
 
@@ -51,9 +54,9 @@ def build(
     train="all",
     **settings,
 ):
-    from zoft.captured import CapturedTrainer, bucket
-    from zoft.device import DeviceAxis
-    from zoft.device_inplace import DeviceInPlace
+    from zoft.probe.cuda.axis import DeviceAxis
+    from zoft.probe.cuda.inplace import DeviceInPlace
+    from zoft.train.cuda_graphs import CapturedTrainer, bucket
 
     model = make().cuda()
     group = {"probes_per_forward": 1} if inplace else {}
@@ -64,15 +67,13 @@ def build(
     if inplace:
         space.place(model, trained, storage, storage, uniform=True)
     else:
-        found = selfcheck.find_sites(
-            model, trained, lambda b: losses(model, b)[0], small, double, settings.eps
-        )
+        found = proof.find_sites(model, trained, lambda b: losses(model, b)[0], small, double, settings.eps)
         assert found.stacked, found.note
-        trained = selfcheck.live(trained, found)
+        trained = proof.live(trained, found)
         space.place(model, trained, storage, compute)
     if train in ADAPTERS:
-        adapters.place(trained, space.DTYPES[compute])
-    sparse.mask(trained, mask, 0.75, settings.seed)
+        attach.place(trained, space.DTYPES[compute])
+    masks.mask(trained, mask, 0.75, settings.seed)
     if inplace:
         axis = (
             InPlace(trained, **common)
@@ -108,8 +109,8 @@ def build(
 
 def adapted(train, base=tiny.llama, dtype=torch.bfloat16):
     """A model on the GPU with an adapter away from its start."""
-    model = adapters.attach(base().cuda().to(dtype), Config(train=train))
-    for i, (_, p) in enumerate(adapters.named(model)):
+    model = attach.attach(base().cuda().to(dtype), Config(train=train))
+    for i, (_, p) in enumerate(attach.named(model)):
         p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).cuda()
     return model
 
@@ -117,9 +118,9 @@ def adapted(train, base=tiny.llama, dtype=torch.bfloat16):
 def beside_codes(base):
     """A quantised model on the GPU with LoRA pairs on all of its layers, away from their start."""
     model = base().cuda().to(torch.bfloat16)
-    quant.quantise_model(model, bits=4, group=32, zero_points=True)
-    model = adapters.attach(model, Config(train="lora", lora_targets="all-linear"))
-    for i, (_, p) in enumerate(adapters.named(model)):
+    linear.quantise_model(model, bits=4, group=32, zero_points=True)
+    model = attach.attach(model, Config(train="lora", lora_targets="all-linear"))
+    for i, (_, p) in enumerate(attach.named(model)):
         p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).cuda()
     return model
 
@@ -297,7 +298,7 @@ def test_a_ledger_gives_the_same_bits_on_both_devices(tmp_path, storage, policy,
         model = tiny.llama(tie=True).to(place)
         trained = space.adopt(model, space.train_names(model, "all"))
         space.place(model, trained, storage, storage, uniform=policy == "inplace")
-        sparse.mask(trained, mask, 0.75, 7)
+        masks.mask(trained, mask, 0.75, 7)
         common = {"seed": 7, "kind": "rademacher", "beta": 0.9}
         axis = InPlace(trained, **common) if policy == "inplace" else ProbeAxis(trained, [], **common)
         Trainer(
@@ -365,7 +366,7 @@ def test_a_batch_that_cannot_be_stacked_gets_one_probe_a_forward(tmp_path, how):
 
     def forward(model, batch):
         if trainer.next >= 6 and trainer.settings.probes_per_forward > 1:
-            raise layout.Unfit("rows of an odd kind")
+            raise rows.Unfit("rows of an odd kind")
         return plain(model, batch)
 
     trainer.run(until=6)
@@ -379,7 +380,7 @@ def test_a_batch_that_cannot_be_stacked_gets_one_probe_a_forward(tmp_path, how):
 @pytest.mark.parametrize("kind", ["layer", "rms", "rms1"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_norm_kernel(kind, dtype):
-    from zoft import norms
+    from zoft.probe.cuda import norms
 
     for width in (16, 100, 768, 5120):
         x = torch.randn(6, 5, width, device="cuda").to(dtype) * 3 + 1
@@ -410,7 +411,7 @@ def test_estimators_give_the_same_bits_on_both_devices(name, keys):
 
 
 def test_in_place_one_sided_runs_are_eager_and_replay(tmp_path):
-    from zoft import setup_axis
+    from zoft.train import axis as setup_axis
 
     ends, batch = [], collate(examples()[:4]).to("cuda")
     config = Config(

@@ -12,12 +12,12 @@ import pytest
 import ranks
 import torch
 
-from zoft import distributed
-from zoft.config import Config, Task
-from zoft.distributed import World, digest, grid
+from zoft.config.schema import Config, Task
 from zoft.errors import UserError
-from zoft.ledger import read
-from zoft.space import Trained
+from zoft.ledger.log import read
+from zoft.method.space import Trained
+from zoft.parallel import world
+from zoft.parallel.world import World, digest, grid
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -87,7 +87,7 @@ def test_a_sharded_run_in_fp64_is_that_of_one_process(place):
 
 def stop_at(step):
     """Signals this process in that step of its own."""
-    from zoft.trainer import Trainer
+    from zoft.train.trainer import Trainer
 
     plain = Trainer.losses_at
 
@@ -121,7 +121,7 @@ def slow_steps(rank):
     """Steps that leave time to be killed in."""
     import time
 
-    from zoft.trainer import Trainer
+    from zoft.train.trainer import Trainer
 
     plain = Trainer.losses_at
 
@@ -149,7 +149,7 @@ def test_a_killed_process_ends_the_run_and_loses_nothing(place, victim):
 
 def corrupt(rank):
     """One bit of one weight of rank 1, after step 12."""
-    from zoft.trainer import Trainer
+    from zoft.train.trainer import Trainer
 
     plain = Trainer.losses_at
 
@@ -175,7 +175,7 @@ def test_weights_that_differ_stop_all_with_both_values(place):
 
 def other_data(rank):
     if rank == 1:
-        from zoft import tasks
+        from zoft.data import tasks
 
         plain = tasks.load
 
@@ -253,7 +253,7 @@ def test_digest_sees_one_bit_and_an_exchange(dtype):
 
 
 def test_alone_nothing_is_said_or_sent():
-    assert distributed.current().size == 1 and distributed.current().told(lambda: 3) == 3
+    assert world.current().size == 1 and world.current().told(lambda: 3) == 3
 
 
 @pytest.mark.slow
@@ -280,17 +280,17 @@ def cannot_stack(rank):
     if rank == 1:
         from dataclasses import replace
 
-        from zoft import selfcheck
+        from zoft.probe import proof
 
-        plain = selfcheck.find_sites
-        selfcheck.find_sites = lambda *args: replace(plain(*args), stacked=False, note="as asked")
+        plain = proof.find_sites
+        proof.find_sites = lambda *args: replace(plain(*args), stacked=False, note="as asked")
 
 
 def cannot_stack_at_7(rank):
     """Rank 1 meets a batch at step 7 that cannot be stacked."""
     if rank == 1:
-        from zoft.layout import Unfit
-        from zoft.trainer import Trainer
+        from zoft.probe.rows import Unfit
+        from zoft.train.trainer import Trainer
 
         plain = Trainer.sums_at
 
@@ -303,7 +303,7 @@ def cannot_stack_at_7(rank):
 
 
 def kept(place, name):
-    from zoft.configured import load_run
+    from zoft.method.configured import load_run
 
     return load_run(place / name).probes_per_forward
 
@@ -330,7 +330,7 @@ def test_a_fall_in_mid_run_is_that_of_all(place):
 def fast_meeting(rank):
     import datetime
 
-    distributed.MEETING = datetime.timedelta(seconds=2)
+    world.MEETING = datetime.timedelta(seconds=2)
 
 
 def test_processes_that_do_not_meet_say_why_in_a_line(place):
@@ -367,7 +367,7 @@ def no_master(rank):
 
 def test_all_have_a_gpu_or_none_uses_one(capsys):
     def of(device, have):
-        return distributed.all_on_gpu(Config(model="m", task=Task(name="x"), device=device), have)
+        return world.all_on_gpu(Config(model="m", task=Task(name="x"), device=device), have)
 
     assert of("auto", [True, True]) and not of("auto", [False, False]) and not of("cpu", [False, False])
     assert not of("auto", [True, False]) and "all work on CPUs" in capsys.readouterr().err
@@ -380,7 +380,7 @@ def test_all_have_a_gpu_or_none_uses_one(capsys):
     [({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: a whole number"), ({"WORLD_SIZE": "2"}, "RANK is not set")],
 )
 def test_ranks_that_are_none(monkeypatch, env, text):
-    from zoft import processes
+    from zoft.parallel import launch as processes
 
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -393,7 +393,7 @@ def test_ranks_that_are_none(monkeypatch, env, text):
 
 def test_another_number_of_processes_shares_the_machine_anew(place):
     """`threads` that were auto are resolved for those that are there; what was given by hand is left alone."""
-    from zoft.configured import load_run
+    from zoft.method.configured import load_run
 
     keys = ["output_dir=cores", "threads=auto", "snapshot_every=20", "probes_per_forward=2"]
     assert ranks.zoft(place, *keys, size=2, hook=stops_on_4_threads) == [75, 75], said(place, 1)
@@ -408,8 +408,8 @@ def test_another_number_of_processes_shares_the_machine_anew(place):
 
 def stops(threads, step, alone=False):
     """Stops this process in that step if it has so many threads, and else it breaks."""
-    from zoft.layout import Unfit
-    from zoft.trainer import Trainer
+    from zoft.probe.rows import Unfit
+    from zoft.train.trainer import Trainer
 
     torch.set_num_threads(8)
     plain = Trainer.losses_at

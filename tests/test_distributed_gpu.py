@@ -8,8 +8,8 @@ import ranks
 import torch
 from typer.testing import CliRunner
 
-from zoft.cli import app
-from zoft.ledger import read
+from zoft.cli.main import app
+from zoft.ledger.log import read
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,7 +61,7 @@ def test_examples_over_two_gpus(place):
 
 def eager(rank):
     """Rank 1 cannot capture."""
-    from zoft.captured import CapturedTrainer
+    from zoft.train.cuda_graphs import CapturedTrainer
 
     plain = CapturedTrainer.__init__
 
@@ -82,7 +82,7 @@ def stop_one(rank):
     import os
     import signal
 
-    from zoft.captured import CapturedTrainer
+    from zoft.train.cuda_graphs import CapturedTrainer
 
     plain = CapturedTrainer.step
 
@@ -106,7 +106,7 @@ def test_a_signal_to_one_stops_both_after_the_same_step_and_one_goes_on(place):
 
 def no_number_at_12(rank):
     """Weights that are no numbers, on both, before step 12; rank 1 runs eagerly, so that they land steps at other times."""
-    from zoft.captured import CapturedTrainer
+    from zoft.train.cuda_graphs import CapturedTrainer
 
     eager(rank)
     plain = CapturedTrainer.step

@@ -16,11 +16,11 @@ import pytest
 import ranks
 import torch
 
-from zoft.config import Config
+from zoft.config.schema import Config
 from zoft.errors import UserError
-from zoft.ledger import Record, read
-from zoft.preflight import check_elastic
-from zoft.wire import PAIR, Closed, Line, address, packed, unpacked
+from zoft.ledger.log import Record, read
+from zoft.parallel.messages import PAIR, Closed, Line, address, packed, unpacked
+from zoft.run.preflight import check_elastic
 
 KEYS = ["q=2", "accumulate=2", "steps=100", "check_every=25"]
 
@@ -37,7 +37,7 @@ def slow(rank):
     import time
     from pathlib import Path
 
-    from zoft.trainer import Trainer
+    from zoft.train.trainer import Trainer
 
     plain = Trainer.sums_at
 
@@ -106,7 +106,7 @@ def test_the_coordinator_killed_is_a_run_to_resume_and_workers_say_so(place):
 
 def flip(rank):
     """One bit of the worker's weights, in its first step; the highest of a significand: roundings make the lowest equal again."""
-    from zoft.trainer import Trainer
+    from zoft.train.trainer import Trainer
 
     plain, done = Trainer.sums_at, []
 
@@ -187,7 +187,7 @@ def test_what_elastic_runs_cannot_have(key, value):
 
 
 def test_join_says_what_is_wrong(tmp_path):
-    from zoft.elastic_worker import work
+    from zoft.cli.join import work
 
     for args, text in [
         (("nowhere", None), "no folder of a run"),
@@ -218,9 +218,9 @@ def test_workers_as_ray_tasks(place):
 
 
 def other_messages(rank):
-    from zoft import elastic_worker
+    from zoft.cli import join
 
-    elastic_worker.VERSION = 99
+    join.VERSION = 99
 
 
 def test_a_worker_of_another_zoft_is_told_so_in_a_line_and_the_run_goes_on(place):
@@ -241,7 +241,7 @@ def test_a_worker_of_another_zoft_is_told_so_in_a_line_and_the_run_goes_on(place
 def test_keys_that_a_worker_does_not_have_are_named():
     import dataclasses
 
-    from zoft.elastic_worker import _config
+    from zoft.cli.join import _config
 
     tree = dataclasses.asdict(Config(model="m", lr=0.5))
     assert _config(tree) == Config(model="m", lr=0.5)
@@ -263,7 +263,7 @@ def test_a_message_that_says_nothing_is_none():
 def test_nobody_is_let_in_once_a_run_has_ended(tmp_path, capsys):
     from types import SimpleNamespace
 
-    from zoft.elastic import ElasticTrainer
+    from zoft.train.elastic import ElasticTrainer
 
     run = ElasticTrainer.__new__(ElasticTrainer)
     run.ledger = SimpleNamespace(path=tmp_path / "ledger")
@@ -283,8 +283,8 @@ def test_who_takes_over_for_a_worker_that_hangs_has_as_long_for_it(monkeypatch, 
     import time
     from types import SimpleNamespace
 
-    from zoft import elastic
-    from zoft.estimators.estimator import Probe
+    from zoft.method.estimators.estimator import Probe
+    from zoft.train import elastic
 
     monkeypatch.setattr(elastic, "PATIENCE", 2.0)
     run = elastic.ElasticTrainer.__new__(elastic.ElasticTrainer)
@@ -328,7 +328,7 @@ def test_who_takes_over_for_a_worker_that_hangs_has_as_long_for_it(monkeypatch, 
 def test_a_run_may_listen_on_ipv6(tmp_path):
     from types import SimpleNamespace
 
-    from zoft.elastic import ElasticTrainer
+    from zoft.train.elastic import ElasticTrainer
 
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()

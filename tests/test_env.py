@@ -12,7 +12,7 @@ import tiny
 from typer.testing import CliRunner
 
 from zoft import env
-from zoft.cli import app
+from zoft.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
 

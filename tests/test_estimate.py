@@ -8,12 +8,17 @@ import tiny
 import torch
 import transformers as hf
 
-from zoft import data_order, estimate, evaluate, footprint, setup, setup_axis, space
-from zoft.config import Config, Task
-from zoft.example import Example
-from zoft.ledger import Ledger
-from zoft.objective import collate, losses
-from zoft.trainer import Trainer
+from zoft.config.schema import Config, Task
+from zoft.data.example import Example
+from zoft.evaluation import evaluate
+from zoft.ledger.log import Ledger
+from zoft.method import space
+from zoft.models import footprint
+from zoft.objectives.losses import collate, losses
+from zoft.run import estimate
+from zoft.train import axis as setup_axis
+from zoft.train import batches, parts
+from zoft.train.trainer import Trainer
 
 SHAPE = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 
@@ -107,16 +112,16 @@ def test_activations_are_those_of_a_real_forward(folder, batch, tokens):
 
 def test_memory_of_a_step_of_the_trainer(folder):
     """Scratch and activations against all that the first step of a real run allocates."""
-    plan = setup.device(config(folder))
+    plan = parts.device(config(folder))
     rows = [row(48)] * 16
     found = estimate.estimate(plan, rows)
     model = hf.AutoModelForCausalLM.from_pretrained(folder / "model").eval()
-    plan = setup.dtypes(plan, model, space.train_names(model, "all"))
+    plan = parts.dtypes(plan, model, space.train_names(model, "all"))
     plan, trained, axis = setup_axis.make(
         plan, model, space.adopt(model, space.train_names(model, "all")), rows
     )
     with Ledger.create(folder / "ledger", {"seed": 0}) as ledger:
-        trainer = Trainer(model, axis, data_order.batches(plan, rows), ledger, setup.settings(plan))
+        trainer = Trainer(model, axis, batches.batches(plan, rows), ledger, parts.settings(plan))
         measured = allocated(trainer.step)
     assert found["scratch_bytes"] + found["activation_bytes"] == pytest.approx(measured, rel=0.25)
 
@@ -124,13 +129,13 @@ def test_memory_of_a_step_of_the_trainer(folder):
 @pytest.mark.parametrize("train,momentum", [("last-1", 0.0), ("last-1", 0.9), ("all", 0.0)])
 def test_peak_of_a_whole_run(folder, train, momentum):
     """All that evaluation, training and evaluation allocate, frozen blocks kept, beside the estimate's peak."""
-    plan = setup.device(config(folder, train=train, momentum=momentum, steps=20, cache_frozen="auto"))
+    plan = parts.device(config(folder, train=train, momentum=momentum, steps=20, cache_frozen="auto"))
     rows = [row(30 + i % 29, i) for i in range(400)]
     found = estimate.estimate(plan, rows)
     model = hf.AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     names = space.train_names(model, train)
     plan, trained, axis = setup_axis.make(
-        setup.dtypes(plan, model, names), model, space.adopt(model, names), rows
+        parts.dtypes(plan, model, names), model, space.adopt(model, names), rows
     )
     assert plan.cache_frozen is (train == "last-1") is bool(found["frozen_bytes"])
 
@@ -140,7 +145,7 @@ def test_peak_of_a_whole_run(folder, train, momentum):
         evaluate.evaluate(model, rows, rows, context=axis.clean)
 
     with Ledger.create(folder / "ledger", {"seed": 0}) as ledger:
-        trainer = Trainer(model, axis, data_order.batches(plan, rows), ledger, setup.settings(plan))
+        trainer = Trainer(model, axis, batches.batches(plan, rows), ledger, parts.settings(plan))
         measured = allocated(whole)
     assert found["peak_bytes"] - found["weights_bytes"] == pytest.approx(measured, rel=0.25)
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from zoft.errors import UserError
-from zoft.estimators.estimator import (
+from zoft.ledger.log import Record
+from zoft.method.estimators.estimator import (
     Estimator,
     Probe,
     clipped,
@@ -20,11 +21,10 @@ from zoft.estimators.estimator import (
     rows_of,
     total,
 )
-from zoft.estimators.meazo import meazo
-from zoft.estimators.named import ESTIMATORS, estimator_of, forwards_per_step
-from zoft.estimators.one_sided import ONE_SIDED
-from zoft.estimators.two_sided import TWO_SIDED
-from zoft.ledger import Record
+from zoft.method.estimators.meazo import meazo
+from zoft.method.estimators.named import ESTIMATORS, estimator_of, forwards_per_step
+from zoft.method.estimators.one_sided import ONE_SIDED
+from zoft.method.estimators.two_sided import TWO_SIDED
 
 
 def fp64(x):
@@ -202,5 +202,5 @@ def test_names():
 
 
 def test_estimators_are_there_without_torch():
-    code = "import sys, zoft.estimators.named; assert not {'torch', 'numpy'} & {*sys.modules}"
+    code = "import sys, zoft.method.estimators.named; assert not {'torch', 'numpy'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True)

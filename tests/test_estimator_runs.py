@@ -13,16 +13,17 @@ from test_cli import zoft
 from test_noise_gpu import run_python, without_gpu
 from test_trainer import build, fp64, same_bits, weights, z
 
-from zoft import headers, preflight
-from zoft.config import Config, Task
-from zoft.config_check import check
-from zoft.config_digest import changed, digests
-from zoft.configured import load_run
-from zoft.distributed import grid
+from zoft.config.check import check
+from zoft.config.digest import changed, digests
+from zoft.config.schema import Config, Task
 from zoft.errors import UserError
-from zoft.estimators.estimator import Estimator, Probe, rows_of
-from zoft.ledger import Ledger, read
-from zoft.objective import losses
+from zoft.ledger.log import Ledger, read
+from zoft.method.configured import load_run
+from zoft.method.estimators.estimator import Estimator, Probe, rows_of
+from zoft.objectives.losses import losses
+from zoft.parallel.world import grid
+from zoft.run import preflight
+from zoft.train import header
 
 
 def moving_baseline(losses, q, eps, state):
@@ -271,15 +272,15 @@ def test_two_sided_runs_have_the_headers_that_they_had(tmp_path):
         for c in (config(), config(estimator="one_sided"))
     )
     assert plain.estimator == "two_sided"  # auto, resolved
-    found = headers.of(plain, "b", trained)
+    found = header.of(plain, "b", trained)
     assert "estimator" not in found and "estimator" not in found["config"]
-    other = headers.of(one, "b", trained)
+    other = header.of(one, "b", trained)
     assert other["estimator"] == "one_sided"
     # A ledger of either is not continued under the other.
     assert changed(digests(plain), digests(one)) == changed(digests(one), digests(plain)) == ["estimator"]
     assert not changed(digests(one), digests(one))
-    assert headers.with_plan(plain, other).estimator == "one_sided"
-    assert headers.with_plan(one, found).estimator == "two_sided"
+    assert header.with_plan(plain, other).estimator == "one_sided"
+    assert header.with_plan(one, found).estimator == "two_sided"
 
 
 # ---- the end of a captured step, without a GPU -----------------------------------------------------------------------
@@ -287,10 +288,10 @@ def test_two_sided_runs_have_the_headers_that_they_had(tmp_path):
 
 def close_as_the_trainer_does():
     """Control.close, its kernel interpreted, against the eager arithmetic of Trainer.step."""
-    from zoft.control import Control
-    from zoft.estimators.named import estimator_of
+    from zoft.method.estimators.named import estimator_of
     from zoft.noise.triton_kernels import NOTHING
-    from zoft.trainer import Settings
+    from zoft.probe.cuda.buffers import Control
+    from zoft.train.trainer import Settings
 
     torch.Tensor.pin_memory = lambda self: self  # nothing is sent to a device
     for keys in KINDS.values():

@@ -10,9 +10,10 @@ import pytest
 import tiny
 import torch
 
-from zoft import evaluate, objective
-from zoft.encode import encode
-from zoft.example import Example
+from zoft.data.encode import encode
+from zoft.data.example import Example
+from zoft.evaluation import evaluate
+from zoft.objectives import losses
 
 CHOICE = SimpleNamespace(objective="choice")
 
@@ -115,7 +116,7 @@ def test_text_to_learn_has_a_loss_per_token():
     examples = make(12, ["no 1 yes."], task=SimpleNamespace(objective="lm"))
     model = tiny.llama()
     got = evaluate.evaluate(model, examples, examples)
-    sums, counts = objective.losses(model, objective.collate(examples))
+    sums, counts = losses.losses(model, losses.collate(examples))
     assert got["loss"] == pytest.approx((sums.sum() / counts.sum()).item(), rel=1e-5)
     assert got["perplexity"] == pytest.approx(math.exp(got["loss"]))
     assert (got["tokens"], got["n"]) == (int(counts.sum()), 12)

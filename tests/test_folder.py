@@ -13,14 +13,14 @@ import pytest
 import tiny
 from test_trainer import build, same_bits, weights
 
-from zoft import run as runs
-from zoft.config import Config, Task
+from zoft.config.schema import Config, Task
 from zoft.errors import UserError
 from zoft.folder import alone, refuse_unwritable
-from zoft.ledger import Ledger, Record, read
-from zoft.session import Presence, session
-from zoft.stop import Stopped
-from zoft.trainer import Trainer
+from zoft.ledger.log import Ledger, Record, read
+from zoft.run import loop as runs
+from zoft.run.session import Presence, session
+from zoft.signals import Stopped
+from zoft.train.trainer import Trainer
 
 STEPS = 60  # lines of more than a page
 
@@ -284,7 +284,7 @@ def test_a_vanished_parent_leaves_the_ledger_elsewhere(tmp_path, monkeypatch):
 
 
 def test_a_terminal_that_is_gone_does_not_stop_a_run(tmp_path):
-    from zoft.tracking import Tracker
+    from zoft.run.tracker import Tracker
 
     class Gone:
         def isatty(self):

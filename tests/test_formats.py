@@ -6,12 +6,12 @@ from pathlib import Path
 import chatty
 import pytest
 
-from zoft import tasks
-from zoft.compose import parse
-from zoft.config import Task
-from zoft.encode import encode, how
+from zoft.config.compose import parse
+from zoft.config.schema import Task
+from zoft.data import tasks
+from zoft.data.encode import encode, how
+from zoft.data.tasks import formats
 from zoft.errors import UserError
-from zoft.tasks import formats
 
 FILES = Path(__file__).parent / "data" / "formats"
 END = "<|im_end|>"  # of a turn and of a text, in both tokenizers
@@ -112,10 +112,10 @@ REFUSED_BY_KEY = [
 
 
 def real():
-    from zoft import models
+    from zoft.models import load
 
     try:
-        return models.tokenizer("smollm2-135m")
+        return load.tokenizer("smollm2-135m")
     except UserError as error:
         pytest.skip(str(error))
 

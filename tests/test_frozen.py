@@ -14,16 +14,22 @@ from test_generate import CONTEXTS
 from test_trainer import bert
 from typer.testing import CliRunner
 
-from zoft import adapters, data_order, evaluate, frozen, saving, selfcheck, setup, setup_axis, space
-from zoft.cli import app
-from zoft.config import Config
-from zoft.estimators.estimator import Probe
-from zoft.example import Example
-from zoft.generate import generate
-from zoft.kind import blocks_of
-from zoft.ledger import read
-from zoft.objective import collate, losses
-from zoft.probe import ProbeAxis
+from zoft.cli.main import app
+from zoft.config.schema import Config
+from zoft.data.example import Example
+from zoft.evaluation import evaluate
+from zoft.ledger.log import read
+from zoft.method import space
+from zoft.method.estimators.estimator import Probe
+from zoft.models import saving
+from zoft.models.adapters import attach
+from zoft.models.kind import blocks_of
+from zoft.objectives.losses import collate, losses
+from zoft.objectives.text import generate
+from zoft.probe import frozen_blocks, proof
+from zoft.probe.axis import ProbeAxis
+from zoft.train import axis, parts
+from zoft.train import batches as data_order
 
 MODELS = {"llama": tiny.llama, "opt": tiny.opt, "gpt2": tiny.gpt2, "bert": bert}
 PROBES = [Probe(0, 1e-2), Probe(0, -1e-2), Probe(1, 1e-2), Probe(1, -1e-2)]
@@ -45,7 +51,9 @@ def data(kind="single", n=20, seed=0):
 
 
 def batches_of(examples, size=8):
-    return [frozen.rows_of(collate(examples[i : i + size]).inputs) for i in range(0, len(examples), size)]
+    return [
+        frozen_blocks.rows_of(collate(examples[i : i + size]).inputs) for i in range(0, len(examples), size)
+    ]
 
 
 def bytes_of(examples):
@@ -59,17 +67,17 @@ class Made:
     def __init__(self, model, examples, train="last-1", cache=True, budget=PLENTY, auto=False, batches=None):
         self.model = model
         trained = space.adopt(model, space.train_names(model, train))
-        small, double = setup_axis.calibration(examples)
+        small, double = axis.calibration(examples)
 
         def run(batch):
             return losses(model, batch)[0]
 
-        found = selfcheck.find_sites(model, trained, run, small, double, 1e-2)
+        found = proof.find_sites(model, trained, run, small, double, 1e-2)
         assert found.stacked, found.note
         self.axis = ProbeAxis(trained, found.sites, seed=3, kind="gaussian")
         self.prefix, self.note = None, ""
         if cache:
-            self.prefix, self.note = frozen.prefix_of(
+            self.prefix, self.note = frozen_blocks.prefix_of(
                 model,
                 trained,
                 batches or batches_of(examples),
@@ -133,8 +141,8 @@ def test_other_trained_sets(train, kept):
     def model():
         if train != "lora":
             return tiny.llama()
-        made = adapters.attach(tiny.llama(), Config(train="lora", lora_layers="last-1"))
-        for i, (_, p) in enumerate(adapters.named(made)):
+        made = attach.attach(tiny.llama(), Config(train="lora", lora_layers="last-1"))
+        for i, (_, p) in enumerate(attach.named(made)):
             p.data += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
         return made
 
@@ -168,7 +176,7 @@ def test_rows_are_computed_once_and_not_before_they_are_needed(kind, ahead):
     """Each with the rest of the batch it is first met in; an evaluation's label bias may meet it first."""
     plan = Config(batch_size=4, accumulate=2, steps=7, seed=5, device="cpu")
     examples, model, sizes = data(kind if kind == "lm" else "single", n=40), tiny.llama(), []
-    made = Made(model, examples, batches=list(setup_axis.first_met(plan, examples)))
+    made = Made(model, examples, batches=list(axis.first_met(plan, examples)))
     tried = sum(map(len, made.prefix.kept))  # the trial's two rows and their companions
     assert 2 <= tried <= 8
     handle = inside(model).register_forward_hook(lambda m, a, out: sizes.append(len(out)))
@@ -180,7 +188,7 @@ def test_rows_are_computed_once_and_not_before_they_are_needed(kind, ahead):
     at, met = data_order.batches(plan, examples), []
     for step in range(7):  # 56 rows of 40: the last two steps meet old ones
         for batch in at(step):
-            met += frozen.rows_of(batch.inputs)
+            met += frozen_blocks.rows_of(batch.inputs)
             made.at(PROBES, batch)
         assert sum(sizes) - strangers <= max(ahead, len(set(met)))
     assert sum(sizes) + tried == 40 + strangers and max(sizes) <= 4
@@ -298,14 +306,12 @@ def test_the_key(capsys):
     ]  # fmt: skip
     for keys, train, on in cases:
         model = deep()
-        plan = setup.dtypes(
-            setup.device(Config(device="cpu", threads=1, train=train, **keys)),
+        plan = parts.dtypes(
+            parts.device(Config(device="cpu", threads=1, train=train, **keys)),
             model,
             space.train_names(model, train),
         )
-        plan, _, _ = setup_axis.make(
-            plan, model, space.adopt(model, space.train_names(model, train)), examples
-        )
+        plan, _, _ = axis.make(plan, model, space.adopt(model, space.train_names(model, train)), examples)
         said = [x for x in capsys.readouterr().err.splitlines() if x.startswith("cache_frozen")]
         assert plan.cache_frozen is on, (keys, train)
         assert len(said) == (on or keys.get("cache_frozen") is True), said
@@ -315,7 +321,7 @@ def test_the_key(capsys):
 def test_auto_is_off_on_a_gpu():
     """Steps are captured as graphs there, which a look-up on the CPU would prevent."""
     plan = Config(device="cuda", train="last-2")
-    found = setup_axis.cached(plan, torch.nn.Module(), [], data(), lambda: torch.zeros(0))
+    found = axis.cached(plan, torch.nn.Module(), [], data(), lambda: torch.zeros(0))
     assert found.cache_frozen is False
 
 
@@ -382,7 +388,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
 def test_text_is_written_by_all_blocks(train):
     """Its rows grow, and are padded on the left: nothing that is kept fits them."""
     model = tiny.llama()
-    model = adapters.attach(model, Config(train="lora", lora_layers="last-1")) if train == "lora" else model
+    model = attach.attach(model, Config(train="lora", lora_layers="last-1")) if train == "lora" else model
     want = generate(model, tiny.tokenizer(), CONTEXTS, max_new_tokens=6)
     made = Made(model, data("lm"), train)
     assert made.prefix is not None, made.note

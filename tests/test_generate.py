@@ -8,10 +8,11 @@ import torch
 import transformers as hf
 from test_adapters import attach, moved
 
-from zoft import generate as generation
-from zoft import head, quant
 from zoft.errors import UserError
-from zoft.generate import generate
+from zoft.models import head
+from zoft.models.quant import linear
+from zoft.objectives import text as generation
+from zoft.objectives.text import generate
 
 CONTEXTS = [
     tiny.ids("<bos>", *words) for words in ("abab", "no", "dots e", "a", "nost", "toda", "b", "yes no")
@@ -71,7 +72,7 @@ def test_adapters_generate_as_the_slow_loop(make, train):
 
 def test_quantised_models_generate_as_the_slow_loop():
     model, tokenizer = tiny.llama(), tiny.tokenizer()
-    quant.quantise_model(model, bits=8, group=32)
+    linear.quantise_model(model, bits=8, group=32)
     got = generate(model, tokenizer, CONTEXTS, max_new_tokens=8)
     assert got == [slow(model, tokenizer, c, max_new_tokens=8) for c in CONTEXTS]
 

@@ -10,13 +10,18 @@ import torch
 from test_generate import slow
 from test_trainer import same_bits, weights
 
-from zoft import data_order, goal, metrics, setup, setup_axis, setup_trainer, space
-from zoft.config import Config, Task
-from zoft.encode import encode, prompts
+from zoft.config.schema import Config, Task
+from zoft.data.encode import encode, prompts
+from zoft.data.tasks import TaskData
 from zoft.errors import UserError
-from zoft.ledger import Ledger, read
+from zoft.ledger.log import Ledger, read
+from zoft.method import space
 from zoft.noise import noise
-from zoft.tasks import TaskData
+from zoft.objectives import metrics, objectives
+from zoft.train import axis as setup_axis
+from zoft.train import batches
+from zoft.train import build as setup_trainer
+from zoft.train import parts as setup
 
 WORDS = (" no", " yes", "ab")
 ASKED = ("accuracy", "macro_f1", "exact_match", "f1", "reward")
@@ -67,15 +72,15 @@ def build(tmp_path, objective, *, name="ledger", model=None, made=None, reward=V
         "max_length": 32,
         "device": "cpu",
     }
-    texts = {"max_new_tokens": 5, "stop": "t"} if objective in goal.GENERATED else {}
+    texts = {"max_new_tokens": 5, "stop": "t"} if objective in objectives.GENERATED else {}
     config = Config(model="tiny", task=Task(name="local"), objective=objective, threads=1,
                     **{**defaults, **texts, **keys})  # fmt: skip
     data = data_of(made)
-    config = goal.resolve(config, data)
+    config = objectives.resolve(config, data)
     if objective == "reward":
         (tmp_path / "mine.py").write_text(reward, encoding="utf-8")
         config.reward = f"{tmp_path}/mine.py:vowels"
-    aim = goal.make(config, data, tokenizer, goal.reward(config))
+    aim = objectives.make(config, data, tokenizer, objectives.reward(config))
     scored = aim.examples(encode(made, tokenizer, data, config.max_length))
     names = space.train_names(model, config.train)
     config = setup.dtypes(config, model, names)
@@ -126,7 +131,7 @@ def test_a_step_minimises_minus_the_metric_of_weights_perturbed_by_hand(tmp_path
     for step in range(3):
         trainer.axis.flush()
         start = copy.deepcopy(trainer.model)
-        chosen = [trainer.made[i] for picks in data_order.picked(c, len(trainer.made), step) for i in picks]
+        chosen = [trainer.made[i] for picks in batches.picked(c, len(trainer.made), step) for i in picks]
         assert len(chosen) == 6
         trainer.step()
         wanted = []
@@ -212,11 +217,13 @@ def test_microbatches_are_one_batch(tmp_path, objective):
     one.batches = lambda step: join(two.batches(step))  # the same rows
 
     def join(parts):
-        if objective in goal.GENERATED:
-            return [goal.Prompts(sum((p.picks for p in parts), ()))]
-        picks = [i for p in data_order.picked(two.config, len(two.made), two.next) for i in p]
+        if objective in objectives.GENERATED:
+            return [objectives.Prompts(sum((p.picks for p in parts), ()))]
+        picks = [i for p in batches.picked(two.config, len(two.made), two.next) for i in p]
         data = data_of(two.made)
-        return [goal.objective.collate([encode(two.made, tiny.tokenizer(), data, 32)[i] for i in picks])]
+        return [
+            objectives.objective.collate([encode(two.made, tiny.tokenizer(), data, 32)[i] for i in picks])
+        ]
 
     for trainer in (one, two):
         trainer.step()
@@ -241,7 +248,7 @@ def test_lm_on_a_task_of_candidates_trains_the_gold_ones_tokens(tmp_path):
 
 def test_objectives_that_a_task_cannot_have_are_refused():
     def resolve(objective, data):
-        return goal.resolve(Config(model="m", task=Task(name="local"), objective=objective), data)
+        return objectives.resolve(Config(model="m", task=Task(name="local"), objective=objective), data)
 
     text = data_of([{**r, "candidates": [" no"], "gold": 0} for r in rows()], "lm")
     for objective in ("choice", "accuracy", "macro_f1"):

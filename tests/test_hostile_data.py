@@ -193,7 +193,7 @@ def test_a_parquet_file_with_flipped_bits_is_read_or_refused(place):
     parquet = pytest.importorskip("pyarrow.parquet")
     from typer.testing import CliRunner
 
-    from zoft.cli import app
+    from zoft.cli.main import app
 
     path = place / "d.parquet"
     parquet.write_table(pyarrow.table({k: [r[k] for r in GOOD] for k in GOOD[0]}), path)

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from zoft import checkpoint
-from zoft.cli import app
+from zoft.cli.main import app
+from zoft.models import checkpoint
 
 UP = "model.layers.0.mlp.up_proj.weight"
 ROOT = Path(__file__).resolve().parent.parent
@@ -386,8 +386,8 @@ def test_a_hostile_gguf(place, gguf_file, name):
 
 
 def test_flipped_bits_of_a_gguf_are_refused_or_harmless(place, gguf_file):
-    from zoft import models
     from zoft.errors import UserError
+    from zoft.models import load
 
     rng = random.Random(1)
     path = place / "m.gguf"
@@ -397,7 +397,7 @@ def test_flipped_bits_of_a_gguf_are_refused_or_harmless(place, gguf_file):
         flipped = bytes([gguf_file[at] ^ 1 << rng.randrange(8)])
         path.write_bytes(gguf_file[:at] + flipped + gguf_file[at + 1 :])
         try:
-            models.load(str(path))
+            load.load(str(path))
         except UserError as error:
             refusals += 1
             assert len(str(error).splitlines()) == 1, error

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from test_trainer import build, same_bits, weights
 from typer.testing import CliRunner
 
-from zoft.cli import app
+from zoft.cli.main import app
 from zoft.errors import UserError
-from zoft.ledger import Ledger, Record, read
+from zoft.ledger.log import Ledger, Record, read
 
 RESUME = ("train", "--resume", "run")
 REPLAY = ("replay", "run", "--out", "again")

@@ -17,14 +17,19 @@ import tiny
 from test_trainer import build
 from typer.testing import CliRunner
 
-from zoft import compose, configured, headers, inspect_run, ledger_check, snapshot
-from zoft import run as runs
-from zoft.cli import app
-from zoft.config import Config, Task
+from zoft.cli import ledger as inspect_run
+from zoft.cli.main import app
+from zoft.config import compose
+from zoft.config.schema import Config, Task
 from zoft.errors import UserError
 from zoft.folder import write
-from zoft.ledger import Ledger, Record, read
-from zoft.session import session
+from zoft.ledger import check
+from zoft.ledger.log import Ledger, Record, read
+from zoft.method import configured
+from zoft.replay import snapshot
+from zoft.run import loop as runs
+from zoft.run.session import session
+from zoft.train import header as headers
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -155,12 +160,12 @@ def test_verify_names_what_is_wrong(run, what):
 
 def test_a_header_that_lacks_what_replay_needs_or_mixes_up_noise_is_named(finished):
     header = read(finished / "ledger").header
-    assert ledger_check.header_faults(header) == []
+    assert check.header_faults(header) == []
     name = next(iter(header["trained"]))
     tensor, *rest = header["trained"][name]
     wrong = {**header, "trained": {name: [tensor ^ 1, *rest]}, "noise_version": 9}
     del wrong["base"]
-    said = ledger_check.header_faults(wrong)
+    said = check.header_faults(wrong)
     assert len(said) == 3 and "no base" in said[0] and "version 9" in said[1] and name in said[2]
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import tiny
 
-from zoft import configured, launch_local, sweep_job
-from zoft.start import train_run as train
+from zoft.method import configured
+from zoft.run.start import train_run as train
+from zoft.sweep import job as sweep_job
+from zoft.sweep import local
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "0,1", "OMP_NUM_THREADS": "1"}
@@ -33,20 +35,16 @@ def place(tmp_path, monkeypatch):
 
 
 def test_gpus_go_round_and_threads_are_shared():
-    assert launch_local.gpus({"CUDA_VISIBLE_DEVICES": "2, 5"}) == ["2", "5"]
-    assert (
-        launch_local.gpus({"CUDA_VISIBLE_DEVICES": ""})
-        == launch_local.gpus({"CUDA_VISIBLE_DEVICES": "-1"})
-        == []
-    )
+    assert local.gpus({"CUDA_VISIBLE_DEVICES": "2, 5"}) == ["2", "5"]
+    assert local.gpus({"CUDA_VISIBLE_DEVICES": ""}) == local.gpus({"CUDA_VISIBLE_DEVICES": "-1"}) == []
     taken = []
     for _ in range(5):
-        taken.append(launch_local.free(["0", "1", "2"], taken, {"0": 900, "1": 10, "2": 500}))
+        taken.append(local.free(["0", "1", "2"], taken, {"0": 900, "1": 10, "2": 500}))
     assert taken == ["1", "2", "0", "1", "2"]
     cores = len(os.sched_getaffinity(0))
-    assert set(launch_local.threads(1, {}).values()) == {str(cores)}
-    assert set(launch_local.threads(4 * cores, {}).values()) == {"1"}
-    assert launch_local.threads(1, {"OMP_NUM_THREADS": "1"})["OMP_NUM_THREADS"] == "1"
+    assert set(local.threads(1, {}).values()) == {str(cores)}
+    assert set(local.threads(4 * cores, {}).values()) == {"1"}
+    assert local.threads(1, {"OMP_NUM_THREADS": "1"})["OMP_NUM_THREADS"] == "1"
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from zoft.errors import UserError
-from zoft.ledger import Event, Ledger, Record, read, updates
+from zoft.ledger.log import Event, Ledger, Record, read, updates
 
 HEADER = {"seed": 2**63 + 11, "q": 2, "config": {"lr": 1e-6, "task": "größe"}}
 
@@ -430,8 +430,9 @@ def test_so_do_they_with_the_header_of_a_large_model(tmp_path):
     import torch
     import transformers as hf
 
-    from zoft import headers, space
-    from zoft.config import Config, Task
+    from zoft.config.schema import Config, Task
+    from zoft.method import space
+    from zoft.train import header as headers
 
     shape = {"hidden_size": 5120, "word_embed_proj_dim": 5120, "ffn_dim": 20480, "num_hidden_layers": 40}
     with torch.device("meta"):

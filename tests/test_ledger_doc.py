@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from test_ledger import DONE, HEADER, step, write_with_events
 
-from zoft.config import fields
-from zoft.ledger import Event, Ledger, Record, read, updates
+from zoft.config.schema import fields
+from zoft.ledger.log import Event, Ledger, Record, read, updates
 
 ROOT = Path(__file__).resolve().parent.parent
 DOC = (ROOT / "docs" / "ledger.md").read_text(encoding="utf-8")
@@ -82,8 +82,8 @@ def test_every_key_and_header_key_that_is_named_exists(tmp_path):
     import tiny
     from test_trainer import build, examples
 
-    from zoft import headers
-    from zoft.config import Config, Task
+    from zoft.config.schema import Config, Task
+    from zoft.train import header as headers
 
     for name in re.findall(r"`([a-z_]+)=", DOC):
         assert name in fields(), name

@@ -8,7 +8,7 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
-from zoft.cli import app
+from zoft.cli.main import app
 
 HERE = importlib.util.find_spec("lm_eval") is not None
 ROWS = [

@@ -2,7 +2,7 @@
 
 import pytest
 
-from zoft.metrics import exact_match, normalise, token_f1
+from zoft.objectives.metrics import exact_match, normalise, token_f1
 
 
 @pytest.mark.parametrize(

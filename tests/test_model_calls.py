@@ -10,10 +10,11 @@ import tiny
 import torch
 from test_adapters import attach, moved
 
-from zoft import adapters, model_calls
-from zoft import generate as generation
-from zoft.config import Config
+from zoft.config.schema import Config
 from zoft.errors import UserError
+from zoft.models import calls
+from zoft.models.adapters import attach as adapters
+from zoft.objectives import text as generation
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,31 +35,29 @@ class Neither:
 
 
 def test_the_cache_has_the_name_that_the_forward_gives_it():
-    assert [model_calls.cache_name(m()) for m in (Old, New, Neither)] == ["past_key_values", "cache", None]
-    assert model_calls.takes(Old(), "use_cache") and not model_calls.takes(New(), "use_cache")
+    assert [calls.cache_name(m()) for m in (Old, New, Neither)] == ["past_key_values", "cache", None]
+    assert calls.takes(Old(), "use_cache") and not calls.takes(New(), "use_cache")
     around = SimpleNamespace(get_base_model=Old)  # an adapter's forward takes anything
-    assert model_calls.cache_name(around) == "past_key_values"
+    assert calls.cache_name(around) == "past_key_values"
 
 
 @pytest.mark.parametrize("make", [tiny.llama, tiny.opt, tiny.gpt2, tiny.gemma2])
 def test_a_cache_goes_in_and_comes_out_under_that_name(make):
     model, ids = make(), torch.tensor([tiny.ids("a", "b", "no", "e")])
     whole = model(input_ids=ids, use_cache=True)
-    cache = model_calls.new_cache(model)
-    model(input_ids=ids[:, :3], use_cache=True, **{model_calls.cache_name(model): cache})
+    cache = calls.new_cache(model)
+    model(input_ids=ids[:, :3], use_cache=True, **{calls.cache_name(model): cache})
     out = model(
         input_ids=ids[:, 3:], attention_mask=torch.ones_like(ids), use_cache=True, position_ids=torch.tensor([[3]]),
-        **{model_calls.cache_name(model): cache},
+        **{calls.cache_name(model): cache},
     )  # fmt: skip
     assert torch.allclose(out.logits[:, -1], whole.logits[:, -1], atol=1e-5)
-    assert model_calls.cache_of(out) is cache
-    for mine, theirs in zip(
-        model_calls.keys_values(cache), model_calls.keys_values(model_calls.cache_of(whole))
-    ):
+    assert calls.cache_of(out) is cache
+    for mine, theirs in zip(calls.keys_values(cache), calls.keys_values(calls.cache_of(whole))):
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(mine, theirs))
-    held = [t for pair in model_calls.keys_values(cache) for t in pair]
-    assert model_calls.cache_bytes(cache) >= sum(t.nbytes for t in held) > 0
-    assert model_calls.cache_of(model(input_ids=ids, use_cache=False)) is None
+    held = [t for pair in calls.keys_values(cache) for t in pair]
+    assert calls.cache_bytes(cache) >= sum(t.nbytes for t in held) > 0
+    assert calls.cache_of(model(input_ids=ids, use_cache=False)) is None
 
 
 def test_states_that_are_no_tokens_have_bytes_and_no_length():
@@ -68,14 +67,14 @@ def test_states_that_are_no_tokens_have_bytes_and_no_length():
         def get_seq_length(self):
             raise ValueError("no attention layers")
 
-    assert model_calls.cache_bytes(States()) == 20
-    assert model_calls.cache_length(States()) is None
+    assert calls.cache_bytes(States()) == 20
+    assert calls.cache_length(States()) is None
 
 
 def test_one_entry_under_either_name():
-    for own in model_calls.CACHE_NAMES:
-        for asked in model_calls.CACHE_NAMES:
-            d = model_calls._OneCache({own: None, "input_ids": 1})
+    for own in calls.CACHE_NAMES:
+        for asked in calls.CACHE_NAMES:
+            d = calls._OneCache({own: None, "input_ids": 1})
             assert asked in d and d.get(asked, 2) is None and d["input_ids"] == 1
             d[asked] = 3
             assert dict(**d) == {own: 3, "input_ids": 1} and d[asked] == 3
@@ -108,7 +107,7 @@ def test_generation_that_leaves_a_prompt_out_is_refused_in_one_line(train, monke
 def test_a_peft_that_mixes_layers_up_is_refused_in_one_line(monkeypatch, tmp_path):
     """As peft 0.19.0 does for Gemma, by an index too many."""
     model = attach(tiny.llama(), "prefix")
-    assert model_calls.misread_prefix(model) == ""
+    assert calls.misread_prefix(model) == ""
     adapters.save(model, tmp_path / "saved")
     inner = type(model).get_prompt
 

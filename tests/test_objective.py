@@ -9,12 +9,13 @@ import tiny
 import torch
 from torch import nn
 
-from zoft import encode as encoding
-from zoft import model_calls, objective
+from zoft.cli.data import show
+from zoft.data import encode as encoding
+from zoft.data.example import Example
 from zoft.errors import UserError
-from zoft.example import Example
-from zoft.head import project
-from zoft.show import show
+from zoft.models import calls
+from zoft.models.head import project
+from zoft.objectives import losses
 
 CHOICE = SimpleNamespace(objective="choice")
 LM = SimpleNamespace(objective="lm")
@@ -109,7 +110,7 @@ def test_show_marks_what_is_scored():
 
 def test_positions_of_a_batch_by_hand():
     examples = encode([row("c:", ["no 1", "yes"], gold=1), row("dd:", ["no 1", "yes"])])
-    batch = objective.collate(examples)
+    batch = losses.collate(examples)
     pad, bos, c, d, colon, no, space, one, yes = tiny.ids(
         "<pad>", "<bos>", "c", "d", ":", "no", " ", "1", "yes"
     )
@@ -127,14 +128,14 @@ def test_positions_of_a_batch_by_hand():
 
 
 def test_single_tokens_need_one_row_an_example():
-    batch = objective.collate(encode([row("c:", ["yes", "no"], gold=1), row("dd:", ["yes", "no"])]))
+    batch = losses.collate(encode([row("c:", ["yes", "no"], gold=1), row("dd:", ["yes", "no"])]))
     assert batch.rows == batch.examples == 2
     assert batch.tokens.tolist() == list(tiny.ids("yes", "no"))
     assert batch.positions.tolist() == [2, 4 + 3]
 
 
 def test_repeat_is_probe_major():
-    batch = objective.collate(encode([row("c:", ["no 1", "yes"], gold=1), row("dd:", ["no 1", "yes", "a"])]))
+    batch = losses.collate(encode([row("c:", ["no 1", "yes"], gold=1), row("dd:", ["no 1", "yes", "a"])]))
     twice = batch.repeat(2)
     assert twice.examples == 4 and twice.rows == 10
     ids = batch.inputs["input_ids"]
@@ -186,13 +187,13 @@ def test_choice_losses_equal_full_logits_in_fp64(name, rows):
     model = tiny.MODELS[name]().double()
     examples = encode(rows)
     assert examples[0].single == (rows is SINGLE)
-    batch = objective.collate(examples, pad=0)
-    sums, counts = objective.losses(model, batch)
+    batch = losses.collate(examples, pad=0)
+    sums, counts = losses.losses(model, batch)
     want = np.array([slow_choice(model, e) for e in examples])
     np.testing.assert_allclose(sums.numpy(), want, rtol=1e-9)
     assert counts.tolist() == [1.0, 1.0, 1.0]
     # In fp32 the same within its rounding, and as fp32.
-    sums32, _ = objective.losses(model.float(), batch)
+    sums32, _ = losses.losses(model.float(), batch)
     assert sums32.dtype == torch.float32
     np.testing.assert_allclose(sums32.numpy(), want, atol=3e-5)
 
@@ -201,7 +202,7 @@ def test_choice_losses_equal_full_logits_in_fp64(name, rows):
 def test_scores_are_mean_log_probs(name):
     model = tiny.MODELS[name]().double()
     examples = encode(MULTI)
-    got = objective.scores(model, objective.collate(examples)).numpy()
+    got = losses.scores(model, losses.collate(examples)).numpy()
     for e, line in zip(examples, got, strict=True):
         want = [np.mean(s) for s in slow_scores(model, e)]
         np.testing.assert_allclose(line[: len(want)], want, rtol=1e-9)
@@ -212,7 +213,7 @@ def test_scores_are_mean_log_probs(name):
 def test_lm_losses_equal_full_logits_in_fp64(name):
     model = tiny.MODELS[name]().double()
     examples = encode(MULTI, LM)
-    sums, counts = objective.losses(model, objective.collate(examples))
+    sums, counts = losses.losses(model, losses.collate(examples))
     np.testing.assert_allclose(
         sums.numpy(), [-sum(slow_scores(model, e)[e.gold]) for e in examples], rtol=1e-9
     )
@@ -223,9 +224,9 @@ def test_lm_losses_equal_full_logits_in_fp64(name):
 @pytest.mark.parametrize("task", [CHOICE, LM], ids=["choice", "lm"])
 def test_a_repeated_batch_gives_each_probe_its_losses(rows, task):
     model = tiny.llama().double()
-    batch = objective.collate(encode(rows, task))
-    once, counts = objective.losses(model, batch)
-    thrice, counts3 = objective.losses(model, batch.repeat(3))
+    batch = losses.collate(encode(rows, task))
+    once, counts = losses.losses(model, batch)
+    thrice, counts3 = losses.losses(model, batch.repeat(3))
     torch.testing.assert_close(thrice, once.repeat(3), rtol=1e-12, atol=0)
     assert counts3.equal(counts.repeat(3))
 
@@ -233,26 +234,26 @@ def test_a_repeated_batch_gives_each_probe_its_losses(rows, task):
 def test_padding_and_order_do_not_matter():
     model = tiny.opt().double()
     examples = encode(MULTI)
-    together, _ = objective.losses(model, objective.collate(examples, pad=0))
+    together, _ = losses.losses(model, losses.collate(examples, pad=0))
     for i, e in enumerate(examples):
-        alone, _ = objective.losses(model, objective.collate([e]))
+        alone, _ = losses.losses(model, losses.collate([e]))
         torch.testing.assert_close(alone[0], together[i], rtol=1e-12, atol=0)
-    turned, _ = objective.losses(model, objective.collate(examples[::-1], pad=5))
+    turned, _ = losses.losses(model, losses.collate(examples[::-1], pad=5))
     torch.testing.assert_close(turned.flip(0), together, rtol=1e-12, atol=0)
 
 
 def test_chunks_do_not_change_log_probs(monkeypatch):
     logits, targets = torch.randn(7, 11), torch.arange(7)
-    whole = objective.target_logprobs(logits, targets)
-    monkeypatch.setattr(objective, "CHUNK", 25)  # two rows at a time
-    assert objective.target_logprobs(logits, targets).equal(whole)
+    whole = losses.target_logprobs(logits, targets)
+    monkeypatch.setattr(losses, "CHUNK", 25)  # two rows at a time
+    assert losses.target_logprobs(logits, targets).equal(whole)
     want = torch.log_softmax(logits.double(), -1)[targets, targets]
     torch.testing.assert_close(whole.double(), want, rtol=0, atol=1e-6)
 
 
 def test_bf16_logits_are_reduced_in_fp32():
     logits = (torch.randn(5, 1000) * 4).bfloat16()
-    got = objective.target_logprobs(logits, torch.arange(5))
+    got = losses.target_logprobs(logits, torch.arange(5))
     want = torch.log_softmax(logits.double(), -1)[torch.arange(5), torch.arange(5)]
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5)  # bf16 reduction misses by 1e-2
@@ -278,7 +279,7 @@ def full(model, batch):
 def test_project_equals_full_logits(name):
     model = tiny.MODELS[name]().double()
     for rows in (MULTI, SINGLE):
-        batch = objective.collate(encode(rows))
+        batch = losses.collate(encode(rows))
         want = full(model, batch)
         got = project(model, batch.inputs, batch.positions)
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
@@ -292,11 +293,11 @@ def test_project_equals_full_logits(name):
 def test_only_scored_positions_reach_the_head():
     model = tiny.llama()
     model.lm_head.__class__ = Counted
-    batch = objective.collate(encode(MULTI))
-    objective.losses(model, batch)
+    batch = losses.collate(encode(MULTI))
+    losses.losses(model, batch)
     assert model.lm_head.shape == (len(batch.positions), 16)
-    narrow = objective.collate(encode(SINGLE))
-    got = objective.scores(model, narrow)  # a subclass: all columns, then C of them
+    narrow = losses.collate(encode(SINGLE))
+    got = losses.scores(model, narrow)  # a subclass: all columns, then C of them
     torch.testing.assert_close(got, full(model, narrow)[:, narrow.tokens])
 
 
@@ -304,7 +305,7 @@ def test_a_linear_head_makes_the_candidates_columns_only():
     model = tiny.llama(tie=True)
     shapes = []
     model.lm_head.register_forward_hook(lambda m, a, out: shapes.append(tuple(out.shape)))
-    objective.losses(model, objective.collate(encode(SINGLE)))
+    losses.losses(model, losses.collate(encode(SINGLE)))
     assert shapes == [(3, 3)]
 
 
@@ -318,10 +319,10 @@ def test_a_head_that_takes_tokens_is_given_them():
 
     forward.accepts_tokens = True
     model.lm_head.forward = forward
-    narrow, multi = objective.collate(encode(SINGLE)), objective.collate(encode(MULTI))
-    torch.testing.assert_close(objective.scores(model, narrow), full(tiny.llama(), narrow)[:, narrow.tokens])
+    narrow, multi = losses.collate(encode(SINGLE)), losses.collate(encode(MULTI))
+    torch.testing.assert_close(losses.scores(model, narrow), full(tiny.llama(), narrow)[:, narrow.tokens])
     assert given[0].equal(narrow.tokens)
-    objective.losses(model, multi)
+    losses.losses(model, multi)
     assert given[1] is None and model.lm_head.forward is forward
 
 
@@ -329,8 +330,8 @@ def test_a_replaced_head_that_takes_no_tokens_is_left_alone():
     model = tiny.llama()
     forward = model.lm_head.forward
     model.lm_head.forward = lambda x: forward(x) + 1.0
-    narrow = objective.collate(encode(SINGLE))
-    got = objective.scores(model, narrow)
+    narrow = losses.collate(encode(SINGLE))
+    got = losses.scores(model, narrow)
     torch.testing.assert_close(got, full(tiny.llama(), narrow)[:, narrow.tokens] + 1.0)
 
 
@@ -348,15 +349,15 @@ class Headless(nn.Module):
 def test_a_model_without_an_output_embedding_is_gathered_after():
     model = tiny.llama()
     for rows in (MULTI, SINGLE):
-        batch = objective.collate(encode(rows))
-        torch.testing.assert_close(objective.scores(Headless(model), batch), objective.scores(model, batch))
+        batch = losses.collate(encode(rows))
+        torch.testing.assert_close(losses.scores(Headless(model), batch), losses.scores(model, batch))
 
 
 def test_a_model_that_runs_one_probe_at_a_time_gets_each_probes_positions():
     model = tiny.llama()
     for rows in (MULTI, SINGLE):
-        batch = objective.collate(encode(rows)).repeat(3)
-        want, _ = objective.losses(model, batch)
+        batch = losses.collate(encode(rows)).repeat(3)
+        want, _ = losses.losses(model, batch)
         plain = model.forward
 
         def in_turn(input_ids, attention_mask, plain=plain, **kwargs):
@@ -365,7 +366,7 @@ def test_a_model_that_runs_one_probe_at_a_time_gets_each_probes_positions():
             return (torch.cat(outputs),)
 
         model.forward = in_turn
-        got, _ = objective.losses(model, batch)
+        got, _ = losses.losses(model, batch)
         del model.forward
         torch.testing.assert_close(got, want)
 
@@ -378,7 +379,7 @@ def test_an_exception_in_the_forward_leaves_the_head_as_it_was():
 
     handle = model.lm_head.register_forward_hook(broken)
     with pytest.raises(RuntimeError, match="out of memory"):
-        objective.losses(model, objective.collate(encode(SINGLE)))
+        losses.losses(model, losses.collate(encode(SINGLE)))
     handle.remove()
     assert "forward" not in model.lm_head.__dict__ and not model.lm_head._forward_pre_hooks
 
@@ -391,10 +392,10 @@ def test_no_forward_makes_a_cache_and_the_config_stays(name, monkeypatch, tmp_pa
 
     model = shrink.model("causal", name).requires_grad_(False)
     model.config.get_text_config().use_cache = True  # as every real checkpoint says
-    batch, caches = objective.collate(encode(SINGLE)), []
-    handle = model.register_forward_hook(lambda m, a, out: caches.append(model_calls.cache_of(out)))
+    batch, caches = losses.collate(encode(SINGLE)), []
+    handle = model.register_forward_hook(lambda m, a, out: caches.append(calls.cache_of(out)))
     model(**batch.inputs)
-    objective.losses(model, batch)
+    losses.losses(model, batch)
     handle.remove()
     assert caches[0] is not None and caches[1] is None
     model.save_pretrained(tmp_path)
@@ -406,7 +407,7 @@ def test_no_forward_makes_a_cache_and_the_config_stays(name, monkeypatch, tmp_pa
 
     model.get_output_embeddings().register_forward_pre_hook(broken)
     with pytest.raises(RuntimeError, match="broken"):
-        objective.losses(model, batch)
+        losses.losses(model, batch)
     assert model.config.get_text_config().use_cache is True
 
 
@@ -414,8 +415,8 @@ def test_lora_models_are_scored_as_they_run():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
     model = peft.get_peft_model(tiny.llama(), config).double().eval()
-    batch = objective.collate(encode(SINGLE))
-    got, _ = objective.losses(model, batch)
+    batch = losses.collate(encode(SINGLE))
+    got, _ = losses.losses(model, batch)
     want = [slow_choice(model.requires_grad_(False), e) for e in encode(SINGLE)]
     np.testing.assert_allclose(got.detach().numpy(), want, rtol=1e-9)
 
@@ -423,9 +424,9 @@ def test_lora_models_are_scored_as_they_run():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.gpu
 def test_losses_on_a_gpu():
-    model, batch = tiny.llama(), objective.collate(encode(MULTI))
-    want, _ = objective.losses(model, batch)
-    got, _ = objective.losses(model.cuda(), batch.to("cuda"))
+    model, batch = tiny.llama(), losses.collate(encode(MULTI))
+    want, _ = losses.losses(model, batch)
+    got, _ = losses.losses(model.cuda(), batch.to("cuda"))
     torch.testing.assert_close(got.cpu(), want, rtol=1e-4, atol=1e-4)
 
 
@@ -446,7 +447,7 @@ def test_project_equals_full_logits_on_every_causal_architecture(monkeypatch):
             continue  # the installed transformers cannot build it this small
         seen += 1
         for examples in (single, multi):
-            batch = objective.collate(examples, pad=4)
+            batch = losses.collate(examples, pad=4)
             out = model(**batch.inputs)
             want = (out.logits if hasattr(out, "logits") else out[0]).flatten(0, 1)[batch.positions]
             want = want if batch.tokens is None else want[:, batch.tokens]

@@ -42,7 +42,7 @@ def test_nothing_stands_beside_zoft(installed):
     names = {p.name for p in installed.iterdir()}
     (info,) = [n for n in names if n.endswith(".dist-info")]
     assert names == {"zoft", info}
-    assert "zoft = zoft.cli:main" in (installed / info / "entry_points.txt").read_text()
+    assert "zoft = zoft.cli.main:main" in (installed / info / "entry_points.txt").read_text()
     assert (installed / info / "licenses" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
@@ -63,11 +63,13 @@ def test_the_installed_zoft_works_from_any_folder(installed, tmp_path):
     assert "mezo/reviews" in run("ls").stdout
     assert run("cp", "mezo/reviews", "mine.yaml").returncode == 0
     assert "name: reviews" in run("validate", "--config", "mine.yaml").stdout
-    code = "import sys, zoft, zoft.recipes as r; r.method_of('mezo'); m = sys.modules['zoft.recipes.mezo']; print(zoft.__file__, m.__file__, m.__name__)"
+    code = "import sys, zoft, zoft.method.recipes as r; r.method_of('mezo'); m = sys.modules['zoft.method.recipes.mezo']; print(zoft.__file__, m.__file__, m.__name__)"
     env = {**os.environ, "PYTHONPATH": str(installed)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     found = done.stdout.split()
-    assert found[1:] == [str(installed / "zoft" / "recipes" / "mezo.py"), "zoft.recipes.mezo"], done.stderr
+    assert found[1:] == [str(installed / "zoft" / "recipes" / "mezo.py"), "zoft.method.recipes.mezo"], (
+        done.stderr
+    )
 
 
 @pytest.mark.slow

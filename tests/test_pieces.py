@@ -6,9 +6,10 @@ import tiny
 import torch
 from test_chat import masks, slow
 
-from zoft import objective, pieces
-from zoft.encode import encode, rows_of
+from zoft.data import texts as pieces
+from zoft.data.encode import encode, rows_of
 from zoft.errors import UserError
+from zoft.objectives import losses
 
 TEXTS = ["ab no yes", "c", "the end: a note on nets, no date", "d e", "yes no " * 9]
 
@@ -53,7 +54,7 @@ def test_the_loss_of_pieces_is_that_of_a_slow_twin():
         ids = [1, *tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"], 2]
         logp = model(torch.tensor([ids])).logits.log_softmax(-1)[0]
         wanted = -sum(float(logp[i, ids[i + 1]]) for i in range(len(ids) - 1))
-        sums, counts = objective.losses(model, objective.collate([whole]))
+        sums, counts = losses.losses(model, losses.collate([whole]))
         assert abs(float(sums) - wanted) < 1e-9 and int(counts) == len(ids) - 1
 
         stream = [
@@ -67,7 +68,7 @@ def test_the_loss_of_pieces_is_that_of_a_slow_twin():
                 if window[i + 1] != 1:  # a beginning is never predicted
                     total, n = total - float(logp[i, window[i + 1]]), n + 1
         packed = pieces.encode(rows(TEXTS), tokenizer, 12, pack=True)
-        sums, counts = objective.losses(model, objective.collate(packed))
+        sums, counts = losses.losses(model, losses.collate(packed))
         assert abs(float(sums.sum()) - total) < 1e-8 and int(counts.sum()) == n
         assert abs(sum(slow(model, e)[0] for e in packed) - total) < 1e-8
 

@@ -9,10 +9,11 @@ import transformers as hf
 from test_trainer import bert
 from typer.testing import CliRunner
 
-from zoft import adapters, kind
-from zoft.cli import app
-from zoft.config import Config
+from zoft.cli.main import app
+from zoft.config.schema import Config
 from zoft.errors import UserError
+from zoft.models import kind
+from zoft.models.adapters import attach
 
 
 def roberta():
@@ -24,11 +25,11 @@ def roberta():
 
 
 def prompted():
-    return adapters.attach(tiny.gpt2(), Config(train="prompt", virtual_tokens=7))
+    return attach.attach(tiny.gpt2(), Config(train="prompt", virtual_tokens=7))
 
 
 def prefixed():
-    return adapters.attach(tiny.opt(), Config(train="prefix", virtual_tokens=6))
+    return attach.attach(tiny.opt(), Config(train="prefix", virtual_tokens=6))
 
 
 @pytest.mark.parametrize("make", [tiny.opt, tiny.gpt2, bert, roberta, prompted, prefixed])

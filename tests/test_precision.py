@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from zoft import precision
+from zoft.method import precision
+from zoft.method.space import Trained
 from zoft.noise import noise
-from zoft.space import Trained
 
 
 def tensor(size, scale, compute):

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from test_replay import configured, place  # noqa: F401
 from typer.testing import CliRunner
 
-from zoft.cli import app
-from zoft.compose import to_yaml
+from zoft.cli.main import app
+from zoft.config.compose import to_yaml
 from zoft.errors import UserError
 from zoft.folder import alone
-from zoft.preflight import DRIVERS
-from zoft.start import train_run
+from zoft.run.preflight import DRIVERS
+from zoft.run.start import train_run
 
 
 def test_a_budget_of_forwards_cuts_the_steps(place):  # noqa: F811

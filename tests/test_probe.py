@@ -10,13 +10,14 @@ import torch
 from torch import nn
 from zoo import EPS, PROBES, SEED, STEP, ZOO, apart, batch, losses, make, off, twin, zoo
 
-from zoft import selfcheck, sites, space
-from zoft.estimators.estimator import Probe
-from zoft.inplace import InPlace
+from zoft.method import space
+from zoft.method.estimators.estimator import Probe
 from zoft.noise import noise
 from zoft.noise.spec import Update
-from zoft.probe import ProbeAxis
-from zoft.scratch import CLEAN
+from zoft.probe import proof, sites
+from zoft.probe.axis import ProbeAxis
+from zoft.probe.inplace import InPlace
+from zoft.probe.scratch import CLEAN
 
 CASES = [(name, "all") for name in ZOO] + [
     ("lora", "lora"),
@@ -156,7 +157,7 @@ def test_a_replaced_forward_is_put_back():
     model.lm_head.forward = lambda x: old(x) * 2
     replaced = model.lm_head.forward
     trained = space.adopt(model, space.train_names(model, "all"))
-    found = selfcheck.find_sites(model, trained, lambda x: losses(model, x), b.first(2), b, EPS)
+    found = proof.find_sites(model, trained, lambda x: losses(model, x), b.first(2), b, EPS)
     axis = ProbeAxis(trained, found.sites, seed=SEED, kind="gaussian")
     plain = losses(model, b)
     with torch.no_grad(), axis.at(STEP, [Probe(0, 0.0)] * 2, b.rows):

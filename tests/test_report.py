@@ -8,10 +8,11 @@ import statistics
 import pytest
 from typer.testing import CliRunner
 
-from zoft import report, report_runs
-from zoft.cli import app
-from zoft.compose import to_yaml
-from zoft.configured import compose
+from zoft.cli.main import app
+from zoft.config.compose import to_yaml
+from zoft.method.configured import compose
+from zoft.report import runs
+from zoft.report import table as report
 
 
 def folder(place, name, seed, after=None, *, steps=20, method=None, words=(), evals=()):
@@ -97,14 +98,14 @@ def test_csv_and_png(place):
 
 
 def test_curves_are_against_forwards():
-    from zoft import report_plot
+    from zoft.report import plot
 
-    assert report_plot.curve({0: {"auc": 0.5}, 10: {"loss": 1.0}, 20: {"auc": 0.7}}, "auc", 32) == [
+    assert plot.curve({0: {"auc": 0.5}, 10: {"loss": 1.0}, 20: {"auc": 0.7}}, "auc", 32) == [
         (0, 0.5),
         (640, 0.7),
     ]
-    assert report_plot.smooth({0: 1.0, 1: 3.0}, 8) == [(8, 1.0), (16, 3.0)]
-    long = report_plot.smooth({s: float(s) for s in range(60)}, 2)  # windows of three
+    assert plot.smooth({0: 1.0, 1: 3.0}, 8) == [(8, 1.0), (16, 3.0)]
+    long = plot.smooth({s: float(s) for s in range(60)}, 2)  # windows of three
     assert (long[0][0], long[-1][0]) == (6, 120) and (long[0][1], long[-1][1]) == pytest.approx((1.0, 58.0))
 
 
@@ -118,7 +119,7 @@ def test_mistakes_are_one_line(place):
 
 
 def test_a_run_given_twice_counts_once(place):
-    assert len(report_runs.folders(["runs/a0", "runs", "./runs/a0"])) == 6
+    assert len(runs.folders(["runs/a0", "runs", "./runs/a0"])) == 6
 
 
 OWN = ["task=local", "task.train=my.csv", "task.prompt={a} | {b}\\nIs that so?\\n", "task.label=l",
@@ -145,7 +146,7 @@ def mixed(tmp_path, monkeypatch):
 
 
 def test_names_of_mixed_runs_are_short_and_each_its_own(mixed):
-    some = report.groups([report_runs.read(f) for f in report_runs.folders(["runs"])])
+    some = report.groups([runs.read(f) for f in runs.folders(["runs"])])
     names = {g.runs[0].folder.name: g.name for g in some}
     assert len(set(names.values())) == len(names) == 9 and max(map(len, names.values())) <= 60, names
     assert names["trec"] == "mezo task=trec lr=0.0005 eps=0.001" and names["base"] == "zero-shot task=reviews"

@@ -9,9 +9,9 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
-from zoft.cli import app
+from zoft.cli.main import app
 from zoft.errors import UserError
-from zoft.reward import load, look
+from zoft.objectives.reward import load, look
 
 SCORE = "def score(rows, texts):\n    return [len(t) + r['n'] for r, t in zip(rows, texts)]\n"
 ROWS, TEXTS, WHERE = [{"n": 1}, {"n": 2}, {"n": 3}], ["a", "bb", ""], ["f:1", "f:2", "f:3"]

@@ -15,19 +15,24 @@ from safetensors import safe_open
 from test_replay import bits, configured, place, train  # noqa: F401 (place is a fixture)
 from test_trainer import build, same_bits, weights
 
-from zoft import estimate, guards, headers, ledger, rules, snapshot, space, verbs
-from zoft.config import Config
-from zoft.config_check import check
-from zoft.config_digest import digests
-from zoft.configured import compose, load_run
+from zoft.cli import replay
+from zoft.config.check import check
+from zoft.config.digest import digests
+from zoft.config.schema import Config
 from zoft.errors import UserError
+from zoft.ledger import log as ledger
+from zoft.method import rules, space
+from zoft.method.configured import compose, load_run
+from zoft.method.rules import RULES, Rule
+from zoft.method.space import Trained
+from zoft.method.updates import advance, make_update
 from zoft.noise import noise, reference
 from zoft.noise.spec import PART, Mask, Update, key, philox
-from zoft.rules import RULES, Rule
-from zoft.session import agree
-from zoft.space import Trained
-from zoft.start import train_run
-from zoft.update import advance, make_update
+from zoft.replay import snapshot
+from zoft.run import estimate, guards
+from zoft.run.session import agree
+from zoft.run.start import train_run
+from zoft.train import header
 
 SEED, TID = 2**40 + 5, 2**32 - 3
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -270,7 +275,7 @@ def test_resumed_and_replayed_runs_have_the_bits_of_the_run(place, way, tmp_path
     end, data = (run / model / file).read_bytes(), (run / "ledger").read_bytes()
     log = ledger.read(run / "ledger")
     assert log.header["update"] == way.partition("-")[0] and "update" in log.header["config"]
-    verbs.replay(run, tmp_path / "again")
+    replay.replay(run, tmp_path / "again")
     assert (tmp_path / "again" / file).read_bytes() == end
     count = len(log.records) * load_run(run).q + len(log.events)
     for kept in (1, count // 2, count - 1, count):
@@ -299,7 +304,7 @@ def test_a_snapshot_has_the_state_and_a_run_starts_from_it(place, tmp_path, caps
                 file.get_tensor(f"{name}@v").dtype == torch.float32 and file.get_tensor(f"{name}@v").min() > 0
             )
     capsys.readouterr()
-    verbs.replay(run, tmp_path / "five", step=5)
+    replay.replay(run, tmp_path / "five", step=5)
     assert "starting from the snapshot at step 3" in capsys.readouterr().err
     short = train(place, "rule-five", "update=adam", "storage=bf16", "lr=1e-3", "steps=5")
     assert bits(tmp_path / "five") == bits(short / "model")
@@ -318,10 +323,10 @@ def test_headers_of_plain_runs_say_nothing_new():
     plain = Config(model="m", momentum=0.5)
     assert "update" not in digests(plain) and "update" in digests(dataclasses.replace(plain, update="sign"))
     assert "reward" not in digests(plain) and "clip" in digests(plain)  # null is a value like any other
-    found = headers.of(plain, "base", [])
-    assert "update" not in found and headers.with_plan(plain, found) == plain
-    found = headers.of(dataclasses.replace(plain, update="adam"), "base", [])
-    assert headers.with_plan(plain, found).update == "adam"
+    found = header.of(plain, "base", [])
+    assert "update" not in found and header.with_plan(plain, found) == plain
+    found = header.of(dataclasses.replace(plain, update="adam"), "base", [])
+    assert header.with_plan(plain, found).update == "adam"
     agree(found, {"base": "base"}, "run")
 
 
@@ -390,7 +395,7 @@ def test_exact_and_denoised_replays_are_refused(place, tmp_path):  # noqa: F811
     run = train(place, "rule-refused", "update=sign", "storage=bf16", "lr=1e-4", "steps=2")
     for wish in ({"storage": "fp32"}, {"denoise": True}):
         with pytest.raises(UserError, match="trained with update=sign, so base and ledger give no plain sum"):
-            verbs.replay(run, tmp_path / "out", **wish)
+            replay.replay(run, tmp_path / "out", **wish)
 
 
 def test_advice_and_estimate(place):  # noqa: F811
@@ -440,5 +445,5 @@ def test_a_run_on_a_gpu_replays_on_both(place, tmp_path):  # noqa: F811
     keys = ("update=adam", "noise=rademacher", "storage=bf16", "lr=1e-3", "snapshot_every=4", "device=cuda")
     run = train(place, "rule-gpu", *keys)
     for device in ("cuda", "cpu"):
-        verbs.replay(run, tmp_path / device, device=device)
+        replay.replay(run, tmp_path / device, device=device)
         assert bits(tmp_path / device) == bits(run / "model")

@@ -7,12 +7,13 @@ import tiny
 from test_replay import configured, place  # noqa: F401
 from test_trainer import Portions, build, examples
 
-from zoft import estimate, models
-from zoft import run as runs
-from zoft.config import Config, Task
-from zoft.configured import load_run
-from zoft.objective import collate
-from zoft.session import session
+from zoft.config.schema import Config, Task
+from zoft.method.configured import load_run
+from zoft.models import load
+from zoft.objectives.losses import collate
+from zoft.run import estimate
+from zoft.run import loop as runs
+from zoft.run.session import session
 
 
 def test_one_probe_a_forward_is_kept_for_the_resume(tmp_path, capsys):
@@ -56,6 +57,6 @@ def test_blocks_are_counted_where_a_models_settings_say_them(tmp_path):
         ([], None),
     ):
         (tmp_path / "config.json").write_text(json.dumps(tree))
-        assert models.blocks(models.Source("folder", str(tmp_path), "m")) == found
+        assert load.blocks(load.Source("folder", str(tmp_path), "m")) == found
     (tmp_path / "config.json").write_text("{")
-    assert models.blocks(models.Source("folder", str(tmp_path), "m")) is None
+    assert load.blocks(load.Source("folder", str(tmp_path), "m")) is None

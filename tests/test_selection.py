@@ -7,11 +7,13 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
-from zoft import goal, selection, tasks
-from zoft.best_by import fields_of_best, metrics_of_task
-from zoft.cli import app
-from zoft.configured import compose
+from zoft.cli.main import app
+from zoft.data import tasks
 from zoft.errors import UserError
+from zoft.evaluation.best_by import fields_of_best, metrics_of_task
+from zoft.method.configured import compose
+from zoft.objectives import objectives
+from zoft.run import selection
 
 BASE = compose("mezo/reviews", ["early_stop=2"])
 
@@ -124,7 +126,7 @@ def test_the_metrics_foretold_are_those_of_an_evaluation(place, monkeypatch, wor
     ]
     config = compose(None, words[1:])
     data = tasks.load(config.task)
-    told = metrics_of_task(goal.resolve(config, data), data)
+    told = metrics_of_task(objectives.resolve(config, data), data)
     zoft(*words)
     out = config.output_dir
     before = json.loads((place / out / "metrics.jsonl").read_text().splitlines()[0])["eval"]

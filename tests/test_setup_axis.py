@@ -5,10 +5,11 @@ import tiny
 import torch
 from test_estimate import allocated
 
-from zoft import setup_axis, space
-from zoft.config import Config, Task
-from zoft.example import Example
-from zoft.objective import collate, losses
+from zoft.config.schema import Config, Task
+from zoft.data.example import Example
+from zoft.method import space
+from zoft.objectives.losses import collate, losses
+from zoft.train import axis as setup_axis
 
 
 def example(*lengths, single=True):

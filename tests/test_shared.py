@@ -8,9 +8,10 @@ import tiny
 import torch
 import transformers as hf
 
-from zoft import evaluate, model_calls, shared
-from zoft.encode import encode
-from zoft.example import Example
+from zoft.data.encode import encode
+from zoft.data.example import Example
+from zoft.evaluation import evaluate, prefix_cache
+from zoft.models import calls
 
 CHOICE = SimpleNamespace(objective="choice")
 MANY = ["no 1", "yes a b", "d"]
@@ -41,10 +42,10 @@ FRONT = "ab no.de c b a.no 12 b c " * 2  # more than COMMON tokens
 def test_every_candidate_scores_as_in_a_row_of_its_own(name, front):
     model = tiny.MODELS[name]()
     examples = make(9, MANY, front)  # two and three candidates, of one to three tokens; merges at the border
-    length = shared.common(examples)
-    assert (length >= shared.COMMON) == bool(front) and shared.pays(examples, length)
-    made = shared.prepare(model, examples, length)
-    total, count = shared.totals(model, examples, made)
+    length = prefix_cache.common(examples)
+    assert (length >= prefix_cache.COMMON) == bool(front) and prefix_cache.pays(examples, length)
+    made = prefix_cache.prepare(model, examples, length)
+    total, count = prefix_cache.totals(model, examples, made)
     for i, e in enumerate(examples):
         for c in range(3):
             want = slow(model, e, c) if c < len(e.completions) else (0.0, 0)
@@ -54,11 +55,13 @@ def test_every_candidate_scores_as_in_a_row_of_its_own(name, front):
 def test_single_tokens_after_shared_demonstrations():
     model, examples = tiny.llama(), make(7, ["yes", "no"], FRONT, single=True)
     assert all(e.single for e in examples)
-    length = shared.common(examples)
-    total, _ = shared.totals(model, examples, shared.prepare(model, examples, length))
+    length = prefix_cache.common(examples)
+    total, _ = prefix_cache.totals(model, examples, prefix_cache.prepare(model, examples, length))
     want = torch.tensor([[slow(model, e, c)[0] for c in range(2)] for e in examples])
     assert torch.allclose(total.diff(dim=1), want.diff(dim=1).to(total.dtype), atol=1e-5)
-    assert not shared.pays(make(7, ["yes", "no"], single=True), 0)  # one row each: nothing left to share
+    assert not prefix_cache.pays(
+        make(7, ["yes", "no"], single=True), 0
+    )  # one row each: nothing left to share
 
 
 def test_evaluation_takes_the_shared_way_and_gets_the_plain_scores(monkeypatch):
@@ -68,7 +71,7 @@ def test_evaluation_takes_the_shared_way_and_gets_the_plain_scores(monkeypatch):
         lambda m, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     got, few = evaluate.scores(model, examples), sum(tokens)
-    monkeypatch.setattr(shared, "pays", lambda *a: False)
+    monkeypatch.setattr(prefix_cache, "pays", lambda *a: False)
     tokens.clear()
     want = evaluate.scores(model, examples)
     assert np.isfinite(got).tolist() == np.isfinite(want).tolist()
@@ -79,8 +82,10 @@ def test_evaluation_takes_the_shared_way_and_gets_the_plain_scores(monkeypatch):
 def test_small_batches_give_the_same_scores(monkeypatch):
     model, examples = tiny.llama(), make(20, MANY, FRONT)
     whole = evaluate.scores(model, examples)
-    monkeypatch.setattr(shared, "CACHE_BYTES", 20000)
-    assert shared.cached_tokens(model, examples[0]) == 20000 // (2 * 2 * 8 * 4)  # layers, k and v, dim, fp32
+    monkeypatch.setattr(prefix_cache, "CACHE_BYTES", 20000)
+    assert prefix_cache.cached_tokens(model, examples[0]) == 20000 // (
+        2 * 2 * 8 * 4
+    )  # layers, k and v, dim, fp32
     assert np.nan_to_num(evaluate.scores(model, examples), neginf=0) == pytest.approx(
         np.nan_to_num(whole, neginf=0), rel=1e-5
     )
@@ -92,7 +97,7 @@ def test_a_model_whose_cache_does_not_do_is_scored_in_plain_rows_and_it_is_said(
     want = np.array(
         [[slow(model, e, c) if c < len(e.completions) else (-np.inf, 1) for c in range(3)] for e in examples]
     )
-    inner, name = model.model.layers[0].self_attn.forward, model_calls.cache_name(model)
+    inner, name = model.model.layers[0].self_attn.forward, calls.cache_name(model)
 
     def forward(*args, **kwargs):
         if kwargs.get(name) is not None and how == "raises":
@@ -110,16 +115,16 @@ def test_a_model_whose_cache_does_not_do_is_scored_in_plain_rows_and_it_is_said(
 def test_where_rows_part():
     ids = tiny.ids
     two = Example((ids("a", "b", "c"),) * 2, (ids("d", "e"), ids("d", "d")), 0)
-    assert shared.cut(two) == shared.Cut(ids("a", "b"), (ids("c", "d"), ids("c", "d")), (0, 0))
+    assert prefix_cache.cut(two) == prefix_cache.Cut(ids("a", "b"), (ids("c", "d"), ids("c", "d")), (0, 0))
     merged = Example((ids("a", "b"), ids("a", "b", "c")), (ids("no", "e"), ids("d")), 0)
-    assert shared.cut(merged) == shared.Cut(ids("a"), (ids("b", "no"), ids("b", "c")), (0, 1))
+    assert prefix_cache.cut(merged) == prefix_cache.Cut(ids("a"), (ids("b", "no"), ids("b", "c")), (0, 1))
 
 
 def test_frozen_blocks_and_prompts_keep_rows_of_their_own():
     model = tiny.llama()
     model.keeps_rows = True
-    with pytest.raises(shared.Unusable, match="frozen"):
-        shared._new(model)
+    with pytest.raises(prefix_cache.Unusable, match="frozen"):
+        prefix_cache._new(model)
 
 
 def others():

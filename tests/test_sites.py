@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 from zoo import EPS, PROBES, VOCAB, Batch, apart, batch, losses, make, off, twin, zoo
 
-from zoft import layout, routes, selfcheck, sites, space
 from zoft.errors import UserError
+from zoft.method import space
+from zoft.probe import proof, site_forwards, sites
+from zoft.probe import rows as layout
 
 H = 8
 
@@ -438,7 +440,7 @@ def test_a_kept_alias_is_refused_by_name():
 
 def make_uncopied(net, b):
     trained = space.adopt(net, space.train_names(net, "all"))
-    return selfcheck.find_sites(net, trained, lambda x: losses(net, x), b.first(2), b, EPS)
+    return proof.find_sites(net, trained, lambda x: losses(net, x), b.first(2), b, EPS)
 
 
 class Lazy(nn.Module):
@@ -519,7 +521,7 @@ def test_random_forwards_are_run_one_probe_at_a_time():
     assert not found.stacked and "from one forward to the next" in found.note
 
 
-ROWS_OF = routes._rows_of
+ROWS_OF = site_forwards._rows_of
 
 
 def swapped(flat, call, index, count, name=""):
@@ -543,17 +545,17 @@ def test_the_proof_sees_rows_given_to_the_wrong_probe(monkeypatch, wrong, dtype,
     trained = space.adopt(model, space.train_names(model, train))
 
     def found():
-        return selfcheck.find_sites(model, trained, lambda x: losses(model, x), b.first(2), b, 1e-3)
+        return proof.find_sites(model, trained, lambda x: losses(model, x), b.first(2), b, 1e-3)
 
     assert found().stacked
-    monkeypatch.setattr(routes, "_rows_of", wrong)
+    monkeypatch.setattr(site_forwards, "_rows_of", wrong)
     broken = found()
     assert not broken.stacked and "stacked losses differ" in broken.note
 
 
 def test_the_proof_sees_results_joined_in_the_wrong_order(monkeypatch):
-    join = routes._join
-    monkeypatch.setattr(routes, "_join", lambda parts, *rest: join(parts[::-1], *rest))
+    join = site_forwards._join
+    monkeypatch.setattr(site_forwards, "_join", lambda parts, *rest: join(parts[::-1], *rest))
     found = make_uncopied(zoo("llama"), batch())
     assert not found.stacked and "stacked losses differ" in found.note
 

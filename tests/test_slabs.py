@@ -6,8 +6,8 @@ import torch
 from test_estimate import llama
 from test_trainer import build, examples, same_bits, weights
 
-from zoft import scratch
-from zoft.estimators.estimator import Probe
+from zoft.method.estimators.estimator import Probe
+from zoft.probe import scratch
 
 
 @pytest.mark.parametrize("storage,beta,q", [("fp32", 0.0, 1), ("fp16", 0.9, 2), ("bf16", 0.0, 2)])

@@ -12,14 +12,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_trainer import build, same_bits, weights
 
-from zoft import headers, snapshot
-from zoft import run as runs
-from zoft import session as sessions
-from zoft.config import Config, Task
-from zoft.config_check import check
-from zoft.due import due, next_stop
+from zoft.config.check import check
+from zoft.config.schema import Config, Task
 from zoft.errors import UserError
-from zoft.ledger import Event, Ledger, read
+from zoft.ledger.log import Event, Ledger, read
+from zoft.replay import snapshot
+from zoft.run import loop as runs
+from zoft.run import session as sessions
+from zoft.run.stops import due, next_stop
+from zoft.train import header as headers
 
 HEADER = {"seed": 7, "base": "blake2b:1"}
 

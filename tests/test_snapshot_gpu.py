@@ -6,9 +6,9 @@ from test_device_gpu import build
 from test_snapshot import fit
 from test_trainer import examples, same_bits, weights
 
-from zoft import session as sessions
-from zoft.config import Config, Task
-from zoft.ledger import read
+from zoft.config.schema import Config, Task
+from zoft.ledger.log import read
+from zoft.run import session as sessions
 
 pytestmark = pytest.mark.gpu
 

@@ -10,18 +10,18 @@ import torch
 from test_trainer import build, same_bits, weights
 from typer.testing import CliRunner
 
-from zoft import precision, space, sparse
-from zoft.cli import app
-from zoft.ledger import Ledger, read
+from zoft.cli.main import app
+from zoft.ledger.log import Ledger, read
+from zoft.method import masks, precision, space
 from zoft.noise import noise
 from zoft.noise.spec import Mask
-from zoft.objective import losses
-from zoft.probe import ProbeAxis
+from zoft.objectives.losses import losses
+from zoft.probe.axis import ProbeAxis
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_kth_smallest_is_that_of_a_sort(dtype, monkeypatch):
-    monkeypatch.setattr(sparse, "CHUNK", 1000)
+    monkeypatch.setattr(masks, "CHUNK", 1000)
     generator = torch.Generator().manual_seed(0)
     for n in (1, 2, 999, 5003):
         x = (
@@ -31,7 +31,7 @@ def test_kth_smallest_is_that_of_a_sort(dtype, monkeypatch):
         x[n // 2 :: 7] = 0.0
         size = np.sort(np.abs(x.double().numpy()))
         for k in {1, n // 4 + 1, n // 2 + 1, n}:
-            h, count = sparse.kth_smallest(x, k)
+            h, count = masks.kth_smallest(x, k)
             near = np.float32(size[k - 1])
             above = near if near >= size[k - 1] else np.nextafter(near, np.float32(np.inf))
             assert h == above and count == (size <= h).sum() >= k
@@ -49,7 +49,7 @@ def test_every_matrix_has_its_share_and_1d_tensors_move_whole(kind, storage, spa
         model.lm_head.weight[:, :8] = 0.5
     trained = space.adopt(model, space.train_names(model, "all"))
     space.place(model, trained, storage, "fp32")
-    said = sparse.mask(trained, kind, sparsity, seed=3)
+    said = masks.mask(trained, kind, sparsity, seed=3)
     total = moves = 0
     for t in trained:
         on = noise.moving(t.stored, t.id, t.mask)
@@ -70,9 +70,9 @@ def test_every_matrix_has_its_share_and_1d_tensors_move_whole(kind, storage, spa
     assert f"{told:.1%} of the {total:,} numbers" in said[0]
     if storage == "fp32":  # half of lm_head is one number, which is among the smaller ones
         assert ("lm_head.weight (9" in said[-1]) == (kind == "magnitude" and sparsity == 0.5)
-    assert not sparse.mask(trained, "none", sparsity, 3) and not sparse.mask(trained, kind, 0.0, 3)
+    assert not masks.mask(trained, "none", sparsity, 3) and not masks.mask(trained, kind, 0.0, 3)
     assert all(t.mask is None for t in trained)
-    (line,) = sparse.mask([t for t in trained if t.stored.ndim == 1], kind, sparsity, 3)
+    (line,) = masks.mask([t for t in trained if t.stored.ndim == 1], kind, sparsity, 3)
     assert "no matrix is trained" in line
 
 
@@ -197,7 +197,7 @@ def test_the_realised_direction_is_looked_at_where_it_moves():
     space.place(model, trained, "fp16", "bf16")
     bare = precision.realised(trained, 1e-3, seed=0, kind="gaussian")
     for kind in ("magnitude", "random"):
-        sparse.mask(trained, kind, 0.75, 0)
+        masks.mask(trained, kind, 0.75, 0)
         found = precision.realised(trained, 1e-3, seed=0, kind="gaussian")
         for t in trained:
             if (

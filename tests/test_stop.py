@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from zoft.ledger import read
-from zoft.stop import RESUME, SIGNALS, Stopped, listening
+from zoft.ledger.log import read
+from zoft.signals import RESUME, SIGNALS, Stopped, listening
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

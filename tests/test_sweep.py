@@ -11,11 +11,11 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from zoft import sweep, sweep_job, sweep_plot, sweep_view
-from zoft.cli import app
-from zoft.compose import to_yaml
-from zoft.configured import compose, load_run
+from zoft.cli.main import app
+from zoft.config.compose import to_yaml
 from zoft.errors import UserError
+from zoft.method.configured import compose, load_run
+from zoft.sweep import job, plan, plot, view
 
 LINE = "task: {name: local, train: data.jsonl, prompt: '{text} ', label: label, choices: {a: a, b: b}}\n"
 
@@ -27,7 +27,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "tiny" / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "data.jsonl").write_text('{"text": "x", "label": "a"}\n')
     (tmp_path / "mine.yaml").write_text(f"model: tiny\nsteps: 6\nlr: 1e-2\n{LINE}")
-    monkeypatch.setattr("zoft.models.check", lambda source: None)  # the folder stands for a model
+    monkeypatch.setattr("zoft.models.load.check", lambda source: None)  # the folder stands for a model
     return tmp_path
 
 
@@ -36,33 +36,33 @@ def zoft(*words):
 
 
 def test_names_tell_configs_apart_and_stay(place):
-    made = sweep.plan("mine.yaml", ["lr=1e-2,1e-3", "seed=range(0,2)"])
+    made = plan.plan("mine.yaml", ["lr=1e-2,1e-3", "seed=range(0,2)"])
     names = list(made.jobs)
     assert [n.rpartition("-")[0] for n in names] == [
         f"lr={lr},seed={s}" for lr in ("0.01", "0.001") for s in (0, 1)
     ]
     assert len({n.rpartition("-")[2] for n in names}) == 4
     # Neither where jobs are, nor the machine, nor the way a number is written makes another job.
-    again = sweep.plan(
+    again = plan.plan(
         "mine.yaml", ["lr=0.01,0.001", "seed=0,1", "output_dir=elsewhere", "device=cpu", "threads=3"]
     )
     assert list(again.jobs) == names and str(again.root) == "elsewhere"
-    assert set(sweep.plan("mine.yaml", ["lr=1e-2,1e-3", "seed=0,1", "eps=1e-2"]).jobs).isdisjoint(names)
+    assert set(plan.plan("mine.yaml", ["lr=1e-2,1e-3", "seed=0,1", "eps=1e-2"]).jobs).isdisjoint(names)
     # A value more is the same sweep; other keys are another one.
     roots = [
-        sweep.plan("mine.yaml", w).root
+        plan.plan("mine.yaml", w).root
         for w in (["lr=1,2"], ["lr=1,2,3"], ["lr=1,2", "eps=1e-2"], ["eps=1,2"])
     ]
     assert roots[0] == roots[1] and len(set(roots)) == 3
     assert all(str(r).startswith("runs/sweep-mine-") for r in roots)
-    threads = sweep.plan("mine.yaml", ["threads=1,2"]).jobs
+    threads = plan.plan("mine.yaml", ["threads=1,2"]).jobs
     assert len({n.rpartition("-")[2] for n in threads}) == 2
     (config, values) = made.jobs[names[1]]
     assert (config.lr, config.seed, values) == (1e-2, 1, {"lr": "0.01", "seed": "1"})
 
 
 def test_a_config_of_several_is_a_dimension(place):
-    made = sweep.plan("glob(*/reviews,exclude=[qzo/*,lora_zo/*])", ["lr=1e-4,1e-3"])
+    made = plan.plan("glob(*/reviews,exclude=[qzo/*,lora_zo/*])", ["lr=1e-4,1e-3"])
     assert [c.recipe for c, _ in made.jobs.values()] == ["mezo", "mezo", "sparse_mezo", "sparse_mezo"]
     assert str(made.root).startswith("runs/sweep-configs-")
 
@@ -107,9 +107,9 @@ def test_a_folder_that_is_something_else(place):
 
 
 def written(place, *words):
-    made = sweep.plan("mine.yaml", ["output_dir=s", *words])
-    with sweep.hold(made.root):
-        sweep.write_down(made, list(made.jobs))
+    made = plan.plan("mine.yaml", ["output_dir=s", *words])
+    with plan.hold(made.root):
+        plan.write_down(made, list(made.jobs))
     return made.root, list(made.jobs)
 
 
@@ -132,38 +132,38 @@ def test_a_job_is_a_run_that_can_be_resumed_before_it_began(place):
     )
     assert config.output_dir == str((root / names[1]).absolute())
     mine = compose("mine.yaml", ["lr=1e-3"])
-    assert sweep.job_name(mine, {"lr": "0.001"}) == names[1]
+    assert plan.job_name(mine, {"lr": "0.001"}) == names[1]
 
 
 def test_states_are_told_from_the_disk(place):
     root, names = written(place, "seed=range(0,7)")
     jobs = [root / n for n in names]
     finish(jobs[0], 0.5)
-    lock = sweep_job.hold(jobs[1])
-    assert sweep_job.hold(jobs[1]) is None
+    lock = job.hold(jobs[1])
+    assert job.hold(jobs[1]) is None
     (jobs[1] / "job.json").write_text(json.dumps({"attempts": 1, "started": time.time() - 10, "steps": 0}))
     (jobs[1] / "metrics.jsonl").write_text(
         '{"step": 0, "eval": {}}\n{"step": 1, "loss": 0.5}\n{"step": 2, "lo'
     )
     (jobs[2] / "job.json").write_text(json.dumps({"attempts": 1, "code": 75}))
     (jobs[3] / "job.log").write_bytes(b"50%\rTraceback\n  File x\nValueError: bad\n\n")
-    sweep_job.ended(jobs[3], 1)
+    job.ended(jobs[3], 1)
     (jobs[4] / "cancelled").touch()
     (jobs[5] / "job.json").write_text(json.dumps({"attempts": 1}))  # its machine went away
-    states = [r["state"] for r in sweep_view.status(root)]
+    states = [r["state"] for r in view.status(root)]
     assert states == ["done", "running", "stopped", "failed", "cancelled", "stopped", "pending"]
-    rows = sweep_view.status(root)
+    rows = view.status(root)
     assert (rows[1]["step"], rows[1]["steps"], rows[1]["loss"]) == (2, 6, 0.5)
     assert rows[1]["left"] == pytest.approx(4 * 10 / 2, rel=0.1)  # 4 steps left, 2 took 10 s
-    assert sweep_view.in_all(rows) == pytest.approx(20 + 3 * 6 * 5, rel=0.1)  # and three jobs of 6 steps
-    text = sweep_view.status_text(root)
+    assert view.in_all(rows) == pytest.approx(20 + 3 * 6 * 5, rel=0.1)  # and three jobs of 6 steps
+    text = view.status_text(root)
     assert (
         "ValueError: bad" in text and "1 done, 1 running, 2 stopped, 1 failed, 1 cancelled, 1 pending" in text
     )
     os.close(lock)
-    assert sweep_job.state(jobs[1]) == "stopped"
+    assert job.state(jobs[1]) == "stopped"
     said = []
-    assert sweep.missing(root, names, said.append) == [names[i] for i in (1, 2, 5, 3, 6)]
+    assert plan.missing(root, names, said.append) == [names[i] for i in (1, 2, 5, 3, 6)]
     assert f"delete {jobs[4]}/cancelled" in said[1]
 
 
@@ -179,10 +179,10 @@ def test_states_are_told_from_the_disk(place):
 )
 def test_the_last_line_of_a_failure(tmp_path, code, log, said):
     (tmp_path / "job.log").write_text(log)
-    sweep_job.ended(tmp_path, code)
-    assert sweep_job.record(tmp_path)["error"] == said and sweep_job.state(tmp_path) == "failed"
-    sweep_job.ended(tmp_path, code, signalled=True)
-    assert sweep_job.state(tmp_path) == "stopped"
+    job.ended(tmp_path, code)
+    assert job.record(tmp_path)["error"] == said and job.state(tmp_path) == "failed"
+    job.ended(tmp_path, code, signalled=True)
+    assert job.state(tmp_path) == "stopped"
 
 
 def test_results_table_csv_plot_and_best(place):
@@ -191,7 +191,7 @@ def test_results_table_csv_plot_and_best(place):
     for name in names[:-1]:
         finish(root / name, accuracy[name])
     finish(root / names[-1], float("nan"))  # written as NaN, and never the best
-    text = sweep_view.results_text(root)
+    text = view.results_text(root)
     lines = text.splitlines()
     assert lines[0].split() == ["lr", "noise", "seed", "accuracy", "(before)", "loss", "n", "seconds"]
     assert lines[1].split()[:5] == ["0.0001", "rademacher", "0", "0.8", "(0.5)"] and len(lines) > 12
@@ -208,15 +208,12 @@ def test_results_table_csv_plot_and_best(place):
         best.output_dir,
     )
     assert to_yaml(best) == to_yaml(want) and best.output_dir == "runs/best-seed0"
-    assert sweep_view.best(sweep_view.results(root), "loss")["name"] == names[-2]
-    assert sweep_view.best(sweep_view.results(root), "accuracy", "minimize")["name"] == names[0]
+    assert view.best(view.results(root), "loss")["name"] == names[-2]
+    assert view.best(view.results(root), "accuracy", "minimize")["name"] == names[0]
     with pytest.raises(UserError, match="there are accuracy, loss, n"):
-        sweep_view.best(sweep_view.results(root), "auc")
+        view.best(view.results(root), "auc")
     pytest.importorskip("matplotlib")
-    assert (
-        sweep_plot.plot(root, place / "p" / "x.png")
-        and (place / "p" / "x.png").read_bytes()[:4] == b"\x89PNG"
-    )
+    assert plot.plot(root, place / "p" / "x.png") and (place / "p" / "x.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads(zoft("--results", "s", "--json").output)[0]["after"]["accuracy"] == 0.1
 
 
@@ -266,7 +263,7 @@ def test_names_are_not_joined_by_a_line(place, monkeypatch):
     for i, name in enumerate(names):
         finish(root / name, 0.6 + 0.05 * i)
     monkeypatch.setattr(plt, "close", lambda figure: None)
-    sweep_plot.plot(root, "x.png")
+    plot.plot(root, "x.png")
     drawn = [x for x in plt.gcf().axes[0].get_lines() if x.get_label() != "before training"]
     assert drawn and all(x.get_linestyle() == "None" for x in drawn)
     ink = image.imread("x.png")[..., :3].min(2) < 0.9  # [height, width]
@@ -280,7 +277,7 @@ def test_cancel_marks_what_it_is_told(place):
     assert "done" in zoft("--cancel", "s", names[0]).stderr
     assert "no job of it" in zoft("--cancel", "s", "nonsense").stderr
     assert zoft("--cancel", "s", names[1].rpartition("-")[2]).exit_code == 0
-    assert [sweep_job.state(root / n) for n in names] == ["done", "cancelled", "pending"]
+    assert [job.state(root / n) for n in names] == ["done", "cancelled", "pending"]
     assert "2 jobs cancelled" in zoft("--cancel", "s").output and (root / "cancelled").exists()
 
 

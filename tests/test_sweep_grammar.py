@@ -4,9 +4,9 @@ import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from zoft.compose import names, parse
+from zoft.config.compose import names, parse
 from zoft.errors import UserError
-from zoft.sweep_grammar import Interval, as_text, configs, product, split
+from zoft.sweep.grammar import Interval, as_text, configs, product, split
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from test_sweep import place  # noqa: F401
 
-from zoft import sweep, sweep_job, sweep_search
 from zoft.errors import UserError
+from zoft.sweep import job, plan, search
 
 optuna = pytest.importorskip("optuna")
 
@@ -19,54 +19,54 @@ def launch(log, slots=3, stop_after=None):
     def run(root, names, extra, say):
         for name in names:
             if stop_after is not None and len(log) == stop_after:
-                raise sweep.Interrupted
+                raise plan.Interrupted
             log.append(name)
-            values = sweep.read(root)["jobs"][name]
+            values = plan.read(root)["jobs"][name]
             if values["q"] == "5":
-                sweep_job.ended(root / name, 1)
+                job.ended(root / name, 1)
                 continue
             loss = (math.log10(float(values["lr"])) + 4) ** 2 + (int(values["q"]) - 3) ** 2
             result = {"before": {}, "after": {"loss": loss}}
             (root / name / "result.json").write_text(json.dumps(result))
 
-    return sweep.Launch(run, slots)
+    return plan.Launch(run, slots)
 
 
 WORDS = ["lr=tag(log,interval(1e-6,1e-2))", "q=interval(1,5)", "output_dir=s"]
 
 
 def test_a_search_finds_the_bowl_and_goes_on_where_it_stopped(place):  # noqa: F811
-    made = sweep.plan("mine.yaml", WORDS, search="loss")
+    made = plan.plan("mine.yaml", WORDS, search="loss")
     assert not made.jobs and not Path("s").exists()
     first = []
-    with pytest.raises(sweep.Interrupted):
-        sweep_search.search(made, launch(first, stop_after=7), 40, "loss", None, first.append)
+    with pytest.raises(plan.Interrupted):
+        search.search(made, launch(first, stop_after=7), 40, "loss", None, first.append)
     assert len(first) == 7
     second = []
-    made = sweep.plan("mine.yaml", WORDS, search="loss")
-    sweep_search.search(made, launch(second), 40, "loss", None, second.append)
-    jobs = list(sweep.read(made.root)["jobs"])
-    done = [n for n in jobs if sweep_job.state(made.root / n) == "done"]
-    failed = [n for n in jobs if sweep_job.state(made.root / n) == "failed"]
+    made = plan.plan("mine.yaml", WORDS, search="loss")
+    search.search(made, launch(second), 40, "loss", None, second.append)
+    jobs = list(plan.read(made.root)["jobs"])
+    done = [n for n in jobs if job.state(made.root / n) == "done"]
+    failed = [n for n in jobs if job.state(made.root / n) == "failed"]
     assert len(done) + len(failed) >= 40 and len(done) + len([n for n in second if n in failed]) >= 40
     assert set(first) & set(second) <= set(
         failed
     )  # nothing ran twice, but what failed in the round that was stopped
-    losses = {n: sweep_job.result(made.root / n)["after"]["loss"] for n in done}
-    drawn = [(math.log10(float(v["lr"])), int(v["q"])) for v in sweep.read(made.root)["jobs"].values()]
+    losses = {n: job.result(made.root / n)["after"]["loss"] for n in done}
+    drawn = [(math.log10(float(v["lr"])), int(v["q"])) for v in plan.read(made.root)["jobs"].values()]
     assert min(losses.values()) < 0.3
     assert all(-6 <= lr <= -2 and 1 <= q <= 5 for lr, q in drawn) and len({q for _, q in drawn}) > 2
     third = []
-    sweep_search.search(made, launch(third), 40, "loss", None, third.append)
+    search.search(made, launch(third), 40, "loss", None, third.append)
     assert len(third) <= len([n for n in second if n in failed])  # only what failed is made up for
 
 
 def test_mistakes(place):  # noqa: F811
-    made = sweep.plan("mine.yaml", WORDS, search="loss")
-    sweep_search.search(made, launch([]), 2, "loss", None, print)
+    made = plan.plan("mine.yaml", WORDS, search="loss")
+    search.search(made, launch([]), 2, "loss", None, print)
     with pytest.raises(UserError, match="is to minimize"):
-        sweep_search.search(made, launch([]), 3, "loss", "maximize", print)
+        search.search(made, launch([]), 3, "loss", "maximize", print)
     with pytest.raises(UserError, match="the results have loss"):
-        sweep_search.search(made, launch([]), 2, "auc", None, print)
+        search.search(made, launch([]), 2, "auc", None, print)
     with pytest.raises(UserError, match="must be ≥ 0"):
-        sweep.plan("mine.yaml", ["lr=interval(-1,1)"], search="loss")
+        plan.plan("mine.yaml", ["lr=interval(-1,1)"], search="loss")

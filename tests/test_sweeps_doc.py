@@ -10,7 +10,7 @@ import pytest
 import tiny
 import yaml
 
-from zoft import launch_slurm
+from zoft.sweep import slurm
 
 ROOT = Path(__file__).resolve().parent.parent
 DOC = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
@@ -35,9 +35,9 @@ def env(place, **more):
 
 def test_slurm_options(tmp_path):
     (tmp_path / "slurm.yaml").write_text("#" + BLOCKS["slurm.yaml"])
-    found = launch_slurm.options(str(tmp_path / "slurm.yaml"), [])
+    found = slurm.options(str(tmp_path / "slurm.yaml"), [])
     assert (found.time, found.parallel, found.mem, found.setup) == ("4:00:00", 8, "32G", ["module load cuda"])
-    assert set(launch_slurm.Slurm.__dataclass_fields__) - {"qos"} == set(
+    assert set(slurm.Slurm.__dataclass_fields__) - {"qos"} == set(
         re.findall(r"^(\w+):", BLOCKS["slurm.yaml"], re.M)
     )
 

@@ -7,10 +7,11 @@ from collections import Counter
 
 import pytest
 
-from zoft import packages, tasks
-from zoft.config import Task
+from zoft import packages
+from zoft.config.schema import Task
+from zoft.data import tasks
+from zoft.data.tasks import template
 from zoft.errors import UserError
-from zoft.tasks import template
 
 ROWS = [
     {"text": f"film {i} was, well, film", "label": "positive" if i % 3 else "negative"} for i in range(60)

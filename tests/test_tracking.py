@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
-from zoft import console, tracking
-from zoft.tracking import Tracker
+from zoft import console
+from zoft.run import tracker as tracking
+from zoft.run.tracker import Tracker
 
 
 class Terminal(io.StringIO):

@@ -8,16 +8,17 @@ import tiny
 import torch
 import transformers as hf
 
-from zoft import selfcheck, space, sparse
-from zoft.data_order import batch_indices
-from zoft.estimators.estimator import Probe
-from zoft.example import Example
-from zoft.inplace import InPlace
-from zoft.ledger import Ledger, read
+from zoft.data.example import Example
+from zoft.ledger.log import Ledger, read
+from zoft.method import masks, space
+from zoft.method.estimators.estimator import Probe
 from zoft.noise import noise
-from zoft.objective import Batch, collate, losses
-from zoft.probe import ProbeAxis
-from zoft.trainer import Settings, Trainer
+from zoft.objectives.losses import Batch, collate, losses
+from zoft.probe import proof
+from zoft.probe.axis import ProbeAxis
+from zoft.probe.inplace import InPlace
+from zoft.train.batches import batch_indices
+from zoft.train.trainer import Settings, Trainer
 
 
 def examples(n=12, seed=0):
@@ -44,15 +45,15 @@ def build(tmp_path, model, *, name="ledger", storage="fp32", compute="fp32", pol
 
     if policy == "probes":
         pair = calibration(data)
-        found = selfcheck.find_sites(model, trained, run, *pair, settings.eps)
-        trained = selfcheck.live(trained, found)
+        found = proof.find_sites(model, trained, run, *pair, settings.eps)
+        trained = proof.live(trained, found)
         space.place(model, trained, storage, compute)
-        sparse.mask(trained, mask, sparsity, settings.seed)
+        masks.mask(trained, mask, sparsity, settings.seed)
         axis = ProbeAxis(trained, found.sites, seed=settings.seed, kind=kind, beta=beta)
         assert found.stacked, found.note
     else:
         space.place(model, trained, storage, compute, uniform=True)
-        sparse.mask(trained, mask, sparsity, settings.seed)
+        masks.mask(trained, mask, sparsity, settings.seed)
         axis = InPlace(trained, seed=settings.seed, kind=kind, beta=beta)
 
     def batches(step):

@@ -18,9 +18,9 @@ from test_qzo import Twin as Dequantised
 from test_qzo import quantised
 from test_trainer import build, fp64
 
-from zoft import quant
-from zoft.ledger import read
-from zoft.objective import losses
+from zoft.ledger.log import read
+from zoft.models.quant import linear
+from zoft.objectives.losses import losses
 
 SEED, EPS, LR, DECAY, STEPS, SHARE = 7, 2.0**-6, 2e-2, 0.3, 50, 16384 / 2**16
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -37,7 +37,7 @@ class Theta:
         self.values = slow.numbers(t.stored).astype(self.work)  # [n]
         self.start, self.buffer = self.values.copy(), np.zeros_like(self.values)
         self.index, self.mask = np.arange(len(self.values)), mask if len(self.shape) > 1 else "none"
-        scales = isinstance(t.param, quant.Scales)
+        scales = isinstance(t.param, linear.Scales)
         self.floor = 1e-7 if scales and not t.param.logged else None
         self.decays = len(self.shape) > 1 and not scales
         count = round(SHARE * len(self.values))
@@ -85,9 +85,9 @@ class Plain:
     def __init__(self, model):
         wide = any(p.dtype == torch.float64 for p in model.parameters())
         self.model, self.layers = copy.deepcopy(model), None
-        if quant.layers(model):
+        if linear.layers(model):
             self.layers = Dequantised(model, np.float64 if wide else np.float32)
-            self.logged = next(iter(quant.layers(model).values())).scales.logged
+            self.logged = next(iter(linear.layers(model).values())).scales.logged
             self.model = self.layers.plain
         if wide:
             fp64(self.model)  # whose norms are the copy's own

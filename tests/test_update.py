@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from zoft.errors import UserError
-from zoft.estimators.estimator import finite
+from zoft.method.estimators.estimator import finite
+from zoft.method.space import Trained
+from zoft.method.updates import advance, decay_is_lost, due, lr_at, make_update, mark
 from zoft.noise.noise import direction
 from zoft.noise.spec import Update, tensor_id
-from zoft.space import Trained
-from zoft.update import advance, decay_is_lost, due, lr_at, make_update, mark
 
 SEED = 12
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 import transformers as hf
 
-from zoft import selfcheck, space
-from zoft.estimators.estimator import Probe
+from zoft.method import space
+from zoft.method.estimators.estimator import Probe
 from zoft.noise import noise
-from zoft.probe import ProbeAxis
+from zoft.probe import proof
+from zoft.probe.axis import ProbeAxis
 
 VOCAB, SEED, STEP = 99, 11, 5
 EPS = 1e-2
@@ -112,8 +113,8 @@ def make(model, b, train="all", run=losses, kind="gaussian"):
     untouched = copy.deepcopy(model)
     names = train if isinstance(train, list) else space.train_names(model, train)
     trained = space.adopt(model, names)
-    found = selfcheck.find_sites(model, trained, lambda x: run(model, x), b.first(b.rows // 2), b, EPS)
-    live = selfcheck.live(trained, found)
+    found = proof.find_sites(model, trained, lambda x: run(model, x), b.first(b.rows // 2), b, EPS)
+    live = proof.live(trained, found)
     return Made(model, untouched, live, found, ProbeAxis(live, found.sites, seed=SEED, kind=kind), run)
 
 

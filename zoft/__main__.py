@@ -1,6 +1,6 @@
 """`python -m zoft` is `zoft`."""
 
-from zoft.cli import main
+from zoft.cli.main import main
 
 if __name__ == "__main__":
     main()

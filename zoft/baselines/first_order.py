@@ -1,0 +1,139 @@
+"""Training with gradients, the yardstick: transformers' Trainer with AdamW on all weights, or on peft's LoRA pairs."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from zoft.config.schema import Config
+from zoft.data.example import Example
+from zoft.errors import UserError
+from zoft.evaluation import evaluate
+from zoft.method import space
+from zoft.models import kind, saving
+from zoft.models.adapters import attach
+from zoft.models.quant import linear
+from zoft.objectives import losses
+from zoft.replay import saved_model
+
+if TYPE_CHECKING:
+    from zoft.baselines.ask import Ask
+
+# Where the user sets nothing; a config's own values are its recipe's. 3 epochs and a linear schedule after 6 % of warm-up
+# are what fine-tuning with AdamW commonly has.
+DEFAULTS: dict[str, Any] = {
+    "batch_size": 8,
+    "accumulate": 1,
+    "schedule": "linear",
+    "warmup": 0.06,
+    "weight_decay": 0.0,
+}
+LR = {"all": 2e-5, "lora": 5e-4}
+EPOCHS = 3.0
+CLIP = 1.0  # norm of the gradient
+
+
+def defaults(config: Config, ask: Ask, rows: int) -> Config:
+    """The config as it is trained: the user's keys, defaults for the others, epochs as steps of batch_size rows."""
+    unset: dict[str, Any] = {"lr": LR[config.train], **DEFAULTS}
+    config = replace(config, **{k: v for k, v in unset.items() if k not in ask.keys})
+    if "steps" in ask.keys:
+        return config
+    each = config.batch_size * config.accumulate
+    return replace(config, steps=max(1, math.ceil((ask.epochs or EPOCHS) * rows / each)))
+
+
+class _Trainer(Trainer):
+    """Minimises zoft's own loss, so that both kinds of training mean the same by it."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        sums, counts = losses.losses(model, inputs["batch"].to(self.args.device))
+        return sums.sum() / counts.sum()
+
+
+def train(
+    config: Config,
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    held_out: Sequence[Example],
+    write: Any,
+) -> dict[str, Any]:
+    """{steps, forwards, backwards, train_seconds, before, after}: AdamW in fp32, the model saved where save_model asks.
+
+    model: in fp32 from here on, with untrained LoRA pairs where config.train says lora. The order of rows and dropout (where
+    a model has it) are drawn by config.seed.
+    """
+    if linear.layers(model):
+        raise UserError("--method first-order: gradients do not pass quantised layers; leave bits out")
+    before = evaluate.evaluate(model, held_out, examples, write=write)
+    model, device = model.float(), next(model.parameters()).device
+    pairs = config.train == "lora"  # else those that are in place stand still
+    trained = [p for n, p in model.named_parameters() if bool(kind.ADDED.search(n)) == pairs]
+    for p in trained:
+        p.requires_grad_(True)
+    schedule = {"constant": "constant_with_warmup"}.get(config.schedule, config.schedule)
+    with tempfile.TemporaryDirectory() as place, kind.quiet():
+        args = TrainingArguments(
+            output_dir=place, per_device_train_batch_size=config.batch_size, max_steps=config.steps,
+            gradient_accumulation_steps=config.accumulate, learning_rate=config.lr, lr_scheduler_type=schedule,
+            warmup_steps=config.warmup, weight_decay=config.weight_decay, max_grad_norm=CLIP, seed=config.seed % (1 << 32),
+            optim="adamw_torch", use_cpu=config.device == "cpu", report_to="none", save_strategy="no",
+            logging_strategy="no", disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
+        )  # fmt: skip
+        args._n_gpu = min(args.n_gpu, 1)  # no DataParallel: one process, one device
+        args.__dict__["_setup_devices"] = device  # what it found is the first GPU, whichever is asked for
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        trainer = _Trainer(model, args, train_dataset=_Rows(examples), data_collator=_batch)
+        assert all(p.device == device for p in model.parameters()), (device, args.device)
+        began = time.monotonic()
+        trainer.train()
+        seconds = time.monotonic() - began
+    model.eval().requires_grad_(False)
+    model.zero_grad(set_to_none=True)
+    seen = config.steps * config.batch_size * config.accumulate
+    found: dict[str, Any] = {
+        "steps": config.steps, "forwards": seen, "backwards": seen, "train_seconds": round(seconds, 3),
+        "trained_numbers": sum(p.numel() for p in trained), "before": before,
+        "after": evaluate.evaluate(model, held_out, examples, write=write),
+    }  # fmt: skip
+    if config.save_model:
+        save(config, model, tokenizer)
+    return found
+
+
+def save(config: Config, model: nn.Module, tokenizer: Any) -> None:
+    """Write model/ or adapter/, as a run has it."""
+    out = Path(str(config.output_dir)) / saved_model.folder_name(config)
+    if config.train == "lora":
+        attach.save(model, out, tokenizer=tokenizer)
+        return
+    dtype: Any = getattr(model, "checkpoint_dtype", torch.float32)
+    saving.save(model, tokenizer, out, dtype=space.DTYPES.get(config.save_dtype, dtype))
+
+
+class _Rows(torch.utils.data.Dataset):
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, i: int) -> Example:
+        return self.examples[i]
+
+
+def _batch(rows: list[Example]) -> dict[str, Any]:
+    return {"batch": losses.collate(rows)}

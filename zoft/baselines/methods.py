@@ -1,0 +1,299 @@
+"""`zoft baseline`: what a model scores without zeroth-order training, in a folder like a run's.
+
+zero-shot: as it is. icl: after k demonstrations. calibrated: label bias taken off. sfc: surface forms taken off.
+linear-probe: logistic regression on last-token features. first-order, first-order-lora: AdamW with gradients
+(first_order.py). None of this is part of the forward-only trainer, and it imports none of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zoft.baselines.ask import DEMOS, Ask, adjusted
+from zoft.config.schema import LORA, Config
+from zoft.errors import UserError, nearest, writing
+from zoft.folder import ASKED
+from zoft.packages import missing
+from zoft.report.runs import ANY
+
+METHODS = ("zero-shot", "icl", "calibrated", "sfc", "linear-probe", "first-order", "first-order-lora")
+GRADIENTS = (
+    "lr",
+    "steps",
+    "batch_size",
+    "accumulate",
+    "schedule",
+    "warmup",
+    "weight_decay",
+    "save_model",
+    "save_dtype",
+)
+ENDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".gguf")  # left out of a folder's name
+LONGEST = 60  # characters of a model or file in it
+
+
+def settings(
+    name: str | None, overrides: Sequence[str], method: str, demos: int | None, epochs: float | None
+) -> tuple[Config, Ask]:
+    """(config, what is asked) of a command line; raises UserError for what does not apply to the method."""
+    from zoft.method.configured import compose
+
+    if method not in METHODS:
+        near = nearest(method, METHODS)
+        raise UserError(
+            f"--method {method}: use {', '.join(METHODS)}{f'; did you mean {near}?' if near else ''}"
+        )
+    gradients = method.startswith("first-order")
+    if demos is not None and method != "icl":
+        raise UserError(f"--demos {demos}: is of --method icl, not {method}; leave it out")
+    if epochs is not None and not gradients:
+        raise UserError(f"--epochs {epochs:g}: is of --method first-order, not {method}; leave it out")
+    keys = tuple(text.partition("=")[0] for text in overrides if not text.startswith("-"))
+    known = ANY + (GRADIENTS if gradients else ()) + (LORA if method == "first-order-lora" else ())
+    if epochs is not None and "steps" in keys:
+        raise UserError(f"--epochs {epochs:g}: steps= says how long already; leave one of them out")
+    if gradients:
+        overrides = [*overrides, "train=" + ("lora" if method == "first-order-lora" else "all")]
+    config = compose(name, overrides)
+    for k in keys:
+        if k.partition(".")[0] not in known:
+            raise UserError(f"{k}: does nothing in a baseline of --method {method}; leave it out")
+    if "output_dir" not in keys:
+        stem = str(config.output_dir).removesuffix(f"-seed{config.seed}")
+        name = "-".join([stem, *_others(config, keys), method, f"seed{config.seed}"])
+        config = dataclasses.replace(config, output_dir=name)
+    return config, Ask(method, demos, epochs, keys)
+
+
+def _others(config: Config, keys: Sequence[str]) -> list[str]:
+    """What the command line puts in place of a config's model and task, for a folder's name."""
+    task = config.task
+    named = [("model", config.model), ("bits", f"bits{config.bits}"), ("task", "" if task.name == "local" else task.name),
+             ("task.train", str(task.train).partition(":")[0])]  # fmt: skip
+    names = [
+        Path(text).stem if Path(text).suffix in ENDS else Path(text).name for k, text in named if k in keys
+    ]
+    return [made for n in names if (made := re.sub(r"[^\w.-]+", "-", n).strip("-.")[:LONGEST])]
+
+
+def run(config: Config, ask: Ask) -> dict[str, Any]:
+    """Make a baseline; returns the content of its result.json, which has a run's keys and `method`."""
+    from zoft import console
+    from zoft.config import compose
+    from zoft.data import tasks
+    from zoft.env import environment
+    from zoft.folder import write
+    from zoft.models import load
+    from zoft.run import guards, preflight
+
+    folder = Path(str(config.output_dir))
+    _require(ask.method)
+    load.check(load.resolve(config.model))
+    tasks.look(config.task)
+    config = preflight.absolute(config)
+    with guards.memory(config):
+        data = tasks.load(config.task)
+        _refuse(ask.method, data)
+        preflight.claim(folder)  # a folder of another name would not mend the others
+        from zoft.replay import export
+        from zoft.train import parts
+
+        config = parts.device(config)
+        model, tokenizer, _ = parts.model(
+            config if ask.method == "first-order-lora" else export.plain(config)
+        )
+        if ask.method.startswith("first-order"):
+            from zoft.baselines import first_order
+
+            # Of examples: plain text has as many as there are pieces.
+            config = first_order.defaults(config, ask, len(parts.examples(config, tokenizer, data)[0]))
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write(folder / "config.yaml", compose.to_yaml(config))
+        write(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
+        write(folder / ASKED, json.dumps(ask.kept()) + "\n")
+        began = time.monotonic()
+        found = _made(config, ask, data, model, tokenizer)
+    result = {
+        **ask.kept(), "steps": 0, "forwards": 0, "train_seconds": round(time.monotonic() - began, 3),
+        "peak_memory_gb": round(console.peak_memory_gb(config.device), 2), "before": {}, **found,
+        "output_dir": str(folder),
+    }  # fmt: skip
+    rows = [{"step": 0, "eval": result["before"]}, {"step": result["steps"], "eval": result["after"]}]
+    text = "".join(json.dumps(console.finite(r)) + "\n" for r in rows if r["eval"])
+    write(folder / "metrics.jsonl", text)
+    write(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def _made(config: Config, ask: Ask, data: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """What a method adds to result.json; {after: metrics} at least."""
+    from zoft.evaluation import evaluate
+    from zoft.objectives import text as generate
+    from zoft.train import parts
+
+    if ask.method == "icl":
+        data = demonstrated(config, ask.demos or DEMOS, data, tokenizer)
+    train, held_out = parts.examples(config, tokenizer, data)
+    write = generate.writer(config, model, tokenizer)
+    if ask.method in ("zero-shot", "icl"):
+        shots = {"demos_used": data.demos} if ask.method == "icl" else {}
+        return {**shots, "after": evaluate.evaluate(model, held_out, train, write=write)}
+    if ask.method in ("calibrated", "sfc"):
+        judged: Any = evaluate.judge(model, _choice(held_out), _choice(train))
+        if ask.method == "calibrated":
+            judged.scores = evaluate.log_softmax(judged.scores) - judged.bias
+            forwards = len(evaluate.spread(train, evaluate.CALIBRATION))
+        else:
+            judged.scores, forwards = surface_form(config, data, model, tokenizer, held_out)
+        return {"forwards": forwards, "after": adjusted(judged)}
+    if ask.method == "linear-probe":
+        from zoft.baselines import linear_probe
+
+        return linear_probe.fit(model, train, held_out, len(data.choices), config.seed)
+    from zoft.baselines import first_order
+
+    return first_order.train(config, model, tokenizer, train, held_out, write)
+
+
+def demonstrated(config: Config, k: int, data: Any, tokenizer: Any) -> Any:
+    """The task's data with the same k training rows, prompt and gold text, in front of every prompt, blank lines between.
+
+    The rows are drawn by config.seed; the last ones are left out until the longest row fits into max_length, and a line
+    says so. Raises UserError where not even one fits.
+    """
+    from zoft.data.encode import encode
+
+    drawn = random.Random(config.seed).sample(range(len(data.train)), min(k, len(data.train)))
+    shown = [
+        (data.train[i]["prompt"] + data.train[i]["candidates"][data.train[i]["gold"]]).rstrip() for i in drawn
+    ]
+    rest = [row for i, row in enumerate(data.train) if i not in set(drawn)] or data.train
+
+    def put(rows: list[dict[str, Any]], n: int) -> list[dict[str, Any]]:
+        front = "\n\n".join(shown[:n]) + "\n\n"
+        return [{**row, "prompt": front + row["prompt"]} for row in rows]
+
+    from zoft.data import tasks
+    from zoft.evaluation import evaluate
+
+    used: list[Any] = [
+        *tasks.subset(data.eval, config.eval_limit),
+        *evaluate.spread(rest, evaluate.CALIBRATION),
+    ]
+    bare = encode(used, tokenizer, data, 1 << 30)
+    longest: Any = used[max(range(len(bare)), key=lambda i: bare[i].length)]
+    n, room = len(shown), config.max_length
+    if any(row.get("answers") for row in used):
+        room -= config.max_new_tokens  # text is written after them
+    while n and encode(put([longest], n), tokenizer, data, 1 << 30)[0].length > room:
+        n -= 1
+    if not n:
+        raise UserError(
+            f"max_length={config.max_length}: no demonstration fits before the longest row; raise it"
+        )
+    if n < k:
+        why = (
+            "in the training set"
+            if n == len(drawn)
+            else f"into max_length={config.max_length} before the longest row"
+        )
+        print(f"{n} of {k} demonstrations fit {why}", file=sys.stderr, flush=True)
+    made = dataclasses.replace(data, train=put(rest, n), eval=put(data.eval, n))
+    made.demos = n
+    return made
+
+
+def surface_form(
+    config: Config, data: Any, model: Any, tokenizer: Any, held_out: Sequence[Any]
+) -> tuple[Any, int]:
+    """(Σ log p(candidate | prompt) − Σ log p(candidate | null prompt) [n, C], forwards that the null prompts took).
+
+    The null prompt is task.null_prompt with the row's columns in it, else the template with empty columns.
+    Source: Holtzman et al., Surface Form Competition (arXiv 2104.08315), as MeZO's code has it: sums, not means.
+    """
+    import numpy as np
+
+    from zoft.data import tasks
+    from zoft.data.encode import encode
+    from zoft.data.tasks import template
+    from zoft.evaluation import evaluate
+
+    null = config.task.null_prompt
+    if null is None:
+        pieces = template.parse("task.prompt", data.prompt)
+        null = template.fill(pieces, dict.fromkeys(template.columns(pieces), ""), strip=True)
+    rows = tasks.subset(data.eval, config.eval_limit)
+    which = [(row.get("null", null), tuple(row["candidates"])) for row in rows]
+    kinds = list(dict.fromkeys(which))  # most tasks have one
+    blanks: list[dict[str, Any]] = [
+        {"prompt": text, "candidates": list(c), "gold": 0, "where": "task.null_prompt"} for text, c in kinds
+    ]
+    nulls = _choice(encode(blanks, tokenizer, data, config.max_length))
+    total, _ = evaluate.totals(model, _choice(held_out))
+    free, _ = evaluate.totals(model, nulls)
+    place = {kind: i for i, kind in enumerate(kinds)}
+    width = min(total.shape[1], free.shape[1])
+    total, free = total[:, :width], free[[place[kind] for kind in which], :width]
+    found = np.full_like(total, -np.inf)  # where an example has no such candidate
+    np.subtract(total, free, out=found, where=total > -np.inf)
+    return found, sum(len(c) for _, c in kinds)
+
+
+def _choice(examples: Sequence[Any]) -> list[Any]:
+    """The examples with their candidates competing, whatever the task learns by."""
+    return [dataclasses.replace(e, objective="choice") for e in examples]
+
+
+def _refuse(method: str, data: Any) -> None:
+    """Raise UserError where a method says nothing of a task, with those without training that do."""
+    if why := _fault(method, data):
+        fit = [m for m in ("zero-shot", "icl") if not _fault(m, data)]
+        raise UserError(f"--method {method}: {why}; use {' or '.join(fit)}")
+
+
+def _fault(method: str, data: Any) -> str:
+    """Why a method says nothing of a task, "" where it does."""
+    if method == "icl" and data.reading and "joins" not in data.eval[0]:
+        return "needs a prompt and an answer in each row, not conversations or plain text"
+    if method == "icl" and data.reading:
+        return "demonstrations stand before a prompt, which task.prompt and task.target (or task.label) would say"
+    if method == "sfc" and len(data.eval[0].get("candidates", ())) < 2:
+        return "needs candidates to choose from, and this task has text to learn"
+    if method in ("calibrated", "linear-probe") and not data.choices:
+        return f"needs labels (task.choices), which task={data.name} has not"
+    if method in ("icl", "sfc") and "after" in data.eval[0]:
+        return "is for prompts that end where the answer begins, not for [MASK]"
+    return ""
+
+
+def _require(method: str) -> None:
+    import importlib.util
+
+    if method == "linear-probe" and importlib.util.find_spec("sklearn") is None:
+        raise UserError(missing("--method linear-probe", "scikit-learn"))
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """What a user reads: what was not trained has one column, and no steps."""
+    from zoft.replay import saved_model
+
+    method, before, after = result["method"], result["before"], result["after"]
+    rows = (
+        f"{method}\n{saved_model.table({'before': before, 'after': after})}"
+        if before
+        else saved_model.table({method: after})
+    )
+    counts = ", ".join(f"{result[k]} {k}" for k in ("steps", "forwards") if result[k])
+    return (
+        f"{rows}\n{counts}{' in ' if counts else ''}{result['train_seconds']:.0f} s, "
+        f"peak memory {result['peak_memory_gb']:.2f} GB: {result['output_dir']}"
+    )

@@ -1,0 +1,316 @@
+"""Tasks: rows of data made into prompts and what is scored after them. No model and no tokenizer here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from zoft.data.tasks import formats, local, named, papers, split, template
+from zoft.errors import UserError
+
+FEW = 50  # evaluation rows: 0.5/√50 is a standard error of 7 points of accuracy
+HELD_OUT = 0.15  # share of the data that a hash puts aside where no evaluation data is given
+
+
+@dataclass
+class TaskData:
+    """What a run trains on and is judged by.
+
+    train, eval: rows {prompt: str, candidates: [str], gold: int, where: str, key: int}; key is a 64-bit hash
+    of the columns the prompt reads; columns: the row as it was read. Further fields where they apply: after (str: the
+    prompt goes on behind the mask that the candidates fill), golds ([int]: all right candidates, gold being the first),
+    answers ([str]: texts that count as right where one is generated), null (the prompt without what it asks about).
+    objective: "choice" (candidates compete) | "lm" (the gold candidate is the text to learn; where there are others,
+    they are for evaluation). label: its column. choices: label -> candidate text, in the order of the candidates; empty
+    for lm. dev: rows to choose a model by, None where not asked for. notes: lines on where the rows came from and how
+    they were split, for a person.
+    reading: what a recognised layout of a file is and what is learned of it, "" where templates name the columns;
+    its rows hold `messages` (turns {role, content, scored}) or `pieces` (text). chat: "auto" | "template" |
+    "plain"; pack: short texts share rows; joint: what stands between prompt and completion in plain text.
+    """
+
+    name: str
+    objective: str
+    prompt: str
+    label: str | None
+    choices: dict[str, str]
+    train: list[dict[str, Any]] = field(repr=False)
+    eval: list[dict[str, Any]] = field(repr=False)
+    notes: list[str] = field(default_factory=list)
+    dev: list[dict[str, Any]] | None = field(default=None, repr=False)
+    reading: str = ""
+    chat: str = "auto"
+    pack: bool = False
+    joint: str = ""
+
+
+def load(task: Any) -> TaskData:
+    """Read, check, render and split the rows of a task.
+
+    Without evaluation data, rows whose key falls in the lowest 15 % of hashes are held out (a Hub data set's
+    own validation or test split is taken first): the split depends on the rows alone, and rows of equal text
+    stay on one side.
+
+    task: the task's settings (name, train, eval, subset, train_limit, prompt, label, choices, target,
+    max_words: rows with more words in the prompt's columns are left out; and those of `zoft.data.tasks.split`).
+    Errors: UserError in one line naming file, line, key, value and fix.
+    """
+    settings = _settings(task)
+    laid_out = formats.wanted(task)
+    prompt, after = template.at_mask("task.prompt", template.parse("task.prompt", settings["prompt"]))
+    target = template.parse("task.target", task.target) if task.target else None
+    null = None if task.null_prompt is None else template.parse("task.null_prompt", task.null_prompt)
+    make = papers.ROWS.get(task.name)
+    if task.name in named.READERS:
+        rows = named.READERS[task.name]()
+        held: local.Rows = []
+        notes = [f"{task.name}: {len(rows):,} rows"]
+    else:
+
+        def read(key: str, place: str, **which: bool) -> local.Rows:
+            # A local copy of a paper's data set is a file; the configuration is that of the data set at the Hub.
+            subset = None if make and local.is_file(place) else task.subset
+            return local.read(key, place, subset, **which)
+
+        rows = read("task.train", task.train)
+        same = task.eval is None and not local.is_file(task.train)
+        whole = local.is_folder(task.train)
+        place = task.train if same and whole else task.train.partition(":")[0] if same else task.eval
+        held = read("task.train" if same and whole else "task.eval", place, held_out=True) if place else []
+        notes = [f"{task.train}: {len(rows):,} rows"]
+        if held:
+            notes.append(f"{place}: {len(held):,} rows for evaluation")
+
+    if laid_out:
+        reading = formats.recognise("task.train", rows, task)
+        notes.append(reading.line)
+        settings |= {"reading": reading.line, "chat": task.chat, "pack": task.pack}
+        if task.pack and reading.format != "text":
+            raise UserError(
+                f"task.pack: is for format text, not {reading.format}: other examples must not see each other"
+            )
+
+    def rendered(key: str, rows: local.Rows) -> list[dict[str, Any]]:
+        if laid_out:
+            return _short_enough(
+                key, [formats.make(w, row, reading) | {"columns": row} for w, row in rows], task
+            )
+        pairs = [(where, row, papers.Made()) for where, row in rows]
+        if make:
+            pairs = _made(task.name, rows, make)
+            if len(pairs) < len(rows):
+                notes.append(f"{key}: {len(rows) - len(pairs):,} rows without a label left out")
+            if not pairs:
+                raise UserError(f"{key}: no row of it has a label")
+        _check_columns(
+            key, [(w, row) for w, row, _ in pairs], [*prompt, *(after or [])], target, settings["label"]
+        )
+        made = [_render(w, row, prompt, after, target, settings, more) for w, row, more in pairs]
+        for r, (w, row, _) in zip(made, pairs if null is not None else ()):
+            if lacks := [c for c in template.columns(null or []) if c not in row]:
+                raise UserError(
+                    f"{w}: task.null_prompt: {{{lacks[0]}}} is no column of it ({', '.join(row)})"
+                )
+            r["null"] = template.fill(null or [], row, strip=True)
+        for r in made if make else ():
+            r["prompt"] = r["prompt"].strip(" ")
+        return _short_enough(key, made, task)
+
+    def drawn(train: list[dict[str, Any]], held: list[dict[str, Any]]) -> TaskData:
+        train, dev, held, said = split.draw(train, held, task, list(settings["choices"]))
+        train = subset(train, task.train_limit)
+        return TaskData(task.name, **settings, train=train, eval=held, notes=[*notes, *said], dev=dev)
+
+    train = rendered("task.train", rows)
+    if laid_out:
+        settings["joint"] = formats.joined(train)
+    if held:
+        return drawn(train, rendered("task.eval", held))
+    bar = int(HELD_OUT * 2**64)
+    train, held_out = [r for r in train if r["key"] >= bar], [r for r in train if r["key"] < bar]
+    if not train or not held_out:
+        n = len(train) + len(held_out)
+        raise UserError(
+            f"task.train: {n} rows ({len({r['key'] for r in [*train, *held_out]})} of different text) are too few to hold "
+            "some out; give task.eval a file"
+        )
+    few = "; so few judge little: task.eval=FILE gives rows of your own" if len(held_out) < FEW else ""
+    notes.append(f"{len(held_out):,} of them held out for evaluation by a hash of their text{few}")
+    return drawn(train, held_out)
+
+
+def look(task: Any) -> None:
+    """Refuse what can be refused before anything heavy loads: settings, templates, a file that is not there."""
+    settings = _settings(task)
+    template.at_mask("task.prompt", template.parse("task.prompt", settings["prompt"]))
+    if task.target:
+        template.parse("task.target", task.target)
+    if task.name not in named.READERS:
+        for key, place in (("task.train", task.train), ("task.eval", task.eval)):
+            if place:
+                local.look(key, place)
+
+
+def subset(rows: Sequence[dict[str, Any]], n: int | None) -> list[dict[str, Any]]:
+    """The n rows of lowest key, in their own order: always the same ones. None takes all."""
+    if n is None or n >= len(rows):
+        return list(rows)
+    chosen = sorted(range(len(rows)), key=lambda i: (rows[i]["key"], i))[:n]
+    return [rows[i] for i in sorted(chosen)]
+
+
+def _short_enough(key: str, rows: list[dict[str, Any]], task: Any) -> list[dict[str, Any]]:
+    """The rows of at most task.max_words."""
+    limit = task.max_words
+    kept = [r for r in rows if r.pop("words") <= (math.inf if limit is None else limit)]
+    if not kept:
+        raise UserError(f"task.max_words={limit}: leaves no row of {key}; raise it")
+    return kept
+
+
+def _settings(task: Any) -> dict[str, Any]:
+    """The task's settings with a named task's own words filled in, checked as far as no data is needed."""
+    if task.name in named.PROMPTS:
+        for key in ("train", "eval", "subset", "label"):
+            if getattr(task, key):
+                raise UserError(f"task.{key}: task={task.name} brings its own data; for yours say task=local")
+        prompt, choices = named.PROMPTS[task.name]
+        prompt, choices = task.prompt or prompt, {} if task.target else dict(task.choices or choices)
+        label = None if task.target else "label"
+        formats.wanted(task)  # refuses its keys
+        if choices and set(choices) != set(named.PROMPTS[task.name][1]):
+            raise UserError(
+                f"task.choices: task={task.name} has the labels {', '.join(named.PROMPTS[task.name][1])}"
+            )
+    elif task.name != "local" and task.name not in papers.ROWS:
+        known = [*papers.ROWS, *named.PROMPTS]
+        hint = template.near(task.name, [*known, "local"])
+        raise UserError(f"task={task.name}: no such task; use {', '.join(known)} or local{hint}")
+    else:
+        if not task.train:
+            raise UserError("task.train is not set: a .jsonl, .csv or .parquet file, or a Hub data set id")
+        if formats.wanted(task):
+            split.check(task, classes=False)
+            return {"objective": "lm", "prompt": "", "label": None, "choices": {}}
+        prompt, label, choices = task.prompt, task.label, {str(k): v for k, v in task.choices.items()}
+        if prompt is None:
+            raise UserError("task.prompt is not set: a template such as 'Review: {text}\\nSentiment:'")
+        if task.target and (label or choices):
+            raise UserError(
+                "task.target: it is for text to learn; with task.label and task.choices leave it out"
+            )
+        if not task.target and not (label and choices):
+            raise UserError(
+                "task.label and task.choices are not both set: task.label=label "
+                'task.choices=\'{negative: " terrible", positive: " great"}\' (or task.target for text to learn)'
+            )
+    if label and len(choices) < 2:
+        raise UserError(f"task.choices: {len(choices)} choice; at least 2 are needed")
+    for name, text in choices.items():
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"task.choices: {name} stands for {text!r}; give it some text")
+        if same := [k for k in choices if choices[k] == text and k != name]:
+            raise UserError(
+                f"task.choices: {name} and {same[0]} are both {text!r}; each needs text of its own"
+            )
+    if task.target and template.MASK in prompt:
+        raise UserError(
+            f"task.target: {template.MASK} in task.prompt is filled by one of task.choices; leave one out"
+        )
+    read = template.columns(template.parse("task.prompt", prompt))
+    if not task.target and not read:  # with a target, an empty prompt learns to begin
+        raise UserError(
+            f"task.prompt: {prompt!r} names no column, so that all rows are alike; write one in braces: "
+            f"{prompt.rstrip() + ' {text}'!r}"
+        )
+    split.check(task, classes=bool(choices))
+    objective = "lm" if task.target else "choice"
+    return {"objective": objective, "prompt": prompt, "label": label, "choices": choices}
+
+
+def _check_columns(key: str, rows: local.Rows, prompt: list, target: list | None, label: str | None) -> None:
+    where, first = rows[0]
+    held = sorted({column for _, row in rows for column in row})
+    wanted = [("task.prompt", c) for c in template.columns(prompt)]
+    wanted += [("task.target", c) for c in template.columns(target or [])]
+    wanted += [("task.label", label)] if label else []
+    for setting, column in wanted:
+        if column not in held:
+            name = column if setting == "task.label" else f"{{{column}}}"
+            raise UserError(
+                f"{setting}: {name} is no column of {key} ({', '.join(held)}){template.near(column, held)}"
+            )
+
+
+def _made(name: str, rows: local.Rows, make: Any) -> list[tuple[str, dict[str, Any], papers.Made]]:
+    """(where, row with the task's own columns, what else the task makes of it); rows that it leaves out are gone."""
+    pairs = []
+    for where, row in rows:
+        try:
+            made = make(row)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            lacks = f"it has no {error}" if isinstance(error, KeyError) else f"{error}"
+            raise UserError(
+                f"{where}: no row as task={name} has them at the Hub ({lacks}; columns: {', '.join(row)})"
+            ) from None
+        if made is not None:
+            own = {"candidate": made.candidates[made.golds[0]]} if made.candidates else {}
+            pairs.append((where, row | made.columns | own, made))
+    return pairs
+
+
+def _render(
+    where: str,
+    row: dict,
+    prompt: list,
+    after: list | None,
+    target: list | None,
+    settings: dict,
+    more: papers.Made,
+) -> dict[str, Any]:
+    read = template.columns([*prompt, *(after or [])])
+    label, choices = settings["label"], settings["choices"]
+    for column in [*read, *template.columns(target or []), *([label] if label else [])]:
+        value = row.get(column)
+        if template.missing(value):
+            raise UserError(f"{where}: column {column} is empty; fill it or leave the row out")
+        template.refuse_cell(where, column, value)
+    content = [template.as_text(row[c]) for c in read] or [template.fill(target or [], row, strip=False)]
+    digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).digest()
+    text = template.fill(prompt, row, strip=True)
+    extra: dict[str, Any] = {}
+    if target is None:
+        candidates, gold = list(choices.values()), _gold(where, label, row[label], list(choices))
+    elif more.candidates:
+        candidates = [template.fill(target, row | {"candidate": c}, strip=False) for c in more.candidates]
+        gold, extra["golds"] = more.golds[0], more.golds
+    else:
+        candidates, gold = [template.fill(target, row, strip=False)], 0
+        extra["answers"] = more.answers or [candidates[0].strip()]
+    if after is not None:
+        extra["after"] = template.fill(after, row, strip=True)
+    return extra | {
+        "prompt": text,
+        "candidates": candidates,
+        "gold": gold,
+        "where": where,
+        "key": int.from_bytes(digest, "big"),
+        "words": sum(len(c.split()) for c in content),
+        "columns": row,
+    }
+
+
+def _gold(where: str, column: str, value: Any, labels: list[str]) -> int:
+    """Which choice a label is: by its text, a class of the Hub by its name too, True by "true" and the reverse."""
+    word = template.as_text(value).strip()
+    truth = [word.lower(), word.capitalize(), word.upper()] if word.lower() in ("true", "false") else []
+    for name in (word, getattr(value, "name", None), *truth):
+        if name in labels:
+            return labels.index(name)
+    raise UserError(
+        f"{where}: {column}={word} is none of task.choices ({', '.join(labels)}){template.near(word, labels)}"
+    )

@@ -1,0 +1,82 @@
+"""Check what a ledger's header says, beyond its checksum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zoft.config.check import check_value
+from zoft.config.schema import fields
+from zoft.errors import UserError
+from zoft.ledger.format import Log, Record
+from zoft.noise import spec
+
+
+def sound(run: str | Path, log: Log) -> Log:
+    """The log, if its header can be replayed: a checksum does not know what was written wrongly. Raises UserError."""
+    if wrong := header_faults(log.header, log.records):
+        raise UserError(f"{run}: ledger: {'; '.join(wrong)}")
+    return log
+
+
+def header_faults(header: Mapping[str, Any], records: Sequence[Record] = ()) -> list[str]:
+    """What a header lacks or has wrong, beyond its checksum."""
+    needed = "zoft seed noise noise_version base config storage compute trained plan".split()
+    wrong = [f"its header has no {name}" for name in needed if name not in header]
+    if header.get("noise_version", spec.VERSION) != spec.VERSION:
+        wrong.append(f"its noise is of version {header['noise_version']}, this zoft makes {spec.VERSION}")
+    wrong += [
+        f"its header's {name} is no mapping"
+        for name in ("config", "plan")
+        if not isinstance(header.get(name, {}), dict)
+    ]
+    if not isinstance(header.get("base", ""), str):
+        wrong.append("its header's base is no fingerprint")
+    if not header.get("trained", True):
+        wrong.append("its header's trained is empty")
+    wrong += value_faults(header)
+    q = header.get("q", 1)
+    other = next((r for r in records if len(r.multipliers) != q), None)
+    if other:
+        wrong.append(f"step {other.step} has {len(other.multipliers)} directions, its header q={q}")
+    return wrong + trained_faults(header.get("trained", {}))
+
+
+def value_faults(header: Mapping[str, Any]) -> list[str]:
+    """What is no resolved value of its key, of those that the header shares with a config."""
+    wrong, known = [], fields()
+    for name in "seed noise momentum eps q storage compute perturb mask sparsity".split():
+        value = header.get(name)
+        if name not in header or name not in known or (value is None and known[name].default is None):
+            continue
+        kind = str(known[name].type)
+        right = str if kind.startswith("str") else int if kind.startswith("int") else (int, float)
+        try:
+            open_still = value == "auto" and name in ("storage", "compute", "perturb")
+            if isinstance(value, bool) or not isinstance(value, right) or open_still:
+                raise UserError(f"{name}={value!r}")
+            check_value(name, value, known[name])
+        except UserError as error:
+            wrong.append(f"its header has {error}")
+    return wrong
+
+
+def plan_of(header: Mapping[str, Any]) -> Mapping[str, Any]:
+    """How the run was made; empty where the header does not say."""
+    plan = header.get("plan")
+    return plan if isinstance(plan, dict) else {}
+
+
+def trained_faults(trained: Any) -> list[str]:
+    """What is wrong with a header's trained tensors."""
+    for name, entry in trained.items() if isinstance(trained, dict) else (("", None),):
+        match entry:
+            case [int(tensor), [*shape], "fp64" | "fp32" | "fp16" | "bf16"] if all(
+                isinstance(n, int) for n in shape
+            ):
+                if tensor != spec.tensor_id(name):
+                    return [f"its header gives {name} the noise of another tensor"]
+            case _:
+                return ["its header does not give trained tensors as name: [id, shape, dtype]"]
+    return []

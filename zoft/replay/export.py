@@ -1,0 +1,154 @@
+"""A run as a model that others load: written, loaded again, and compared with the base and with the run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoft.config.schema import ADAPTERS, Config
+from zoft.errors import UserError
+from zoft.method import space
+from zoft.models import kind, saving
+from zoft.models.adapters import attach, kept_in_place
+from zoft.models.quant import linear, other_libraries
+from zoft.replay import base_weights as bases
+from zoft.replay import saved_model, tensors
+from zoft.replay.base_weights import Base
+from zoft.replay.live import live
+from zoft.train import header, parts
+
+TOLERANCE = 1e-3  # between the same logits of two loads in fp32, of the largest
+
+
+def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
+    """Write the model of the run in `folder` to `out`, as transformers loads it; returns a line about the checks.
+
+    LoRA pairs are added to the base's matrices in fp32. dtype: of the weights on disk, rounded to once; "auto" is the
+    run's save_dtype. The folder gets its name when what it holds has been loaded again, differs from the base, and gives
+    the logits of the run's own model, rounded to dtype.
+    Raises UserError where dtype holds none of the run's changes, or not its values, and for a prefix or a prompt.
+    """
+    if config.train in ("prefix", "prompt"):
+        raise UserError(f"train={config.train}: it cannot be merged into weights; use --adapter")
+    config, log = tensors.asked(parts.device(config), folder, tensors.Ask())
+    beside = config.train in ADAPTERS or kept_in_place.folder_of(config) is not None
+    if beside:  # the base as it was loaded, whatever the run computed in
+        config = replace(config, compute="fp32")
+    model, tokenizer, config = live(config, folder, log)
+    if beside and other_libraries.layers(model):
+        raise UserError(
+            f"{folder}: its pairs stand beside layers that another library has quantised, and are not merged into those; "
+            + ("use --adapter" if config.train in ADAPTERS else f"{folder}/model has both")
+        )
+    if beside:
+        own = logits(widened(model, None))
+        linear.make_plain(model)
+        model = attach.merge(model)
+        agree(logits(model), own, out)
+    other_libraries.make_plain(model)
+    plain = logits(widened(model, None))
+    result, facts = tensors.told(config, folder, log, tensors.Ask())
+    word = config.save_dtype if dtype == "auto" else dtype
+    kept = model.checkpoint_dtype if word == "auto" else space.DTYPES[word]
+    with saving.whole(out) as draft:
+        saving.save(model, tokenizer, draft, dtype=kept, card=saved_model.card(config, result, **facts))
+        rounded = logits(widened(model, kept))
+        del model
+        again = reloaded(draft, config)
+        agree(logits(again), rounded, out)
+        with parts.said_before():
+            base = bases.find(config, log.header["base"], str(folder))
+        if linear.layers(base.model) or other_libraries.layers(base.model):
+            other_libraries.make_plain(base.model)
+            base = bases.of(base.model, base.tokenizer)
+        changed, total = differing(again, base, kept)
+        if not changed:
+            raise UserError(
+                f"{folder}: in {header.short(kept)} its model is the base: {len(log.records)} steps are too few, or "
+                "too small for that dtype; use --dtype fp32"
+            )
+    apart = float((rounded - plain).norm() / plain.norm())
+    return (
+        f"{out}: {changed:,} of {total:,} numbers differ from the base; loaded again, it gives the run's logits "
+        f"(rounding to {header.short(kept)} moves them by {apart:.2g} of their size)"
+    )
+
+
+def adapter(config: Config, folder: Path, out: Path) -> str:
+    """Write the adapter of the run in `folder` to `out`, as peft loads it; returns a line about the check.
+
+    The folder gets its name when what it holds, loaded again beside the base, gives the run's logits.
+    Raises UserError where the adapter is as it started.
+    """
+    config, log = tensors.asked(parts.device(config), folder, tensors.Ask())
+    config = replace(config, compute="fp32")  # so that the two differ by nothing but the adapter
+    model, tokenizer, config = live(config, folder, log)
+    result, facts = tensors.told(config, folder, log, tensors.Ask())
+    trained = space.adopt(model, list(log.header["trained"]))
+    if attach.fingerprint(trained) == log.header["adapter"]:
+        raise UserError(f"{folder}: its adapter is as it started: {len(log.records)} steps have not moved it")
+    with saving.whole(out) as draft:
+        attach.save(model, draft, tokenizer=tokenizer, card=saved_model.card(config, result, **facts))
+        own = logits(model)
+        del model, trained
+        with parts.said_before():
+            base, _, _ = parts.model(replace(plain(config), adapter=None))
+        agree(logits(attach.load(widened(base, None), draft)), own, out)
+    return f"{out}: loaded again beside the base, it gives the run's logits"
+
+
+def widened(model: Any, dtype: torch.dtype | None) -> Any:
+    """The model with its weights in fp32, through dtype if one is given; it computes without mixing dtypes."""
+    for t in model.state_dict(keep_vars=True).values():
+        if t.is_floating_point():
+            t.data = (t.data if dtype is None else t.data.to(dtype)).float()
+    for _, _, buffer in space.float_buffers(model):
+        buffer.data = buffer.data.float()
+    return model
+
+
+def reloaded(folder: Path, config: Config) -> Any:
+    """What was written, through transformers alone, in fp32."""
+    from transformers import AutoConfig
+
+    own = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    with kind.quiet():
+        model = kind.auto_class(str(folder), own).from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code
+        )
+    return model.eval().to(config.device)
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    """[2, 8, V] of two short rows of tokens."""
+    device = next(model.parameters()).device
+    ids = torch.arange(16, device=device).view(2, 8) * 7 % model.get_input_embeddings().weight.shape[0]
+    extra = {} if kind.is_masked(model) else {"use_cache": False}
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits.float().cpu()
+
+
+def agree(again: Tensor, own: Tensor, out: Path) -> None:
+    """What was written computes what the run's model computes."""
+    off = float((again - own).abs().max() / own.abs().max())
+    assert off < TOLERANCE, f"logits of {out} are {off:.2g} from the run's"
+
+
+def differing(model: Any, base: Base, dtype: torch.dtype) -> tuple[int, int]:
+    """How many numbers of a model in fp32 are others than the base's, rounded alike; and how many it has."""
+    state, changed = model.state_dict(), 0
+    for name in base.tensors:
+        theirs = base.read(name).to(state[name].device)
+        if theirs.is_floating_point():
+            theirs = theirs.to(dtype).float()
+        changed += int((state[name] != theirs).sum())
+    return changed, sum(t.numel() for t in base.tensors.values())
+
+
+def plain(config: Config) -> Config:
+    """The config of the base alone, without the adapter that it would train (but with one that it starts from)."""
+    return replace(config, train="all") if config.train in ADAPTERS else config

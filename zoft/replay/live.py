@@ -1,0 +1,65 @@
+"""Base + ledger -> the run's model, all of it in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from zoft.config.schema import ADAPTERS, Config
+from zoft.ledger.log import Log
+from zoft.method import recipes
+from zoft.models.adapters import kept_in_place
+from zoft.replay import saved_model, snapshot, tensors
+from zoft.train import parts
+from zoft.train.assemble import assemble_again
+from zoft.train.trainer import Trainer
+
+
+def replay_run(config: Config, folder: Path, out: Path, ask: tensors.Ask) -> int:
+    """Write the model of the run in `folder`, or its adapter, to `out`; returns the number of its steps.
+
+    Tensor by tensor; in memory where few numbers are trained beside a frozen or quantised model.
+    """
+    beside = config.train in ADAPTERS or kept_in_place.folder_of(config) is not None
+    if not (beside or recipes.method_of(config.recipe).space.quantised):
+        return tensors.replay(config, folder, out, ask)
+    config, log = tensors.asked(parts.device(config), folder, ask)
+    model, tokenizer, config = live(config, folder, log)
+    result, facts = tensors.told(config, folder, log, ask)
+    saved_model.save(config, model, tokenizer, out, result, **facts)
+    return len(log.records)
+
+
+def live(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
+    """(the model as the run has it after the log's steps, its tokenizer, the config): all of it in memory.
+
+    config, log: from replay.asked. Raises UserError for another base.
+    """
+    again = assemble_again(config, folder, log.header)
+    trainer = Trainer(again.model, again.axis, lambda step: [], None, parts.settings(again.config))
+    catch_up(trainer, folder, again.config, log, parts.say)
+    return again.model, again.tokenizer, again.config
+
+
+def catch_up(trainer: Trainer, folder: Path, config: Config, log: Log, say: Callable[[str], Any]) -> None:
+    """Bring the weights to the log's last step: the newest sound snapshot, then what came after it."""
+    records = log.records
+    found = snapshot.newest(folder, log.header, log.events, say=say)
+    if found:
+        step, path = found
+        say(f"starting from the snapshot at step {step}")
+        snapshot.load(path, trainer.axis.trained, step)
+        trainer.skip_to(step, records)
+    if trainer.next < len(records):
+        say(f"replaying {len(records) - trainer.next} of {config.steps} steps from the ledger")
+    # The last denoising makes all earlier roundings void.
+    denoised = max((e.step for e in log.events if e.kind == "denoise"), default=0)
+    if trainer.next < denoised:
+        trained = trainer.axis.trained
+        if not config.momentum:  # with it, only these steps give the buffers
+            for t in trained:
+                t.step = denoised if t.stored.element_size() == 2 else t.step
+        trainer.replay(records[trainer.next : denoised])
+        say(tensors.denoise(folder, config, log, denoised, trained))
+    trainer.replay(records[trainer.next :])

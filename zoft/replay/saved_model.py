@@ -1,0 +1,102 @@
+"""What a run leaves: its model with a card, its result.json, and what a user reads of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from zoft import console
+from zoft.config import compose
+from zoft.config.schema import ADAPTERS, Config
+from zoft.errors import UserError, writing
+
+
+def folder_name(config: Config) -> str:
+    """What a run leaves: `model`, or `adapter` where one was trained beside a frozen model."""
+    return "adapter" if config.train in ADAPTERS else "model"
+
+
+def save(
+    config: Config, model: Any, tokenizer: Any, out: Path, result: Mapping[str, Any], **facts: Any
+) -> None:
+    """Write a run's model as others load it, in the checkpoint's dtype or save_dtype; facts: more for its card.
+
+    Of a model with an adapter, the adapter alone.
+    """
+    from safetensors import SafetensorError
+
+    from zoft.method import space
+    from zoft.models import saving
+    from zoft.models.adapters import attach
+
+    text = card(config, result, **facts)
+    dtype = model.checkpoint_dtype if config.save_dtype == "auto" else space.DTYPES[config.save_dtype]
+    try:
+        with writing(out):
+            if config.train in ADAPTERS:
+                attach.save(model, out, tokenizer=tokenizer, card=text)
+            else:
+                saving.save(model, tokenizer, out, dtype=dtype, card=text, dequantise=config.save_dequantised)
+    except SafetensorError as error:
+        raise UserError(f"cannot write {out}: {error}") from OSError(str(error))
+
+
+def card(config: Config, result: Mapping[str, Any], **facts: Any) -> str:
+    """The text of a model's README.md: what it was made of, how, and its figures; facts: what else there is to say."""
+    from zoft.models import load, saving
+
+    keys = ("recipe", "train", "steps", "lr", "schedule", "eps", "q", "noise", "batch_size", "seed")
+    rows = {"task": config.task.name} | {k: getattr(config, k) for k in keys} | facts
+    for when in ("before", "after"):
+        rows |= {f"{name} {when}": console.short(v) for name, v in result.get(when, {}).items()}
+    return saving.model_card(load.resolve(config.model), rows)
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """result.json's content, empty for a run that is not finished."""
+    path = folder / "result.json"
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_bytes() if path.is_file() else b"")
+        summary(found)
+        return found
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise UserError(
+            f"{path}: damaged; delete it, and `zoft train --resume {folder}` writes it again"
+        ) from None
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """What a user reads at the end of a run."""
+    rows = table({"before": result["before"], "after": result["after"]})
+    return (
+        f"{rows}\n{result['steps']} steps, {result['forwards']} forwards in {result['train_seconds']:.0f} s, "
+        f"peak memory {result['peak_memory_gb']:.2f} GB: {result['output_dir']}"
+    )
+
+
+def table(columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """Metrics side by side, a line each, columns named."""
+    names = list(dict.fromkeys(name for metrics in columns.values() for name in metrics))
+    head = [f"{'':22}" + "".join(f"{title:>12}" for title in columns)] if any(columns) else []
+    return "\n".join(
+        head
+        + [f"{n:22}" + "".join(f"{console.short(m.get(n, '')):>12}" for m in columns.values()) for n in names]
+    )
+
+
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """What a dry run prints: the resolved config, then what training would do."""
+    config = plan["config"]
+    return (
+        f"{compose.dump(config)}\n"
+        f"{plan['train_examples']} training and {plan['eval_examples']} evaluation examples, "
+        f"the longest of {plan['longest']} tokens\n"
+        f"{plan['trained_tensors']} tensors trained, {plan['trained_numbers']:,} numbers, "
+        f"{plan['trained_share']:.1%} of the model; the weakest realised direction has cosine "
+        f"{plan['weakest_cosine']:.4f} with z ({plan['weakest_direction']})\n"
+        f"{config['steps']} steps, {plan['forwards']} forwards; nothing was trained or written"
+    )

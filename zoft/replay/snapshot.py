@@ -1,0 +1,191 @@
+"""Snapshots: a run's trained weights and momentum at a step, which shorten a resume or a replay.
+
+RUN/snapshots/step-00001000.safetensors holds each trained tensor under its name, in its storage dtype, its momentum, if
+any, as NAME@momentum, and what its update rule keeps as NAME@m, NAME@v, …, NAME@t (its count of updates). The ledger's event of that step holds the file's digest: a file is as sound as
+the ledger says, whatever happened to it; one that the ledger does not know is not used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoft import __version__
+from zoft.errors import UserError
+from zoft.ledger.format import DIGEST, Event
+
+if TYPE_CHECKING:
+    import torch
+
+    from zoft.ledger.log import Ledger
+    from zoft.method.space import Trained
+
+FOLDER = "snapshots"
+NAME = re.compile(r"step-(\d{8,10})\.safetensors")
+MISSING = "is missing"
+CHUNK = 1 << 24  # bytes read or written at a time
+
+
+def file_of(folder: Path, step: int) -> Path:
+    """Where the snapshot of a run's step is."""
+    return folder / FOLDER / f"step-{step:08d}.safetensors"
+
+
+def take(folder: Path, ledger: Ledger, trained: Sequence[Trained]) -> str:
+    """Save the weights after the ledger's last step, then note it there; returns a line about it.
+
+    The ledger is synced first and the file gets its name when it is whole and on the disk, so that a snapshot is
+    never ahead of its ledger and a name never holds half of one. trained: up to date (axis.flush()).
+    Raises UserError where it cannot be written; the run's other files are untouched then.
+    """
+    began, step = time.monotonic(), len(ledger.records)
+    ledger.sync()
+    path = file_of(folder, step)
+    tensors = {t.name: t.stored for t in trained}
+    tensors |= {f"{t.name}@momentum": t.momentum for t in trained if t.momentum is not None}
+    tensors |= {f"{t.name}@{key}": value for t in trained for key, value in t.state.items()}
+    try:
+        path.parent.mkdir(exist_ok=True)
+        for left in path.parent.glob(".*.new"):  # of a killed run
+            left.unlink()
+        digest = write_tensors(path, tensors, _facts(ledger.header, step))
+    except OSError as error:
+        raise UserError(
+            f"snapshot: cannot write {path}: {error.strerror}; resume the run when it can be"
+        ) from error
+    ledger.note(Event("snapshot", step, digest))
+    size, seconds = path.stat().st_size / 1e6, time.monotonic() - began
+    return f"snapshot at step {step}: {size:.4g} MB in {seconds:.1f} s"
+
+
+def newest(
+    folder: Path, header: Mapping[str, Any], events: Iterable[Event], *, last: int | None = None,
+    say: Callable[[str], Any] = lambda line: None,
+) -> tuple[int, Path] | None:  # fmt: skip
+    """(step, file) of the newest sound snapshot, at step `last` at most; None without one.
+
+    Every byte is checked against the ledger's digest; what is passed over for that is said in a line each.
+    """
+    for event in reversed([e for e in events if e.kind == "snapshot" and (last is None or e.step <= last)]):
+        path = file_of(folder, event.step)
+        fault = fault_of(path, header, event)
+        if not fault:
+            return event.step, path
+        if fault != MISSING:  # those are the ones that were not kept
+            say(f"snapshot at step {event.step} is not used: {path} {fault}")
+    return None
+
+
+def fault_of(path: Path, header: Mapping[str, Any], event: Event) -> str:
+    """What is wrong with a snapshot's file; "" where it is, to the bit, what the run has written."""
+    if path.exists() and not path.is_file():
+        return "is no file"
+    try:
+        if digest_of(path) == event.digest:
+            return ""
+    except FileNotFoundError:
+        return MISSING
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    try:
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            facts = file.metadata() or {}
+    except Exception:  # whatever a damaged header does to the library
+        return "is damaged: its checksum does not match"
+    expected = _facts(header, event.step)
+    for name, text in (("base", "a run from another base"), ("run", "another run"), ("step", "another step")):
+        if facts.get(name, expected[name]) != expected[name]:
+            return f"is of {text}"
+    return "is damaged: its checksum does not match"
+
+
+def load(path: Path, trained: Sequence[Trained], step: int) -> None:
+    """Put a sound snapshot of `step` (from `newest`) into the weights."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        names, ours = set(file.keys()), {t.name for t in trained}
+        assert ours == {n if n in ours else n.rpartition("@")[0] for n in names}, sorted(names)[:3]
+        for t in trained:
+            value = file.get_tensor(t.name)
+            assert (value.shape, value.dtype) == (t.stored.shape, t.stored.dtype), (
+                t.name,
+                value.shape,
+                value.dtype,
+            )
+            t.stored.copy_(value)
+            t.step = step
+            key = f"{t.name}@momentum"
+            if key in names:
+                value = file.get_tensor(key)
+                if t.momentum is None:
+                    t.momentum = torch.empty_like(t.stored, dtype=value.dtype)
+                t.momentum.copy_(value)
+            elif t.momentum is not None:
+                t.momentum.zero_()
+            for key, value in t.state.items():
+                value.copy_(file.get_tensor(f"{t.name}@{key}"))
+
+
+def _facts(header: Mapping[str, Any], step: int) -> dict[str, str]:
+    """A snapshot's metadata: whose it is. run: a hash of the ledger's header."""
+    text = json.dumps(header, sort_keys=True)
+    run = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return {"zoft": __version__, "run": run, "base": str(header.get("base")), "step": str(step)}
+
+
+def digest_of(path: Path) -> bytes:
+    """The digest of a file's bytes [DIGEST]. Raises OSError."""
+    h = hashlib.blake2b(digest_size=DIGEST)
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            h.update(chunk)
+    return h.digest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, str]) -> bytes:
+    """Write a .safetensors file, a tensor at a time, and return its digest; the name appears when it is on the disk.
+
+    In place of safetensors' own writer, which wants all tensors in the CPU's memory at once. facts: its metadata.
+    Raises OSError; nothing is left behind then.
+    """
+    from zoft.ledger.log import sync_folder
+    from zoft.models import safetensors_writer
+
+    head, starts = safetensors_writer.header({name: (t.shape, t.dtype) for name, t in tensors.items()}, facts)
+    draft = path.with_name(f".{path.name}.new")
+    h = hashlib.blake2b(digest_size=DIGEST)
+    try:
+        with draft.open("wb") as file:
+            for part in _parts(head, (tensors[name] for name in starts)):
+                h.update(part)
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+        sync_folder(path.parent)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    return h.digest()
+
+
+def _parts(head: bytes, tensors: Iterable[torch.Tensor]) -> Iterator[Any]:
+    """The file's bytes in pieces."""
+    import torch
+
+    yield head
+    for t in tensors:
+        flat = t.detach().reshape(-1)
+        n = max(CHUNK // t.element_size(), 1)
+        for i in range(0, flat.numel(), n):
+            yield flat[i : i + n].cpu().view(torch.uint8).numpy().data

@@ -1,0 +1,169 @@
+"""Run the loop around the trainer: what is due on the way, and a run's end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoft import console
+from zoft.config import compose
+from zoft.console import logged
+from zoft.folder import write
+from zoft.method.estimators.named import forwards_per_step
+from zoft.replay import saved_model
+from zoft.run import guards
+from zoft.run.session import Presence, Session, as_begun, steps_of
+from zoft.run.stops import due, next_stop
+
+if TYPE_CHECKING:
+    from zoft.train.trainer import Trainer
+
+
+def fit(
+    trainer: Trainer, s: Session, evaluate: Callable[[], dict[str, Any]], dev: Callable[[], dict[str, Any]] | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """Catch up with the ledger, train to the end with whatever is due on the way, and return the result.
+
+    evaluate() -> metrics of the weights as they are; dev() -> those on the dev set, where there is one.
+    `before` is the base's, kept by metrics.jsonl on resume.
+    """
+    from zoft.ledger.log import Event, Log
+    from zoft.parallel import world as distributed
+    from zoft.replay import snapshot, tensors
+    from zoft.replay.live import catch_up
+    from zoft.run import selection
+    from zoft.signals import Stopped
+
+    config, t, world = s.config, s.tracker, distributed.current()
+    known, past = world.told(lambda: before(s.folder))
+    evals: dict[int, dict[str, Any]] = dict(known)
+
+    def scored(step: int) -> dict[str, Any]:
+        return world.told(
+            lambda: selection.score(config, evals, step, evaluate, dev)
+        )  # by rank 0; the others wait
+
+    if 0 not in evals:
+        evals[0] = scored(0)
+        t.evaluation(0, evals[0])
+    if line := selection.note(config, evals):
+        t.note(line)
+    selection.check_metric(config, evals[0])
+    log = Log(s.ledger.header, s.ledger.records, s.ledger.events)  # the ledger's own lists: they grow
+    catch_up(trainer, s.folder, config, log, t.note)
+    watch = guards.Watch(config, trainer.axis.trained, steps_of(s.ledger, config))
+    cores = guards.cores(config, world.size)
+    folder = Presence(s.ledger, {"config.yaml": compose.to_yaml(config)})
+
+    def on_step(metrics: dict[str, Any]) -> None:
+        seconds = past + time.monotonic() - began - paused
+        lines = watch.see(metrics) + cores.step()
+        t.step(metrics.pop("step"), **metrics, seconds=round(seconds, 3))
+        for line in lines:
+            t.note(line)
+        if world.rank == 0:
+            folder.look()
+        if trainer.settings.probes_per_forward != s.config.probes_per_forward:  # a batch could not be stacked
+            s.config = dataclasses.replace(s.config, probes_per_forward=trainer.settings.probes_per_forward)
+            if world.rank == 0:  # on resume, too, for the same bits
+                write(s.folder / "config.yaml", compose.to_yaml(as_begun(s)))
+        if world.size == 1:  # else all stop after the same step, by trainer.halted
+            s.stop.check()
+
+    def at_stop(step: int) -> None:
+        s.ledger.sync()  # nothing durable is ever ahead of the ledger
+        noted = {e.kind for e in s.ledger.events if e.step == step}  # a run that stopped here has done these
+        for what in due(config, step):
+            if what == "denoise" and what not in noted:
+                s.ledger.note(Event("denoise", step))  # first, as with steps: from here on it is a fact
+                t.note(tensors.denoise(s.folder, config, log, step, trainer.axis.trained))
+            elif what == "eval" and step not in evals:
+                evals[step] = scored(step)
+                t.evaluation(step, evals[step])
+            elif what == "snapshot" and what not in noted and world.rank:
+                s.ledger.note(Event("snapshot", step))
+            elif what == "snapshot" and what not in noted:
+                t.note(snapshot.take(s.folder, s.ledger, trainer.axis.trained))
+                selection.prune(s.folder, config, s.ledger.events, evals)
+        if {"snapshot", "denoise"} & {*due(config, step)}:
+            world.told(lambda: None)  # however long it takes: a wait for losses has an end
+
+    world.check(trainer.next, trainer.axis.trained)
+    at_stop(trainer.next)
+    began, paused = time.monotonic(), 0.0
+    cores.paused()
+    while trainer.next < config.steps and not selection.stops(config, evals):
+        with s.stop.finishing():
+            trainer.run(on_step, until=next_stop(config, trainer.next, world.size))
+        if trainer.halted:
+            raise Stopped(0, str(s.folder))
+        pause = time.monotonic()
+        if trainer.next == config.steps or (config.check_every and not trainer.next % config.check_every):
+            world.check(trainer.next, trainer.axis.trained)
+        if due(config, trainer.next):
+            at_stop(trainer.next)
+        paused += time.monotonic() - pause
+        t.paused()
+        cores.paused()
+    trainer.end()
+    seconds = past + time.monotonic() - began - paused
+    several: dict[str, Any] = {"processes": world.size, "wire_bytes": world.sent} if world.size > 1 else {}
+    last = trainer.next
+    if not selection.tested(evals[last]):  # an early end, judged on the dev set so far
+        evals[last] = {**world.told(evaluate), **evals[last]}
+        t.evaluation(last, evals[last])
+    chosen = selection.best(config, evals) if config.save_best else last
+    if not selection.tested(evals[chosen]):
+        back = world.told(
+            lambda: selection.look_back(config, s.folder, chosen, trainer.axis.trained, evaluate)
+        )
+        evals[chosen] = {**back, **evals[chosen]}
+    if last < config.steps:
+        several["stopped_early"] = True
+        t.note(
+            f"early_stop={config.early_stop}: nothing better than at step {selection.best(config, evals)}; stopped"
+        )
+    if config.save_best:
+        several |= {"best_step": chosen, "last": evals[last]}
+    return {
+        **several,
+        "steps": last,
+        "skipped": sum(r.skipped for r in s.ledger.records),
+        "forwards": last * forwards_per_step(config),
+        "train_seconds": round(seconds, 3),
+        "peak_memory_gb": round(console.peak_memory_gb(config.device), 2),
+        "before": evals[0],
+        "after": evals[chosen],
+    }
+
+
+def before(folder: Path) -> tuple[list[tuple[int, dict[str, Any]]], float]:
+    """Of a run's metrics.jsonl: its evaluations with their steps, and the seconds that training took so far."""
+    seen = logged(folder / "metrics.jsonl")
+    past = next((row["seconds"] for row in reversed(seen) if "seconds" in row), 0.0)
+    return [(row["step"], row["eval"]) for row in seen if "eval" in row], past
+
+
+def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> dict[str, Any]:
+    """Save the model and, last of all, result.json: its presence says that the run is complete. Rank 0 alone does."""
+    from zoft.parallel import world as distributed
+
+    if distributed.current().rank:
+        return result
+    Presence(s.ledger, {"config.yaml": compose.to_yaml(s.config)}).look(now=True)
+    if s.config.save_model:
+        out, best = s.folder / saved_model.folder_name(s.config), result.get("best_step", s.config.steps)
+        if best == s.config.steps:
+            saved_model.save(s.config, model, tokenizer, out, result)
+        else:
+            from zoft.run import selection
+
+            s.ledger.sync()
+            selection.save(s.config, s.folder, out, best)
+    result = {**result, "output_dir": str(s.folder)}
+    write(s.folder / "result.json", json.dumps(result, indent=2) + "\n")
+    return result

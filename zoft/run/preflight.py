@@ -1,0 +1,152 @@
+"""Before a run, while nothing heavy has loaded: what cannot work is refused, and paths and steps of its config are settled."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+from zoft.config.schema import GENERATED, Config
+from zoft.errors import UserError
+from zoft.folder import ASKED, refuse_unwritable
+from zoft.method import configured
+from zoft.method.estimators.named import forwards_per_step
+from zoft.method.recipes import is_page
+from zoft.parallel import launch
+from zoft.run import tracker
+
+OURS = (
+    "config.yaml",
+    "ledger",
+    "metrics.jsonl",
+    "result.json",
+    ASKED,
+    "env.json",
+    "model",
+    "adapter",
+    "start.safetensors",
+    "snapshots",
+)
+
+# What drivers make in /dev: NVIDIA's, WSL's, Jetson's, AMD's.
+DRIVERS = ("nvidiactl", "nvidia0", "dxg", "nvmap", "nvhost-gpu", "kfd")
+
+
+def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None:
+    """Raise UserError for what can be seen before anything heavy loads."""
+    from zoft.data import tasks
+    from zoft.models import checkpoint, load
+
+    tracker.require(config.track)
+    devices(config)
+    if resume is None and not dry_run:
+        claim(Path(str(config.output_dir)))
+    if resume and (Path(resume) / "ledger").exists():  # damage shows before weights load
+        from zoft.ledger import check, log
+
+        check.sound(resume, log.read(Path(resume) / "ledger"))
+    load.check(source := load.resolve(config.model))
+    blocks, last = load.blocks(source), re.fullmatch(r"last-(\d+)", config.train)
+    if blocks and last and int(last[1]) > blocks:
+        raise UserError(f"train={config.train}: the model has {blocks} blocks; use last-1 to last-{blocks}")
+    if config.adapter:
+        checkpoint.adapter(config.adapter, Path(config.adapter).expanduser())
+    tasks.look(config.task)
+
+
+def claim(folder: Path) -> None:
+    """Refuse a folder that holds a run, or files that a run would overwrite."""
+    refuse_unwritable("output_dir", folder)
+    if (folder / "ledger").exists():
+        raise UserError(
+            f"output_dir={folder}: it holds a run; continue it with `zoft train --resume {folder}`, "
+            "or choose another name with output_dir=…"
+        )
+    taken = [name for name in OURS if (folder / name).exists()]
+    if taken:
+        held = "a baseline" if ASKED in taken else taken[0]
+        raise UserError(f"output_dir={folder}: {held} is in the way; choose another name with output_dir=…")
+
+
+def devices(config: Config) -> None:
+    """Refuse CUDA where no driver has left its file in /dev; whatever is subtler shows once torch is there."""
+    if config.device.startswith("cuda") and sys.platform.startswith("linux"):
+        if not any(Path("/dev", name).exists() for name in DRIVERS):
+            raise UserError(f"device={config.device}: no CUDA devices here; use device=cpu or device=auto")
+
+
+def rewarded(config: Config, resume: str | Path | None, *, must: bool = True) -> None:
+    """Refuse a reward that is not there, and to train on one (must) that is not named on the command line."""
+    if must and config.objective == "reward" and config.reward is None:
+        if resume:
+            raise configured.again(resume)
+        raise UserError("objective=reward: name the function: --reward my_reward.py:score")
+    if config.reward is not None:
+        from zoft.objectives import reward as rewards
+
+        rewards.look(config.reward)
+
+
+def within(config: Config) -> Config:
+    """The config with as many steps as `max_forwards` allows. Raises UserError if it allows none."""
+    if config.max_forwards is None:
+        return config
+    each = forwards_per_step(config)
+    steps = min(config.steps, config.max_forwards // each)
+    if not steps:
+        raise UserError(
+            f"max_forwards={config.max_forwards}: a step takes {each}; allow more, or lower q or batch_size"
+        )
+    if steps < config.steps:
+        print(f"max_forwards={config.max_forwards}: {steps} steps of {each} forwards", file=sys.stderr)
+    for name in ("warmup", "snapshot_every"):
+        if getattr(config, name) > steps:
+            raise UserError(
+                f"{name}={getattr(config, name):g}: more than the {steps} steps that max_forwards allows"
+            )
+    return dataclasses.replace(config, steps=steps)
+
+
+def absolute(config: Config) -> Config:
+    """Paths made absolute, so that a run resumes from any folder."""
+
+    def fixed(text: str | None) -> str | None:
+        return str(Path(text).expanduser().resolve()) if text and Path(text).expanduser().exists() else text
+
+    from zoft.models.load import PACKAGED
+
+    task = dataclasses.replace(config.task, train=fixed(config.task.train), eval=fixed(config.task.eval))
+    model = config.model if config.model in PACKAGED else str(fixed(config.model))
+    reward = config.reward
+    if reward is not None:
+        place, _, function = reward.rpartition(":")
+        reward = f"{fixed(place)}:{function}"
+    recipe = str(fixed(config.recipe)) if is_page(config.recipe) else config.recipe
+    return dataclasses.replace(
+        config, recipe=recipe, model=model, adapter=fixed(config.adapter), task=task, reward=reward
+    )
+
+
+def check_elastic(config: Config) -> None:
+    """Raise UserError for what elastic=true cannot have."""
+    if launch.place()[1] > 1:
+        raise UserError(
+            "elastic=true: torchrun starts all again where one dies; use `zoft train --nproc N` and `zoft join`"
+        )
+    if config.perturb == "inplace":
+        raise UserError("elastic=true: perturb=inplace moves weights as it probes; use perturb=probes")
+    if config.objective in GENERATED:
+        raise UserError(
+            f"elastic=true: objective={config.objective} scores texts; use `zoft train --nproc N`"
+        )
+    if config.denoise_every:
+        raise UserError(f"elastic=true: denoise_every={config.denoise_every} rebuilds weights; leave it out")
+    if config.probes_per_forward not in ("auto", 1):
+        raise UserError(
+            f"elastic=true: probes_per_forward={config.probes_per_forward}: a pair is one probe; leave it out"
+        )
+    if config.parallel != "auto":
+        raise UserError(
+            f"elastic=true: parallel={config.parallel}: pairs of probe and batch are dealt out; leave it out"
+        )

@@ -1,0 +1,186 @@
+"""Open a run: its folder with config.yaml, its ledger, which must agree with what goes on, and where metrics go."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoft.config import compose
+from zoft.config.schema import Config
+from zoft.errors import UserError, writing
+from zoft.folder import write
+from zoft.run import tracker as tracking
+from zoft.run.preflight import claim
+from zoft.signals import Stop, listening
+from zoft.yaml_files import yaml_tree
+
+if TYPE_CHECKING:
+    from zoft.ledger.log import Ledger
+
+LOOK_SECONDS = 1.0  # between looks whether the folder is still there
+
+# What another number of processes resolves anew where it was `auto`: no weight depends on it beyond rounding.
+ELSEWHERE = ("threads", "hold_probe")
+
+
+@dataclass
+class Session:
+    """An open run: its folder, its ledger, and where its metrics go."""
+
+    folder: Path
+    ledger: Ledger
+    tracker: tracking.Tracker
+    config: Config
+    stop: Stop
+
+
+@contextmanager
+def session(config: Config, header: Mapping[str, Any], resume: str | Path | None) -> Iterator[Session]:
+    """Make or reopen a run's folder and ledger; everything is closed at the end.
+
+    config: with nothing `auto` left; a new run's config.yaml keeps it. header: of the ledger; a resumed run's
+    must agree with it. Raises UserError for another base, another plan, or a damaged ledger; Stopped on a signal.
+    """
+    from zoft.env import environment
+    from zoft.ledger.log import Ledger
+    from zoft.parallel import world as distributed
+    from zoft.train.header import agree
+
+    world = distributed.current()
+    folder, first = Path(resume or str(config.output_dir)), world.rank == 0
+    if not first:
+        ledger = world.ledger(None)
+    elif resume and (folder / "ledger").exists():
+        ledger = Ledger.open(folder / "ledger", sync=config.sync)
+    else:
+        if resume is None:  # another run may have begun there while the model was loading
+            claim(folder)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write(folder / "config.yaml", compose.to_yaml(config))
+        place = {"processes": world.size, "auto": world.auto}
+        write(folder / "env.json", json.dumps(environment() | place, indent=2) + "\n")
+        ledger = Ledger.create(folder / "ledger", dict(header), sync=config.sync)
+    with kept(ledger), ledger, listening(str(folder)) as stop:
+        if first:
+            world.ledger(ledger)
+        world.stop = stop
+        agree(ledger.header, header, folder)
+        with tracking.Tracker(
+            folder if first else None, config.steps, track=config.track, config=dataclasses.asdict(config),
+            resume_step=ledger.last_step + 1, known=steps_of(ledger, config), device=config.device,
+        ) as tracker:  # fmt: skip
+            try:
+                yield Session(folder, ledger, tracker, config, stop)
+            finally:  # steps that were under way when something stopped the run; what does not fit, a resume fills in
+                with suppress(UserError):
+                    tracker.fill(steps_of(ledger, config))
+
+
+def steps_of(ledger: Ledger, config: Config) -> list[dict[str, Any]]:
+    """The metrics of the steps that a ledger has."""
+    from zoft.method.estimators.named import estimator_of
+    from zoft.train.trainer import metrics_of
+
+    probes = estimator_of(config).probes(config.q, config.eps)
+    return [metrics_of(record, probes) for record in ledger.records]
+
+
+def resolved_anew(config: Config, resume: str | Path | None) -> Config:
+    """Of a resumed run, what was `auto` and decides no weight is `auto` again where another number of processes goes on:
+    each has its share of this machine. What config.yaml was given by hand since stays."""
+    from zoft.parallel import world as distributed
+
+    world = distributed.current()
+    path = Path(resume or "") / "env.json"
+
+    def began() -> dict[str, Any]:
+        with suppress(OSError, ValueError, RecursionError):
+            found = json.loads(path.read_bytes())
+            if isinstance(found, dict) and isinstance(found.get("auto"), dict):
+                return found
+        return {}
+
+    found = world.told(began) if resume else {}
+    if found.get("processes", world.size) == world.size:
+        return config
+    now: dict[str, Any] = {
+        k: "auto" for k in ELSEWHERE if k in found["auto"] and found["auto"][k] == getattr(config, k)
+    }
+    return dataclasses.replace(config, **now)
+
+
+def as_begun(s: Session) -> Config:
+    """A run's config with those keys as its config.yaml has them that another number of processes resolves for itself."""
+    path = s.folder / "config.yaml"
+    tree = yaml_tree(path) if path.is_file() else {}
+    return dataclasses.replace(s.config, **{k: tree[k] for k in ELSEWHERE if k in tree})
+
+
+class Presence:
+    """Looks now and then whether a run's ledger is still at its path: an open file hides that it was deleted.
+
+    files: name -> text of what a run's folder needs beside the ledger (config.yaml).
+    """
+
+    def __init__(self, ledger: Ledger, files: Mapping[str, str]) -> None:
+        self.ledger, self.files, self.looked = ledger, dict(files), time.monotonic()
+
+    def look(self, now: bool = False) -> None:
+        """Raise UserError if the folder was moved or deleted; a deleted ledger is put back first."""
+        if not now and time.monotonic() - self.looked < LOOK_SECONDS:
+            return
+        self.looked = time.monotonic()
+        path, fd = self.ledger.path, self.ledger.fileno()
+        mine = os.fstat(fd)
+        with suppress(OSError):
+            if os.path.samestat(os.stat(path), mine):
+                return
+        steps = f"its {len(self.ledger.records)} steps"
+        if mine.st_nlink:
+            raise UserError(
+                f"{path.parent}: the run's folder was moved while the run went on; {steps} went with it: "
+                "`zoft train --resume` it where it is now"
+            )
+        data = os.pread(fd, mine.st_size, 0)
+        try:
+            place = self._put_back(path.parent, data)
+        except UserError:
+            place = self._put_back(Path(tempfile.mkdtemp(prefix="zoft-")), data)
+        raise UserError(
+            f"{path.parent}: the run's folder was deleted while the run went on; {steps} are put back: "
+            f"`zoft train --resume {place}`"
+        )
+
+    def _put_back(self, folder: Path, data: bytes) -> Path:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        for name, text in self.files.items():
+            if not (folder / name).exists():
+                write(folder / name, text)
+        if os.path.lexists(folder / "ledger"):
+            raise UserError(f"{folder}: another run's ledger is there")
+        write(folder / "ledger", data)
+        return folder
+
+
+@contextmanager
+def kept(ledger: Ledger) -> Iterator[None]:
+    """Adds to a failed write of a run what becomes of its steps, and how to go on."""
+    try:
+        yield
+    except UserError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        raise UserError(
+            f"{error}; the {len(ledger.records)} steps so far are kept: "
+            f"put that right, then `zoft train --resume {ledger.path.parent}`"
+        ) from error.__cause__

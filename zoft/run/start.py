@@ -1,0 +1,92 @@
+"""Start a run: what is refused before anything loads, the parts of the run, and its loop from there."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoft import env
+from zoft.config.schema import Config
+from zoft.errors import UserError
+from zoft.folder import ASKED, alone
+from zoft.parallel import launch
+from zoft.replay import saved_model
+from zoft.run import guards
+from zoft.run.preflight import absolute, check_elastic, claim, first_look, rewarded, within
+from zoft.run.session import resolved_anew
+from zoft.signals import listening
+
+if TYPE_CHECKING:
+    from zoft.data.example import Example
+
+
+def train_run(config: Config, *, resume: str | Path | None = None, dry_run: bool = False) -> dict[str, Any]:
+    """Run a config's recipe: a new run in config.output_dir, or the rest of the run in `resume`.
+
+    Returns result.json's content. Raises UserError before anything heavy where a mistake shows early.
+    """
+    if resume and (Path(resume) / "result.json").exists():
+        found = saved_model.outcome(Path(resume))
+        print(f"{resume}: this run is finished; its result follows", file=sys.stderr)
+        return found
+    if resume and (Path(resume) / ASKED).exists():
+        raise UserError(
+            f"{resume}: a baseline, which is not resumed; delete it and start `zoft baseline` again"
+        )
+    rewarded(config, resume)
+    folder = str(resume or config.output_dir)
+    if config.elastic:
+        check_elastic(config)
+        config = dataclasses.replace(
+            config, probes_per_forward=1
+        )  # a pair of a probe and a batch is a forward
+    elif config.listen != "127.0.0.1:0":
+        raise UserError(f"listen={config.listen}: is for elastic=true; leave it out")
+    writes = launch.place()[0] == 0  # of several processes, one does
+    if writes and resume is None and not dry_run:
+        claim(Path(folder))
+    mine = alone(Path(folder), resume is None) if writes and not dry_run else nullcontext()
+    # A signal that comes while things load says "resume me", too.
+    with listening(folder), guards.memory(config), mine:
+        if writes:
+            first_look(config, resume, dry_run)
+            if line := env.untested():
+                print(line, file=sys.stderr)
+        from zoft.parallel import world
+
+        with world.joined(config, folder):
+            return _trained(within(absolute(resolved_anew(config, resume))), resume, dry_run)
+
+
+def _trained(config: Config, resume: str | Path | None, dry_run: bool) -> dict[str, Any]:
+    """Assemble a run and train it to its end; returns result.json's content, or the plan of a dry run."""
+    from zoft.data import tasks
+    from zoft.evaluation.evaluate import evaluate
+    from zoft.objectives.text import writer
+    from zoft.run.loop import finish, fit
+    from zoft.run.session import session
+    from zoft.train import build, header
+    from zoft.train.assemble import assemble
+
+    parts = assemble(config, resume)
+    config, objective, axis = parts.config, parts.objective, parts.axis
+    if dry_run:
+        return build.plan(parts)
+    write = None if objective.texts else writer(config, parts.model, parts.tokenizer, axis.clean)
+
+    def score(examples: list[Example], rows: list[dict[str, Any]]) -> dict[str, Any]:
+        found = evaluate(parts.model, examples, parts.train, context=axis.clean, write=write)
+        return {**found, **objective.evaluate(parts.model, axis.clean, rows)}
+
+    data, dev = parts.data, parts.dev
+    test = partial(score, parts.held_out, tasks.subset(data.eval, config.eval_limit))
+    choose = partial(score, dev, data.dev) if dev and data.dev else None
+    with session(config, parts.header, resume) as s:
+        header.keep(config, parts.trained, s.folder)
+        objective.watched(s.ledger.header, s.tracker)
+        result = fit(build.trainer(parts, s.ledger), s, test, choose)
+        return finish(s, parts.model, parts.tokenizer, result)

@@ -1,0 +1,70 @@
+"""`zoft sweep --cancel`: mark jobs as cancelled on the disk, and stop those that run or wait."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from zoft.errors import UserError, writing
+from zoft.sweep import job, plan
+
+
+def cancel(root: str | Path, which: Sequence[str]) -> str:
+    """Cancel a whole sweep, which its command takes up again, or the jobs named, which it leaves out from then on.
+
+    which: names of jobs, or their hashes. A running job ends its step and can be resumed. Returns a line about it.
+    """
+    root = Path(root)
+    known = list(plan.read(root)["jobs"])
+    names = []
+    for word in which:
+        found = [n for n in known if n in (word, Path(word).name) or n.endswith(f"-{word}")]
+        if len(found) != 1:
+            raise UserError(
+                f"--cancel {root}: {word} is no job of it; `zoft sweep --status {root}` lists them"
+            )
+        if job.state(root / found[0]) == "done":
+            raise UserError(f"--cancel {root}: {word} is done")
+        names += found
+    for path in [root / n for n in names] or [root]:
+        with writing(path / "cancelled"):
+            (path / "cancelled").touch()
+    chosen = names or [n for n in known if job.state(root / n) != "done"]
+    elsewhere = _stop(root, chosen)
+    if (root / "slurm.json").exists():
+        from zoft.sweep import slurm
+
+        slurm.cancel(root, chosen)
+    text = f"{root}: {len(chosen)} jobs cancelled"
+    return text + (
+        f"; still running on {', '.join(elsewhere)}, until their parent looks" if elsewhere else ""
+    )
+
+
+def _stop(root: Path, names: Sequence[str]) -> list[str]:
+    """Signal local jobs that no parent looks after (a parent sees the mark itself); the hosts of those out of reach."""
+    hosts = []
+    for name in names:
+        record = job.record(root / name)
+        if "slurm" in record or job.state(root / name) != "running":
+            continue
+        if job.held(root) and not _orphaned(record.get("pid")):
+            continue
+        if record.get("host") != socket.gethostname():
+            hosts.append(str(record.get("host")))
+        elif isinstance(record.get("pid"), int):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(record["pid"], signal.SIGTERM)
+    return sorted(set(hosts))
+
+
+def _orphaned(pid: object) -> bool:
+    """Whether the process that started this one is gone: init has it then. Linux."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1] == "1"
+    except (OSError, IndexError):
+        return False

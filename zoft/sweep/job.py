@@ -1,0 +1,186 @@
+"""One job of a sweep, as its folder tells: what state it is in, who runs it, how it is started and how it ended.
+
+A job is a run's folder whose config.yaml is there before the run: `zoft train --resume FOLDER` begins it, or goes on
+where it stopped. Beside a run's own files: job.json (attempts, where, how the last one ended), job.log (all that it
+printed), .lock (held by the process that runs it), cancelled (a file: leave it alone).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zoft.errors import writing
+from zoft.folder import write
+from zoft.signals import RESUME
+
+# done: has a result; running: its lock is held; stopped: began and may go on; pending: never began.
+STATES = ("done", "running", "stopped", "failed", "cancelled", "pending")
+TAIL_BYTES = 1 << 14
+
+
+def state(folder: Path) -> str:
+    """One of STATES, from the disk alone."""
+    if (folder / "result.json").exists():
+        return "done"
+    if held(folder):
+        return "running"
+    if (folder / "cancelled").exists():
+        return "cancelled"
+    found = record(folder)
+    if found.get("code") not in (None, 0, RESUME) and not found.get("signalled"):
+        return "failed"
+    return "stopped" if found or (folder / "ledger").exists() else "pending"
+
+
+def record(folder: Path) -> dict[str, Any]:
+    """job.json's content: {attempts, started, host, pid, slurm} and, once it ended, {ended, code, error, signalled}."""
+    try:
+        found = json.loads((folder / "job.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def held(folder: Path) -> bool:
+    """Whether a process holds the lock of a job, or of a sweep."""
+    try:
+        fd = os.open(folder / ".lock", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks: the ledger refuses two writers where it can
+        return False
+    finally:
+        os.close(fd)
+    return False
+
+
+def hold(folder: Path) -> int | None:
+    """Take the lock: an open file that keeps it until the last process that has it is gone; None: another has it."""
+    with writing(folder / ".lock"):
+        fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    for _ in range(5):  # who only looks holds it for a moment, too
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except BlockingIOError:
+            time.sleep(0.05)
+        except OSError:
+            return fd
+    os.close(fd)
+    return None
+
+
+def command(*arguments: str) -> list[str]:
+    """`zoft` with these arguments, in this Python and of this source tree, whatever folder it is started in."""
+    code = "import sys; sys.path[0] = sys.argv.pop(1); from zoft.cli import main; main()"
+    return [sys.executable, "-c", code, str(Path(__file__).resolve().parents[2]), *arguments]
+
+
+def start(
+    folder: Path,
+    *,
+    env: Mapping[str, str] | None = None,
+    extra: Sequence[str] = (),
+    die_with_me: bool = False,
+    **facts: Any,
+) -> subprocess.Popen[bytes] | None:
+    """Begin a job, or go on with it, in a process of its own; None where another process runs it.
+
+    env: variables besides this process's. extra: arguments of `zoft train`. die_with_me: SIGKILL to this process is
+    one to the job. facts: more for job.json. The job holds the lock, so that it is kept if this process dies.
+    """
+    lock = hold(folder)
+    if lock is None:
+        return None
+    try:
+        facts = {"attempts": record(folder).get("attempts", 0) + 1, "started": time.time(), **facts}
+        facts = {k: v for k, v in facts.items() if v != ""} | {
+            "host": socket.gethostname(),
+            "steps": steps(folder),
+        }
+        write(folder / "job.json", json.dumps(facts))
+        with writing(folder / "job.log"), (folder / "job.log").open("ab") as log:
+            process = subprocess.Popen(
+                command("train", "--resume", str(folder), *extra),
+                env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                pass_fds=[lock], start_new_session=True, preexec_fn=_die_with_parent if die_with_me else None,
+            )  # fmt: skip
+        write(folder / "job.json", json.dumps({**facts, "pid": process.pid}))
+        return process
+    finally:
+        os.close(lock)
+
+
+def _die_with_parent() -> None:
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, Linux
+
+
+def ended(folder: Path, code: int, *, signalled: bool = False) -> None:
+    """Write down how a job's process ended. signalled: it was told to stop, so that it did not fail."""
+    facts = record(folder) | {"ended": time.time(), "code": code, "signalled": signalled}
+    if code not in (0, RESUME):
+        facts["error"] = last_error(folder, code)
+    write(folder / "job.json", json.dumps(facts))
+
+
+def last_error(folder: Path, code: int) -> str:
+    """The line that says why a job failed."""
+    if code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+        return f"killed by {name}" + (", out of memory perhaps" if -code == signal.SIGKILL else "")
+    lines = [line.strip() for line in re.split(r"[\r\n]+", tail(folder / "job.log").decode(errors="replace"))]
+    lines = [line for line in lines if line]
+    said = [line for line in lines if line.startswith("error: ")] if code == 2 else []
+    return ((said or lines or [f"exit code {code}"])[-1]).removeprefix("error: ")
+
+
+def tail(path: Path) -> bytes:
+    """The last TAIL_BYTES of a file; nothing where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+            return file.read()
+    except OSError:
+        return b""
+
+
+def progress(folder: Path) -> dict[str, Any]:
+    """The last step's line of a job's metrics.jsonl, {} before the first."""
+    for line in reversed(tail(folder / "metrics.jsonl").splitlines()):
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and "loss" in row and isinstance(row.get("step"), int):
+                return row
+    return {}
+
+
+def steps(folder: Path) -> int:
+    """Steps done so far, as metrics.jsonl has them."""
+    return progress(folder).get("step", -1) + 1
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """result.json's content, {} where there is none, or none that can be read."""
+    try:
+        found = json.loads((folder / "result.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("after"), dict) else {}

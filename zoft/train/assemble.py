@@ -1,0 +1,116 @@
+"""Assemble a run from its config: data, model, trained space, axis and objective, with nothing left `auto`.
+
+Whoever trains, joins a run or rebuilds one starts here. After `assemble` nobody rewrites the config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from zoft.config.schema import Config
+from zoft.data import tasks
+from zoft.data.example import Example
+from zoft.data.tasks import TaskData
+from zoft.evaluation.best_by import refuse_best_by
+from zoft.method import recipes, space
+from zoft.method.method import Method
+from zoft.method.space import Trained
+from zoft.objectives import objectives
+from zoft.objectives.objectives import Goal
+from zoft.probe.axis import ProbeAxis
+from zoft.probe.inplace import InPlace
+from zoft.train import axis as setup_axis
+from zoft.train import header as headers
+from zoft.train import parts
+from zoft.train.header import agree
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of.
+
+    config: resolved. trained: the tensors that are really trained. header: of the ledger. train, held_out, dev: rows as
+    token ids, scored: the training rows as the objective scores them.
+    """
+
+    config: Config
+    method: Method
+    data: TaskData
+    model: nn.Module
+    tokenizer: Any
+    objective: Goal
+    train: list[Example]
+    held_out: list[Example]
+    dev: list[Example] | None
+    scored: list[Example]
+    trained: list[Trained]
+    axis: ProbeAxis | InPlace
+    header: dict[str, Any]
+
+
+def assemble(config: Config, folder: str | Path | None = None) -> Parts:
+    """Build all parts of a run and resolve every key that is `auto`, on the way and only here.
+
+    config: checked. folder: of a run that goes on. Raises UserError for a mistake, one in the data before weights load.
+    """
+    method = recipes.method_of(config.recipe)
+    config = parts.device(config)
+    data = tasks.load(config.task)
+    config, reward = objectives.resolve(config, data), objectives.reward(config)
+    refuse_best_by(config, data)
+    parts.refuse_pattern(config, method)
+    model, tokenizer, base = parts.model(config, folder)
+    train, held_out = parts.examples(config, tokenizer, data)
+    objective = objectives.make(config, data, tokenizer, reward)
+    scored = objective.examples(train)
+
+    # The space, then the axis: which tensors are trained, in which precision, and how the model runs at θ + s·z.
+    names = space.train_names(model, config.train)
+    config = parts.dtypes(config, model, names)
+    config, trained, axis = setup_axis.make(config, model, space.adopt(model, names), scored)
+    header = headers.of(config, base, trained, train) | objective.header()
+    if method.digest:
+        header["page"] = method.digest
+    return Parts(
+        config=config, method=method, data=data, model=model, tokenizer=tokenizer, objective=objective, train=train,
+        held_out=held_out, dev=parts.dev_examples(config, tokenizer, data), scored=scored, trained=trained, axis=axis,
+        header=header,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """What a run's weights are rebuilt with: no data, and an axis that only applies updates."""
+
+    config: Config
+    model: nn.Module
+    tokenizer: Any
+    axis: ProbeAxis | InPlace
+
+
+def assemble_again(config: Config, folder: Path, header: Mapping[str, Any]) -> Rebuilt:
+    """Build the model of the run in `folder` at its base, trained tensors in the precision that its ledger names.
+
+    config: under the ledger's plan. Raises UserError for another base.
+    """
+    from zoft.models.adapters import attach
+
+    agree(header, page_of(config), folder)
+    model, tokenizer, found = parts.model(config, folder)
+    agree(header, {"base": found}, folder)
+    names: Sequence[str] = list(header["trained"])
+    config, trained, axis = setup_axis.placed(config, model, space.adopt(model, list(names)))
+    if "adapter" in header and config.storage == header["storage"]:
+        agree(header, {"adapter": attach.fingerprint(trained)}, folder)
+    return Rebuilt(config, model, tokenizer, axis)
+
+
+def page_of(config: Config) -> dict[str, str]:
+    """Return what a ledger's header says of a recipe's page that is the user's own."""
+    digest = recipes.method_of(config.recipe).digest
+    return {"page": digest} if digest else {}

@@ -1,0 +1,137 @@
+"""What a ledger's header says of a run: what replay needs beside the base, and how the run was made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zoft import __version__
+from zoft.config.digest import LATER, changed, digests
+from zoft.config.schema import ADAPTERS, Config
+from zoft.data.example import Example
+from zoft.errors import UserError
+from zoft.method import space
+from zoft.method.estimators.named import ESTIMATORS, estimator_of
+from zoft.method.rules import RULES, rule_of
+from zoft.method.space import Trained
+from zoft.models.adapters import attach
+from zoft.noise import spec
+
+# What it means where a resumed run's ledger says something else.
+DIFFERS = {
+    "base": "starts from other weights ({found}) than this model has ({value})",
+    "data": "was begun on other training data: put back what was changed there",
+    "rows": "was begun on rows with other columns or answers: put back what was changed there",
+    "noise_version": "has noise of version {found}, this zoft makes version {value}: use the zoft that wrote it",
+    "page": "was begun with another text of its recipe ({found}) than that file has now ({value}): put back what it was",
+    "adapter": "starts from an adapter ({found}) that is not made here ({value}): put back start.safetensors",
+}
+
+# What a ledger's header says of the run, beside the base and the trained tensors.
+PLAN = (
+    "seed",
+    "noise",
+    "momentum",
+    "eps",
+    "q",
+    "storage",
+    "compute",
+    "perturb",
+    "mask",
+    "sparsity",
+    "eps_mode",
+)
+# What it says for people, of how the run began; another machine may go on with it otherwise.
+MADE = ("recipe", "train", "steps", "lr", "schedule", "warmup", "clip", "meazo", "weight_decay", "batch_size", "accumulate",
+        "device", "threads", "probes_per_forward", "cache_frozen")  # fmt: skip
+
+
+def of(
+    config: Config, base: str, trained: Sequence[Trained], train: Sequence[Example] = ()
+) -> dict[str, Any]:
+    """The ledger's header: what the run is, all that replay needs beside the base, and how the run was made."""
+    tensors = {t.name: [t.id, list(t.stored.shape), short(t.stored.dtype)] for t in trained}
+    known = {k: getattr(config, k) for k in PLAN}
+    if (name := estimator_of(config).name) not in LATER["estimator"]:
+        known["estimator"] = name
+    if rule := rule_of(config):
+        known["update"] = rule.name
+    if config.train in ADAPTERS:
+        known["adapter"] = attach.fingerprint(trained)
+    found: dict[str, Any] = {
+        "zoft": __version__,
+        "noise_version": spec.VERSION,
+        "base": base,
+        "config": digests(config),
+    }
+    if train:
+        found["data"] = data_digest(train)
+    floors = {t.name: t.floor for t in trained if t.floor is not None}
+    found |= {"floors": floors} if floors else {}
+    return {**found, **known, "trained": tensors, "plan": {k: getattr(config, k) for k in MADE}}
+
+
+def short(dtype: torch.dtype) -> str:
+    """The name that config and ledger have for a dtype."""
+    return next(name for name, d in space.DTYPES.items() if d == dtype)
+
+
+def data_digest(train: Sequence[Example]) -> str:
+    """A hash of the training examples' tokens, in their order."""
+    h = hashlib.blake2b(digest_size=16)
+    for e in train:
+        rest: list[Any] = [e.after] if e.masked else [e.scored] if e.scored is not None else []
+        h.update(json.dumps([e.contexts, e.completions, e.gold, *rest]).encode())
+    return f"blake2b:{h.hexdigest()}"
+
+
+def with_plan(config: Config, found: Mapping[str, Any]) -> Config:
+    """Return the config with the plan that a ledger was written under."""
+    plan = {k: found[k] for k in PLAN if k in found}
+    named = found.get("estimator", "two_sided")
+    ruled = found.get("update", "sgd")
+    # Those of a page of the user's own are `auto`: the page says which.
+    return replace(
+        config,
+        **plan,
+        estimator=named if named in ESTIMATORS else "auto",
+        update=ruled if ruled in ("sgd", *RULES) else "auto",
+    )
+
+
+def agree(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to continue or replay a ledger on anything but what it was written on."""
+    if "config" in wanted and (began := found.get("update", "sgd")) != wanted.get("update", "sgd"):
+        raise UserError(f"{folder}: its ledger was written with update={began}: put that back in config.yaml")
+    for name, value in wanted.items():
+        if name in ("zoft", "plan", "reward") or name not in found or found[name] == value:
+            continue
+        other = DIFFERS.get(name, f"was written with {name}={found[name]}, not {value}")
+        if name == "config":
+            keys = changed(found[name], value)
+            if not keys:  # a zoft that knows other keys
+                continue
+            other = f"was begun with another {', '.join(keys)} than config.yaml has now: put back what it was"
+        if name == "trained":
+            names = [n for n in {**found[name], **value} if found[name].get(n) != value.get(n)]
+            other = f"trains other tensors than this model has now, {names[0]} among them"
+        raise UserError(f"{folder}: its ledger {other.format(found=found[name], value=value)}")
+
+
+def keep(config: Config, trained: Sequence[Trained], folder: Path) -> None:
+    """Write a prefix's start beside the ledger: another machine's forward pass would round otherwise."""
+    from safetensors.torch import save_file
+
+    from zoft.parallel import world
+
+    path = folder / attach.START
+    if config.train == "prefix" and world.current().rank == 0 and not path.exists():
+        draft = path.with_name(f".{path.name}.new")
+        save_file({t.name: t.stored.detach().cpu().contiguous() for t in trained}, draft)
+        draft.replace(path)

@@ -1,0 +1,215 @@
+"""The forward-only loop that every recipe shares."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoft.errors import UserError
+from zoft.ledger.log import Ledger, Record, update_of
+from zoft.method import updates
+from zoft.method.estimators.estimator import Estimator, Probe, finite, losses_of, projected_gradient, rows_of
+from zoft.method.estimators.named import estimator_of
+from zoft.noise.spec import Update
+from zoft.objectives.losses import Batch, losses, mean
+from zoft.parallel import world
+from zoft.probe.axis import ProbeAxis
+from zoft.probe.inplace import InPlace
+from zoft.probe.rows import Unfit
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a step needs to know; lr and eps as in the papers, warmup in steps (or a share of them, below 1).
+
+    estimator: a name (estimators.named), or a value of the user's own.
+    """
+
+    seed: int
+    steps: int
+    lr: float
+    eps: float
+    q: int = 1
+    estimator: str | Estimator = "two_sided"
+    schedule: str = "constant"
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    probes_per_forward: int = 2
+    clip: float | None = None
+    meazo: float = 0.0
+    max_skipped: int = 20
+
+
+def metrics_of(record: Record, probes: Sequence[Probe]) -> dict[str, Any]:
+    """Return a step's line in metrics.jsonl: {step, loss: the mean over its probes, projected_gradient, lr, skipped}."""
+    found = losses_of(record.losses, probes)  # [P]
+    loss, slope = sum(found) / len(found), projected_gradient(record, probes)
+    return {
+        "step": record.step, "loss": loss, "projected_gradient": slope, "lr": record.lr, "skipped": record.skipped
+    }  # fmt: skip
+
+
+class Trainer:
+    """Zeroth-order training of a model from losses at an estimator's probes θ + s·z alone.
+
+    axis: how the model is run at a probe (probe.ProbeAxis or inplace.InPlace). batches(step) -> the step's
+    microbatches, all of which see the same directions. ledger: open for appending, it is the run; None only to replay.
+    forward(model, batch) -> K numbers an example, the last of them a count. value(their totals over all examples of a
+    step [P, K]) -> what is minimised [P]: an objective need be no mean of rows to see its microbatches one at a time.
+    state: the estimator's, fp64 [S]. It is changed in place, by steps that are not skipped.
+    Source: MeZO (arXiv 2305.17333), Algorithm 1 and, for q > 1, Algorithm 2 with one batch for all directions.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        axis: ProbeAxis | InPlace,
+        batches: Callable[[int], Sequence[Batch]],
+        ledger: Ledger | None,
+        settings: Settings,
+        forward: Callable[[nn.Module, Batch], tuple[torch.Tensor, ...]] = losses,
+        value: Callable[[torch.Tensor], torch.Tensor] = mean,
+    ) -> None:
+        self.model, self.axis, self.batches = model, axis, batches
+        self.ledger, self.settings = ledger, settings
+        self.forward, self.value = forward, value
+        self.next = 0  # the step to be taken
+        self.forwards = 0  # examples × probes so far
+        self.skipped_in_a_row = 0
+        self.halted = False  # a process of the run was asked to stop; all know it after the same step
+        self.estimator = estimator_of(settings)
+        self.probes = self.estimator.probes(settings.q, settings.eps)  # [P]
+        self.eps = torch.tensor(settings.eps, dtype=torch.float64)
+        self.state = torch.tensor(self.estimator.state, dtype=torch.float64)
+        self.world = world.current()
+
+    def step(self) -> dict[str, Any] | None:
+        """Update θ once, from the losses of the estimator's probes; returns the step's metrics, or None while they are on
+        their way from the device.
+
+        θ ← θ - lr·(Σ_k c_k·z_k + weight_decay·θ),  c = estimator.coefficients(losses)
+        """
+        s, t = self.settings, self.next
+        losses = self.losses_at(t, self.probes, self.batches(t))  # [P]
+        coefficients, state = self.estimate(losses)  # [q], [S]
+        lr = updates.lr_at(t, lr=s.lr, steps=s.steps, schedule=s.schedule, warmup=s.warmup)
+        ruled = self.axis.trained[0].rule is not None
+        change = updates.make_update(t, s.seed, coefficients, lr=lr, weight_decay=s.weight_decay, ruled=ruled)
+        # A multiplier may overflow fp32 where its losses do not.
+        good = finite([*losses, *change.multipliers])
+        if not good:
+            change = Update(t, s.seed, (0.0,) * s.q)
+        rows = rows_of(losses, self.probes)  # [2q]
+        metrics = self.write_down(Record(t, change.multipliers, change.decay, rows, not good, lr))
+        if good:  # the step is now a fact; the next reader of each tensor applies it
+            self.axis.commit(change)
+            self.state.copy_(state)
+        self.next = t + 1
+        return metrics
+
+    @torch.no_grad()
+    def losses_at(self, step: int, probes: Sequence[Probe], batches: Sequence[Batch]) -> list[float]:
+        """The objective at each probe [len(probes)], of the totals over all microbatches in fp64: Σ sums / Σ counts."""
+        group = self.settings.probes_per_forward
+        mine = probes[self.world.probes(len(probes))]
+        parts = []
+        for i in range(0, len(mine), group):
+            here = mine[i : i + group]
+            parts.append(reduce(torch.add, [self.sums_at(step, here, batch) for batch in batches]))
+        self.axis.settle()
+        totals = torch.cat(parts)  # [len(mine), K]
+        if self.world.size > 1:
+            totals, wishes = self.world.exchange(totals, self.settings.probes_per_forward == 1)
+            self.halted = self.halted or bool(int(wishes) & world.STOP)
+            if int(wishes) & world.ALONE:
+                self.alone(step, "so does another process of this run")
+        return self.value(totals).tolist()
+
+    def sums_at(self, step: int, probes: Sequence[Probe], batch: Batch) -> torch.Tensor:
+        """[P, K]: a batch's totals at each probe (K = 2: loss sum, count), from one forward.
+
+        A batch that cannot be stacked gets one forward a probe, and so do all that follow it.
+        """
+        if len(probes) > self.settings.probes_per_forward:
+            return torch.cat([self.sums_at(step, [p], batch) for p in probes])
+        try:
+            with self.axis.at(step, probes, batch.rows):
+                columns = self.forward(self.model, batch.repeat(len(probes)))  # K of [P·E]
+        except Unfit as error:
+            if len(probes) == 1:
+                raise
+            self.alone(step, error)
+            return self.sums_at(step, probes, batch)
+        self.forwards += batch.examples * len(probes)
+        return torch.stack(columns, -1).view(len(probes), -1, len(columns)).double().sum(1).cpu()
+
+    def alone(self, step: int, why: Unfit | str) -> None:
+        """One probe a forward from here on."""
+        if self.settings.probes_per_forward == 1:
+            return
+        print(f"step {step}: one probe a forward from here on: {why}", file=sys.stderr, flush=True)
+        self.settings = replace(self.settings, probes_per_forward=1)
+
+    def estimate(self, losses: Sequence[float]) -> tuple[list[float], torch.Tensor]:
+        """Return a step's coefficients [q] from its losses [P], and the state [S] that the estimator has after it."""
+        values = torch.tensor(losses, dtype=torch.float64, device=self.state.device)
+        coefficients, state = self.estimator.run(values, self.settings.q, self.eps, self.state)
+        return coefficients.tolist(), state
+
+    def write_down(self, record: Record) -> dict[str, Any]:
+        """Append a step to the ledger; returns its metrics. Raises UserError after too many skipped ones in a row."""
+        assert self.ledger is not None, "a step is written down"
+        self.ledger.append(record)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if record.skipped else 0
+        s = self.settings
+        if self.skipped_in_a_row >= s.max_skipped:
+            raise UserError(
+                f"lr={s.lr:g}, eps={s.eps:g}: the loss was not finite for max_skipped={s.max_skipped} steps in a row; "
+                "the weights are as before them: start again with a lower lr, or with compute=fp32"
+            )
+        return metrics_of(record, self.probes)
+
+    def run(
+        self, on_step: Callable[[dict[str, Any]], None] = lambda metrics: None, until: int | None = None
+    ) -> None:
+        """Steps until `until` (default: settings.steps); the weights are up to date on return and on exceptions."""
+        try:
+            while self.next < (self.settings.steps if until is None else until) and not self.halted:
+                metrics = self.step()
+                assert metrics is not None
+                on_step(metrics)
+        finally:
+            self.axis.flush()
+
+    def end(self) -> None:
+        """The run's last step is done."""
+
+    def skip_to(self, step: int, records: Sequence[Record]) -> None:
+        """Go on from weights that have the first `step` of these records in them already (a snapshot's)."""
+        assert self.next == 0, f"skip to {step} after {self.next} steps"
+        for record in records[:step]:
+            self.pass_by(record)
+
+    def pass_by(self, record: Record) -> None:
+        """All that a step leaves behind outside the weights."""
+        assert record.step == self.next, (record.step, self.next)
+        if self.estimator.state and not record.skipped:
+            self.state.copy_(self.estimate(losses_of(record.losses, self.probes))[1])
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if record.skipped else 0
+        self.next += 1
+
+    def replay(self, records: Sequence[Record], on_step: Callable[[int], None] = lambda step: None) -> None:
+        """Repeat the updates of a ledger's records in order: θ, momentum and counters as the run had them."""
+        for record in records:
+            self.axis.repeat_step(record.step, self.probes)
+            if not record.skipped:
+                self.axis.commit(update_of(record, self.settings.seed))
+            self.pass_by(record)
+            on_step(record.step)
+        self.axis.flush()
