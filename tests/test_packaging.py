@@ -63,13 +63,11 @@ def test_the_installed_zoft_works_from_any_folder(installed, tmp_path):
     assert "mezo/reviews" in run("ls").stdout
     assert run("cp", "mezo/reviews", "mine.yaml").returncode == 0
     assert "name: reviews" in run("validate", "--config", "mine.yaml").stdout
-    code = "import sys, zoft, zoft.method.recipes as r; r.method_of('mezo'); m = sys.modules['zoft.method.recipes.mezo']; print(zoft.__file__, m.__file__, m.__name__)"
+    code = "import sys, zoft, zoft.method.recipes as r; r.method_of('mezo'); m = sys.modules['zoft.recipes.mezo']; print(zoft.__file__, m.__file__, m.__name__)"
     env = {**os.environ, "PYTHONPATH": str(installed)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     found = done.stdout.split()
-    assert found[1:] == [str(installed / "zoft" / "recipes" / "mezo.py"), "zoft.method.recipes.mezo"], (
-        done.stderr
-    )
+    assert found[1:] == [str(installed / "zoft" / "recipes" / "mezo.py"), "zoft.recipes.mezo"], done.stderr
 
 
 @pytest.mark.slow

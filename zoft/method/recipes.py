@@ -50,7 +50,7 @@ def owners() -> dict[str, str]:
 def _packaged(name: str) -> Method:
     root = compose.packaged("recipes")
     path = next(p for p in (root / f"{name}.py", root / "experimental" / f"{name}.py") if p.is_file())
-    made = _loaded(f"zoft.method.recipes.{name}", path).METHOD
+    made = _loaded(f"zoft.recipes.{name}", path).METHOD
     assert isinstance(made, Method), (name, type(made))
     return replace(made, name=name)
 

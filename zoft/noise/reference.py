@@ -1,6 +1,6 @@
 """The specification's words, roundings and masks as plain torch operations: slow, right, on any device.
 
-What applies an update rule that no kernel has (`advance`), a chunk of a tensor at a time. tests/test_rules.py
+What applies an update rule that no kernel has (`advance`), a chunk of a tensor at a time. tests/method/test_rules.py
 compares it with the kernels, bit for bit.
 """
 

@@ -30,7 +30,7 @@ from zoft.noise import noise, reference
 from zoft.noise.spec import PART, Mask, Update, key, philox
 from zoft.replay import snapshot
 from zoft.run import estimate, guards
-from zoft.run.session import agree
+from zoft.train.header import agree
 from zoft.run.start import train_run
 from zoft.train import header
 
@@ -358,7 +358,7 @@ def test_two_processes_make_one_run(place):  # noqa: F811
 
 def test_a_private_rule_needs_no_name(tmp_path):
     """The text of docs/updates.md, on a trainer: nothing knows the rule's name."""
-    text = (Path(__file__).resolve().parent.parent / "docs" / "updates.md").read_text()
+    text = (Path(__file__).resolve().parents[2] / "docs" / "updates.md").read_text()
     shown: dict[str, Any] = {}
     exec(text.partition("```python\n")[2].partition("```")[0], shown)
     model = tiny.llama(tie=True)

@@ -229,7 +229,7 @@ without_gpu = pytest.mark.skipif(
 
 
 def run_python(code, **environment):
-    tests, root = Path(__file__).parent, Path(noise.__file__).parents[2]
+    tests, root = Path(__file__).parents[1], Path(noise.__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": f"{tests}:{root}"} | environment
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -28,7 +28,7 @@ from zoft.run.start import train_run
 from zoft.train import axis
 from zoft.train import header as headers
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -387,7 +387,7 @@ def test_an_exception_in_the_forward_leaves_the_head_as_it_was():
 @pytest.mark.parametrize("name", ["granitemoe_swa", "granitemoehybrid", "llama", "gemma3"])
 def test_no_forward_makes_a_cache_and_the_config_stays(name, monkeypatch, tmp_path):
     """The first two do not name `use_cache` in their head's signature; gemma3 has a config within its config."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
     import shrink
 
     model = shrink.model("causal", name).requires_grad_(False)
@@ -433,7 +433,7 @@ def test_losses_on_a_gpu():
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_project_equals_full_logits_on_every_causal_architecture(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
     import shrink
 
     contexts = [tuple(5 + (7 * i + j * j) % 80 for j in range(3 + i)) for i in range(4)]

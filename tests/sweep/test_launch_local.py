@@ -15,7 +15,7 @@ from zoft.run.start import train_run as train
 from zoft.sweep import job as sweep_job
 from zoft.sweep import local
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "0,1", "OMP_NUM_THREADS": "1"}
 STEPS = 1500
 SWEEP = [sys.executable, "-m", "zoft", "sweep", "--config", "mine.yaml", "output_dir=s"]

@@ -207,7 +207,7 @@ def test_join_says_what_is_wrong(tmp_path):
 def test_workers_as_ray_tasks(place):
     pytest.importorskip("ray", reason="ray is not installed")
     run = coordinator(place, "rays")
-    script = str(Path(__file__).parent.parent / "scripts" / "ray_workers.py")
+    script = str(Path(__file__).parents[2] / "scripts" / "ray_workers.py")
     tasks = subprocess.Popen(
         [sys.executable, script, "rays", "--workers", "2"], cwd=place, stdout=subprocess.PIPE, text=True
     )

@@ -28,7 +28,7 @@ from zoft.method.configured import compose
 from zoft.objectives import losses, objectives
 from zoft.train import parts
 
-DATA = Path(__file__).parent / "data" / "tasks"
+DATA = Path(__file__).parents[1] / "data" / "tasks"
 GOLDEN = json.loads((DATA / "golden.json").read_text(encoding="utf-8"))
 CHOICE = ("sst2", "rte", "cb", "boolq", "wsc", "wic", "multirc")
 RANKED, WRITTEN = ("copa", "record"), ("squad", "drop")

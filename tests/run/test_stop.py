@@ -17,7 +17,7 @@ import tiny
 from zoft.ledger.log import read
 from zoft.signals import RESUME, SIGNALS, Stopped, listening
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 STEPS = 400
 

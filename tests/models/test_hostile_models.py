@@ -21,7 +21,7 @@ from zoft.cli.main import app
 from zoft.models import checkpoint
 
 UP = "model.layers.0.mlp.up_proj.weight"
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Evil:

@@ -31,7 +31,7 @@ from zoft.run import loop as runs
 from zoft.run.session import session
 from zoft.train import header as headers
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

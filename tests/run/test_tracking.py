@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -145,7 +146,7 @@ def test_a_missing_wandb_is_one_line(tmp_path):
     code = (
         "import sys; sys.modules['wandb'] = None\n"
         "import importlib.util as u; u.find_spec = lambda name, *a: None\n"
-        "from zoft.tracking import Tracker; from zoft.errors import UserError\n"
+        "from zoft.run.tracker import Tracker; from zoft.errors import UserError\n"
         "try: Tracker('.', 1, track='wandb')\n"
         "except UserError as e: print(e)\n"
     )
@@ -180,7 +181,7 @@ def _now():
 
 
 def _path():
-    return {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(tracking.__file__))}
+    return {**os.environ, "PYTHONPATH": str(Path(tracking.__file__).parents[2])}
 
 
 class Clock:

@@ -13,7 +13,7 @@ from zoft.data.encode import encode, how
 from zoft.data.tasks import formats
 from zoft.errors import UserError
 
-FILES = Path(__file__).parent / "data" / "formats"
+FILES = Path(__file__).parents[1] / "data" / "formats"
 END = "<|im_end|>"  # of a turn and of a text, in both tokenizers
 
 # file -> (settings, how its reading begins, for each row the texts that are scored, in order)

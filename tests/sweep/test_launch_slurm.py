@@ -18,7 +18,7 @@ from zoft.ledger import log
 from zoft.sweep import job, plan
 from zoft.sweep import slurm as launch_slurm
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4000  # of the two jobs that are stopped half-way
 LONG = [f"steps: {STEPS}\nlr: 1e-3", f"steps: {STEPS}\nlr: 2e-3"]
 SHORT = [f"steps: 10\nlr: {i}e-3" for i in range(1, 9)]

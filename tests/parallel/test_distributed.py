@@ -19,7 +19,7 @@ from zoft.method.space import Trained
 from zoft.parallel import world
 from zoft.parallel.world import World, digest, grid
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from test_ledger import DONE, HEADER, step, write_with_events
 from zoft.config.schema import fields
 from zoft.ledger.log import Event, Ledger, Record, read, updates
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOC = (ROOT / "docs" / "ledger.md").read_text(encoding="utf-8")
 READER, WITH_ZOFT = re.findall(r"```python\n(.*?)```", DOC, re.S)
 

@@ -22,7 +22,7 @@ from zoft.method.configured import compose
 from zoft.noise.spec import tensor_id
 from zoft.run import guards
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def tensors(numbers, name="model.layers.0.mlp.weight"):
@@ -253,7 +253,7 @@ def test_a_run_that_runs_out_of_memory_says_what_to_lower(tmp_path):
     )
     code = (
         "import resource, sys, re\n"
-        "import torch, transformers, zoft.replay.live, zoft.train.build, zoft.estimate\n"
+        "import torch, transformers, zoft.replay.live, zoft.train.build, zoft.run.estimate\n"
         "from zoft.cli import app\n"
         "size = 1024 * int(re.search(r'VmSize:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
         "resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 30), -1))\n"

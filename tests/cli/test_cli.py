@@ -22,7 +22,7 @@ from zoft.cli.main import app
 from zoft.config.compose import names
 from zoft.method.configured import load_run
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # A user's scripts depend on these: a change here is a change of the interface.
 SURFACE = {
     "train": [
@@ -182,7 +182,7 @@ def test_an_unknown_verb_names_the_nearest():
 
 def test_a_bug_keeps_its_traceback(tmp_path):
     """Anything but a UserError must come out whole."""
-    code = "import zoft.compose as c\ndef broken(group=''): raise KeyError('a bug')\nc.names = broken\nfrom zoft.cli import main\nimport sys; sys.argv = ['zoft', 'ls']; main()"
+    code = "import zoft.config.compose as c\ndef broken(group=''): raise KeyError('a bug')\nc.names = broken\nfrom zoft.cli import main\nimport sys; sys.argv = ['zoft', 'ls']; main()"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -12,7 +12,7 @@ import yaml
 
 from zoft.sweep import slurm
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOC = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
 BLOCKS = {m[1]: m[2] for m in re.finditer(r"```\w+\n# ([\w.]+)(.*?)```", DOC, re.S)}
 SMALL = "steps=2 eval_limit=4 threads=1 save_model=false"
