@@ -149,8 +149,9 @@ def _instead(mine: str) -> list[str]:
 def _digest(tree: Path, place: Path, name: str, words: list[str], device: str) -> dict[str, Any]:
     """Run one case and digest its folder; {"failed": its last line} where the run ended with an error."""
     out = place / "runs" / name.replace("/", "-")
+    paths = [str(tree.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = os.environ | {
-        "PYTHONPATH": str(tree),
+        "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": "1",
         "NUMBA_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",

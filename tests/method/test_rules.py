@@ -30,9 +30,9 @@ from zoft.noise import noise, reference
 from zoft.noise.spec import PART, Mask, Update, key, philox
 from zoft.replay import snapshot
 from zoft.run import estimate, guards
-from zoft.train.header import agree
 from zoft.run.start import train_run
 from zoft.train import header
+from zoft.train.header import agree
 
 SEED, TID = 2**40 + 5, 2**32 - 3
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

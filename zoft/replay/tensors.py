@@ -55,6 +55,7 @@ def asked(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
     Raises UserError for steps that the ledger does not have, and for a wish that its storage makes void.
     """
     header, records, events = check.sound(folder, ledger.read(folder / "ledger"))
+    headers.agree(header, headers.page_of(config), folder)
     trained = header["trained"]
     n = len(records) if ask.steps is None else ask.steps
     if n > len(records):

@@ -74,8 +74,6 @@ def assemble(config: Config, folder: str | Path | None = None) -> Parts:
     config = parts.dtypes(config, model, names)
     config, trained, axis = setup_axis.make(config, model, space.adopt(model, names), scored)
     header = headers.of(config, base, trained, train) | objective.header()
-    if method.digest:
-        header["page"] = method.digest
     return Parts(
         config=config, method=method, data=data, model=model, tokenizer=tokenizer, objective=objective, train=train,
         held_out=held_out, dev=parts.dev_examples(config, tokenizer, data), scored=scored, trained=trained, axis=axis,
@@ -100,7 +98,6 @@ def assemble_again(config: Config, folder: Path, header: Mapping[str, Any]) -> R
     """
     from zoft.models.adapters import attach
 
-    agree(header, page_of(config), folder)
     model, tokenizer, found = parts.model(config, folder)
     agree(header, {"base": found}, folder)
     names: Sequence[str] = list(header["trained"])
@@ -108,9 +105,3 @@ def assemble_again(config: Config, folder: Path, header: Mapping[str, Any]) -> R
     if "adapter" in header and config.storage == header["storage"]:
         agree(header, {"adapter": attach.fingerprint(trained)}, folder)
     return Rebuilt(config, model, tokenizer, axis)
-
-
-def page_of(config: Config) -> dict[str, str]:
-    """Return what a ledger's header says of a recipe's page that is the user's own."""
-    digest = recipes.method_of(config.recipe).digest
-    return {"page": digest} if digest else {}

@@ -18,6 +18,7 @@ from zoft.data.example import Example
 from zoft.errors import UserError
 from zoft.method import space
 from zoft.method.estimators.named import ESTIMATORS, estimator_of
+from zoft.method.recipes import method_of
 from zoft.method.rules import RULES, rule_of
 from zoft.method.space import Trained
 from zoft.models.adapters import attach
@@ -72,9 +73,16 @@ def of(
     }
     if train:
         found["data"] = data_digest(train)
+    found |= page_of(config)
     floors = {t.name: t.floor for t in trained if t.floor is not None}
     found |= {"floors": floors} if floors else {}
     return {**found, **known, "trained": tensors, "plan": {k: getattr(config, k) for k in MADE}}
+
+
+def page_of(config: Config) -> dict[str, str]:
+    """Return what a ledger's header says of a recipe's page that is the user's own."""
+    digest = method_of(config.recipe).digest
+    return {"page": digest} if digest else {}
 
 
 def short(dtype: torch.dtype) -> str:
