@@ -21,9 +21,11 @@ from zoft.evaluation import evaluate
 from zoft.method import space
 from zoft.models import kind, saving
 from zoft.models.adapters import attach
+from zoft.models.kind import ADDED
 from zoft.models.quant import linear
 from zoft.objectives import losses
-from zoft.replay import saved_model
+from zoft.objectives.losses import collate
+from zoft.replay.saved_model import folder_name
 
 if TYPE_CHECKING:
     from zoft.baselines.ask import Ask
@@ -80,7 +82,7 @@ def train(
     before = evaluate.evaluate(model, held_out, examples, write=write)
     model, device = model.float(), next(model.parameters()).device
     pairs = config.train == "lora"  # else those that are in place stand still
-    trained = [p for n, p in model.named_parameters() if bool(kind.ADDED.search(n)) == pairs]
+    trained = [p for n, p in model.named_parameters() if bool(ADDED.search(n)) == pairs]
     for p in trained:
         p.requires_grad_(True)
     schedule = {"constant": "constant_with_warmup"}.get(config.schedule, config.schedule)
@@ -116,7 +118,7 @@ def train(
 
 def save(config: Config, model: nn.Module, tokenizer: Any) -> None:
     """Write model/ or adapter/, as a run has it."""
-    out = Path(str(config.output_dir)) / saved_model.folder_name(config)
+    out = Path(str(config.output_dir)) / folder_name(config)
     if config.train == "lora":
         attach.save(model, out, tokenizer=tokenizer)
         return
@@ -136,4 +138,4 @@ class _Rows(torch.utils.data.Dataset):
 
 
 def _batch(rows: list[Example]) -> dict[str, Any]:
-    return {"batch": losses.collate(rows)}
+    return {"batch": collate(rows)}

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zoft.baselines import ask
+from zoft.baselines.ask import adjusted
 from zoft.data.example import Example
 from zoft.errors import UserError
 from zoft.evaluation import evaluate
-from zoft.models import kind
+from zoft.evaluation.evaluate import Judged, room_of
 from zoft.models.head import head_of, project
-from zoft.objectives import losses as objective
+from zoft.models.kind import refuse_longer_rows
+from zoft.objectives.losses import collate
 
 GRID = tuple(10.0**k for k in range(-4, 3))  # of C
 HELD = 0.2  # share of the training rows that C is chosen on
@@ -23,7 +24,7 @@ HELD = 0.2  # share of the training rows that C is chosen on
 
 def features(model: nn.Module, examples: Sequence[Example]) -> np.ndarray:
     """[n, H] fp64: what the output matrix is given at the last token of each prompt (at the mask of a masked model)."""
-    kind.refuse_longer_rows(model, max(e.length for e in examples))
+    refuse_longer_rows(model, max(e.length for e in examples))
     head = head_of(model)
     if head is None:
         raise UserError("--method linear-probe: this model has no output matrix to read features before")
@@ -34,7 +35,7 @@ def features(model: nn.Module, examples: Sequence[Example]) -> np.ndarray:
 
     @torch.no_grad()
     def outputs(some: Sequence[Example]) -> tuple[Tensor]:
-        batch = objective.collate(some).to(device)
+        batch = collate(some).to(device)
         project(model, batch.inputs, batch.positions, batch.tokens)
         return (seen.pop().flatten(0, -2).index_select(0, batch.positions),)
 
@@ -48,9 +49,7 @@ def features(model: nn.Module, examples: Sequence[Example]) -> np.ndarray:
     ]
     rows = [replace(e, completions=((0,),)) for e in rows]  # one position a row, whatever the candidates are
     try:
-        return evaluate._in_batches(rows, outputs, evaluate.room_of(next(model.parameters()).device))[
-            0
-        ].numpy()
+        return evaluate._in_batches(rows, outputs, room_of(next(model.parameters()).device))[0].numpy()
     finally:
         handle.remove()
 
@@ -84,14 +83,14 @@ def fit(
     best = min(GRID, key=lambda c: losses[c])
     logp = log_probabilities(fitted(best, np.arange(len(y))), features(model, held_out), classes)
     gold = np.array([e.gold for e in held_out])
-    judged = evaluate.Judged(
+    judged = Judged(
         gold,
         [(int(g),) for g in gold],
         scores=logp,
         bias=np.zeros(classes),
         majority=int(np.bincount(y).argmax()),
     )
-    return {"C": best, "forwards": len(train), "after": ask.adjusted(judged)}
+    return {"C": best, "forwards": len(train), "after": adjusted(judged)}
 
 
 def log_probabilities(model: Any, x: np.ndarray, classes: int) -> np.ndarray:

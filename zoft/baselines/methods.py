@@ -87,22 +87,24 @@ def _others(config: Config, keys: Sequence[str]) -> list[str]:
 def run(config: Config, ask: Ask) -> dict[str, Any]:
     """Make a baseline; returns the content of its result.json, which has a run's keys and `method`."""
     from zoft import console
-    from zoft.config import compose
+    from zoft.config.compose import to_yaml
+    from zoft.console import peak_memory_gb
     from zoft.data import tasks
     from zoft.env import environment
     from zoft.folder import write
     from zoft.models import load
-    from zoft.run import guards, preflight
+    from zoft.run import guards
+    from zoft.run.preflight import absolute, claim
 
     folder = Path(str(config.output_dir))
     _require(ask.method)
     load.check(load.resolve(config.model))
     tasks.look(config.task)
-    config = preflight.absolute(config)
+    config = absolute(config)
     with guards.memory(config):
         data = tasks.load(config.task)
         _refuse(ask.method, data)
-        preflight.claim(folder)  # a folder of another name would not mend the others
+        claim(folder)  # a folder of another name would not mend the others
         from zoft.replay import export
         from zoft.train import parts
 
@@ -111,20 +113,20 @@ def run(config: Config, ask: Ask) -> dict[str, Any]:
             config if ask.method == "first-order-lora" else export.plain(config)
         )
         if ask.method.startswith("first-order"):
-            from zoft.baselines import first_order
+            from zoft.baselines.first_order import defaults
 
             # Of examples: plain text has as many as there are pieces.
-            config = first_order.defaults(config, ask, len(parts.examples(config, tokenizer, data)[0]))
+            config = defaults(config, ask, len(parts.examples(config, tokenizer, data)[0]))
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        write(folder / "config.yaml", compose.to_yaml(config))
+        write(folder / "config.yaml", to_yaml(config))
         write(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
         write(folder / ASKED, json.dumps(ask.kept()) + "\n")
         began = time.monotonic()
         found = _made(config, ask, data, model, tokenizer)
     result = {
         **ask.kept(), "steps": 0, "forwards": 0, "train_seconds": round(time.monotonic() - began, 3),
-        "peak_memory_gb": round(console.peak_memory_gb(config.device), 2), "before": {}, **found,
+        "peak_memory_gb": round(peak_memory_gb(config.device), 2), "before": {}, **found,
         "output_dir": str(folder),
     }  # fmt: skip
     rows = [{"step": 0, "eval": result["before"]}, {"step": result["steps"], "eval": result["after"]}]
@@ -137,21 +139,22 @@ def run(config: Config, ask: Ask) -> dict[str, Any]:
 def _made(config: Config, ask: Ask, data: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
     """What a method adds to result.json; {after: metrics} at least."""
     from zoft.evaluation import evaluate
-    from zoft.objectives import text as generate
+    from zoft.evaluation.evaluate import CALIBRATION, log_softmax, spread
+    from zoft.objectives.text import writer
     from zoft.train import parts
 
     if ask.method == "icl":
         data = demonstrated(config, ask.demos or DEMOS, data, tokenizer)
     train, held_out = parts.examples(config, tokenizer, data)
-    write = generate.writer(config, model, tokenizer)
+    write = writer(config, model, tokenizer)
     if ask.method in ("zero-shot", "icl"):
         shots = {"demos_used": data.demos} if ask.method == "icl" else {}
         return {**shots, "after": evaluate.evaluate(model, held_out, train, write=write)}
     if ask.method in ("calibrated", "sfc"):
         judged: Any = evaluate.judge(model, _choice(held_out), _choice(train))
         if ask.method == "calibrated":
-            judged.scores = evaluate.log_softmax(judged.scores) - judged.bias
-            forwards = len(evaluate.spread(train, evaluate.CALIBRATION))
+            judged.scores = log_softmax(judged.scores) - judged.bias
+            forwards = len(spread(train, CALIBRATION))
         else:
             judged.scores, forwards = surface_form(config, data, model, tokenizer, held_out)
         return {"forwards": forwards, "after": adjusted(judged)}
@@ -182,12 +185,12 @@ def demonstrated(config: Config, k: int, data: Any, tokenizer: Any) -> Any:
         front = "\n\n".join(shown[:n]) + "\n\n"
         return [{**row, "prompt": front + row["prompt"]} for row in rows]
 
-    from zoft.data import tasks
-    from zoft.evaluation import evaluate
+    from zoft.data.tasks import subset
+    from zoft.evaluation.evaluate import CALIBRATION, spread
 
     used: list[Any] = [
-        *tasks.subset(data.eval, config.eval_limit),
-        *evaluate.spread(rest, evaluate.CALIBRATION),
+        *subset(data.eval, config.eval_limit),
+        *spread(rest, CALIBRATION),
     ]
     bare = encode(used, tokenizer, data, 1 << 30)
     longest: Any = used[max(range(len(bare)), key=lambda i: bare[i].length)]
@@ -222,16 +225,16 @@ def surface_form(
     """
     import numpy as np
 
-    from zoft.data import tasks
     from zoft.data.encode import encode
-    from zoft.data.tasks import template
+    from zoft.data.tasks import subset, template
+    from zoft.data.tasks.template import columns
     from zoft.evaluation import evaluate
 
     null = config.task.null_prompt
     if null is None:
         pieces = template.parse("task.prompt", data.prompt)
-        null = template.fill(pieces, dict.fromkeys(template.columns(pieces), ""), strip=True)
-    rows = tasks.subset(data.eval, config.eval_limit)
+        null = template.fill(pieces, dict.fromkeys(columns(pieces), ""), strip=True)
+    rows = subset(data.eval, config.eval_limit)
     which = [(row.get("null", null), tuple(row["candidates"])) for row in rows]
     kinds = list(dict.fromkeys(which))  # most tasks have one
     blanks: list[dict[str, Any]] = [

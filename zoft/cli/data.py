@@ -124,12 +124,13 @@ def show_data(
     tasks.look(config.task)
     from zoft.data.encode import encode
     from zoft.train import parts as setup
+    from zoft.train.parts import reading
 
     data = tasks.load(config.task)
     tokenizer = setup.tokenizer(config)
     examples = encode(data.train, tokenizer, data, config.max_length, pack=data.pack)
     found = counts(examples)
-    notes = [n for n in data.notes if n != data.reading] + setup.reading(tokenizer, data)
+    notes = [n for n in data.notes if n != data.reading] + reading(tokenizer, data)
     if as_json:
         shown = [as_tree(e, tokenizer) for e in examples[:count]]
         say(json.dumps({"notes": notes, **found, "shown": shown}))

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from zoft.config.schema import GENERATED, Config
 from zoft.errors import UserError, writing
-from zoft.method import configured
+from zoft.method.configured import compose, load_run
 from zoft.objectives.text import writer
 from zoft.replay import saved_model
-from zoft.run import guards, preflight
+from zoft.replay.saved_model import folder_name
+from zoft.run import guards
+from zoft.run.preflight import rewarded
 from zoft.yaml_files import yaml_tree
 
 if TYPE_CHECKING:
@@ -59,14 +61,14 @@ def _source(
     if target is None:
         if name is None:
             raise UserError(f"eval: {GIVE}")
-        return configured.compose(name, overrides), None
+        return compose(name, overrides), None
     folder = Path(target)
     if (folder / "config.yaml").is_file():
         if name is not None:
             raise UserError(
                 f"--config {name}: {target} is a run, which has its own config; leave --config out"
             )
-        config, saved = of_run(folder, configured.load_run(folder, overrides, trains=False))
+        config, saved = of_run(folder, load_run(folder, overrides, trains=False))
         for key in BASE:
             if key in keys and (saved is None or key == "adapter"):
                 raise UserError(f"{key}: {target} is a run, whose own model is judged; leave it out")
@@ -88,13 +90,13 @@ def _source(
             raise UserError(f"adapter: {target} is an adapter already; leave one of them out")
         if not given and (base := _base(adapter, must=name is None)):
             overrides = [*overrides, f"model={base}"]
-    config = configured.compose(name, overrides)
+    config = compose(name, overrides)
     return dataclasses.replace(config, eps_mode="absolute"), folder if adapter.is_file() else None
 
 
 def of_run(folder: Path, config: Config) -> tuple[Config, Path | None]:
     """As source(), of a run's folder and its config."""
-    name = saved_model.folder_name(config)
+    name = folder_name(config)
     saved = folder / name
     if not saved.is_dir():
         raise UserError(
@@ -167,18 +169,20 @@ def judge(
     import numpy as np
 
     from zoft.data import tasks
-    from zoft.models import kind
+    from zoft.data.tasks import subset
     from zoft.models import load as models
+    from zoft.models.kind import refuse_other_kind
 
     if out is not None:
         with writing(out):  # not after an hour of work
             Path(out).parent.mkdir(parents=True, exist_ok=True)
             open(out, "wb").close()
-    preflight.rewarded(config, None, must=False)
+    rewarded(config, None, must=False)
     models.check(models.resolve(config.model))
     tasks.look(config.task)
     from zoft.data.encode import rows_of
     from zoft.evaluation import evaluate
+    from zoft.evaluation.evaluate import bootstrap
     from zoft.objectives import objectives
     from zoft.train import parts
 
@@ -189,11 +193,11 @@ def judge(
         config = objectives.resolve(config, data) if writes else config
         config, model, tokenizer = load(config, adapter)
         train, held_out = parts.examples(config, tokenizer, data)
-        kind.refuse_other_kind(config.model, model, held_out[0].masked)
+        refuse_other_kind(config.model, model, held_out[0].masked)
         texts = objectives.make(config, data, tokenizer, mine).texts if writes else None
         write = None if texts else writer(config, model, tokenizer)
         found = evaluate.judge(model, held_out, train, write=write)
-        rows = tasks.subset(data.eval, config.eval_limit)
+        rows = subset(data.eval, config.eval_limit)
         if texts is not None:
             found.texts, scored = texts.judge(model, None, rows)
             found.scored = {name: np.array(values) for name, values in scored.items()}
@@ -206,7 +210,7 @@ def judge(
         with writing(out):
             Path(out).write_text("".join(lines(rows, found)), encoding="utf-8")
     result = evaluate.figures(found)
-    return result | ({"ci95": evaluate.bootstrap(found, resamples=resamples)} if resamples else {})
+    return result | ({"ci95": bootstrap(found, resamples=resamples)} if resamples else {})
 
 
 def harness(config: Config, adapter: Path | None, tasks: str, path: str | None) -> tuple[dict[str, Any], str]:

@@ -17,7 +17,7 @@ from zoft import __version__
 from zoft.config.schema import Config, Task
 from zoft.errors import UserError
 from zoft.ledger.format import decode
-from zoft.parallel import launch
+from zoft.parallel.launch import with_parent
 from zoft.parallel.messages import VERSION, Closed, Line, address, invitation, packed_pair, unpacked
 from zoft.run.preflight import check_elastic
 from zoft.signals import Stopped
@@ -31,7 +31,7 @@ def work(place: str, secret_file: str | None, trust_remote_code: bool) -> str:
 
     place: the run's folder, or HOST:PORT with secret_file, a copy of the run's join.json.
     """
-    launch.with_parent()
+    with_parent()
     where, secret = invitation(place, secret_file)
     try:
         line = Line(socket.create_connection(address(where), timeout=20), secret, serves=False)

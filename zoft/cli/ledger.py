@@ -14,7 +14,7 @@ from zoft.ledger.check import header_faults, plan_of, trained_faults
 from zoft.ledger.format import Log, Record, decode
 from zoft.noise import spec
 from zoft.pictures import pyplot, refuse_other_ends
-from zoft.replay import snapshot
+from zoft.replay.snapshot import FOLDER, NAME, fault_of, file_of
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 60  # columns of a text plot
@@ -67,7 +67,7 @@ def summary(run: str | Path) -> dict[str, Any]:
 def about(folder: Path, event: Any) -> dict[str, Any]:
     """What an event left: the digest that the ledger has, and the file if it is still there."""
     found: dict[str, Any] = {"digest": event.digest.hex()} if any(event.digest) else {}
-    file = snapshot.file_of(folder, event.step)
+    file = file_of(folder, event.step)
     if event.kind == "snapshot":
         found["file"] = str(file) if file.exists() else None
     return found
@@ -135,11 +135,11 @@ def verify(run: str | Path) -> list[str]:
     if (folder / "result.json").exists() and len(log.records) != plan_of(header).get("steps"):
         wrong.append(f"result.json says that the run is finished, the ledger has {len(log.records)} steps")
     known = {e.step: e for e in log.events if e.kind == "snapshot"}
-    for file in sorted((folder / snapshot.FOLDER).glob("step-*.safetensors")):
-        step = int(m[1]) if (m := snapshot.NAME.fullmatch(file.name)) else -1
+    for file in sorted((folder / FOLDER).glob("step-*.safetensors")):
+        step = int(m[1]) if (m := NAME.fullmatch(file.name)) else -1
         if step not in known:
             said.append(f"snapshot: {file.name} is unknown to the ledger and never used")
-        elif fault := snapshot.fault_of(file, header, known[step]):
+        elif fault := fault_of(file, header, known[step]):
             wrong.append(f"{file} {fault}")
         else:
             said.append(f"snapshot: {file.name} is what the run wrote")

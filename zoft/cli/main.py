@@ -70,8 +70,10 @@ def train(
     """Fine-tune a model: zoft train --config mezo/reviews lr=1e-5."""
     from zoft.method.configured import compose, load_run
     from zoft.parallel import launch
+    from zoft.parallel.launch import start_elastic
     from zoft.replay import saved_model as results
-    from zoft.run import preflight
+    from zoft.replay.saved_model import plan_text
+    from zoft.run.preflight import first_look
     from zoft.run.start import train_run
 
     code = {
@@ -95,18 +97,18 @@ def train(
             raise UserError(f"{others[0]}: a resumed run keeps its own config; leave {', '.join(others)} out")
         resolved = load_run(resume, overrides or [])
     if nproc > 1 and not dry_run:
-        preflight.first_look(resolved, resume, dry_run)
+        first_look(resolved, resume, dry_run)
         given = [
             *[text for text in overrides if text not in mine],
             *[word for key, value in code.items() if value for word in (f"--{key}", value)],
             *(["--config", config] if config else []),
             *(["--resume", resume] if resume else []),
         ]
-        begin = launch.start_elastic if resolved.elastic else launch.start
+        begin = start_elastic if resolved.elastic else launch.start
         raise typer.Exit(begin(nproc, ["train", *given], str(resume or resolved.output_dir)))
     result = train_run(resolved, resume=resume, dry_run=dry_run)
     if launch.place()[0] == 0:
-        typer.echo(results.plan_text(result) if dry_run else results.summary(result))
+        typer.echo(plan_text(result) if dry_run else results.summary(result))
 
 
 @app.command(cls=Verb)
@@ -148,8 +150,9 @@ def sweep(
 ) -> None:
     """Run a config with many values: zoft sweep --config mezo/reviews lr=1e-4,5e-4 'seed=range(0,3)'."""
     from zoft.sweep import command
+    from zoft.sweep.command import Asked
 
-    asked = command.Asked(
+    asked = Asked(
         config, launcher, jobs, detach, slurm, trials, metric, direction, plot, status, watch, cancel, results,
         as_json,
     )  # fmt: skip
@@ -182,19 +185,20 @@ def evaluate(
 ) -> None:
     """Evaluate a run's model, any model or an adapter: zoft eval runs/mine; zoft eval DIR --config mezo/reviews."""
     from zoft.cli import eval as eval_run
+    from zoft.cli.eval import GIVE, harness, source
 
     folders = [a for a in args or [] if "=" not in a and not a.startswith("-")]
     overrides = [a for a in args or [] if a not in folders]
     overrides += [f"reward={reward}"] if reward else []
     if len(folders) > 1:
-        raise UserError(f"eval: {eval_run.GIVE}")
-    resolved, adapter = eval_run.source(folders[0] if folders else None, config, overrides)
+        raise UserError(f"eval: {GIVE}")
+    resolved, adapter = source(folders[0] if folders else None, config, overrides)
     if lm_eval is not None:
         if examples is not None:
             raise UserError(f"--examples {examples}: is not of --lm-eval; leave one of them out")
         if reward is not None:
             raise UserError(f"--reward {reward}: is not of --lm-eval; leave one of them out")
-        results, shown = eval_run.harness(resolved, adapter, lm_eval, lm_eval_path)
+        results, shown = harness(resolved, adapter, lm_eval, lm_eval_path)
         typer.echo(json.dumps(results) if as_json else shown)
         return
     if lm_eval_path is not None:
@@ -365,9 +369,9 @@ def estimate(
     resolved = compose(config, _with(overrides, recipe))
     from zoft import console
     from zoft.run import estimate as estimates
-    from zoft.run import preflight
+    from zoft.run.preflight import within
 
-    found = estimates.estimate(preflight.within(resolved))
+    found = estimates.estimate(within(resolved))
     typer.echo(json.dumps(console.finite(found)) if as_json else estimates.text(found))
 
 
@@ -379,11 +383,11 @@ def data(
     as_json: Json = False,
 ) -> None:
     """Show training examples as the model reads them, scored tokens marked, and counts of them all."""
-    from zoft.cli import data as show
+    from zoft.cli.data import show_data
     from zoft.method.configured import compose
 
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    show.show_data(compose(config, overrides or []), count, typer.echo, as_json=as_json, colour=colour)
+    show_data(compose(config, overrides or []), count, typer.echo, as_json=as_json, colour=colour)
 
 
 @app.command(cls=Verb)

@@ -52,13 +52,12 @@ def how(tokenizer: Any, data: Any) -> str:
         ends = ", EOS after it" if tokenizer.eos_token_id is not None else ""
         return f"prompt and completion are one text, {seam}{ends} (task.chat=template writes turns)"
     from zoft.data import chat
+    from zoft.data.chat import DATE, ends_turns
 
     made = chat.of(tokenizer, kind)
     source = "as 'User: …', 'Assistant: …'" if kind == "plain" else "with the tokenizer's chat template"
-    ends = (
-        "and the token that ends each" if chat.ends_turns(made, row) else "alone (no token ends a turn here)"
-    )
-    dated = ", under a date that stays the same" if made.template.startswith(chat.DATE) else ""
+    ends = "and the token that ends each" if ends_turns(made, row) else "alone (no token ends a turn here)"
+    dated = ", under a date that stays the same" if made.template.startswith(DATE) else ""
     other = "" if kind == "plain" else "; task.chat=plain does without it"
     return f"turns are written {source}{dated}; the loss is on the assistant's words {ends}{other}"
 

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from zoft.data.example import Example
 from zoft.evaluation import prefix_cache
-from zoft.models import kind
+from zoft.evaluation.prefix_cache import Unusable, cached_tokens, common, fault, prepare
+from zoft.models.kind import refuse_longer_rows
 from zoft.objectives import losses as objective
-from zoft.objectives import metrics
-from zoft.objectives.losses import collate, losses
-from zoft.objectives.metrics import auc, macro_f1
+from zoft.objectives.losses import Batch, collate, losses
+from zoft.objectives.metrics import auc, exact_match, macro_f1, token_f1
 
 TOKENS = 8192  # a batch's rows × width at most
 CPU_TOKENS = 1024  # there: what lies between two layers of a small model then stays in the caches
@@ -105,7 +105,7 @@ def judge(
 ) -> Judged:
     """What evaluate() sums up: scores of each example, or its loss and what is written after its prompt."""
     assert examples, "nothing to evaluate"
-    kind.refuse_longer_rows(model, max(e.length for e in (*examples, *train)))
+    refuse_longer_rows(model, max(e.length for e in (*examples, *train)))
     gold = np.array([e.gold for e in examples])  # [n]
     golds = [e.golds or (e.gold,) for e in examples]
     if examples[0].objective == "lm":
@@ -121,8 +121,8 @@ def judge(
         if write is not None and all(e.answers for e in examples):
             found.texts = write([e.contexts[0] for e in examples])
             answers = [e.answers for e in examples]
-            found.exact = np.array([metrics.exact_match(t, a) for t, a in zip(found.texts, answers)])
-            found.f1 = np.array([metrics.token_f1(t, a) for t, a in zip(found.texts, answers)])
+            found.exact = np.array([exact_match(t, a) for t, a in zip(found.texts, answers)])
+            found.f1 = np.array([token_f1(t, a) for t, a in zip(found.texts, answers)])
         return found
     found = Judged(gold, golds, scores=scores(model, examples, context))
     same = len({len(e.completions) for e in [*examples, *train]}) == 1
@@ -222,14 +222,14 @@ def totals(
             return _totals(model, batch)
 
     forward: Callable = lambda model, batch: padded(_totals(model, batch))  # noqa: E731
-    front = prefix_cache.common(examples)
+    front = common(examples)
     if prefix_cache.pays(examples, front):
         try:
-            made = prefix_cache.prepare(model, examples, front, context)
-            why = prefix_cache.fault(model, examples, plain, made, context)
+            made = prepare(model, examples, front, context)
+            why = fault(model, examples, plain, made, context)
             room = room_of(next(model.parameters()).device)
-            room = room if why else min(room, prefix_cache.cached_tokens(model, examples[0], context))
-        except prefix_cache.Unusable as error:
+            room = room if why else min(room, cached_tokens(model, examples[0], context))
+        except Unusable as error:
             why = str(error)
         if not why:
             found = _in_batches(
@@ -240,7 +240,7 @@ def totals(
     return _filled(*_run(model, examples, forward, context))
 
 
-def _totals(model: torch.nn.Module, batch: objective.Batch) -> tuple[Tensor, Tensor]:
+def _totals(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     if batch.tokens is not None:
         found = objective.scores(model, batch)
         return found, torch.ones_like(found)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from zoft.data.example import Example
-from zoft.models import calls
+from zoft.models.calls import cache_bytes, cache_length, cache_name, new_cache, puts_before, takes
 from zoft.models.head import _gathering, _narrowed, _narrows, head_of
-from zoft.objectives import losses
+from zoft.objectives.losses import target_logprobs
 
 Context = Callable[[int], AbstractContextManager] | None
 COMMON = 32  # tokens that all rows begin with, from which on they get a forward of their own
@@ -117,7 +117,7 @@ def totals(
     done = [c for e in examples for c in e.completions]  # [R]
     where = torch.tensor([r * ids.shape[1] + s + i for r, s in enumerate(at) for i in range(len(done[r]))])
     logits = _forward(model, ids.to(device), seen.to(device), cache, where.to(device), None, context)
-    logp = losses.target_logprobs(logits, torch.tensor([t for c in done for t in c], device=device))  # [N]
+    logp = target_logprobs(logits, torch.tensor([t for c in done for t in c], device=device))  # [N]
     sums = torch.stack([part.sum() for part in logp.split([len(c) for c in done])])  # [R]
     total = sums.new_zeros(len(examples), max(len(e.completions) for e in examples))
     count = torch.zeros_like(total)
@@ -168,7 +168,7 @@ def fault(
 def cached_tokens(model: nn.Module, example: Example, context: Context = None) -> int:
     """How many tokens' keys and values fit in CACHE_BYTES."""
     _, cache = prepare(model, [example], 1, context)
-    return CACHE_BYTES // max(1, calls.cache_bytes(cache))
+    return CACHE_BYTES // max(1, cache_bytes(cache))
 
 
 def _mean(total: Tensor, count: Tensor) -> Tensor:
@@ -179,11 +179,11 @@ def _mean(total: Tensor, count: Tensor) -> Tensor:
 def _new(model: Any) -> Any:
     if getattr(model, "keeps_rows", False):
         raise Unusable("outputs of frozen blocks are kept by rows")
-    if calls.puts_before(model):
+    if puts_before(model):
         raise Unusable("a prefix or a prompt stands before the text")
-    if calls.cache_name(model) is None or not calls.takes(model, "attention_mask"):
+    if cache_name(model) is None or not takes(model, "attention_mask"):
         raise Unusable("its forward takes no cache")
-    return calls.new_cache(model)
+    return new_cache(model)
 
 
 def _forward(
@@ -194,10 +194,10 @@ def _forward(
     mask: int64 [R, past + K]. The cache takes the K tokens in.
     """
     rows, width = ids.shape
-    name = calls.cache_name(model)
+    name = cache_name(model)
     assert name is not None, "a model without a cache"  # _new refuses one
     extra: dict[str, Any] = {name: cache, "use_cache": True}
-    if calls.takes(model, "position_ids"):
+    if takes(model, "position_ids"):
         extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
     head, seen = head_of(model), [0]
     narrow = tokens is not None and head is not None and _narrows(head)
@@ -209,7 +209,7 @@ def _forward(
         if narrow and tokens is not None:
             stack.enter_context(_narrowed(head, tokens))
         output = model(input_ids=ids, attention_mask=mask, **extra)
-    length = calls.cache_length(cache)
+    length = cache_length(cache)
     if length is None:
         raise Unusable("its cache holds states and no tokens")
     if length != mask.shape[1]:

@@ -11,6 +11,7 @@ from zoft.config.schema import fields
 from zoft.errors import UserError
 from zoft.ledger.format import Log, Record
 from zoft.noise import spec
+from zoft.noise.spec import tensor_id
 
 
 def sound(run: str | Path, log: Log) -> Log:
@@ -75,7 +76,7 @@ def trained_faults(trained: Any) -> list[str]:
             case [int(tensor), [*shape], "fp64" | "fp32" | "fp16" | "bf16"] if all(
                 isinstance(n, int) for n in shape
             ):
-                if tensor != spec.tensor_id(name):
+                if tensor != tensor_id(name):
                     return [f"its header gives {name} the noise of another tensor"]
             case _:
                 return ["its header does not give trained tensors as name: [id, shape, dtype]"]

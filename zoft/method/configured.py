@@ -9,9 +9,12 @@ from typing import Any
 
 from zoft.config import compose as files
 from zoft.config.check import check
+from zoft.config.compose import assign, group_tree, parsed, typed
 from zoft.config.schema import Config
 from zoft.errors import UserError
-from zoft.method import method, recipes, rules
+from zoft.method.method import settle
+from zoft.method.recipes import is_page, method_of, owners
+from zoft.method.rules import check_update
 from zoft.yaml_files import yaml_tree
 
 
@@ -20,19 +23,19 @@ def compose(config: str | None, overrides: Sequence[str] = ()) -> Config:
 
     Raises UserError, one line with the fix, for everything that is wrong with names, files, keys or values.
     """
-    assigned = files.parsed(overrides)  # before Hydra loads: a typo answers at once
+    assigned = parsed(overrides)  # before Hydra loads: a typo answers at once
     tree, folder = files.read(config) if config is not None else ({}, None)
     if isinstance(tree.get("task"), str):  # `task: reviews` in a file, without Hydra's defaults list
-        tree["task"] = files.group_tree("task", tree["task"], folder)["task"]
+        tree["task"] = group_tree("task", tree["task"], folder)["task"]
     if tree.get("trust_remote_code"):
         raise UserError("trust_remote_code: not from a file; put trust_remote_code=true on the command line")
     if tree.get("reward"):
         raise UserError(
             f"reward: not from a file, for it runs code; put --reward {tree['reward']} on the command line"
         )
-    if recipes.is_page(page := str(tree.get("recipe", ""))):
+    if is_page(page := str(tree.get("recipe", ""))):
         raise UserError(f"recipe: not from a file, for it runs code; put --recipe {page} on the command line")
-    files.assign(tree, assigned, folder)
+    assign(tree, assigned, folder)
     made = strict(tree, Path(str(config)).stem if files.is_file(config) else (config or "run"))
     if tree.get("output_dir") is not None and "output_dir" not in dict(assigned):
         _below(str(tree["output_dir"]), str(made.output_dir))
@@ -42,9 +45,9 @@ def compose(config: str | None, overrides: Sequence[str] = ()) -> Config:
 def strict(tree: dict[str, Any], default_output: str = "run") -> Config:
     """Return a plain tree of keys as a Config: its recipe's defaults filled in, unknown keys, types and ranges checked."""
     files.known(tree)
-    page = recipes.method_of(str(tree.get("recipe") or "mezo"))
-    made = method.settle(check(files.typed(tree, page.filled)), page, recipes.owners())
-    rules.check_update(made)
+    page = method_of(str(tree.get("recipe") or "mezo"))
+    made = settle(check(typed(tree, page.filled)), page, owners())
+    check_update(made)
     if made.output_dir is not None:
         made.output_dir = str(Path(made.output_dir).expanduser())
     else:
@@ -58,7 +61,7 @@ def load_run(run: str | Path, overrides: Sequence[str] = (), *, trains: bool = T
     trains: its updates are made or repeated, so that a page of the user's own has to be named again (`--recipe`); without
     that, a run is looked at under the recipe mezo.
     """
-    assigned = files.parsed(overrides)
+    assigned = parsed(overrides)
     path = Path(run) / "config.yaml"
     if not os.path.isfile(path):
         raise UserError(f"{run}: not a run's folder (it has no config.yaml)")
@@ -67,13 +70,13 @@ def load_run(run: str | Path, overrides: Sequence[str] = (), *, trains: bool = T
         raise UserError(f"{run}: its model brings code; put trust_remote_code=true on the command line again")
     tree.pop("reward", None)  # it runs code; who trains on names it again (`again`)
     page, named = str(tree.get("recipe", "")), dict(assigned).get("recipe")
-    if recipes.is_page(page) and named is None:
+    if is_page(page) and named is None:
         if trains:
             raise UserError(f"{run}: its recipe runs code; name it again, --recipe {page}")
         tree["recipe"] = "mezo"
-    elif named is not None and not recipes.is_page(page):
+    elif named is not None and not is_page(page):
         raise UserError(f"--recipe {named}: {run} is a run of recipe={page}, which is packaged; leave it out")
-    files.assign(tree, assigned, None)
+    assign(tree, assigned, None)
     return strict(tree)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from zoft.method.space import Trained
 from zoft.noise import noise
+from zoft.noise.noise import moving
 
 COSINE_MIN = 0.95
 SAMPLE = 1 << 20  # elements of a tensor that are looked at
@@ -32,7 +33,7 @@ def cosine(t: Trained, eps: float, seed: int, kind: str, dtype: torch.dtype) -> 
     ).double()
     moved = out[0].double() - theta.double()
     if t.mask is not None:
-        on = noise.moving(theta, t.id, t.mask)
+        on = moving(theta, t.id, t.mask)
         if not on.any():
             return 1.0
         moved, z = moved[on], z[on]

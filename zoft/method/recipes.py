@@ -10,14 +10,14 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from zoft.config import compose
+from zoft.config.compose import packaged
 from zoft.errors import UserError, nearest
 from zoft.method.method import Method
 
 
 def names() -> list[str]:
     """Return the packaged recipes, recipes/experimental/ among them."""
-    root = compose.packaged("recipes")
+    root = packaged("recipes")
     return sorted(p.stem for p in [*root.glob("[!_]*.py"), *root.glob("experimental/[!_]*.py")])
 
 
@@ -48,7 +48,7 @@ def owners() -> dict[str, str]:
 
 @cache
 def _packaged(name: str) -> Method:
-    root = compose.packaged("recipes")
+    root = packaged("recipes")
     path = next(p for p in (root / f"{name}.py", root / "experimental" / f"{name}.py") if p.is_file())
     made = _loaded(f"zoft.recipes.{name}", path).METHOD
     assert isinstance(made, Method), (name, type(made))

@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoft.models import calls
+from zoft.models.calls import puts_before, takes
 
 
 def project(
@@ -32,11 +32,11 @@ def project(
         width += front
     head = head_of(model)
     narrow = tokens is not None and head is not None and _narrows(head)
-    extra = {"use_cache": False} if calls.takes(model, "use_cache") else {}
+    extra = {"use_cache": False} if takes(model, "use_cache") else {}
     seen = [0]
     with ExitStack() as stack:
         stack.enter_context(uncached(model))
-        if calls.puts_before(model):
+        if puts_before(model):
             # peft makes the mask of a prefix on the default device, and a copy from the CPU cannot be captured.
             stack.enter_context(inputs["input_ids"].device)
         if head is not None:

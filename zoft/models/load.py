@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError, is_memory
 from zoft.models import checkpoint
+from zoft.models.checkpoint import WHOLE, check_config, pickles
 from zoft.models.kind import auto_class, quiet
 from zoft.packages import packaged_file
 
@@ -196,7 +197,7 @@ def _load_pretrained(source: Source, dtype: Any, trust_remote_code: bool) -> tup
 
     config = AutoConfig.from_pretrained(source.place, **extra)
     if source.kind == "hub":
-        checkpoint.check_config(source.name, config.to_dict())
+        check_config(source.name, config.to_dict())
     own = config.dtype
     folder = Path(source.place) if source.kind == "folder" else None
     found = quantised_files.settings(source.name, config, folder)
@@ -253,7 +254,7 @@ def user_errors(source: Source) -> Iterator[None]:
             ) from None
         if source.kind == "hub" and ("safetensors" in said or ".bin" in said):
             raise UserError(
-                f"model={source.name}: it has no safetensors; what it has {checkpoint.pickles(source.name)}"
+                f"model={source.name}: it has no safetensors; what it has {pickles(source.name)}"
             ) from None
         raise UserError(f"model={source.name}: cannot be loaded: {said[:300]}") from None
 
@@ -280,7 +281,7 @@ def _refuse_whole_numbers(name: str, model: nn.Module, held: dict[str, str]) -> 
     """Weights that were whole numbers in the checkpoint, where no quantisation explains it."""
     if getattr(model, "hf_quantizer", None) is None:
         for key, p in model.named_parameters():
-            if p.is_floating_point() and held.get(key, "F32") in checkpoint.WHOLE:
+            if p.is_floating_point() and held.get(key, "F32") in WHOLE:
                 raise UserError(
                     f"model={name}: tensor {key} is {held[key]} in the checkpoint, not a float; it is damaged"
                 )

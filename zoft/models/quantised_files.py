@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from zoft.errors import UserError
 from zoft.models.quant import linear as quant
 from zoft.models.quant import other_libraries
-from zoft.models.quant.linear import QuantLinear
+from zoft.models.quant.linear import QuantLinear, pack
 
 OURS, GPTQ = "zoft", "gptq"
 CODES = {OURS: "codes", GPTQ: "qweight"}  # the tensor by which a quantised layer is known
@@ -189,7 +189,7 @@ def _from_gptq(tensors: dict[str, Tensor], shape: tuple, group: int, found: Sett
     codes = nn.functional.pad(codes, (0, whole[0]), value=half).unflatten(1, (-1, group))
     codes = nn.functional.pad(codes, (0, whole[1]), value=half)
     return {
-        "codes": quant.pack(codes, bits),
+        "codes": pack(codes, bits),
         "scales": tensors["scales"].mT.contiguous(),
         "zeros": None if bool((zeros == half).all()) else zeros * quant.UNIT,
         "order": order,

@@ -43,14 +43,16 @@ def save(
     """
     from zoft.models import quantised_files
     from zoft.models.adapters import kept_in_place
+    from zoft.models.adapters.kept_in_place import changes, without
     from zoft.models.quant import linear, other_libraries
+    from zoft.models.quant.other_libraries import own_form, plain_form
 
-    added = kept_in_place.changes(model, dequantise)
-    with whole(out_dir) as folder, kept_in_place.without(model) as base:
+    added = changes(model, dequantise)
+    with whole(out_dir) as folder, without(model) as base:
         # transformers cannot undo what it did to such a model while it loaded it; it loads this form as well.
         theirs = other_libraries.layers(base)
         form = {"save_original_format": False} if theirs and not dequantise else {}
-        how = other_libraries.plain_form if dequantise else other_libraries.own_form
+        how = plain_form if dequantise else own_form
         with kind.quiet(), how(base):
             base.save_pretrained(folder, state_dict=_cast(base, dtype, dequantise, added or {}), **form)
         if linear.layers(base) and not dequantise:

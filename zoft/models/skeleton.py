@@ -9,8 +9,10 @@ import torch
 
 from zoft.config.schema import Config
 from zoft.errors import UserError
-from zoft.models import kind, load, quantised_files
-from zoft.models.quant import linear
+from zoft.models import load, quantised_files
+from zoft.models.kind import auto_class
+from zoft.models.load import user_errors
+from zoft.models.quant.linear import quantise_model
 
 
 def skeleton(config: Config) -> Any:
@@ -19,7 +21,7 @@ def skeleton(config: Config) -> Any:
 
     source = load.resolve(config.model)
     load.check(source)
-    with load.user_errors(source):
+    with user_errors(source):
         if source.kind == "gguf":
             from zoft.models import gguf
 
@@ -33,7 +35,7 @@ def skeleton(config: Config) -> Any:
             shape = AutoConfig.from_pretrained(source.place, trust_remote_code=config.trust_remote_code)
             dtype = getattr(shape, "dtype", None) or torch.float32
         with torch.device("meta"):
-            model = kind.auto_class(source.name, shape).from_config(
+            model = auto_class(source.name, shape).from_config(
                 shape, dtype=dtype, trust_remote_code=config.trust_remote_code
             )
     return model.eval().requires_grad_(False)
@@ -42,7 +44,7 @@ def skeleton(config: Config) -> Any:
 def quantised(config: Config, model: Any) -> None:
     """Quantise a skeleton as loading would: by the config's keys, or as the checkpoint says that it is."""
     if config.bits is not None:
-        linear.quantise_model(
+        quantise_model(
             model,
             bits=config.bits,
             group=config.group,
@@ -54,7 +56,7 @@ def quantised(config: Config, model: Any) -> None:
     folder = Path(source.place) if source.kind == "folder" else None
     found = quantised_files.settings(source.name, model.config, folder)
     if found:
-        linear.quantise_model(model, bits=found.bits, group=found.group or 1 << 30, zero_points=True)
+        quantise_model(model, bits=found.bits, group=found.group or 1 << 30, zero_points=True)
     elif theirs := getattr(model.config, "quantization_config", None):
         how = theirs if isinstance(theirs, dict) else theirs.to_dict()
         raise UserError(

@@ -13,14 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoft.noise import kernels, storage
+from zoft.noise import kernels
+from zoft.noise.kernels import run_rows
 from zoft.noise.spec import KINDS, Mask, Update, key
+from zoft.noise.storage import BF16, FP16, FP32, FP64, ZERO
 
 _CODES = {
-    torch.float32: storage.FP32,
-    torch.bfloat16: storage.BF16,
-    torch.float16: storage.FP16,
-    torch.float64: storage.FP64,
+    torch.float32: FP32,
+    torch.bfloat16: BF16,
+    torch.float16: FP16,
+    torch.float64: FP64,
 }
 _PIECE = (
     128 * kernels.CHUNK
@@ -45,7 +47,7 @@ def perturb(
 ) -> None:
     """`zoft.noise.perturb` of a CPU tensor whose first element is number `first`. updates: without no-ops."""
     code, n = _CODES[theta.dtype], theta.numel()
-    work = np.float64 if code == storage.FP64 else np.float32
+    work = np.float64 if code == FP64 else np.float32
     plan = _plan(updates, probes, seed, step, work)
     address, kind = _address(theta, first), KINDS[noise]
     buffer = _NONE if momentum is None else _address(momentum, first)
@@ -77,14 +79,12 @@ def gather(
     index = rows.numpy()
     if index.min() < 0 or index.max() >= len(theta):
         raise IndexError(f"rows [{index.min()}, {index.max()}] of a tensor that has {len(theta)}")
-    work = np.float64 if code == storage.FP64 else np.float32
+    work = np.float64 if code == FP64 else np.float32
     plan, rules = _plan((), ((direction, scale),), seed, step, work), _rules(0.0, None, mask)
     source, target, kind = _address(theta, start), np.uint64(out.data_ptr()), KINDS[noise]
 
     def piece(first: int, last: int) -> None:
-        kernels.run_rows(
-            source, code, index, first, last, width, start, tid, kind, rules, plan, target, out_code
-        )
+        run_rows(source, code, index, first, last, width, start, tid, kind, rules, plan, target, out_code)
 
     _spread(piece, len(rows), -(-_PIECE // width))
 
@@ -99,7 +99,7 @@ def direction(out: Tensor, tid: int, seed: int, step: int, direction: int, noise
 
     def piece(start: int, end: int) -> None:
         shape = (code, n, start)
-        kernels.run(_NONE, storage.ZERO, start, end, tid, kind, _NONE, rules, plan, target, shape)
+        kernels.run(_NONE, ZERO, start, end, tid, kind, _NONE, rules, plan, target, shape)
 
     _spread(piece, n, _PIECE)
 

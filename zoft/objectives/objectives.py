@@ -32,9 +32,10 @@ from zoft.data.example import Example
 from zoft.data.tasks import TaskData, subset
 from zoft.errors import UserError
 from zoft.method.estimators.named import forwards_per_step
-from zoft.objectives import losses, metrics
+from zoft.objectives import losses
 from zoft.objectives import text as generate
 from zoft.objectives.losses import Batch
+from zoft.objectives.metrics import exact_match, token_f1
 from zoft.objectives.reward import Reward, load
 from zoft.parallel import world
 
@@ -266,7 +267,7 @@ class Texts:
             assert self.reward is not None
             shown = [{"prompt": r["prompt"], **r.get("columns", {})} for r in rows]
             return self.reward(shown, texts, [r["where"] for r in rows])
-        score = metrics.exact_match if name == "exact_match" else metrics.token_f1
+        score = exact_match if name == "exact_match" else token_f1
         return [score(text, answers(row)) for row, text in zip(rows, texts, strict=True)]
 
     def header(self) -> dict[str, Any]:

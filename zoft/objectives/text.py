@@ -20,7 +20,7 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from zoft.config.schema import Config
 from zoft.data.example import front_of
 from zoft.errors import UserError
-from zoft.models import calls
+from zoft.models.calls import one_cache_name, puts_before, takes
 from zoft.models.kind import quiet, refuse_longer_rows
 
 TOKENS = 8192  # a batch's rows × (width + max_new_tokens) at most: what its key-value cache holds
@@ -157,7 +157,7 @@ def _plain(model: Any) -> Iterator[None]:
         for m in holders:
             m.generation_config = GenerationConfig()
         with quiet(), warnings.catch_warnings(), kept.aside() if kept else nullcontext(), \
-                calls.one_cache_name(model):  # fmt: skip
+                one_cache_name(model):  # fmt: skip
             warnings.simplefilter("ignore")  # peft's, about positions that it makes itself
             yield
     finally:
@@ -171,14 +171,14 @@ def _refuse_unseen(model: Any, contexts: Sequence[Sequence[int]], pad: int, arou
     Looked at once a model, at two tokens after the shortest context: with some versions of the libraries the first
     token did not see a prefix, with others the second saw its prompt twice.
     """
-    if not contexts or model in _sees or not calls.puts_before(model):
+    if not contexts or model in _sees or not puts_before(model):
         return
     row = list(sorted(contexts, key=len)[0])
     with around(1):
         out = _run(model, [row], pad, max_new_tokens=2, output_logits=True, return_dict_in_generate=True)
         got = torch.stack([x[0].double() for x in out.logits])  # [2, V]
         ids = torch.tensor([row + [int(got[0].argmax())]], device=got.device)
-        extra = {"use_cache": False} if calls.takes(model, "use_cache") else {}
+        extra = {"use_cache": False} if takes(model, "use_cache") else {}
         want = model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits[0, -2:].double()
     if not bool(want.isfinite().all()):
         return  # whoever asked for the text looks at that

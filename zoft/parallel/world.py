@@ -31,6 +31,7 @@ from zoft.ledger.log import Ledger
 from zoft.method.estimators.named import probes_per_step
 from zoft.models.fingerprint import Stored
 from zoft.parallel import launch
+from zoft.parallel.launch import with_parent
 from zoft.signals import Stop, Stopped
 
 T = TypeVar("T")
@@ -258,7 +259,7 @@ def joined(config: Config, folder: str) -> Iterator[World]:
             )
         yield World()
         return
-    launch.with_parent()
+    with_parent()
     parts, shards = grid(config, size)
     local, local_size = launch.number("LOCAL_RANK", rank), launch.number("LOCAL_WORLD_SIZE", size)
     cuda = on_gpu(config, local, local_size)

@@ -17,8 +17,8 @@ from zoft.method import updates
 from zoft.method.estimators.estimator import Probe
 from zoft.method.space import Trained
 from zoft.noise.spec import Update
-from zoft.probe import site_forwards
 from zoft.probe.scratch import CLEAN, PENDING_MAX, Scratch
+from zoft.probe.site_forwards import choose_compute, fast, route, scratch_bytes
 from zoft.probe.sites import Site
 
 
@@ -32,12 +32,10 @@ class ProbeAxis(Scratch):
     def __init__(
         self, trained: Sequence[Trained], sites: Sequence[Site], *, seed: int, kind: str, beta: float = 0.0
     ) -> None:
-        site_forwards.choose_compute(trained, sites)
-        super().__init__(
-            trained, sites, seed=seed, kind=kind, beta=beta, size=site_forwards.scratch_bytes(sites)
-        )
+        choose_compute(trained, sites)
+        super().__init__(trained, sites, seed=seed, kind=kind, beta=beta, size=scratch_bytes(sites))
         self._active = False  # within `at`
-        self._forwards = {s: site_forwards.route(self, s, self.shortcut(s)) for s in self.sites}
+        self._forwards = {s: route(self, s, self.shortcut(s)) for s in self.sites}
         self._blank = self._blanks()
         self.hold = False  # whether a lone probe's tensors are made once for all forwards of an `at`
         self._held_at: tuple[int, Probe] | None = None
@@ -125,7 +123,7 @@ class ProbeAxis(Scratch):
 
     def shortcut(self, site: Site) -> Callable | None:
         """A direct route for this site, or None: its own forward, once per probe."""
-        return site_forwards.fast(site)
+        return fast(site)
 
     def held_bytes(self) -> int:
         """What holding a probe takes."""

@@ -18,7 +18,7 @@ from zoft.method.space import Trained
 from zoft.probe import sites
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.rows import LIFT, leaves
-from zoft.probe.sites import Found
+from zoft.probe.sites import Found, promote, rerouted
 
 # Probes of the proof, in eps: far apart, so that a row handed to the wrong probe cannot hide in rounding. Where
 # their losses are still too close, all are moved further out.
@@ -80,7 +80,7 @@ def _candidates(
             return
         yield found
     if any(c.row_free for s in found.sites for c in s.calls):
-        promoted = sites.promote(model, trained, found, run, small, double)
+        promoted = promote(model, trained, found, run, small, double)
         if promoted.stacked:
             yield promoted
 
@@ -245,7 +245,7 @@ def _watched_leak(model: nn.Module, axis: _Guarded, found: Found, run: Callable,
             stack.pop()
 
     def guarded(b: Any) -> torch.Tensor:
-        with sites.rerouted(list(model.modules()), enter), Memory():
+        with rerouted(list(model.modules()), enter), Memory():
             return run(b)
 
     losses = _losses(axis, found, guarded, batch, [Probe(0, 0.0)])

@@ -11,7 +11,7 @@ import torch
 from zoft.method import updates as update
 from zoft.method.estimators.estimator import Probe
 from zoft.method.space import Trained
-from zoft.models.quant import linear
+from zoft.models.quant.linear import QuantLinear
 from zoft.noise import noise
 from zoft.noise.spec import PART, Update
 from zoft.probe.sites import Site
@@ -55,7 +55,7 @@ def dense_bytes(sites: Sequence[Site], dtype: torch.dtype) -> int:
                 + s.module.in_features * s.module.out_features * dtype.itemsize
             )
             for s in sites
-            if isinstance(s.module, linear.QuantLinear)
+            if isinstance(s.module, QuantLinear)
         ),
         default=0,
     )

@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from zoft.method.space import Trained
 from zoft.models.quant import linear as quant
-from zoft.probe import lora_forward
+from zoft.models.quant.linear import QuantLinear, fused
+from zoft.probe.lora_forward import lora, pair
 from zoft.probe.rows import COUNT, LIFT, NO_ROWS, ONE, PLAIN, Call, Unfit
 from zoft.probe.scratch import Scratch, in_slabs, nbytes, slab_rows
 from zoft.probe.sites import Site
@@ -23,10 +24,10 @@ from zoft.probe.sites import Site
 def fast(site: Site) -> Callable | None:
     """A direct route for exact types with their own forward and rows in dim 0; None: the general one."""
     kind = type(site.module)
-    ways = {nn.Linear: linear, nn.Embedding: embedding, Conv1D: conv1d, quant.QuantLinear: quantised}
+    ways = {nn.Linear: linear, nn.Embedding: embedding, Conv1D: conv1d, QuantLinear: quantised}
     way = ways.get(kind)
-    if lora_forward.pair(site) is not None:
-        way = lora_forward.lora
+    if pair(site) is not None:
+        way = lora
     elif not _owns(site):
         return None
     if way is None or "forward" in site.module.__dict__ or site.module._forward_hooks:
@@ -37,7 +38,7 @@ def fast(site: Site) -> Callable | None:
 
 
 def _owns(site: Site) -> bool:
-    if isinstance(site.module, quant.QuantLinear):
+    if isinstance(site.module, QuantLinear):
         return True
     weight = getattr(site.module, "weight", None)
     return any(t.param is weight for t in site.trained)
@@ -256,7 +257,7 @@ def quantised(axis: Scratch, site: Site, x: torch.Tensor) -> torch.Tensor:
             scales = layer.scales.expand(len(group), -1, -1)  # [G, out, groups of a row]
         bias = made.get(id(layer.bias), layer.bias)
         w = None
-        if not quant.fused(layer, xs[first:end], scales):
+        if not fused(layer, xs[first:end], scales):
             taken = len(group) * sum(nbytes(t) for t in site.trained)
             w = axis.room((len(group), layer.out_features, layer.in_features), x.dtype, taken)
         quant.product(layer, xs[first:end], scales, bias, y[first:end], w)

@@ -18,8 +18,12 @@ from transformers import GenerationConfig
 
 from zoft.config.schema import Config
 from zoft.errors import UserError
-from zoft.models import fingerprint, gguf, load, safetensors_writer
+from zoft.models import gguf, load, safetensors_writer
 from zoft.models.adapters import kept_in_place
+from zoft.models.adapters.kept_in_place import folder_of
+from zoft.models.fingerprint import distinct, of_tensors
+from zoft.models.gguf import llama_names
+from zoft.models.load import user_errors
 from zoft.models.skeleton import skeleton
 from zoft.train import parts
 
@@ -41,7 +45,7 @@ class Base:
     def fingerprint(self) -> str:
         """fingerprint.of_model of the model, from its files."""
         size = sum(t.nbytes for t in self.tensors.values())
-        return fingerprint.of_tensors(((name, self.read(name)) for name in self.tensors), size)
+        return of_tensors(((name, self.read(name)) for name in self.tensors), size)
 
 
 def find(config: Config, wanted: str, where: str) -> Base:
@@ -52,7 +56,7 @@ def find(config: Config, wanted: str, where: str) -> Base:
     loaded model. Raises UserError for other weights.
     """
     wanted, _, beside = wanted.partition("+")  # a model and the adapter that is in place
-    place = kept_in_place.folder_of(config)
+    place = folder_of(config)
     if (found := kept_in_place.fingerprint(place) if place else "") != beside:
         raise UserError(
             f"{where}: its ledger starts from another adapter ({beside}) than adapter={place} ({found})"
@@ -77,7 +81,7 @@ def loaded(config: Config) -> Base:
 
 def of(model: Any, tokenizer: Callable[[], Any]) -> Base:
     """The base that a model in memory is."""
-    tensors = fingerprint.distinct(model)
+    tensors = distinct(model)
     return Base(model, tensors, lambda name: tensors[name].clone(), tokenizer, whole=True)
 
 
@@ -89,7 +93,7 @@ def streamed(config: Config) -> Base | None:
         return None
     source = load.resolve(config.model)
     load.check(source)
-    with load.user_errors(source):
+    with user_errors(source):
         held = _gguf(Path(source.place)) if source.kind == "gguf" else _files(_folder(source))
     if not held:
         return None
@@ -110,7 +114,7 @@ def streamed(config: Config) -> Base | None:
     def read(name: str) -> Tensor:
         get = reads[name]
         assert get is not None, name
-        with load.user_errors(source):
+        with user_errors(source):
             return get().to(tensors[name].dtype)
 
     if source.kind != "gguf":
@@ -126,7 +130,7 @@ def _gguf(path: Path) -> Held:
     from transformers import LlamaConfig
 
     file = gguf.read(path)
-    names, settings = gguf.llama_names(file), gguf._llama_settings(file)
+    names, settings = llama_names(file), gguf._llama_settings(file)
     if names is None or settings is None:
         return {}
     shape = LlamaConfig(**settings)

@@ -12,14 +12,19 @@ from torch import Tensor
 from zoft.config.schema import ADAPTERS, Config
 from zoft.errors import UserError
 from zoft.method import space
+from zoft.method.space import adopt, float_buffers
 from zoft.models import kind, saving
-from zoft.models.adapters import attach, kept_in_place
+from zoft.models.adapters import attach
+from zoft.models.adapters.kept_in_place import folder_of
+from zoft.models.kind import auto_class, is_masked
 from zoft.models.quant import linear, other_libraries
+from zoft.models.saving import whole
 from zoft.replay import base_weights as bases
 from zoft.replay import saved_model, tensors
 from zoft.replay.base_weights import Base
 from zoft.replay.live import live
 from zoft.train import header, parts
+from zoft.train.parts import said_before
 
 TOLERANCE = 1e-3  # between the same logits of two loads in fp32, of the largest
 
@@ -35,7 +40,7 @@ def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
     if config.train in ("prefix", "prompt"):
         raise UserError(f"train={config.train}: it cannot be merged into weights; use --adapter")
     config, log = tensors.asked(parts.device(config), folder, tensors.Ask())
-    beside = config.train in ADAPTERS or kept_in_place.folder_of(config) is not None
+    beside = config.train in ADAPTERS or folder_of(config) is not None
     if beside:  # the base as it was loaded, whatever the run computed in
         config = replace(config, compute="fp32")
     model, tokenizer, config = live(config, folder, log)
@@ -54,13 +59,13 @@ def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
     result, facts = tensors.told(config, folder, log, tensors.Ask())
     word = config.save_dtype if dtype == "auto" else dtype
     kept = model.checkpoint_dtype if word == "auto" else space.DTYPES[word]
-    with saving.whole(out) as draft:
+    with whole(out) as draft:
         saving.save(model, tokenizer, draft, dtype=kept, card=saved_model.card(config, result, **facts))
         rounded = logits(widened(model, kept))
         del model
         again = reloaded(draft, config)
         agree(logits(again), rounded, out)
-        with parts.said_before():
+        with said_before():
             base = bases.find(config, log.header["base"], str(folder))
         if linear.layers(base.model) or other_libraries.layers(base.model):
             other_libraries.make_plain(base.model)
@@ -88,14 +93,14 @@ def adapter(config: Config, folder: Path, out: Path) -> str:
     config = replace(config, compute="fp32")  # so that the two differ by nothing but the adapter
     model, tokenizer, config = live(config, folder, log)
     result, facts = tensors.told(config, folder, log, tensors.Ask())
-    trained = space.adopt(model, list(log.header["trained"]))
+    trained = adopt(model, list(log.header["trained"]))
     if attach.fingerprint(trained) == log.header["adapter"]:
         raise UserError(f"{folder}: its adapter is as it started: {len(log.records)} steps have not moved it")
-    with saving.whole(out) as draft:
+    with whole(out) as draft:
         attach.save(model, draft, tokenizer=tokenizer, card=saved_model.card(config, result, **facts))
         own = logits(model)
         del model, trained
-        with parts.said_before():
+        with said_before():
             base, _, _ = parts.model(replace(plain(config), adapter=None))
         agree(logits(attach.load(widened(base, None), draft)), own, out)
     return f"{out}: loaded again beside the base, it gives the run's logits"
@@ -106,7 +111,7 @@ def widened(model: Any, dtype: torch.dtype | None) -> Any:
     for t in model.state_dict(keep_vars=True).values():
         if t.is_floating_point():
             t.data = (t.data if dtype is None else t.data.to(dtype)).float()
-    for _, _, buffer in space.float_buffers(model):
+    for _, _, buffer in float_buffers(model):
         buffer.data = buffer.data.float()
     return model
 
@@ -117,7 +122,7 @@ def reloaded(folder: Path, config: Config) -> Any:
 
     own = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     with kind.quiet():
-        model = kind.auto_class(str(folder), own).from_pretrained(
+        model = auto_class(str(folder), own).from_pretrained(
             folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code
         )
     return model.eval().to(config.device)
@@ -128,7 +133,7 @@ def logits(model: Any) -> Tensor:
     """[2, 8, V] of two short rows of tokens."""
     device = next(model.parameters()).device
     ids = torch.arange(16, device=device).view(2, 8) * 7 % model.get_input_embeddings().weight.shape[0]
-    extra = {} if kind.is_masked(model) else {"use_cache": False}
+    extra = {} if is_masked(model) else {"use_cache": False}
     return model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra).logits.float().cpu()
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 from zoft.config.schema import ADAPTERS, Config
 from zoft.ledger.log import Log
-from zoft.method import recipes
-from zoft.models.adapters import kept_in_place
+from zoft.method.recipes import method_of
+from zoft.models.adapters.kept_in_place import folder_of
 from zoft.replay import saved_model, snapshot, tensors
+from zoft.replay.snapshot import newest
+from zoft.replay.tensors import denoise
 from zoft.train import parts
 from zoft.train.assemble import assemble_again
 from zoft.train.trainer import Trainer
@@ -21,8 +23,8 @@ def replay_run(config: Config, folder: Path, out: Path, ask: tensors.Ask) -> int
 
     Tensor by tensor; in memory where few numbers are trained beside a frozen or quantised model.
     """
-    beside = config.train in ADAPTERS or kept_in_place.folder_of(config) is not None
-    if not (beside or recipes.method_of(config.recipe).space.quantised):
+    beside = config.train in ADAPTERS or folder_of(config) is not None
+    if not (beside or method_of(config.recipe).space.quantised):
         return tensors.replay(config, folder, out, ask)
     config, log = tensors.asked(parts.device(config), folder, ask)
     model, tokenizer, config = live(config, folder, log)
@@ -45,7 +47,7 @@ def live(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
 def catch_up(trainer: Trainer, folder: Path, config: Config, log: Log, say: Callable[[str], Any]) -> None:
     """Bring the weights to the log's last step: the newest sound snapshot, then what came after it."""
     records = log.records
-    found = snapshot.newest(folder, log.header, log.events, say=say)
+    found = newest(folder, log.header, log.events, say=say)
     if found:
         step, path = found
         say(f"starting from the snapshot at step {step}")
@@ -61,5 +63,5 @@ def catch_up(trainer: Trainer, folder: Path, config: Config, log: Log, say: Call
             for t in trained:
                 t.step = denoised if t.stored.element_size() == 2 else t.step
         trainer.replay(records[trainer.next : denoised])
-        say(tensors.denoise(folder, config, log, denoised, trained))
+        say(denoise(folder, config, log, denoised, trained))
     trainer.replay(records[trainer.next :])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zoft import console
-from zoft.config import compose
+from zoft.config.compose import dump
 from zoft.config.schema import ADAPTERS, Config
 from zoft.errors import UserError, writing
 
@@ -45,13 +45,14 @@ def save(
 
 def card(config: Config, result: Mapping[str, Any], **facts: Any) -> str:
     """The text of a model's README.md: what it was made of, how, and its figures; facts: what else there is to say."""
-    from zoft.models import load, saving
+    from zoft.models import load
+    from zoft.models.saving import model_card
 
     keys = ("recipe", "train", "steps", "lr", "schedule", "eps", "q", "noise", "batch_size", "seed")
     rows = {"task": config.task.name} | {k: getattr(config, k) for k in keys} | facts
     for when in ("before", "after"):
         rows |= {f"{name} {when}": console.short(v) for name, v in result.get(when, {}).items()}
-    return saving.model_card(load.resolve(config.model), rows)
+    return model_card(load.resolve(config.model), rows)
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     """What a dry run prints: the resolved config, then what training would do."""
     config = plan["config"]
     return (
-        f"{compose.dump(config)}\n"
+        f"{dump(config)}\n"
         f"{plan['train_examples']} training and {plan['eval_examples']} evaluation examples, "
         f"the longest of {plan['longest']} tokens\n"
         f"{plan['trained_tensors']} tensors trained, {plan['trained_numbers']:,} numbers, "

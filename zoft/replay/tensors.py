@@ -17,21 +17,25 @@ from torch import Tensor, nn
 from zoft import console
 from zoft.config.schema import Config
 from zoft.errors import UserError
-from zoft.ledger import check
 from zoft.ledger import log as ledger
+from zoft.ledger.check import sound
 from zoft.ledger.log import Event, Log
-from zoft.method import masks, rules, space
+from zoft.method import masks, space
 from zoft.method import updates as update
 from zoft.method.estimators.named import estimator_of
-from zoft.method.space import FP16_MAX, Trained
+from zoft.method.rules import attach_rule, rule_of
+from zoft.method.space import FP16_MAX, Trained, frozen_dtype
 from zoft.models import safetensors_writer, saving
+from zoft.models.saving import finish_folder, whole
 from zoft.noise.spec import Update
 from zoft.probe.inplace import InPlace
 from zoft.replay import base_weights as bases
-from zoft.replay import saved_model, snapshot
+from zoft.replay import saved_model
 from zoft.replay.base_weights import Base
+from zoft.replay.snapshot import newest
 from zoft.train import header as headers
 from zoft.train import parts
+from zoft.train.header import page_of, with_plan
 
 WORK = 1 << 29  # updates × elements between two looks at progress, and at Ctrl-C
 SIXTEEN = ("fp16", "bf16")
@@ -54,13 +58,13 @@ def asked(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
 
     Raises UserError for steps that the ledger does not have, and for a wish that its storage makes void.
     """
-    header, records, events = check.sound(folder, ledger.read(folder / "ledger"))
-    headers.agree(header, headers.page_of(config), folder)
+    header, records, events = sound(folder, ledger.read(folder / "ledger"))
+    headers.agree(header, page_of(config), folder)
     trained = header["trained"]
     n = len(records) if ask.steps is None else ask.steps
     if n > len(records):
         raise UserError(f"--step {n}: the ledger of {folder} has {len(records)} steps so far")
-    config = headers.with_plan(config, header)
+    config = with_plan(config, header)
     if ask.exact and ask.denoise:
         raise UserError(
             "--denoise: weights replayed with --storage fp32 were never rounded; leave one of them out"
@@ -71,7 +75,7 @@ def asked(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
             raise UserError(
                 f"{word}: {folder} has an adapter in place, which the sum over the ledger leaves out"
             )
-        if rule := rules.rule_of(config):
+        if rule := rule_of(config):
             raise UserError(
                 f"{word}: {folder} was trained with update={rule.name}, so base and ledger give no plain sum"
             )
@@ -119,9 +123,9 @@ def replay(config: Config, folder: Path, out: Path, ask: Ask) -> int:
                 base.model, tokenizer, out, dtype=dtype, card=text, dequantise=config.save_dequantised
             )
         else:
-            with saving.whole(out) as draft:
+            with whole(out) as draft:
                 stream(base, made, draft, dtype)
-                saving.finish_folder(draft, tokenizer, dtype, text)
+                finish_folder(draft, tokenizer, dtype, text)
     return len(log.records)
 
 
@@ -166,7 +170,7 @@ def start(folder: Path, log: Log, ask: Ask) -> Found:
     """(step, file) of the newest snapshot that what is asked for can start from."""
     if ask.exact or ask.denoise:
         return None
-    found = snapshot.newest(folder, log.header, log.events, say=parts.say)
+    found = newest(folder, log.header, log.events, say=parts.say)
     if found:
         parts.say(f"starting from the snapshot at step {found[0]}")
     return found
@@ -186,7 +190,7 @@ def weights(
         if name in trained:
             yield name, tensors.at_the_end(name, theta, found, did)
         else:
-            yield name, theta.to(space.frozen_dtype(theta, config.compute, name in params))
+            yield name, theta.to(frozen_dtype(theta, config.compute, name in params))
 
 
 @dataclass
@@ -232,7 +236,7 @@ class Tensors:
         t = space.one(name, nn.Parameter(theta.to(dtype), requires_grad=False))
         masks.one(t, self.config.mask, self.config.sparsity, self.config.seed)
         t.floor = self.log.header.get("floors", {}).get(name)
-        rules.attach_rule([t], rules.rule_of(self.config))
+        attach_rule([t], rule_of(self.config))
         return t
 
     def _repeat(self, t: Trained, did: Callable[[int], None]) -> None:

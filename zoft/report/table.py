@@ -13,6 +13,7 @@ from zoft import tables
 from zoft.errors import UserError
 from zoft.report import names
 from zoft.report.runs import METRICS, Group, Run, folders, read
+from zoft.tables import csv_text
 
 
 def groups(runs: Sequence[Run], say: Callable[[str], Any] = lambda line: None) -> list[Group]:
@@ -152,7 +153,7 @@ def report(
     found = rows(some, chosen)
     if csv_to:
         with writing(csv_to):
-            Path(csv_to).write_text(tables.csv_text(found), encoding="utf-8")
+            Path(csv_to).write_text(csv_text(found), encoding="utf-8")
     if png_to:
         from zoft.report import plot
 

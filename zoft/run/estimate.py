@@ -19,11 +19,15 @@ from zoft.evaluation.evaluate import room_of
 from zoft.method import space
 from zoft.method.estimators.named import probes_per_step
 from zoft.method.rules import rule_of
-from zoft.models import footprint, kind
+from zoft.method.space import train_names
+from zoft.models import footprint
 from zoft.models import load as models
 from zoft.models.adapters import attach as adapters
-from zoft.models.adapters import kept_in_place
+from zoft.models.adapters.kept_in_place import folder_of
+from zoft.models.footprint import Cost, cost
+from zoft.models.kind import blocks_of
 from zoft.models.quant import linear as quant
+from zoft.models.quant.linear import Scales
 from zoft.models.skeleton import quantised, skeleton
 from zoft.noise import noise
 from zoft.noise.spec import Update
@@ -33,6 +37,7 @@ from zoft.probe.scratch import SLAB
 from zoft.run.stops import due
 from zoft.train import parts
 from zoft.train.batches import batch_indices
+from zoft.train.parts import dtypes, refuse_unquantised
 
 MEASURED = 0.2  # seconds that a rate is measured for
 ROWS_MAX = 1 << 14  # of the product
@@ -66,25 +71,25 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     model = skeleton(config)
     load = sum(p.numel() * p.element_size() for p in model.parameters())
     quantised(config, model)
-    parts.refuse_unquantised(config, model)
+    refuse_unquantised(config, model)
     if config.train in ADAPTERS:
         model = adapters.attach(model, config)
-    elif place := kept_in_place.folder_of(config):
+    elif place := folder_of(config):
         model = adapters.load(model, place)
     gradients = model
-    names = space.train_names(model, config.train)
+    names = train_names(model, config.train)
     if quant.layers(model):
         gradients = skeleton(config)  # training with gradients wants the weights
         if config.device != "cpu" or config.bits is None:
             load = 0  # layer by layer, on the device; or they come quantised
-    config = parts.dtypes(config, model, names)
+    config = dtypes(config, model, names)
     inplace = config.perturb == "inplace"
     sizes = weights(model, names, config.storage, config.compute, uniform=inplace)
     total = sum(sizes.values())
     # Moved in place, a model runs on its stored weights; an adapter's base does not.
     compute = space.DTYPES[config.storage if inplace and config.train not in ADAPTERS else config.compute]
     for p in [*model.parameters(), *gradients.parameters()]:
-        if not isinstance(p, quant.Scales):
+        if not isinstance(p, Scales):
             p.data = p.data.to(compute)
 
     auto = config.probes_per_forward == "auto"
@@ -166,7 +171,7 @@ def weights(
     sizes: Counter[str] = Counter()
     for name, p in model.named_parameters():
         dtype = p.dtype
-        if isinstance(p, quant.Scales):
+        if isinstance(p, Scales):
             dtype = torch.float64 if store == torch.float64 and name in chosen else torch.float32
         elif name in chosen:
             dtype = one_dim if p.ndim <= 1 else store
@@ -181,10 +186,11 @@ def weights(
 def _examples(config: Config) -> tuple[list[Example], int | None, str]:
     """(training examples, how many there are to evaluate on, "" or why they are made up)."""
     from zoft.data import tasks
+    from zoft.data.tasks import subset
 
     try:
         data = tasks.load(config.task)
-        tested = len(tasks.subset(data.eval, config.eval_limit))
+        tested = len(subset(data.eval, config.eval_limit))
         rows = encode(data.train, parts.tokenizer(config), data, config.max_length, pack=data.pack)
         return rows, tested, ""
     except UserError as error:
@@ -224,9 +230,9 @@ def _frozen(
     first, count = frozen_blocks(model, {id(p) for n, p in model.named_parameters() if n in set(names)})
     if first in (0, count) or (auto and 2 * first < count):
         return 0, 1.0
-    inside = f"{kind.blocks_of(model)[0]}."
+    inside = f"{blocks_of(model)[0]}."
     outside = {n for n in names if not n.startswith(inside)}  # frozen_blocks has looked where these are all
-    if len(outside) < len(names) and not outside <= set(space.train_names(model, "last-1")):
+    if len(outside) < len(names) and not outside <= set(train_names(model, "last-1")):
         return 0, 1.0  # something is trained that may come before the blocks
     states = sum(
         len(row) for row in {c + t[:-1] + e.after for e in rows for c, t in zip(e.contexts, e.completions)}
@@ -239,14 +245,14 @@ def _frozen(
     return min(int(kept * row), FROZEN_BYTES), 1 - first / count
 
 
-def _forward(model: Any, batch: Batch, notes: list[str]) -> footprint.Cost:
+def _forward(model: Any, batch: Batch, notes: list[str]) -> Cost:
     """Of one forward of the batch, its losses included."""
     real = batch.to("meta")
     rows, tokens = real.inputs["input_ids"].shape
     mask = 3 * rows * tokens**2  # of padded rows: yes or no, and what attention makes of that in 16 bits
     try:
-        found = footprint.cost(model, lambda: losses(model, real))
-        return footprint.Cost(found.activations + mask, found.flops)
+        found = cost(model, lambda: losses(model, real))
+        return Cost(found.activations + mask, found.flops)
     except Exception as error:  # a model that looks at values
         notes.append(f"activations by formula: this model cannot be traced ({type(error).__name__})")
     # Residual, its norm in fp32, and the widest hidden layer twice, of one block.
@@ -255,9 +261,7 @@ def _forward(model: Any, batch: Batch, notes: list[str]) -> footprint.Cost:
     )
     size = next(model.parameters()).element_size()
     numbers = sum(p.numel() for p in model.parameters())
-    return footprint.Cost(
-        mask + rows * tokens * (6 * _width(model) + 2 * wide) * size, 2 * numbers * rows * tokens
-    )
+    return Cost(mask + rows * tokens * (6 * _width(model) + 2 * wide) * size, 2 * numbers * rows * tokens)
 
 
 def _scratch(model: Any, names: Sequence[str], compute: torch.dtype, probes: int, few: bool) -> int:
@@ -275,7 +279,7 @@ def _scratch(model: Any, names: Sequence[str], compute: torch.dtype, probes: int
         min(size, SLAB) if id(p) in linear else size
         for n, p in model.named_parameters()
         if n in chosen and all(p is not x for x in passed)
-        for size in [p.numel() * (4 if isinstance(p, quant.Scales) else compute.itemsize)]
+        for size in [p.numel() * (4 if isinstance(p, Scales) else compute.itemsize)]
     ]
     scales = {id(m.scales): m for m in quant.layers(model).values()}
     if any(n in chosen and id(p) in scales for n, p in model.named_parameters()):

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft import console
-from zoft.config import compose
-from zoft.console import logged
+from zoft.config.compose import to_yaml
+from zoft.console import logged, peak_memory_gb
 from zoft.folder import write
 from zoft.method.estimators.named import forwards_per_step
 from zoft.replay import saved_model
+from zoft.replay.saved_model import folder_name
 from zoft.run import guards
+from zoft.run.guards import Watch
 from zoft.run.session import Presence, Session, as_begun, steps_of
 from zoft.run.stops import due, next_stop
 
@@ -33,9 +34,11 @@ def fit(
     """
     from zoft.ledger.log import Event, Log
     from zoft.parallel import world as distributed
-    from zoft.replay import snapshot, tensors
+    from zoft.replay import snapshot
     from zoft.replay.live import catch_up
+    from zoft.replay.tensors import denoise
     from zoft.run import selection
+    from zoft.run.selection import check_metric, look_back, prune
     from zoft.signals import Stopped
 
     config, t, world = s.config, s.tracker, distributed.current()
@@ -52,12 +55,12 @@ def fit(
         t.evaluation(0, evals[0])
     if line := selection.note(config, evals):
         t.note(line)
-    selection.check_metric(config, evals[0])
+    check_metric(config, evals[0])
     log = Log(s.ledger.header, s.ledger.records, s.ledger.events)  # the ledger's own lists: they grow
     catch_up(trainer, s.folder, config, log, t.note)
-    watch = guards.Watch(config, trainer.axis.trained, steps_of(s.ledger, config))
+    watch = Watch(config, trainer.axis.trained, steps_of(s.ledger, config))
     cores = guards.cores(config, world.size)
-    folder = Presence(s.ledger, {"config.yaml": compose.to_yaml(config)})
+    folder = Presence(s.ledger, {"config.yaml": to_yaml(config)})
 
     def on_step(metrics: dict[str, Any]) -> None:
         seconds = past + time.monotonic() - began - paused
@@ -70,7 +73,7 @@ def fit(
         if trainer.settings.probes_per_forward != s.config.probes_per_forward:  # a batch could not be stacked
             s.config = dataclasses.replace(s.config, probes_per_forward=trainer.settings.probes_per_forward)
             if world.rank == 0:  # on resume, too, for the same bits
-                write(s.folder / "config.yaml", compose.to_yaml(as_begun(s)))
+                write(s.folder / "config.yaml", to_yaml(as_begun(s)))
         if world.size == 1:  # else all stop after the same step, by trainer.halted
             s.stop.check()
 
@@ -80,7 +83,7 @@ def fit(
         for what in due(config, step):
             if what == "denoise" and what not in noted:
                 s.ledger.note(Event("denoise", step))  # first, as with steps: from here on it is a fact
-                t.note(tensors.denoise(s.folder, config, log, step, trainer.axis.trained))
+                t.note(denoise(s.folder, config, log, step, trainer.axis.trained))
             elif what == "eval" and step not in evals:
                 evals[step] = scored(step)
                 t.evaluation(step, evals[step])
@@ -88,7 +91,7 @@ def fit(
                 s.ledger.note(Event("snapshot", step))
             elif what == "snapshot" and what not in noted:
                 t.note(snapshot.take(s.folder, s.ledger, trainer.axis.trained))
-                selection.prune(s.folder, config, s.ledger.events, evals)
+                prune(s.folder, config, s.ledger.events, evals)
         if {"snapshot", "denoise"} & {*due(config, step)}:
             world.told(lambda: None)  # however long it takes: a wait for losses has an end
 
@@ -118,9 +121,7 @@ def fit(
         t.evaluation(last, evals[last])
     chosen = selection.best(config, evals) if config.save_best else last
     if not selection.tested(evals[chosen]):
-        back = world.told(
-            lambda: selection.look_back(config, s.folder, chosen, trainer.axis.trained, evaluate)
-        )
+        back = world.told(lambda: look_back(config, s.folder, chosen, trainer.axis.trained, evaluate))
         evals[chosen] = {**back, **evals[chosen]}
     if last < config.steps:
         several["stopped_early"] = True
@@ -135,7 +136,7 @@ def fit(
         "skipped": sum(r.skipped for r in s.ledger.records),
         "forwards": last * forwards_per_step(config),
         "train_seconds": round(seconds, 3),
-        "peak_memory_gb": round(console.peak_memory_gb(config.device), 2),
+        "peak_memory_gb": round(peak_memory_gb(config.device), 2),
         "before": evals[0],
         "after": evals[chosen],
     }
@@ -154,9 +155,9 @@ def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> di
 
     if distributed.current().rank:
         return result
-    Presence(s.ledger, {"config.yaml": compose.to_yaml(s.config)}).look(now=True)
+    Presence(s.ledger, {"config.yaml": to_yaml(s.config)}).look(now=True)
     if s.config.save_model:
-        out, best = s.folder / saved_model.folder_name(s.config), result.get("best_step", s.config.steps)
+        out, best = s.folder / folder_name(s.config), result.get("best_step", s.config.steps)
         if best == s.config.steps:
             saved_model.save(s.config, model, tokenizer, out, result)
         else:

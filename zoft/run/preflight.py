@@ -10,7 +10,7 @@ from pathlib import Path
 from zoft.config.schema import GENERATED, Config
 from zoft.errors import UserError
 from zoft.folder import ASKED, refuse_unwritable
-from zoft.method import configured
+from zoft.method.configured import again
 from zoft.method.estimators.named import forwards_per_step
 from zoft.method.recipes import is_page
 from zoft.parallel import launch
@@ -43,9 +43,10 @@ def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None
     if resume is None and not dry_run:
         claim(Path(str(config.output_dir)))
     if resume and (Path(resume) / "ledger").exists():  # damage shows before weights load
-        from zoft.ledger import check, log
+        from zoft.ledger import log
+        from zoft.ledger.check import sound
 
-        check.sound(resume, log.read(Path(resume) / "ledger"))
+        sound(resume, log.read(Path(resume) / "ledger"))
     load.check(source := load.resolve(config.model))
     blocks, last = load.blocks(source), re.fullmatch(r"last-(\d+)", config.train)
     if blocks and last and int(last[1]) > blocks:
@@ -80,7 +81,7 @@ def rewarded(config: Config, resume: str | Path | None, *, must: bool = True) ->
     """Refuse a reward that is not there, and to train on one (must) that is not named on the command line."""
     if must and config.objective == "reward" and config.reward is None:
         if resume:
-            raise configured.again(resume)
+            raise again(resume)
         raise UserError("objective=reward: name the function: --reward my_reward.py:score")
     if config.reward is not None:
         from zoft.objectives import reward as rewards

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft.config import compose
+from zoft.config.compose import to_yaml
 from zoft.config.schema import Config
 from zoft.errors import UserError, writing
 from zoft.folder import write
-from zoft.run import tracker as tracking
 from zoft.run.preflight import claim
+from zoft.run.tracker import Tracker
 from zoft.signals import Stop, listening
 from zoft.yaml_files import yaml_tree
 
@@ -37,7 +37,7 @@ class Session:
 
     folder: Path
     ledger: Ledger
-    tracker: tracking.Tracker
+    tracker: Tracker
     config: Config
     stop: Stop
 
@@ -65,7 +65,7 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
             claim(folder)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        write(folder / "config.yaml", compose.to_yaml(config))
+        write(folder / "config.yaml", to_yaml(config))
         place = {"processes": world.size, "auto": world.auto}
         write(folder / "env.json", json.dumps(environment() | place, indent=2) + "\n")
         ledger = Ledger.create(folder / "ledger", dict(header), sync=config.sync)
@@ -74,7 +74,7 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
             world.ledger(ledger)
         world.stop = stop
         agree(ledger.header, header, folder)
-        with tracking.Tracker(
+        with Tracker(
             folder if first else None, config.steps, track=config.track, config=dataclasses.asdict(config),
             resume_step=ledger.last_step + 1, known=steps_of(ledger, config), device=config.device,
         ) as tracker:  # fmt: skip

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft import env
 from zoft.config.schema import Config
+from zoft.env import untested
 from zoft.errors import UserError
 from zoft.folder import ASKED, alone
 from zoft.parallel import launch
@@ -54,7 +54,7 @@ def train_run(config: Config, *, resume: str | Path | None = None, dry_run: bool
     with listening(folder), guards.memory(config), mine:
         if writes:
             first_look(config, resume, dry_run)
-            if line := env.untested():
+            if line := untested():
                 print(line, file=sys.stderr)
         from zoft.parallel import world
 
@@ -64,13 +64,14 @@ def train_run(config: Config, *, resume: str | Path | None = None, dry_run: bool
 
 def _trained(config: Config, resume: str | Path | None, dry_run: bool) -> dict[str, Any]:
     """Assemble a run and train it to its end; returns result.json's content, or the plan of a dry run."""
-    from zoft.data import tasks
+    from zoft.data.tasks import subset
     from zoft.evaluation.evaluate import evaluate
     from zoft.objectives.text import writer
     from zoft.run.loop import finish, fit
     from zoft.run.session import session
     from zoft.train import build, header
     from zoft.train.assemble import assemble
+    from zoft.train.build import trainer
 
     parts = assemble(config, resume)
     config, objective, axis = parts.config, parts.objective, parts.axis
@@ -83,10 +84,10 @@ def _trained(config: Config, resume: str | Path | None, dry_run: bool) -> dict[s
         return {**found, **objective.evaluate(parts.model, axis.clean, rows)}
 
     data, dev = parts.data, parts.dev
-    test = partial(score, parts.held_out, tasks.subset(data.eval, config.eval_limit))
+    test = partial(score, parts.held_out, subset(data.eval, config.eval_limit))
     choose = partial(score, dev, data.dev) if dev and data.dev else None
     with session(config, parts.header, resume) as s:
         header.keep(config, parts.trained, s.folder)
         objective.watched(s.ledger.header, s.tracker)
-        result = fit(build.trainer(parts, s.ledger), s, test, choose)
+        result = fit(trainer(parts, s.ledger), s, test, choose)
         return finish(s, parts.model, parts.tokenizer, result)

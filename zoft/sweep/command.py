@@ -64,13 +64,14 @@ def run(asked: Asked, words: Sequence[str], say: Callable[[str], Any]) -> None:
         return say(sweep_cancel.cancel(str(asked.cancel), words))
     from zoft.console import finite
     from zoft.sweep import view
+    from zoft.sweep.view import status_text
 
     if way == "status":
         if asked.watch:
             return view.watch(str(asked.status), asked.metric)
         if asked.as_json:
             return say(json.dumps(finite(view.status(str(asked.status)))))
-        return say(view.status_text(str(asked.status), asked.metric))
+        return say(status_text(str(asked.status), asked.metric))
     if asked.as_json:
         return say(json.dumps(finite(view.results(str(asked.results)))))
     _show(Path(str(asked.results)), asked, say)
@@ -78,6 +79,7 @@ def run(asked: Asked, words: Sequence[str], say: Callable[[str], Any]) -> None:
 
 def _sweep(asked: Asked, words: Sequence[str], say: Callable[[str], Any]) -> None:
     from zoft.sweep import job, local, plan
+    from zoft.sweep.plan import Launch, in_background
 
     told = [w for w in words if w.startswith("slurm.")]
     words = [w for w in words if w not in told]
@@ -119,8 +121,8 @@ def _sweep(asked: Asked, words: Sequence[str], say: Callable[[str], Any]) -> Non
         if job.held(made.root):
             raise UserError(f"{made.root}: another `zoft sweep` is at work on it")
         arguments = [a for a in sys.argv[1:] if a != "--detach"]
-        return say(plan.in_background(made.root, arguments[arguments.index("sweep") + 1 :]))
-    launch = plan.Launch(launcher, slots)
+        return say(in_background(made.root, arguments[arguments.index("sweep") + 1 :]))
+    launch = Launch(launcher, slots)
     if asked.trials:
         search.search(made, launch, asked.trials, metric, asked.direction, say)
     else:
@@ -140,10 +142,11 @@ def _sweep(asked: Asked, words: Sequence[str], say: Callable[[str], Any]) -> Non
 
 def _show(root: Path, asked: Asked, say: Callable[[str], Any], own: bool = False) -> None:
     from zoft.sweep import view
+    from zoft.sweep.view import goes_by, results_text
 
-    say(view.results_text(root, asked.metric, asked.direction, own=own))
+    say(results_text(root, asked.metric, asked.direction, own=own))
     if asked.plot and view.results(root):
         from zoft.sweep import plot as sweep_plot
 
-        goal = asked.metric or view.goes_by(root / "best.yaml").get("metric")
+        goal = asked.metric or goes_by(root / "best.yaml").get("metric")
         say(sweep_plot.plot(root, asked.plot, goal))

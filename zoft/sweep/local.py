@@ -16,6 +16,7 @@ from typing import Any
 
 from zoft.signals import SIGNALS
 from zoft.sweep import job
+from zoft.sweep.job import ended, result
 from zoft.sweep.plan import Interrupted
 
 LOOK_SECONDS = 0.2
@@ -88,7 +89,7 @@ def run(
                         process.send_signal(signal.SIGTERM)
                 if process.poll() is not None:
                     del running[name]
-                    job.ended(root / name, process.returncode, signalled=name in told)
+                    ended(root / name, process.returncode, signalled=name in told)
                     ends += 1
                     say(f"{ends}/{len(names)} {outcome(root / name)}")
             if len(got) > 1:
@@ -126,7 +127,7 @@ def outcome(folder: Path) -> str:
     if at == "done":
         from zoft.console import short
 
-        after = job.result(folder).get("after", {})
+        after = result(folder).get("after", {})
         shown = ", ".join(f"{k} {short(after[k])}" for k in list(after)[:3])
         return f"done {folder.name}: {shown}"
     return f"{at} {folder.name}"

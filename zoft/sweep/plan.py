@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zoft.config import compose
+from zoft.config.compose import once_each, to_yaml
 from zoft.config.schema import Config, fields
 from zoft.errors import UserError, writing
 from zoft.folder import refuse_unwritable, write
@@ -22,6 +22,7 @@ from zoft.method.recipes import is_page
 from zoft.signals import RESUME
 from zoft.sweep import job
 from zoft.sweep.grammar import CONFIG, Dimension, configs, product, split
+from zoft.sweep.job import STATES, command
 
 PLAN = "sweep.json"
 JOBS_MAX = 10_000
@@ -73,7 +74,7 @@ def plan(config: str | None, overrides: Sequence[str], *, search: str = "") -> P
     single = [text for text in single if text not in told]
     base = {"config": config, "overrides": single}
     made = Plan(Path(), swept, base)
-    with compose.once_each():
+    with once_each():
         rows = corners(swept) if search else product(swept)
         if len(rows) > JOBS_MAX:
             raise UserError(
@@ -203,7 +204,7 @@ def write_down(made: Plan, names: Sequence[str]) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "ledger").exists():  # keys of the machine may have changed since it was planned
             mine = absolute(dataclasses.replace(config, output_dir=str(folder.absolute())))
-            write(folder / "config.yaml", compose.to_yaml(mine))
+            write(folder / "config.yaml", to_yaml(mine))
     before = read(made.root) if (made.root / PLAN).exists() else {"jobs": {}}
     jobs = before["jobs"] | {name: made.jobs[name][1] for name in names}
     swept = list(dict.fromkeys([*before.get("swept", ()), *(d.key for d in made.swept)]))
@@ -246,7 +247,7 @@ def sweep(made: Plan, launch: Launch, say: Callable[[str], Any]) -> None:
 def missing(root: Path, names: Sequence[str], say: Callable[[str], Any]) -> list[str]:
     """The jobs that are neither done nor cancelled, those that began first."""
     states = {name: job.state(root / name) for name in names}
-    count = {s: list(states.values()).count(s) for s in job.STATES}
+    count = {s: list(states.values()).count(s) for s in STATES}
     say(
         f"{root}: {len(names)} jobs" + "".join(f", {n} {s}" for s, n in count.items() if n and s != "pending")
     )
@@ -284,7 +285,7 @@ def in_background(root: Path, arguments: Sequence[str]) -> str:
         root.mkdir(parents=True, exist_ok=True)
         with (root / "sweep.log").open("ab") as log:
             process = subprocess.Popen(
-                job.command("sweep", *arguments), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                command("sweep", *arguments), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
     return (

@@ -9,6 +9,8 @@ from zoft.errors import UserError
 from zoft.packages import missing
 from zoft.sweep import job, plan, view
 from zoft.sweep.grammar import Dimension, as_text
+from zoft.sweep.job import result
+from zoft.sweep.plan import Launch, job_name
 
 JOURNAL = "optuna.journal"
 
@@ -25,7 +27,7 @@ def require() -> Any:
 
 def search(
     made: plan.Plan,
-    launch: plan.Launch,
+    launch: Launch,
     trials: int,
     metric: str,
     told: str | None,
@@ -101,14 +103,14 @@ def _ask(made: plan.Plan, study: Any, distributions: Mapping[str, Any]) -> Any:
     trial = study.ask(dict(distributions))
     row = {k: as_text(v) for k, v in trial.params.items()}
     config = plan.add(made, row)
-    trial.set_user_attr("job", plan.job_name(config, row))
+    trial.set_user_attr("job", job_name(config, row))
     return trial
 
 
 def _tell(optuna: Any, made: plan.Plan, study: Any, trial: Any, name: str, metric: str) -> bool:
     """Tell what came of a trial; whether it has a value."""
     folder = made.root / name
-    found = job.result(folder)
+    found = result(folder)
     value = view.score(found, metric) if found else None
     if value is None and found and metric not in found["after"]:
         raise UserError(f"--metric {metric}: the results have {', '.join(found['after'])}")

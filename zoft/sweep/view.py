@@ -16,6 +16,8 @@ from zoft.errors import UserError
 from zoft.folder import write
 from zoft.run.selection import LOWER_IS_BETTER
 from zoft.sweep import job, plan
+from zoft.sweep.job import STATES
+from zoft.sweep.plan import MACHINE
 from zoft.tables import aligned, csv_text
 from zoft.yaml_files import yaml_tree
 
@@ -64,7 +66,7 @@ def status_text(root: str | Path, metric: str | None = None) -> str:
         ]
         for r in rows
     ]  # fmt: skip
-    counts = [f"{n} {s}" for s in job.STATES if (n := sum(r["state"] == s for r in rows))]
+    counts = [f"{n} {s}" for s in STATES if (n := sum(r["state"] == s for r in rows))]
     left = in_all(rows)
     return "\n".join(
         [
@@ -227,9 +229,7 @@ def copyable(config: Mapping[str, Any], top: Mapping[str, Any], goal: Mapping[st
     from zoft.config.schema import fields
 
     known = fields()
-    tree = {
-        k: v for k, v in config.items() if k not in plan.MACHINE and (k == "task" or v != known[k].default)
-    }
+    tree = {k: v for k, v in config.items() if k not in MACHINE and (k == "task" or v != known[k].default)}
     tree["task"] = {
         k: v for k, v in config["task"].items() if v not in (None, {}, known[f"task.{k}"].default)
     }

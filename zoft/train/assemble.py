@@ -17,9 +17,9 @@ from zoft.data import tasks
 from zoft.data.example import Example
 from zoft.data.tasks import TaskData
 from zoft.evaluation.best_by import refuse_best_by
-from zoft.method import recipes, space
 from zoft.method.method import Method
-from zoft.method.space import Trained
+from zoft.method.recipes import method_of
+from zoft.method.space import Trained, adopt, train_names
 from zoft.objectives import objectives
 from zoft.objectives.objectives import Goal
 from zoft.probe.axis import ProbeAxis
@@ -27,7 +27,9 @@ from zoft.probe.inplace import InPlace
 from zoft.train import axis as setup_axis
 from zoft.train import header as headers
 from zoft.train import parts
+from zoft.train.axis import placed
 from zoft.train.header import agree
+from zoft.train.parts import dev_examples, dtypes, refuse_pattern
 
 
 @dataclass(frozen=True)
@@ -58,25 +60,25 @@ def assemble(config: Config, folder: str | Path | None = None) -> Parts:
 
     config: checked. folder: of a run that goes on. Raises UserError for a mistake, one in the data before weights load.
     """
-    method = recipes.method_of(config.recipe)
+    method = method_of(config.recipe)
     config = parts.device(config)
     data = tasks.load(config.task)
     config, reward = objectives.resolve(config, data), objectives.reward(config)
     refuse_best_by(config, data)
-    parts.refuse_pattern(config, method)
+    refuse_pattern(config, method)
     model, tokenizer, base = parts.model(config, folder)
     train, held_out = parts.examples(config, tokenizer, data)
     objective = objectives.make(config, data, tokenizer, reward)
     scored = objective.examples(train)
 
     # The space, then the axis: which tensors are trained, in which precision, and how the model runs at θ + s·z.
-    names = space.train_names(model, config.train)
-    config = parts.dtypes(config, model, names)
-    config, trained, axis = setup_axis.make(config, model, space.adopt(model, names), scored)
+    names = train_names(model, config.train)
+    config = dtypes(config, model, names)
+    config, trained, axis = setup_axis.make(config, model, adopt(model, names), scored)
     header = headers.of(config, base, trained, train) | objective.header()
     return Parts(
         config=config, method=method, data=data, model=model, tokenizer=tokenizer, objective=objective, train=train,
-        held_out=held_out, dev=parts.dev_examples(config, tokenizer, data), scored=scored, trained=trained, axis=axis,
+        held_out=held_out, dev=dev_examples(config, tokenizer, data), scored=scored, trained=trained, axis=axis,
         header=header,
     )  # fmt: skip
 
@@ -101,7 +103,7 @@ def assemble_again(config: Config, folder: Path, header: Mapping[str, Any]) -> R
     model, tokenizer, found = parts.model(config, folder)
     agree(header, {"base": found}, folder)
     names: Sequence[str] = list(header["trained"])
-    config, trained, axis = setup_axis.placed(config, model, space.adopt(model, list(names)))
+    config, trained, axis = placed(config, model, adopt(model, list(names)))
     if "adapter" in header and config.storage == header["storage"]:
         agree(header, {"adapter": attach.fingerprint(trained)}, folder)
     return Rebuilt(config, model, tokenizer, axis)

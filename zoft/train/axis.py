@@ -15,20 +15,24 @@ from zoft.config.schema import ADAPTERS, GENERATED, Config
 from zoft.data.example import Example
 from zoft.errors import UserError
 from zoft.evaluation.evaluate import CALIBRATION, spread
-from zoft.method import masks, precision, rules, space, updates
+from zoft.method import masks, space
 from zoft.method.estimators.named import estimator_of, probes_per_step
 from zoft.method.estimators.two_sided import TWO_SIDED
+from zoft.method.precision import weak
+from zoft.method.rules import attach_rule, rule_of
 from zoft.method.space import Trained
-from zoft.models import kind
+from zoft.method.updates import decay_is_lost
 from zoft.models.adapters import attach
 from zoft.models.footprint import Live
 from zoft.models.head import head_of
+from zoft.models.kind import refuse_longer_rows, refuse_other_kind, trained_positions
 from zoft.objectives.losses import Batch, collate, losses
 from zoft.parallel import world as distributed
-from zoft.probe import proof, site_forwards
+from zoft.probe import proof
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.frozen_blocks import FROZEN_BYTES, Row, prefix_of, rows_of
 from zoft.probe.inplace import InPlace
+from zoft.probe.site_forwards import fast, scratch_bytes
 from zoft.probe.sites import Found
 from zoft.train.batches import picked
 from zoft.train.parts import refuse_unquantised, say
@@ -41,15 +45,15 @@ def make(
 
     Returns (config with perturb and probes_per_forward resolved, tensors that are really trained, axis).
     """
-    kind.refuse_other_kind(config.model, loaded, train[0].masked)
-    longest, known = max(e.length for e in train), kind.trained_positions(loaded)
-    kind.refuse_longer_rows(loaded, longest)
+    refuse_other_kind(config.model, loaded, train[0].masked)
+    longest, known = max(e.length for e in train), trained_positions(loaded)
+    refuse_longer_rows(loaded, longest)
     if known is not None and longest > known:
         say(
             f"max_length={config.max_length}: rows of {longest} tokens; this model was trained on at most {known}"
         )
     refuse_unquantised(config, loaded)
-    if updates.decay_is_lost(config.lr, config.weight_decay):
+    if decay_is_lost(config.lr, config.weight_decay):
         say(
             f"weight_decay={config.weight_decay:g}: times lr={config.lr:g} it is lost in fp32; nothing decays"
         )
@@ -81,9 +85,9 @@ def make(
     if small.tokens is not None and isinstance(made, ProbeAxis):
         # Only the candidates' rows of the output matrix are ever made.
         head = head_of(loaded)
-        dense = [s for s in found.sites if s.module is not head or site_forwards.fast(s) is None]
-        made.scratch_bytes = site_forwards.scratch_bytes(dense)
-    for line in precision.weak(trained, config.eps, seed=config.seed, kind=config.noise):
+        dense = [s for s in found.sites if s.module is not head or fast(s) is None]
+        made.scratch_bytes = scratch_bytes(dense)
+    for line in weak(trained, config.eps, seed=config.seed, kind=config.noise):
         say(line)
 
     if auto and group > 1 and isinstance(made, ProbeAxis):
@@ -135,8 +139,8 @@ def placed(
     for line in masks.mask(trained, config.mask, config.sparsity, config.seed):  # θ is the base, as stored
         say(line)
     refuse_denoise(config, trained)
-    rule = rules.rule_of(config)
-    rules.attach_rule(trained, rule)
+    rule = rule_of(config)
+    attach_rule(trained, rule)
     common: dict[str, Any] = {"seed": config.seed, "kind": config.noise, "beta": config.momentum}
     probes = estimator_of(config).probes(config.q, config.eps)
     fed: dict[str, Any] = common | {"q": config.q, "eps": config.eps}

@@ -12,7 +12,8 @@ from torch import nn
 from zoft.config.schema import Config
 from zoft.data.example import Example
 from zoft.ledger.log import Ledger
-from zoft.method import advice, precision
+from zoft.method import precision
+from zoft.method.advice import at_start
 from zoft.method.estimators.named import forwards_per_step
 from zoft.models.quant import linear
 from zoft.objectives import losses as objective
@@ -38,7 +39,7 @@ def trainer_of(
 ) -> Trainer:  # fmt: skip
     """Build a trainer of parts that were put together by hand; see `trainer`."""
     goal = goal or Goal(train[0].objective)
-    for line in advice.at_start(config, made.trained) if ledger.last_step < 0 else ():
+    for line in at_start(config, made.trained) if ledger.last_step < 0 else ():
         say(line)
     if config.elastic:
         from zoft.train.elastic import ElasticTrainer
@@ -90,7 +91,7 @@ def mask_is_idle(
 def plan(parts: Parts) -> dict[str, Any]:
     """Say what a run would do: the resolved config and the counts that follow from it."""
     config, trained, train, held_out = parts.config, parts.trained, parts.train, parts.held_out
-    for line in advice.at_start(config, trained):
+    for line in at_start(config, trained):
         say(line)
     numbers = sum(t.stored.numel() for t in trained)
     realised = precision.realised(trained, config.eps, seed=config.seed, kind=config.noise)

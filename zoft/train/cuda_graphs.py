@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from zoft.errors import UserError
 from zoft.ledger.log import Ledger, Record
-from zoft.method import updates
+from zoft.method.updates import lr_at, make_update
 from zoft.noise.spec import Update
 from zoft.objectives.losses import Batch, losses
-from zoft.parallel import world
+from zoft.parallel.world import ALONE, STOP
 from zoft.probe.cuda.axis import DeviceAxis
 from zoft.probe.cuda.inplace import DeviceInPlace
 from zoft.probe.rows import Unfit
@@ -78,8 +78,8 @@ class CapturedTrainer(Trainer):
         if self.alone_at is not None and t >= self.alone_at:
             self._alone(t, "so does another process of this run")
         s = self.settings
-        lr = updates.lr_at(t, lr=s.lr, steps=s.steps, schedule=s.schedule, warmup=s.warmup)
-        decay = updates.make_update(t, s.seed, (), lr=lr, weight_decay=s.weight_decay).decay
+        lr = lr_at(t, lr=s.lr, steps=s.steps, schedule=s.schedule, warmup=s.warmup)
+        decay = make_update(t, s.seed, (), lr=lr, weight_decay=s.weight_decay).decay
         batches = [bucket(b) for b in self.batches(t)]
         try:
             self._send(batches, t, lr, decay)
@@ -156,12 +156,12 @@ class CapturedTrainer(Trainer):
         values, good = tuple(record[: 2 * q].tolist()), bool(record[3 * q])
         wishes = int(record[3 * q + 1])
         # Others land this step earlier or later; all have sent this many when the last one knows.
-        if wishes & world.STOP and self.halt_at is None:
+        if wishes & STOP and self.halt_at is None:
             self.halt_at = t + BEHIND + 1
-        if wishes & world.ALONE and self.alone_at is None and s.probes_per_forward > 1:
+        if wishes & ALONE and self.alone_at is None and s.probes_per_forward > 1:
             self.alone_at = t + BEHIND + 1
         multipliers = tuple(record[2 * q : 3 * q].tolist()) if good else (0.0,) * q
-        decay = updates.make_update(t, s.seed, (), lr=lr, weight_decay=s.weight_decay).decay if good else 1.0
+        decay = make_update(t, s.seed, (), lr=lr, weight_decay=s.weight_decay).decay if good else 1.0
         self.pending = Update(t, s.seed, multipliers, decay) if good else None
         assert self.ledger is not None
         if self.failure is not None and self.ledger.last_step != t - 1:

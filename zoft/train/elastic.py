@@ -28,7 +28,8 @@ from zoft.errors import UserError
 from zoft.ledger.log import Record
 from zoft.method.estimators.estimator import Probe
 from zoft.objectives.losses import Batch
-from zoft.parallel import launch, world
+from zoft.parallel import world
+from zoft.parallel.launch import with_parent
 from zoft.parallel.messages import JOIN, VERSION, Closed, Line, address, invite, packed, pairs_of
 from zoft.train.trainer import Trainer
 
@@ -54,7 +55,7 @@ class ElasticTrainer(Trainer):
     def open(self, config: Config) -> None:
         """Listen for workers."""
         assert self.ledger is not None
-        launch.with_parent()
+        with_parent()
         self.config, self.check_every = config, config.check_every
         self.folder = self.ledger.path.parent
         self.secret = secrets.token_bytes(32)

@@ -22,6 +22,7 @@ from zoft.method.recipes import method_of
 from zoft.method.rules import RULES, rule_of
 from zoft.method.space import Trained
 from zoft.models.adapters import attach
+from zoft.models.adapters.attach import START
 from zoft.noise import spec
 
 # What it means where a resumed run's ledger says something else.
@@ -138,7 +139,7 @@ def keep(config: Config, trained: Sequence[Trained], folder: Path) -> None:
 
     from zoft.parallel import world
 
-    path = folder / attach.START
+    path = folder / START
     if config.train == "prefix" and world.current().rank == 0 and not path.exists():
         draft = path.with_name(f".{path.name}.new")
         save_file({t.name: t.stored.detach().cpu().contiguous() for t in trained}, draft)

@@ -15,19 +15,23 @@ import torch
 from torch import nn
 
 from zoft.config.schema import ADAPTERS, SETS, Config
-from zoft.data import tasks
 from zoft.data.encode import encode, how
 from zoft.data.example import Example
-from zoft.data.tasks import TaskData
+from zoft.data.tasks import TaskData, subset
 from zoft.errors import UserError
-from zoft.method import recipes, space
 from zoft.method.estimators.named import base_estimator
 from zoft.method.method import Method
-from zoft.models import fingerprint
+from zoft.method.recipes import method_of
+from zoft.method.space import resolve_dtypes, train_names
 from zoft.models import load as models
 from zoft.models.adapters import attach, kept_in_place
+from zoft.models.adapters.attach import START
+from zoft.models.adapters.kept_in_place import folder_of, pairs
+from zoft.models.fingerprint import of_model
 from zoft.models.quant import linear, other_libraries
+from zoft.models.quant.linear import Scales, quantise_model, set_log
 from zoft.parallel import world as distributed
+from zoft.parallel.world import threads_each
 from zoft.train.trainer import Settings
 
 # Where a GPU works, a CPU only puts batches together; more threads spin while they wait, and take from runs beside it.
@@ -48,7 +52,7 @@ def device(config: Config) -> Config:
     if where.startswith("cuda:"):  # kernels and streams go to the current device
         torch.cuda.set_device(where)
     auto = config.threads == "auto"
-    threads = distributed.threads_each(world) if auto else int(config.threads)
+    threads = threads_each(world) if auto else int(config.threads)
     if auto and where.startswith("cuda"):
         threads = min(threads, CUDA_THREADS)
     world.auto = {"threads": threads} if auto else {}
@@ -69,23 +73,23 @@ def model(config: Config, folder: str | Path | None = None) -> tuple[nn.Module, 
     """
     say(f"loading {config.model}")
     loaded, tokenizer = load(config)
-    base = fingerprint.of_model(loaded)
+    base = of_model(loaded)
     if next(loaded.parameters()).device != torch.device(
         config.device
     ):  # some quantised models cannot be moved
         loaded = loaded.to(config.device)
-    place = kept_in_place.folder_of(config)
+    place = folder_of(config)
     if place is not None:
         base += f"+{kept_in_place.fingerprint(place)}"
     if config.train in ADAPTERS:
-        loaded = attach.attach(loaded, config, Path(folder) / attach.START if folder else None)
+        loaded = attach.attach(loaded, config, Path(folder) / START if folder else None)
         source = models.resolve(config.model)
         loaded.peft_config["default"].base_model_name_or_path = source.home or source.place
     elif place is not None:
         files = kept_in_place.files(place)
         loaded = attach.load(loaded, place)
         loaded.beside = files
-        say(f"{len(kept_in_place.pairs(loaded))} LoRA pairs in place, frozen: {place}")
+        say(f"{len(pairs(loaded))} LoRA pairs in place, frozen: {place}")
     return loaded, tokenizer, base
 
 
@@ -94,16 +98,16 @@ def load(config: Config) -> tuple[Any, Any]:
     loaded, tokenizer = models.load(config.model, dtype="auto", trust_remote_code=config.trust_remote_code)
     if config.bits is not None:
         keys: dict[str, Any] = {k: getattr(config, k) for k in ("bits", "group", "zero_points")}
-        say(linear.quantise_model(loaded, **keys, head=config.quantise_head, device=config.device))
+        say(quantise_model(loaded, **keys, head=config.quantise_head, device=config.device))
     other_libraries.keep(loaded)
-    wanted = recipes.method_of(config.recipe).space.quantised or config.train == "scales"
+    wanted = method_of(config.recipe).space.quantised or config.train == "scales"
     if wanted and not linear.layers(loaded) and (found := dict(other_libraries.attach(loaded))):
         say(f"{len(found)} quantised layers follow their scales")
     if config.eps_mode == "relative" and not linear.layers(loaded):
         raise UserError(
             "eps_mode=relative: no layer of this model is quantised by zoft; set bits=4 or bits=8"
         )
-    linear.set_log(loaded, config.eps_mode == "relative")
+    set_log(loaded, config.eps_mode == "relative")
     return loaded, tokenizer
 
 
@@ -118,7 +122,7 @@ def refuse_pattern(config: Config, method: Method) -> None:
     except Exception:  # of a file or code that has no shapes without weights: seen once it is loaded
         return
     if getattr(shapes.config, "quantization_config", None) is None:
-        space.train_names(shapes, config.train)
+        train_names(shapes, config.train)
 
 
 def tokenizer(config: Config) -> Any:
@@ -128,7 +132,7 @@ def tokenizer(config: Config) -> Any:
 
 def examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[list[Example], list[Example]]:
     """Training rows and the evaluation rows that eval_limit keeps, as token ids."""
-    held_out = tasks.subset(data.eval, config.eval_limit)
+    held_out = subset(data.eval, config.eval_limit)
     train = encode(data.train, tokenizer, data, config.max_length, pack=data.pack)
     made = train, encode(held_out, tokenizer, data, config.max_length)
     for line in reading(tokenizer, data):
@@ -157,10 +161,10 @@ def dtypes(config: Config, loaded: nn.Module, names: Sequence[str]) -> Config:
     kind = config.device.partition(":")[0]
     if config.train in ADAPTERS:  # kept in fp32, beside a base that computes as it would without them
         base = [n for n, p in loaded.named_parameters() if n not in set(names) and p.is_floating_point()]
-        _, compute = space.resolve_dtypes(loaded, base, "fp32", config.compute, kind)
+        _, compute = resolve_dtypes(loaded, base, "fp32", config.compute, kind)
         wide = "fp64" if compute == "fp64" else "fp32"
         return replace(config, storage=wide if config.storage == "auto" else config.storage, compute=compute)
-    storage, compute = space.resolve_dtypes(loaded, list(names), config.storage, config.compute, kind)
+    storage, compute = resolve_dtypes(loaded, list(names), config.storage, config.compute, kind)
     if config.perturb == "inplace" and storage != compute:
         # The model runs on its stored weights here, so there is one precision.
         asked = [d for d in (config.storage, config.compute) if d != "auto"]
@@ -179,8 +183,8 @@ def refuse_unquantised(config: Config, loaded: nn.Module) -> None:
         raise UserError(
             "save_dequantised=true: no layer of this model is quantised; set bits=4, or leave it out"
         )
-    wanted = recipes.method_of(config.recipe).space.quantised
-    if wanted and not any(isinstance(p, linear.Scales) for p in loaded.parameters()):
+    wanted = method_of(config.recipe).space.quantised
+    if wanted and not any(isinstance(p, Scales) for p in loaded.parameters()):
         raise UserError(
             f"recipe={config.recipe}: no layer of this model is quantised; set bits=4, take such a model, or use another recipe"
         )

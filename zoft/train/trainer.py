@@ -13,12 +13,13 @@ from torch import nn
 
 from zoft.errors import UserError
 from zoft.ledger.log import Ledger, Record, update_of
-from zoft.method import updates
 from zoft.method.estimators.estimator import Estimator, Probe, finite, losses_of, projected_gradient, rows_of
 from zoft.method.estimators.named import estimator_of
+from zoft.method.updates import lr_at, make_update
 from zoft.noise.spec import Update
 from zoft.objectives.losses import Batch, losses, mean
 from zoft.parallel import world
+from zoft.parallel.world import ALONE, STOP
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.inplace import InPlace
 from zoft.probe.rows import Unfit
@@ -98,9 +99,9 @@ class Trainer:
         s, t = self.settings, self.next
         losses = self.losses_at(t, self.probes, self.batches(t))  # [P]
         coefficients, state = self.estimate(losses)  # [q], [S]
-        lr = updates.lr_at(t, lr=s.lr, steps=s.steps, schedule=s.schedule, warmup=s.warmup)
+        lr = lr_at(t, lr=s.lr, steps=s.steps, schedule=s.schedule, warmup=s.warmup)
         ruled = self.axis.trained[0].rule is not None
-        change = updates.make_update(t, s.seed, coefficients, lr=lr, weight_decay=s.weight_decay, ruled=ruled)
+        change = make_update(t, s.seed, coefficients, lr=lr, weight_decay=s.weight_decay, ruled=ruled)
         # A multiplier may overflow fp32 where its losses do not.
         good = finite([*losses, *change.multipliers])
         if not good:
@@ -126,8 +127,8 @@ class Trainer:
         totals = torch.cat(parts)  # [len(mine), K]
         if self.world.size > 1:
             totals, wishes = self.world.exchange(totals, self.settings.probes_per_forward == 1)
-            self.halted = self.halted or bool(int(wishes) & world.STOP)
-            if int(wishes) & world.ALONE:
+            self.halted = self.halted or bool(int(wishes) & STOP)
+            if int(wishes) & ALONE:
                 self.alone(step, "so does another process of this run")
         return self.value(totals).tolist()
 

@@ -9,7 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from zoft.data.tasks import formats, local, named, papers, split, template
+from zoft.data.tasks import formats, local, split, template
+from zoft.data.tasks.formats import recognise
+from zoft.data.tasks.local import is_folder
+from zoft.data.tasks.named import PROMPTS, READERS
+from zoft.data.tasks.papers import ROWS, Made
+from zoft.data.tasks.template import MASK, at_mask, columns, near, refuse_cell
 from zoft.errors import UserError
 
 FEW = 50  # evaluation rows: 0.5/√50 is a standard error of 7 points of accuracy
@@ -61,12 +66,12 @@ def load(task: Any) -> TaskData:
     """
     settings = _settings(task)
     laid_out = formats.wanted(task)
-    prompt, after = template.at_mask("task.prompt", template.parse("task.prompt", settings["prompt"]))
+    prompt, after = at_mask("task.prompt", template.parse("task.prompt", settings["prompt"]))
     target = template.parse("task.target", task.target) if task.target else None
     null = None if task.null_prompt is None else template.parse("task.null_prompt", task.null_prompt)
-    make = papers.ROWS.get(task.name)
-    if task.name in named.READERS:
-        rows = named.READERS[task.name]()
+    make = ROWS.get(task.name)
+    if task.name in READERS:
+        rows = READERS[task.name]()
         held: local.Rows = []
         notes = [f"{task.name}: {len(rows):,} rows"]
     else:
@@ -78,7 +83,7 @@ def load(task: Any) -> TaskData:
 
         rows = read("task.train", task.train)
         same = task.eval is None and not local.is_file(task.train)
-        whole = local.is_folder(task.train)
+        whole = is_folder(task.train)
         place = task.train if same and whole else task.train.partition(":")[0] if same else task.eval
         held = read("task.train" if same and whole else "task.eval", place, held_out=True) if place else []
         notes = [f"{task.train}: {len(rows):,} rows"]
@@ -86,7 +91,7 @@ def load(task: Any) -> TaskData:
             notes.append(f"{place}: {len(held):,} rows for evaluation")
 
     if laid_out:
-        reading = formats.recognise("task.train", rows, task)
+        reading = recognise("task.train", rows, task)
         notes.append(reading.line)
         settings |= {"reading": reading.line, "chat": task.chat, "pack": task.pack}
         if task.pack and reading.format != "text":
@@ -99,7 +104,7 @@ def load(task: Any) -> TaskData:
             return _short_enough(
                 key, [formats.make(w, row, reading) | {"columns": row} for w, row in rows], task
             )
-        pairs = [(where, row, papers.Made()) for where, row in rows]
+        pairs = [(where, row, Made()) for where, row in rows]
         if make:
             pairs = _made(task.name, rows, make)
             if len(pairs) < len(rows):
@@ -111,7 +116,7 @@ def load(task: Any) -> TaskData:
         )
         made = [_render(w, row, prompt, after, target, settings, more) for w, row, more in pairs]
         for r, (w, row, _) in zip(made, pairs if null is not None else ()):
-            if lacks := [c for c in template.columns(null or []) if c not in row]:
+            if lacks := [c for c in columns(null or []) if c not in row]:
                 raise UserError(
                     f"{w}: task.null_prompt: {{{lacks[0]}}} is no column of it ({', '.join(row)})"
                 )
@@ -146,10 +151,10 @@ def load(task: Any) -> TaskData:
 def look(task: Any) -> None:
     """Refuse what can be refused before anything heavy loads: settings, templates, a file that is not there."""
     settings = _settings(task)
-    template.at_mask("task.prompt", template.parse("task.prompt", settings["prompt"]))
+    at_mask("task.prompt", template.parse("task.prompt", settings["prompt"]))
     if task.target:
         template.parse("task.target", task.target)
-    if task.name not in named.READERS:
+    if task.name not in READERS:
         for key, place in (("task.train", task.train), ("task.eval", task.eval)):
             if place:
                 local.look(key, place)
@@ -174,21 +179,21 @@ def _short_enough(key: str, rows: list[dict[str, Any]], task: Any) -> list[dict[
 
 def _settings(task: Any) -> dict[str, Any]:
     """The task's settings with a named task's own words filled in, checked as far as no data is needed."""
-    if task.name in named.PROMPTS:
+    if task.name in PROMPTS:
         for key in ("train", "eval", "subset", "label"):
             if getattr(task, key):
                 raise UserError(f"task.{key}: task={task.name} brings its own data; for yours say task=local")
-        prompt, choices = named.PROMPTS[task.name]
+        prompt, choices = PROMPTS[task.name]
         prompt, choices = task.prompt or prompt, {} if task.target else dict(task.choices or choices)
         label = None if task.target else "label"
         formats.wanted(task)  # refuses its keys
-        if choices and set(choices) != set(named.PROMPTS[task.name][1]):
+        if choices and set(choices) != set(PROMPTS[task.name][1]):
             raise UserError(
-                f"task.choices: task={task.name} has the labels {', '.join(named.PROMPTS[task.name][1])}"
+                f"task.choices: task={task.name} has the labels {', '.join(PROMPTS[task.name][1])}"
             )
-    elif task.name != "local" and task.name not in papers.ROWS:
-        known = [*papers.ROWS, *named.PROMPTS]
-        hint = template.near(task.name, [*known, "local"])
+    elif task.name != "local" and task.name not in ROWS:
+        known = [*ROWS, *PROMPTS]
+        hint = near(task.name, [*known, "local"])
         raise UserError(f"task={task.name}: no such task; use {', '.join(known)} or local{hint}")
     else:
         if not task.train:
@@ -217,11 +222,9 @@ def _settings(task: Any) -> dict[str, Any]:
             raise UserError(
                 f"task.choices: {name} and {same[0]} are both {text!r}; each needs text of its own"
             )
-    if task.target and template.MASK in prompt:
-        raise UserError(
-            f"task.target: {template.MASK} in task.prompt is filled by one of task.choices; leave one out"
-        )
-    read = template.columns(template.parse("task.prompt", prompt))
+    if task.target and MASK in prompt:
+        raise UserError(f"task.target: {MASK} in task.prompt is filled by one of task.choices; leave one out")
+    read = columns(template.parse("task.prompt", prompt))
     if not task.target and not read:  # with a target, an empty prompt learns to begin
         raise UserError(
             f"task.prompt: {prompt!r} names no column, so that all rows are alike; write one in braces: "
@@ -235,18 +238,18 @@ def _settings(task: Any) -> dict[str, Any]:
 def _check_columns(key: str, rows: local.Rows, prompt: list, target: list | None, label: str | None) -> None:
     where, first = rows[0]
     held = sorted({column for _, row in rows for column in row})
-    wanted = [("task.prompt", c) for c in template.columns(prompt)]
-    wanted += [("task.target", c) for c in template.columns(target or [])]
+    wanted = [("task.prompt", c) for c in columns(prompt)]
+    wanted += [("task.target", c) for c in columns(target or [])]
     wanted += [("task.label", label)] if label else []
     for setting, column in wanted:
         if column not in held:
             name = column if setting == "task.label" else f"{{{column}}}"
             raise UserError(
-                f"{setting}: {name} is no column of {key} ({', '.join(held)}){template.near(column, held)}"
+                f"{setting}: {name} is no column of {key} ({', '.join(held)}){near(column, held)}"
             )
 
 
-def _made(name: str, rows: local.Rows, make: Any) -> list[tuple[str, dict[str, Any], papers.Made]]:
+def _made(name: str, rows: local.Rows, make: Any) -> list[tuple[str, dict[str, Any], Made]]:
     """(where, row with the task's own columns, what else the task makes of it); rows that it leaves out are gone."""
     pairs = []
     for where, row in rows:
@@ -270,15 +273,15 @@ def _render(
     after: list | None,
     target: list | None,
     settings: dict,
-    more: papers.Made,
+    more: Made,
 ) -> dict[str, Any]:
-    read = template.columns([*prompt, *(after or [])])
+    read = columns([*prompt, *(after or [])])
     label, choices = settings["label"], settings["choices"]
-    for column in [*read, *template.columns(target or []), *([label] if label else [])]:
+    for column in [*read, *columns(target or []), *([label] if label else [])]:
         value = row.get(column)
         if template.missing(value):
             raise UserError(f"{where}: column {column} is empty; fill it or leave the row out")
-        template.refuse_cell(where, column, value)
+        refuse_cell(where, column, value)
     content = [template.as_text(row[c]) for c in read] or [template.fill(target or [], row, strip=False)]
     digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).digest()
     text = template.fill(prompt, row, strip=True)
@@ -312,5 +315,5 @@ def _gold(where: str, column: str, value: Any, labels: list[str]) -> int:
         if name in labels:
             return labels.index(name)
     raise UserError(
-        f"{where}: {column}={word} is none of task.choices ({', '.join(labels)}){template.near(word, labels)}"
+        f"{where}: {column}={word} is none of task.choices ({', '.join(labels)}){near(word, labels)}"
     )

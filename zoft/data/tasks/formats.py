@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zoft.data.tasks import template
+from zoft.data.tasks.template import near, refuse_cell
 from zoft.errors import UserError
 
 FORMATS = ("text", "completion", "instruction", "messages", "sharegpt", "label")
@@ -96,7 +97,7 @@ def wanted(task: Any) -> bool:
     own = [k for k in ("prompt", "label", "choices", "target") if getattr(task, k)]
     if task.name == "local" and not own and kind != "label":
         if bad := [k for k in task.columns if k not in NAMES]:
-            hint = template.near(bad[0], NAMES)
+            hint = near(bad[0], NAMES)
             raise UserError(f"task.columns: {bad[0]} is none of {', '.join(NAMES)}{hint}")
         return True
     if task.name != "local":
@@ -131,9 +132,7 @@ def recognise(key: str, rows: list[tuple[str, dict[str, Any]]], task: Any) -> Re
     seen = ", ".join(first)
     for name, column in named.items():
         if name not in ("role", "content") and column not in first:
-            raise UserError(
-                f"task.columns: {column} is no column of {key} ({seen}){template.near(column, first)}"
-            )
+            raise UserError(f"task.columns: {column} is no column of {key} ({seen}){near(column, first)}")
     found = _readings(first, named)
     kind = task.format
     if kind != "auto":
@@ -352,9 +351,7 @@ def _turn(where: str, turn: Any, reading: Reading, learned: bool) -> dict[str, A
         )
     if role is None:
         known = ", ".join(ROLES)
-        raise UserError(
-            f"{where} has {of}={turn[of]}, which is none of {known}{template.near(str(turn[of]), ROLES)}"
-        )
+        raise UserError(f"{where} has {of}={turn[of]}, which is none of {known}{near(str(turn[of]), ROLES)}")
     content = turn[says]
     if isinstance(content, list):  # parts, as of models that see pictures
         if other := [p for p in content if not (isinstance(p, dict) and isinstance(p.get("text"), str))]:
@@ -366,7 +363,7 @@ def _turn(where: str, turn: Any, reading: Reading, learned: bool) -> dict[str, A
         raise UserError(f"{where} has weight {weight[0]}; use 1 (learned) or 0")
     if template.missing(content) or not str(content).strip() and role != "system":
         raise UserError(f"{where} ({turn[of]}) is empty; fill it or leave the row out")
-    template.refuse_cell(where, says, content)
+    refuse_cell(where, says, content)
     scored = role == "assistant" and learned and all(weight)
     return {"role": role, "content": template.as_text(content), "scored": scored}
 
@@ -377,7 +374,7 @@ def _cell(where: str, row: dict[str, Any], column: str, may_lack: bool = False) 
         if may_lack:
             return ""
         raise UserError(f"{where}: column {column} is empty; fill it or leave the row out")
-    template.refuse_cell(where, column, value)
+    refuse_cell(where, column, value)
     return template.as_text(value)
 
 

@@ -20,11 +20,13 @@ from transformers.pytorch_utils import Conv1D
 
 from zoft.config.schema import ADAPTERS, Config
 from zoft.errors import UserError
-from zoft.models import calls, saving
-from zoft.models.adapters import kept_in_place
 from zoft.models.adapters import start as adapter_start
+from zoft.models.adapters.kept_in_place import complete, folder_of, pairs, plain_shapes
+from zoft.models.adapters.start import normal, tokens_of, uniform
+from zoft.models.calls import misread_prefix
 from zoft.models.fingerprint import Stored, raw_bytes
 from zoft.models.kind import ADDED, blocks_of, is_masked, quiet
+from zoft.models.saving import whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,7 +54,7 @@ def attach(model: nn.Module, config: Config, start: Path | None = None) -> Any:
     (2305.17333), which draws the prefix's tokens too.
     """
     make = {"lora": _lora, "prefix": _prefix, "prompt": _prompt}[config.train]
-    if place := kept_in_place.folder_of(config):
+    if place := folder_of(config):
         made = load(model, place)
     else:
         with torch.no_grad(), _quiet(), torch.random.fork_rng(devices=[]):
@@ -63,9 +65,9 @@ def attach(model: nn.Module, config: Config, start: Path | None = None) -> Any:
         if p.is_meta or config.adapter:
             continue
         if "lora_A" in name:
-            p.data.copy_(adapter_start.uniform(p.shape, config.seed, name) / p[0].numel() ** 0.5)
+            p.data.copy_(uniform(p.shape, config.seed, name) / p[0].numel() ** 0.5)
         elif "lora_embedding_B" in name:
-            p.data.copy_(adapter_start.normal(p.shape, config.seed, name))
+            p.data.copy_(normal(p.shape, config.seed, name))
     if start is not None and start.exists():
         _restore(made, start)
     if config.train != "lora":  # a copy from the CPU in every forward would keep graphs from being captured
@@ -77,7 +79,7 @@ def attach(model: nn.Module, config: Config, start: Path | None = None) -> Any:
 
 
 def _lora(model: nn.Module, config: Config) -> Any:
-    with kept_in_place.plain_shapes(model):
+    with plain_shapes(model):
         return _pairs(model, config)
 
 
@@ -159,7 +161,7 @@ def _prefix(model: Any, config: Config) -> Any:
             model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=n, inference_mode=False)
         )
     keys_values = adapter_start.keys_values(
-        model, adapter_start.tokens_of(model, n, config.seed)
+        model, tokens_of(model, n, config.seed)
     )  # [n, layers, 2, heads, dim]
     _, layers, _, heads, dim = keys_values.shape
     made: Any = get_peft_model(model, PrefixTuningConfig(
@@ -190,7 +192,7 @@ def _prompt(model: Any, config: Config) -> Any:
     # A row of its own for each row of the batch, as a prefix has it, so that each probe's rows get that probe's prompt.
     made.get_prompt = partial(_rows_of_prompt, made)
     if not table.weight.is_meta:
-        start = table(adapter_start.tokens_of(model, n, config.seed))  # [n, width]
+        start = table(tokens_of(model, n, config.seed))  # [n, width]
         own = made.prompt_encoder["default"].embedding.weight
         own.data = start.to(torch.promote_types(start.dtype, torch.float32))
     return made
@@ -199,7 +201,7 @@ def _prompt(model: Any, config: Config) -> Any:
 def _works(made: Any, train: str, n: int) -> None:
     """Raise UserError where the model cannot run behind a prefix or a prompt."""
     base = type(made.get_base_model()).__name__
-    if train == "prefix" and (line := calls.misread_prefix(made)):
+    if train == "prefix" and (line := misread_prefix(made)):
         raise UserError(f"train=prefix: {base}: {line}; use a newer peft, or train=lora")
     ids = torch.full((2, 3), 1, device=made.device)
     try:
@@ -254,7 +256,7 @@ def save(model: Any, folder: str | Path, *, tokenizer: Any = None, card: str = "
     adapter_config.json and adapter_model.safetensors, which PeftModel.from_pretrained reads; the tokenizer, if one is
     given; card: text of README.md, see saving.model_card.
     """
-    with saving.whole(folder) as place, _quiet():
+    with whole(folder) as place, _quiet():
         model.save_pretrained(str(place), save_embedding_layers=False)
         if tokenizer is not None:
             tokenizer.save_pretrained(place)
@@ -266,15 +268,15 @@ def load(model: nn.Module, folder: str | Path) -> Any:
     """The base model with a saved adapter. Raises UserError where it does not fit."""
     from peft import PeftConfig, PeftModel, get_peft_model
 
-    if kept_in_place.pairs(model):
+    if pairs(model):
         raise UserError(f"{folder}: the model has an adapter in place already")
     try:
-        with _quiet(), kept_in_place.plain_shapes(model), torch.random.fork_rng(devices=[]):
+        with _quiet(), plain_shapes(model), torch.random.fork_rng(devices=[]):
             if next(model.parameters()).is_meta:
                 return get_peft_model(model, PeftConfig.from_pretrained(str(folder)))
             made: Any = PeftModel.from_pretrained(model, str(folder))
-            kept_in_place.complete(made, Path(folder))
-            if made.active_peft_config.peft_type == "PREFIX_TUNING" and (line := calls.misread_prefix(made)):
+            complete(made, Path(folder))
+            if made.active_peft_config.peft_type == "PREFIX_TUNING" and (line := misread_prefix(made)):
                 raise UserError(f"{folder}: {line}; use a newer peft")
             return made.eval().requires_grad_(False)
     except (ValueError, RuntimeError, OSError, KeyError) as error:

@@ -19,15 +19,17 @@ from transformers.pytorch_utils import Conv1D
 
 from zoft.errors import UserError
 from zoft.models import checkpoint
-from zoft.models import load as models
+from zoft.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from zoft.models.fingerprint import raw_bytes
+from zoft.models.load import PACKAGED
 from zoft.models.quant import linear, other_libraries
+from zoft.models.quant.linear import QuantLinear
 
 if TYPE_CHECKING:
     from zoft.config.schema import Config
 
 INNER = "adapter"  # folder within a saved model's, of pairs that could not be merged into its codes
-FILES = (checkpoint.ADAPTER_CONFIG, checkpoint.ADAPTER_WEIGHTS)
+FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 
 
 @contextmanager
@@ -62,7 +64,7 @@ def folder_of(config: Config) -> Path | None:
     Raises UserError for what is no plain LoRA adapter, for two of them, and where the model's own would be trained.
     """
     own = Path(config.model).expanduser() / INNER
-    if config.model in models.PACKAGED or not (own / FILES[0]).is_file():
+    if config.model in PACKAGED or not (own / FILES[0]).is_file():
         if not config.adapter:
             return None
         checkpoint.adapter(config.adapter, place := Path(config.adapter).expanduser())
@@ -161,7 +163,7 @@ def changes(model: Any, dequantise: bool) -> dict[str, Tensor] | None:
             readers[id(p)] = readers.get(id(p), 0) + 1
 
     def whole(base: Any) -> bool:
-        return type(base) is linear.QuantLinear or (
+        return type(base) is QuantLinear or (
             type(base) in (nn.Linear, Conv1D) and readers[id(base.weight)] == 1
         )
 

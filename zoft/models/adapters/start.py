@@ -14,6 +14,7 @@ from torch import Tensor
 
 from zoft.errors import UserError
 from zoft.models import calls
+from zoft.models.calls import cache_of
 from zoft.noise import noise
 from zoft.noise.spec import GAUSSIAN, tensor_id
 
@@ -21,7 +22,7 @@ from zoft.noise.spec import GAUSSIAN, tensor_id
 def keys_values(model: Any, tokens: Tensor) -> Tensor:
     """Keys and values [n, layers, 2, heads, dim] that the frozen model makes of one row of n tokens."""
     try:
-        past = calls.cache_of(model(input_ids=tokens[None], use_cache=True))
+        past = cache_of(model(input_ids=tokens[None], use_cache=True))
         pairs = [torch.stack([k[0], v[0]]) for k, v in calls.keys_values(past)]  # [2, heads, n, dim]
         return torch.stack(pairs).permute(3, 0, 1, 2, 4).contiguous()
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:

@@ -17,17 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoft.method import precision
 from zoft.method.estimators.estimator import Probe
 from zoft.method.estimators.two_sided import TWO_SIDED
+from zoft.method.precision import cosine
 from zoft.method.space import Trained
 from zoft.models.quant.linear import QuantLinear
-from zoft.noise import triton as kernels
 from zoft.noise.spec import Update
-from zoft.probe import lora_forward
+from zoft.noise.triton import PROBES_MAX, launch, launch_rows, launch_small, table_of
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.cuda import norms
 from zoft.probe.cuda.buffers import Control
+from zoft.probe.cuda.norms import norm
+from zoft.probe.lora_forward import lora
 from zoft.probe.scratch import part, start
 from zoft.probe.site_forwards import conv1d, fast, linear
 from zoft.probe.sites import Site
@@ -69,7 +70,7 @@ class DeviceAxis(ProbeAxis):
         self.live = False
         self.ahead = False  # a step broke off after the update before it had reached every tensor
         self._done: set[int] = set()  # tensors that have the pending update, in the step under way
-        pairs = {t.id for s in self.sites if fast(s) is lora_forward.lora for t in s.trained}
+        pairs = {t.id for s in self.sites if fast(s) is lora for t in s.trained}
         small = [
             t
             for t in self.trained
@@ -98,7 +99,7 @@ class DeviceAxis(ProbeAxis):
         out = torch.empty(len(self.control.probes), theta.numel(), dtype=torch.float32, device=theta.device)
         width = next((self.narrow[t.id] for t in some if t.id in self.narrow), None)
         pack = Pack(
-            theta, kernels.table_of(sizes, [t.id for t in some], theta.device), out,
+            theta, table_of(sizes, [t.id for t in some], theta.device), out,
             None if width is None else torch.empty_like(out, dtype=width),
             torch.zeros_like(theta) if momentum else None, some[0].decays, {t.id for t in some},
         )  # fmt: skip
@@ -148,11 +149,11 @@ class DeviceAxis(ProbeAxis):
         if t.id in self.small:
             pack = self.small[t.id][0]
             plan = self.control.plan(0, 0, True, pack.decays)
-            kernels.launch_small(pack.theta, pack.table, None, plan, self.kind, pack.momentum)
+            launch_small(pack.theta, pack.table, None, plan, self.kind, pack.momentum)
             self._done |= pack.ids
         else:
             plan = self.control.plan(0, 0, True, t.decays)
-            kernels.launch(t.stored, t.id, None, plan, self.kind, t.momentum, floor=t.floor, mask=t.mask)
+            launch(t.stored, t.id, None, plan, self.kind, t.momentum, floor=t.floor, mask=t.mask)
             self._done.add(t.id)
 
     @contextmanager
@@ -161,17 +162,15 @@ class DeviceAxis(ProbeAxis):
             if self.live:
                 self.offset = self.control.probes.index(probes[0])
                 for pack in self.packs:
-                    for i in range(0, len(probes), kernels.PROBES_MAX):
-                        self._probe(pack, i, min(i + kernels.PROBES_MAX, len(probes)))
+                    for i in range(0, len(probes), PROBES_MAX):
+                        self._probe(pack, i, min(i + PROBES_MAX, len(probes)))
             yield
 
     def _probe(self, pack: Pack, start: int, end: int) -> None:
         """Probes start to end of this forward of all of a pack's tensors, after the pending update if they lack it."""
         plan = self.control.plan(self.offset + start, end - start, not self._done & pack.ids, pack.decays)
         narrow = None if pack.narrow is None else pack.narrow[start:end]
-        kernels.launch_small(
-            pack.theta, pack.table, pack.out[start:end], plan, self.kind, pack.momentum, narrow
-        )
+        launch_small(pack.theta, pack.table, pack.out[start:end], plan, self.kind, pack.momentum, narrow)
         self._done |= pack.ids
 
     offset = 0  # index of this forward's first probe among the step's
@@ -198,7 +197,7 @@ class DeviceAxis(ProbeAxis):
         plan = self.control.plan(
             self.offset + self.first + first, len(group), t.id not in self._done, t.decays
         )
-        kernels.launch(
+        launch(
             part(t.stored, rows), t.id, out, plan, self.kind, None if t.momentum is None else part(t.momentum, rows),
             start=start(t.stored, rows), floor=t.floor, mask=t.mask,
         )  # fmt: skip
@@ -214,7 +213,7 @@ class DeviceAxis(ProbeAxis):
         self._catch_up(t)
         out = torch.empty(*rows.shape, t.stored.shape[1], dtype=t.compute, device=t.stored.device)
         plan = self.control.plan(self.offset + self.first + first, len(group), False, False)
-        kernels.launch_rows(t.stored, t.id, rows.reshape(-1), out.flatten(0, 1), plan, self.kind, mask=t.mask)
+        launch_rows(t.stored, t.id, rows.reshape(-1), out.flatten(0, 1), plan, self.kind, mask=t.mask)
         return out
 
     def shortcut(self, site: Site) -> Callable | None:
@@ -250,16 +249,14 @@ def _narrowed(
             dtype = module.weight.dtype if weight is None else weight.compute
             for t in site.trained:
                 bias = t.param is module.bias and t.id in ours and dtype.itemsize == 2
-                if bias and precision.cosine(t, eps, seed, kind, dtype) >= NARROW_COSINE:
+                if bias and cosine(t, eps, seed, kind, dtype) >= NARROW_COSINE:
                     t.compute = found[t.id] = dtype
-        elif fast(site) is lora_forward.lora:
+        elif fast(site) is lora:
             base: Any = site.module
             codes = type(base.base_layer) is QuantLinear
             dtype = compute if codes else base.base_layer.weight.dtype
             fits = dtype.is_floating_point and dtype.itemsize == 2 and all(t.id in ours for t in site.trained)
-            if fits and all(
-                precision.cosine(t, eps, seed, kind, dtype) >= NARROW_COSINE for t in site.trained
-            ):
+            if fits and all(cosine(t, eps, seed, kind, dtype) >= NARROW_COSINE for t in site.trained):
                 for t in site.trained:
                     t.compute = found[t.id] = dtype
     return found
@@ -273,4 +270,4 @@ def _norm(axis: DeviceAxis, site: Site, x: Tensor, *, kind: str, eps: float) -> 
             named[id(t.param)].append(made if axis.live else made.clone())
     parts = {p: v[0] if len(v) == 1 else torch.cat(v) for p, v in named.items()}
     bias = parts.get(id(getattr(site.module, "bias", None)))
-    return norms.norm(x, parts[id(site.module.weight)], bias, eps, kind)
+    return norm(x, parts[id(site.module.weight)], bias, eps, kind)

@@ -11,8 +11,7 @@ import triton.language as tl
 
 from zoft.method.estimators.estimator import Estimator, Probe, row_places
 from zoft.noise import spec
-from zoft.noise import triton as kernels
-from zoft.noise.triton import Plan
+from zoft.noise.triton import Plan, shape_of
 from zoft.noise.triton_kernels import NOTHING
 
 _SLOTS = 8  # uploads that may be on their way
@@ -140,7 +139,7 @@ class Control:
             restores = len(values) > updates * q + updates + len(probes) + 1
             self.plans[what] = Plan(
                 self.keys[start : start + len(keys)], self.values[start:end], updates, q * updates, len(probes),
-                *kernels.shape_of(probes), restores,
+                *shape_of(probes), restores,
             )  # fmt: skip
             if self.step is not None:
                 self.upload(*self.step)

@@ -10,8 +10,8 @@ from torch import Tensor
 from zoft.method.estimators.estimator import Probe
 from zoft.method.estimators.two_sided import TWO_SIDED
 from zoft.method.space import Trained
-from zoft.noise import triton as kernels
 from zoft.noise.spec import Update
+from zoft.noise.triton import launch
 from zoft.probe.cuda.buffers import Control
 from zoft.probe.inplace import InPlace
 
@@ -61,9 +61,7 @@ class DeviceInPlace(InPlace):
         (probe,) = probes
         for t in self.trained if probe != self.at_probe else ():
             plan = self.control.move(probe.direction, probe.scale, t.decays)
-            kernels.launch(
-                t.stored, t.id, t.stored[None], plan, self.kind, t.momentum, floor=t.floor, mask=t.mask
-            )
+            launch(t.stored, t.id, t.stored[None], plan, self.kind, t.momentum, floor=t.floor, mask=t.mask)
         self.at_probe = probe
         yield
 
