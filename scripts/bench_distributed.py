@@ -40,24 +40,26 @@ CELLS = ["opt-1.3b:data:16x256", "opt-6.7b:probes:16x256"]
 
 def cell(args: argparse.Namespace, name: str, how: str, batch: int, tokens: int) -> dict[str, Any]:
     """Steps of one cell in this process, beside the others if there are some."""
-    world = distributed.current()
+    world = distributed.this_world()
     whole = batch * world.size if how == "data" else batch
     config = Config(
         model="random", task=Task(name="random"), lr=1e-7, eps=1e-3, q=args.q, steps=1 << 20, batch_size=whole,
         device=args.device, parallel=how, threads=1 if args.device == "cpu" else "auto",
     )  # fmt: skip
-    world.parts, world.shards = distributed.grid(config, world.size) if world.size > 1 else (1, 1)
+    world.parts, world.shards = distributed.probe_grid(config, world.size) if world.size > 1 else (1, 1)
     world.sent = 0
     with tempfile.TemporaryDirectory() as folder:
-        config = setup.device(config)
+        config = setup.resolve_device(config)
         model = build(name, config.device, DTYPES[args.dtype])
         rows = parts.random_rows(model, 8 * whole, tokens, padded=False)
         config, trained, axis = parts.resolved(config, model, rows)
-        with Ledger.create(Path(folder) / "ledger", header.of(config, "random weights", trained)) as ledger:
-            trainer = setup_trainer.trainer_of(config, model, axis, rows, ledger)
+        with Ledger.create(
+            Path(folder) / "ledger", header.header_of(config, "random weights", trained)
+        ) as ledger:
+            trainer = setup_trainer.build_trainer_of(config, model, axis, rows, ledger)
             # Of as many steps on every process, however fast each is.
             found = parts.timed(trainer, ledger, args.device, 1e9, args.steps)
-            fingerprints = world.everyone(distributed.digest(trained))
+            fingerprints = world.everyone(distributed.weights_digest(trained))
             ledgers = world.everyone(list(ledger.records[-1].losses))
             found |= {
                 "batch": whole,
@@ -79,7 +81,7 @@ def cell(args: argparse.Namespace, name: str, how: str, batch: int, tokens: int)
 def worker(args: argparse.Namespace) -> None:
     """All cells, one after the other, in this process; rank 0 writes what it finds."""
     config = Config(model="random", task=Task(name="random"), device=args.device, batch_size=1 << 10)
-    with distributed.joined(config, args.worker) as world:
+    with distributed.joined_processes(config, args.worker) as world:
         for i, (name, how, batch, tokens) in enumerate(args.cell):
             began = time.perf_counter()
             found = cell(args, name, how, batch, tokens)

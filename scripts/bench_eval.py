@@ -47,7 +47,7 @@ def compare(config: Any, model: Any, tokenizer: Any, rows: int, batch: int) -> d
     from zoft.data.encode import encode
     from zoft.evaluation import evaluate
 
-    data = tasks.load(config.task)
+    data = tasks.load_task(config.task)
     examples = encode((data.eval + data.train)[:rows], tokenizer, data, config.max_length)
     evaluate.scores(model, examples[:8])  # first calls allocate
     ours, ours_seconds, ours_cpu = timed(lambda: evaluate.scores(model, examples))
@@ -97,8 +97,8 @@ def main() -> None:
         evaluate.TOKENS = evaluate.CPU_TOKENS = args.tokens
     try:
         config = compose(args.config, args.overrides)
-        model, tokenizer = load.load(config.model, dtype=torch.float32)
-        words = {k: args.word + v for k, v in tasks.load(config.task).choices.items()}
+        model, tokenizer = load.load_model(config.model, dtype=torch.float32)
+        words = {k: args.word + v for k, v in tasks.load_task(config.task).choices.items()}
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
     print(f"{config.model}, {args.threads} threads of {platform.machine()}, torch {torch.__version__}\n")

@@ -43,7 +43,7 @@ def main() -> None:
             print(f"| a step, `sync={policy}` | {mean:.3f} ms, 99 % below {worst:.3f} ms |", flush=True)
         path = folder / "ledger-end"
         print(f"| {STEPS:,} steps of one direction | {path.stat().st_size / 1e3:.0f} kB |")
-        print(f"| reading and checking them | {seconds(lambda: log.read(path)):.2f} s |")
+        print(f"| reading and checking them | {seconds(lambda: log.read_ledger(path)):.2f} s |")
         tensors = {
             f"w{i}": torch.randn(1 << 22, generator=torch.manual_seed(i)) for i in range(args.megabytes >> 4)
         }

@@ -74,7 +74,7 @@ def measure(
         f"max_length={tokens + 8}", "save_model=false", *",".join(more).split(","),
     ]  # fmt: skip
     config: Config = configured.compose(None, [o for o in overrides if o])
-    expected = estimate.estimate(config)
+    expected = estimate.estimate_run(config)
     release(device)
     before = _allocated(device)
     out = train_run(_in(config, folder / f"run-{len(list(folder.iterdir()))}"))

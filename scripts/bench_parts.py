@@ -131,7 +131,7 @@ def adapter(model: Any, train: str) -> Iterator[Any]:
     if train not in ADAPTERS:
         yield model
         return
-    made = attach.attach(model, Config(train=train))
+    made = attach.attach_adapter(model, Config(train=train))
     try:
         yield made
     finally:
@@ -182,11 +182,11 @@ def trainer_step(
     release(device)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            config, trained, axis = resolved(parts.device(config), model, rows)
+            config, trained, axis = resolved(parts.resolve_device(config), model, rows)
             with Ledger.create(
-                Path(folder) / "ledger", header.of(config, "random weights", trained)
+                Path(folder) / "ledger", header.header_of(config, "random weights", trained)
             ) as ledger:
-                trainer = build.trainer_of(config, model, axis, rows, ledger)
+                trainer = build.build_trainer_of(config, model, axis, rows, ledger)
                 found = timed(trainer, ledger, device, seconds, steps)
                 used = ledger.records[-1]
                 found |= {"losses": list(used.losses), "skipped": sum(r.skipped for r in ledger.records)}
@@ -211,8 +211,8 @@ def trainer_step(
 def resolved(config: Config, model: Any, rows: list[Example]) -> tuple[Config, Any, Any]:
     """(config with nothing left at auto, trained tensors, axis), as a recipe makes them."""
     names = space.train_names(model, config.train)
-    config = parts.dtypes(config, model, names)
-    return setup_axis.make(config, model, space.adopt(model, names), rows)
+    config = parts.resolve_precision(config, model, names)
+    return setup_axis.make_axis(config, model, space.adopt(model, names), rows)
 
 
 def timed(trainer: Trainer, ledger: Any, device: str, seconds: float, steps: int) -> dict[str, Any]:

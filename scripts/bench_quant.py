@@ -170,7 +170,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         parts.release(device)
     say("quantising")
     model = quantised(args.model, device, args.bits, args.group, not args.symmetric, dtype)
-    found["numbers"] = quant.numbers(model)
+    found["numbers"] = quant.count_numbers(model)
     found["bytes"] = bytes_of(model)
     found["making_peak_bytes"] = parts.peak(device)[0]
     for b, t in args.shape:

@@ -172,7 +172,7 @@ def steps_of(run: Path) -> int:
     """Whole steps in a run's ledger, which may be under way."""
     from zoft.ledger import log as ledger
 
-    return len(ledger.read(run / "ledger").records) if (run / "ledger").exists() else 0
+    return len(ledger.read_ledger(run / "ledger").records) if (run / "ledger").exists() else 0
 
 
 def differs(run: Path, whole: Path) -> str:

@@ -27,7 +27,7 @@ def work(invitation: str) -> str:
         path.write_text(invitation, encoding="utf-8")
         path.chmod(0o600)
         try:
-            return join.work(json.loads(invitation)["address"], str(path), trust_remote_code=False)
+            return join.join_run(json.loads(invitation)["address"], str(path), trust_remote_code=False)
         except Stopped as stopped:
             return str(stopped)
 

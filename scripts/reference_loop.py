@@ -72,15 +72,15 @@ def train(config: Any, dtype: str, say: Callable[[str], Any]) -> dict[str, Any]:
 
     if config.q != 1 or config.accumulate != 1 or config.momentum or config.weight_decay:
         raise SystemExit("reference loop: q=1 accumulate=1 momentum=0 weight_decay=0 is all it knows")
-    config = parts.device(config)
-    data = tasks.load(config.task)
-    model, tokenizer, _ = parts.model(config)
+    config = parts.resolve_device(config)
+    data = tasks.load_task(config.task)
+    model, tokenizer, _ = parts.load_run_model(config)
     model = model.to(space.DTYPES[dtype])
-    examples, held_out = parts.examples(config, tokenizer, data)
+    examples, held_out = parts.encode_examples(config, tokenizer, data)
     names = set(space.train_names(model, config.train))
     params = [p for n, p in model.named_parameters() if n in names]
     start = [p.data.cpu() for p in params]
-    batches = data_order.batches(config, examples)
+    batches = data_order.batches_of(config, examples)
     every = config.eval_every or config.steps
     evals = [(0, evaluate.evaluate(model, held_out, examples))]
     say(f"0 {evals[0][1]}")
@@ -120,13 +120,13 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     from zoft.errors import UserError
     from zoft.method.configured import compose
-    from zoft.replay.saved_model import table
+    from zoft.replay.saved_model import metrics_table
 
     try:
         result = train(compose(args.config, args.overrides), args.dtype, lambda s: print(s, file=sys.stderr))
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
-    print(table({"before": result["before"], "after": result["after"]}))
+    print(metrics_table({"before": result["before"], "after": result["after"]}))
     print(
         f"{result['steps']} steps in {result['seconds']:.1f} s; the weights moved by {result['moved']:.1%} of their size"
     )

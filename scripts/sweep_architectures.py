@@ -125,7 +125,7 @@ def twin(model: nn.Module, names: dict[str, int], batch: Batch, probes: list[Pro
 
 def with_adapter(model: nn.Module, train: str) -> nn.Module:
     """The model with what `train` adds to it, LoRA's B moved from where it hides A."""
-    made = attach.attach(model, Config(train=train, virtual_tokens=None if train == "lora" else 3))
+    made = attach.attach_adapter(model, Config(train=train, virtual_tokens=None if train == "lora" else 3))
     generator = torch.Generator().manual_seed(1)
     for key, p in attach.named(made):
         if "lora_B" in key or "lora_embedding_A" in key:

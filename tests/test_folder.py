@@ -16,7 +16,7 @@ from test_trainer import build, same_bits, weights
 from zoft.config.schema import Config, Task
 from zoft.errors import UserError
 from zoft.folder import alone, refuse_unwritable
-from zoft.ledger.log import Ledger, Record, read
+from zoft.ledger.log import Ledger, Record, read_ledger
 from zoft.run import loop as runs
 from zoft.run.session import Presence, session
 from zoft.signals import Stopped
@@ -112,7 +112,7 @@ def test_steps_under_way_when_a_run_is_stopped_have_their_lines(tmp_path, kind, 
 
     with pytest.raises(Stopped):
         train(folder, prepare=stop, kind=kind)
-    done = len(read(folder / "ledger")[1])
+    done = len(read_ledger(folder / "ledger")[1])
     assert done == (6 if kind is Trainer else 8) and rows(folder) == list(range(done))
     assert same_bits(end, train(folder, resume=True, kind=kind)) and rows(folder) == list(range(STEPS))
 
@@ -166,7 +166,7 @@ def test_a_full_disk_stops_the_run_and_loses_no_step(tmp_path, end):
         with pytest.raises(UserError, match="No space left on device") as error:
             train(folder, prepare=at(5, lambda s: fill(place)))
         said = str(error.value)
-        kept = len(read(folder / "ledger")[1])
+        kept = len(read_ledger(folder / "ledger")[1])
         # What the file system had set aside for the files still took some steps, or none.
         assert 6 <= kept <= STEPS and f"the {kept} steps so far are kept" in said and "\n" not in said
         assert f"zoft train --resume {folder}" in said
@@ -188,7 +188,7 @@ def test_a_limit_on_files_stops_the_run_and_loses_no_step(tmp_path, end):
             train(folder, prepare=at(5, limit))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert len(read(folder / "ledger")[1]) >= 6
+    assert len(read_ledger(folder / "ledger")[1]) >= 6
     assert same_bits(end, train(folder, resume=True)) and rows(folder) == list(range(STEPS))
 
 
@@ -262,7 +262,7 @@ def test_a_folder_that_moved_says_where_its_steps_are(tmp_path, end):
     folder, there = tmp_path / "run", tmp_path / "there"
     with pytest.raises(UserError, match="was moved while the run went on; its 6 steps went with it"):
         train(folder, prepare=at(5, lambda s: (folder.rename(there), look_now(s))))
-    assert not folder.exists() and len(read(there / "ledger")[1]) == 6
+    assert not folder.exists() and len(read_ledger(there / "ledger")[1]) == 6
     assert same_bits(end, train(there, resume=True))
 
 

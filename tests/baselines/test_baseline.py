@@ -45,7 +45,7 @@ def made(*words, out="out"):
 
 def data_of(place):
     config = compose(None, TASK)
-    return config, tasks.load(config.task)
+    return config, tasks.load_task(config.task)
 
 
 def test_zero_shot_and_calibrated_are_the_evaluations_own_figures(place):
@@ -254,7 +254,7 @@ def test_text_to_learn_by_a_template_is_for_icl_too(place):
 
 def test_a_folders_name_holds_what_is_not_the_configs_own():
     def name(*words, config="mezo/reviews", method="icl"):
-        return methods.settings(config, words, method, None, None)[0].output_dir
+        return methods.baseline_settings(config, words, method, None, None)[0].output_dir
 
     assert name() == "runs/mezo-reviews-icl-seed0"
     assert name("model=a/My-1.7B", "bits=4") == "runs/mezo-reviews-My-1.7B-bits4-icl-seed0"

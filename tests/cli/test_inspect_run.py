@@ -24,7 +24,7 @@ from zoft.config.schema import Config, Task
 from zoft.errors import UserError
 from zoft.folder import write
 from zoft.ledger import check
-from zoft.ledger.log import Ledger, Record, read
+from zoft.ledger.log import Ledger, Record, read_ledger
 from zoft.method import configured
 from zoft.replay import snapshot
 from zoft.run import loop as runs
@@ -43,7 +43,7 @@ def finished(tmp_path_factory):
     )  # fmt: skip
     config = configured.strict(dataclasses.asdict(config))
     trained = build(folder.parent, tiny.llama()).axis.trained
-    with session(config, headers.of(config, "blake2b:1", trained), None) as s:
+    with session(config, headers.header_of(config, "blake2b:1", trained), None) as s:
         trainer = build(None, tiny.llama(), opened=s.ledger, steps=10)
         result = runs.fit(trainer, s, lambda: {"loss": 1.0})
         write(folder / "result.json", json.dumps(result))
@@ -62,7 +62,7 @@ def zoft(*words):
 
 def test_the_summary_is_that_of_the_records(run):
     code, said = zoft(run, "--json")
-    found, log = json.loads(said), read(run / "ledger")
+    found, log = json.loads(said), read_ledger(run / "ledger")
     assert code == 0
     losses = [(r.losses[0] + r.losses[1]) / 2 for r in log.records]
     multipliers = [r.multipliers[0] for r in log.records]
@@ -95,7 +95,7 @@ def test_skipped_steps_are_counted_and_shown_and_move_nothing(tmp_path):
             bad = i in (0, 3)
             loss = math.nan if bad else 1.0 + i
             ledger.append(Record(i, (math.inf if bad else -0.5,), 1.0, (loss, loss), bad))
-    found = inspect_run.summary(tmp_path / "ledger")  # the file alone will do
+    found = inspect_run.ledger_summary(tmp_path / "ledger")  # the file alone will do
     assert found["skipped"] == 2 and found["multiplier"] == {"rms": math.sqrt(0.15), "largest": 0.5}
     assert found["curves"]["loss"] == " ▁▃ █" and not found["finished"]
     code, said = zoft(tmp_path / "ledger", "--json")
@@ -159,7 +159,7 @@ def test_verify_names_what_is_wrong(run, what):
 
 
 def test_a_header_that_lacks_what_replay_needs_or_mixes_up_noise_is_named(finished):
-    header = read(finished / "ledger").header
+    header = read_ledger(finished / "ledger").header
     assert check.header_faults(header) == []
     name = next(iter(header["trained"]))
     tensor, *rest = header["trained"][name]
@@ -199,7 +199,7 @@ def test_a_plot_writes_over_nothing_and_makes_no_folder(run, name, line):
 def test_without_matplotlib_it_says_so(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
-        inspect_run.plot(run, run / "x.png")
+        inspect_run.plot_ledger(run, run / "x.png")
 
 
 def test_no_run_is_one_line(tmp_path):
@@ -225,7 +225,7 @@ def test_a_run_in_use_by_another_process_is_read(tmp_path):
             line = writer.stdout.readline()
         seen = []
         for _ in range(5):
-            seen.append(inspect_run.summary(tmp_path)["steps"])
+            seen.append(inspect_run.ledger_summary(tmp_path)["steps"])
             inspect_run.open_run(tmp_path)
             time.sleep(0.01)
         assert seen[0] > int(line) and seen == sorted(seen) and writer.poll() is None

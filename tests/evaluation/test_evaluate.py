@@ -163,7 +163,7 @@ def test_with_several_right_candidates_any_of_them_is_a_hit():
     table = evaluate.scores(model, examples)
     got = evaluate.evaluate(model, examples, examples)
     assert got["accuracy"] == np.mean(np.isin(table.argmax(1), [0, 2])) and "macro_f1" not in got
-    assert evaluate.judge(model, examples, examples).right.mean() == got["accuracy"]
+    assert evaluate.judge_model(model, examples, examples).right.mean() == got["accuracy"]
 
 
 def test_generated_text_is_judged_by_its_answers():
@@ -176,7 +176,7 @@ def test_generated_text_is_judged_by_its_answers():
         seen.extend(contexts)
         return texts
 
-    judged = evaluate.judge(tiny.llama(), examples, examples, write=write)
+    judged = evaluate.judge_model(tiny.llama(), examples, examples, write=write)
     got = evaluate.figures(judged)
     assert seen == [e.contexts[0] for e in examples] and judged.right.tolist() == [True, True, False, False]
     assert (got["exact_match"], got["f1"]) == (0.5, pytest.approx((1 + 1 + 2 / 3 + 0) / 4))

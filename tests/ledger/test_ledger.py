@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from zoft.errors import UserError
-from zoft.ledger.log import Event, Ledger, Record, read, updates
+from zoft.ledger.log import Event, Ledger, Record, read_ledger, updates_of
 
 HEADER = {"seed": 2**63 + 11, "q": 2, "config": {"lr": 1e-6, "task": "größe"}}
 
@@ -88,7 +88,7 @@ def test_golden_bytes(tmp_path):
 @pytest.mark.parametrize("q", [1, 3])
 def test_read_gives_back_what_was_appended(tmp_path, q):
     write(tmp_path / "ledger", 4, q)
-    header, records, _ = read(tmp_path / "ledger")
+    header, records, _ = read_ledger(tmp_path / "ledger")
     assert header == {**HEADER, "format": 2}
     assert records == [step(i, q) for i in range(4)]
     with Ledger.open(tmp_path / "ledger") as ledger:
@@ -112,7 +112,7 @@ def test_skipped_steps_keep_the_bits_of_what_was_seen(tmp_path):
     with Ledger.create(tmp_path / "ledger", HEADER) as ledger:
         ledger.append(skipped)
         ledger.append(step(1, multipliers=(-0.0, 0.0)))
-    first, second = read(tmp_path / "ledger").records
+    first, second = read_ledger(tmp_path / "ledger").records
     assert first.skipped and not second.skipped
     assert bits(first.losses) == bits(seen) and bits(first.losses)[2] == 0xFFC12345
     assert bits(first.multipliers) == bits(skipped.multipliers)
@@ -129,7 +129,7 @@ def test_losses_and_lr_are_rounded_to_fp32_and_values_in_use_must_be_fp32(tmp_pa
         with pytest.raises(AssertionError, match="step 5 after step 0"):
             ledger.append(step(5))
         assert ledger.records[0].losses == (fp32(0.1), fp32(0.2), math.inf, fp32(0.4))
-        assert ledger.records == read(tmp_path / "ledger").records
+        assert ledger.records == read_ledger(tmp_path / "ledger").records
         assert ledger.records[0].lr == fp32(0.1)
 
 
@@ -140,7 +140,7 @@ def test_cut_at_any_byte_of_the_last_records_leaves_the_whole_steps(tmp_path, q)
     for length in range(len(data) - 3 * 32, len(data) + 1):
         cut.write_bytes(data[:length])
         kept = 5 - math.ceil((len(data) - length) / (32 * q))
-        assert read(cut).records == [step(i, q) for i in range(kept)]
+        assert read_ledger(cut).records == [step(i, q) for i in range(kept)]
         assert cut.stat().st_size == length  # read leaves the file as it is
         with Ledger.open(cut) as ledger:
             assert ledger.last_step == kept - 1
@@ -158,7 +158,7 @@ def test_every_flipped_bit_is_refused_and_records_name_their_byte(tmp_path):
         for bit in range(8):
             bad.write_bytes(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
             with pytest.raises(UserError) as error:
-                read(bad)
+                read_ledger(bad)
             if at >= start:
                 record = (at - start) // 32
                 assert f"at byte {start + 32 * record}:" in str(error.value)
@@ -193,7 +193,7 @@ def test_events_stand_between_steps_and_come_back(tmp_path, q):
     _, rows = twin(data)  # checks the chain, too
     kinds = [3] + [1] * 2 * q + [3, 4] + [1] * q + [4]
     assert [row[1] for row in rows] == kinds and all(row[2:4] == (1, 0) for row in rows if row[1] > 2)
-    log = read(tmp_path / "ledger")
+    log = read_ledger(tmp_path / "ledger")
     assert log.events == DONE and log.records == [step(i, q) for i in range(3)]
     with Ledger.open(tmp_path / "ledger") as ledger:
         assert (ledger.header, ledger.records, ledger.events) == log
@@ -208,8 +208,8 @@ def test_a_cut_between_events_leaves_what_was_before_it(tmp_path):
     for length in range(len(data) - 6 * 32, len(data) + 1):
         cut.write_bytes(data[:length])
         lost = math.ceil((len(data) - length) / 32)  # records: snapshot, two of step 2, snapshot, denoise, …
-        assert len(read(cut).events) == 4 - (lost > 0) - (lost > 3) - (lost > 4), lost
-        assert len(read(cut).records) == 3 - (lost > 1) - (lost > 5), lost
+        assert len(read_ledger(cut).events) == 4 - (lost > 0) - (lost > 3) - (lost > 4), lost
+        assert len(read_ledger(cut).records) == 3 - (lost > 1) - (lost > 5), lost
         with Ledger.open(cut) as ledger:
             for i in range(len(ledger.records), 4):
                 for event in DONE:
@@ -227,7 +227,7 @@ def test_a_flipped_bit_of_an_event_is_refused(tmp_path):
         for bit in range(8):
             bad.write_bytes(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
             with pytest.raises(UserError, match=f"at byte {start + (at - start) // 32 * 32}: its checksum"):
-                read(bad)
+                read_ledger(bad)
 
 
 def chained(head: bytes, rows: list[bytes]) -> bytes:
@@ -262,7 +262,7 @@ def test_misplaced_events_with_right_checksums_are_refused(tmp_path, at, change,
     (tmp_path / "ledger").write_bytes(chained(data[:start], bodies))
     first = 6 if what == "out of order" else at  # of two events it is the later one that is out of order
     with pytest.raises(UserError, match=f"at byte {start + 32 * first}: .*{what}"):
-        read(tmp_path / "ledger")
+        read_ledger(tmp_path / "ledger")
 
 
 @pytest.mark.parametrize("order", [[0, 2, 3], [1, 0, 2, 3], [0, 1, 1, 2, 3], [1, 2, 3]])
@@ -272,7 +272,7 @@ def test_lost_moved_and_doubled_records_are_refused(tmp_path, order):
     parts = [data[at : at + 32] for at in range(start, len(data), 32)]
     (tmp_path / "ledger").write_bytes(data[:start] + b"".join(parts[i] for i in order))
     with pytest.raises(UserError, match=r"at byte \d+: its checksum"):
-        read(tmp_path / "ledger")
+        read_ledger(tmp_path / "ledger")
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_wrong_records_with_right_checksums_are_refused(tmp_path, field, value, 
         out += body + struct.pack("<I", crc)
     (tmp_path / "ledger").write_bytes(out)
     with pytest.raises(UserError, match=f"at byte {start + 3 * 32}: .*{what}.* 1 steps"):
-        read(tmp_path / "ledger")
+        read_ledger(tmp_path / "ledger")
 
 
 def test_a_damaged_or_foreign_header_is_refused(tmp_path):
@@ -313,26 +313,26 @@ def test_a_damaged_or_foreign_header_is_refused(tmp_path):
             Ledger.open(path)
     path.write_bytes(b"seed,projected_grad\n" * 9)
     with pytest.raises(UserError, match="is no ledger"):
-        read(path)
+        read_ledger(path)
     path.write_bytes(data[:8] + struct.pack("<I", 3) + data[12:])
     with pytest.raises(UserError, match="has format 3.* reads 2: update zoft"):
-        read(path)
+        read_ledger(path)
     path.write_bytes(data[:8] + struct.pack("<I", 1) + data[12:])
     with pytest.raises(UserError, match="has format 1.* reads 2: use the zoft that wrote it"):
-        read(path)
+        read_ledger(path)
 
 
 @pytest.mark.parametrize("text", [b"[1]", b"7", b"{", b"\xff\xfe", b""])
 def test_a_header_that_is_no_json_object_is_refused_whatever_its_checksum(tmp_path, text):
     head = b"zoft\r\n\x1a\n" + struct.pack("<II", 2, len(text)) + text
     (tmp_path / "ledger").write_bytes(head + struct.pack("<I", zlib.crc32(head)))
-    for call in (read, Ledger.open):
+    for call in (read_ledger, Ledger.open):
         with pytest.raises(UserError, match="no JSON object"):
             call(tmp_path / "ledger")
 
 
 def test_a_missing_file_a_folder_and_an_existing_run_are_refused(tmp_path):
-    for call in (read, Ledger.open):
+    for call in (read_ledger, Ledger.open):
         with pytest.raises(UserError, match="No such file"):
             call(tmp_path / "none")
         with pytest.raises(UserError, match="directory"):
@@ -351,7 +351,7 @@ def test_one_writer_at_a_time_and_readers_any_time(tmp_path):
     path = tmp_path / "ledger"
     with Ledger.create(path, HEADER) as ledger:
         ledger.append(step(0))
-        assert len(read(path).records) == 1
+        assert len(read_ledger(path).records) == 1
         with pytest.raises(UserError, match="another process is writing this run"):
             Ledger.open(path)
         code = f"from zoft.ledger import Ledger; Ledger.open({str(path)!r})"
@@ -401,7 +401,7 @@ def test_a_full_disk_is_one_line_and_leaves_whole_steps(tmp_path):
     assert path.stat().st_size == size and ledger.last_step == 0
     ledger.append(step(1))  # room again
     ledger.close()
-    assert read(path).records == [step(0), step(1)]
+    assert read_ledger(path).records == [step(0), step(1)]
 
 
 def test_a_header_that_does_not_fit_leaves_no_run(tmp_path):
@@ -422,7 +422,7 @@ def test_twenty_thousand_steps_fit_in_700_kB(tmp_path):
         for i in range(20_000):
             ledger.append(step(i, q=1))
     assert (tmp_path / "ledger").stat().st_size <= 700_000
-    assert len(read(tmp_path / "ledger").records) == 20_000
+    assert len(read_ledger(tmp_path / "ledger").records) == 20_000
 
 
 def test_so_do_they_with_the_header_of_a_large_model(tmp_path):
@@ -439,7 +439,7 @@ def test_so_do_they_with_the_header_of_a_large_model(tmp_path):
         model = hf.OPTForCausalLM(hf.OPTConfig(num_attention_heads=40, **shape))
     trained = space.adopt(model, space.train_names(model, "all"))
     config = Config(model="m", task=Task(name="local"), storage="fp16", compute="bf16")
-    header = headers.of(config, "blake2b-sampled:" + "0" * 32, trained)
+    header = headers.header_of(config, "blake2b-sampled:" + "0" * 32, trained)
     with Ledger.create(tmp_path / "ledger", header) as ledger:
         ledger.append(step(0, q=1))
     assert len(trained) > 600
@@ -450,8 +450,8 @@ def test_updates_are_the_steps_that_were_not_skipped(tmp_path):
     with Ledger.create(tmp_path / "ledger", HEADER) as ledger:
         for i in range(3):
             ledger.append(step(i, skipped=i == 1))
-    header, records, _ = read(tmp_path / "ledger")
-    got = [(u.step, u.seed, u.multipliers, u.decay) for u in updates(header, records)]
+    header, records, _ = read_ledger(tmp_path / "ledger")
+    got = [(u.step, u.seed, u.multipliers, u.decay) for u in updates_of(header, records)]
     assert got == [(i, HEADER["seed"], step(i).multipliers, step(i).decay) for i in (0, 2)]
     with pytest.raises(UserError, match="seed=None"):
-        updates({}, records)
+        updates_of({}, records)

@@ -9,7 +9,7 @@ import pytest
 from test_ledger import DONE, HEADER, step, write_with_events
 
 from zoft.config.schema import fields
-from zoft.ledger.log import Event, Ledger, Record, read, updates
+from zoft.ledger.log import Event, Ledger, Record, read_ledger, updates_of
 
 ROOT = Path(__file__).resolve().parents[2]
 DOC = (ROOT / "docs" / "ledger.md").read_text(encoding="utf-8")
@@ -73,9 +73,9 @@ def test_reading_with_zoft(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found: dict = {}
     exec(WITH_ZOFT, found)
-    log = read("runs/mine/ledger")
+    log = read_ledger("runs/mine/ledger")
     assert (found["header"], found["records"], found["events"]) == log and len(log.events) == 4
-    assert found["updates"] == updates(log.header, log.records)
+    assert found["updates"] == updates_of(log.header, log.records)
 
 
 def test_every_key_and_header_key_that_is_named_exists(tmp_path):
@@ -88,7 +88,7 @@ def test_every_key_and_header_key_that_is_named_exists(tmp_path):
     for name in re.findall(r"`([a-z_]+)=", DOC):
         assert name in fields(), name
     config = Config(model="m", task=Task(name="local"), storage="fp32", compute="fp32", update="sign")
-    header = headers.of(config, "b", build(tmp_path, tiny.llama()).axis.trained, examples())
+    header = headers.header_of(config, "b", build(tmp_path, tiny.llama()).axis.trained, examples())
     table = DOC[DOC.index("| key of the JSON") : DOC.index("Unknown keys are kept")]
     named = {
         name

@@ -13,15 +13,15 @@ from test_cli import zoft
 from test_noise_gpu import run_python, without_gpu
 from test_trainer import build, fp64, same_bits, weights, z
 
-from zoft.config.check import check
+from zoft.config.check import check_config
 from zoft.config.digest import changed, digests
 from zoft.config.schema import Config, Task
 from zoft.errors import UserError
-from zoft.ledger.log import Ledger, read
+from zoft.ledger.log import Ledger, read_ledger
 from zoft.method.configured import load_run
 from zoft.method.estimators.estimator import Estimator, Probe, rows_of
 from zoft.objectives.losses import losses
-from zoft.parallel.world import grid
+from zoft.parallel.world import probe_grid
 from zoft.run import preflight
 from zoft.train import header
 
@@ -126,7 +126,7 @@ def test_interrupted_resumed_and_replayed_runs_end_with_the_same_bits(tmp_path, 
         again.close()
         assert (tmp_path / f"stop{stop}").read_bytes() == data
     replayed = build(tmp_path, tiny.llama(tie=True), name="replayed", **same)
-    replayed.replay(read(tmp_path / "whole").records)
+    replayed.replay(read_ledger(tmp_path / "whole").records)
     assert same_bits(end, weights(replayed.model))
 
 
@@ -143,7 +143,7 @@ def test_a_skipped_step_leaves_the_state(tmp_path, kind):
     assert [r.skipped for r in trainer.ledger.records] == [t == 3 for t in range(10)]
     assert trainer.state.isfinite().all()
     again = build(tmp_path, tiny.llama(), name="again", **KINDS[kind])
-    again.replay(read(tmp_path / "ledger").records)
+    again.replay(read_ledger(tmp_path / "ledger").records)
     assert torch.equal(again.state, trainer.state)
 
 
@@ -179,7 +179,7 @@ def same(place, name, other="one"):
 def test_a_run_counts_and_its_header_says_so(place):
     result = json.loads((place / "one" / "result.json").read_text())
     assert result["forwards"] == 12 * 4 * 4  # steps × (q + 1) × batch
-    log = read(place / "one" / "ledger")
+    log = read_ledger(place / "one" / "ledger")
     assert log.header["estimator"] == "one_sided"
     assert len(log.records[0].losses) == 6 and len({r.losses[1] for r in log.records}) > 1
     assert all(r.losses[1] == r.losses[3] == r.losses[5] for r in log.records)
@@ -197,7 +197,9 @@ def test_slices_of_the_batch_over_two_processes_within_rounding(place):
     assert ranks.zoft(place, "output_dir=still", *keys) == [0]
     assert ranks.zoft(place, "output_dir=data", *keys, size=2) == [0, 0]
     assert "parallel=data: each has 3 of 3 probes" in (place / "said-0").read_text()
-    want, got = ([r.losses for r in read(place / name / "ledger").records] for name in ("still", "data"))
+    want, got = (
+        [r.losses for r in read_ledger(place / name / "ledger").records] for name in ("still", "data")
+    )
     np.testing.assert_allclose(got, want, rtol=2e-6)
 
 
@@ -249,20 +251,22 @@ def test_estimate_counts_the_forwards(place, monkeypatch):
 
 
 def config(**keys):
-    return check(Config(model="m", task=Task(name="x"), **{"batch_size": 4, **keys}))
+    return check_config(Config(model="m", task=Task(name="x"), **{"batch_size": 4, **keys}))
 
 
 def test_a_budget_of_forwards(capsys):
-    assert preflight.within(config(q=3, estimator="one_sided", max_forwards=100)).steps == 6  # of 16 each
+    assert (
+        preflight.allowed_steps(config(q=3, estimator="one_sided", max_forwards=100)).steps == 6
+    )  # of 16 each
     with pytest.raises(UserError, match="a step takes 16"):
-        preflight.within(config(q=3, estimator="one_sided", max_forwards=15))
+        preflight.allowed_steps(config(q=3, estimator="one_sided", max_forwards=15))
 
 
 def test_an_odd_number_of_probes_is_not_cut_in_two():
-    assert grid(config(q=2, estimator="one_sided"), 2) == (1, 2)
-    assert grid(config(q=2, estimator="one_sided"), 6) == (3, 2)
+    assert probe_grid(config(q=2, estimator="one_sided"), 2) == (1, 2)
+    assert probe_grid(config(q=2, estimator="one_sided"), 6) == (3, 2)
     with pytest.raises(UserError, match="3 probes a step .* use parallel=auto, another q, or .* divide 3"):
-        grid(config(q=2, estimator="one_sided", parallel="probes"), 2)
+        probe_grid(config(q=2, estimator="one_sided", parallel="probes"), 2)
 
 
 def test_two_sided_runs_have_the_headers_that_they_had(tmp_path):
@@ -272,9 +276,9 @@ def test_two_sided_runs_have_the_headers_that_they_had(tmp_path):
         for c in (config(), config(estimator="one_sided"))
     )
     assert plain.estimator == "two_sided"  # auto, resolved
-    found = header.of(plain, "b", trained)
+    found = header.header_of(plain, "b", trained)
     assert "estimator" not in found and "estimator" not in found["config"]
-    other = header.of(one, "b", trained)
+    other = header.header_of(one, "b", trained)
     assert other["estimator"] == "one_sided"
     # A ledger of either is not continued under the other.
     assert changed(digests(plain), digests(one)) == changed(digests(one), digests(plain)) == ["estimator"]

@@ -14,7 +14,7 @@ from test_trainer import build, examples, fp64, same_bits, weights, z
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from zoft.ledger.log import Ledger, read
+from zoft.ledger.log import Ledger, read_ledger
 from zoft.method import space
 from zoft.method.configured import load_run
 from zoft.method.estimators.estimator import Probe, clipped
@@ -38,7 +38,7 @@ class Twin:
 
     def __init__(self, model, dtype):
         self.dtype, self.plain, self.parts = dtype, copy.deepcopy(model), {}
-        for name, m in linear.layers(model).items():
+        for name, m in linear.quantised_layers(model).items():
             codes = (
                 linear.unpack(m.codes, m.bits, m.padded)[..., : m.group].numpy().astype(dtype)
             )  # [out, G, n]
@@ -150,7 +150,7 @@ def test_no_update_goes_below_the_floor(tmp_path, policy):
     relative = build(tmp_path, quantised(log=True), train="scales", name="log", lr=0.3, clip=1.0, steps=20)
     relative.run()
     linear.set_log(relative.model, False)
-    assert all(float(m.scales.min()) > 0 for m in linear.layers(relative.model).values())
+    assert all(float(m.scales.min()) > 0 for m in linear.quantised_layers(relative.model).values())
 
 
 @pytest.mark.parametrize("kind", [GAUSSIAN, RADEMACHER])
@@ -177,10 +177,10 @@ def test_scales_have_no_decay_and_stay_in_fp32(tmp_path):
     assert scales and all(t.stored.dtype == t.compute == torch.float32 and not t.decays for t in scales)
     assert any(t.decays for t in trainer.axis.trained)
     model = quantised().bfloat16()
-    for m in linear.layers(model).values():
+    for m in linear.quantised_layers(model).values():
         m.scales.data = m.scales.data.float()
-    space.place(model, space.adopt(model, space.train_names(model, "norms")), "bf16", "bf16")
-    assert all(m.scales.dtype == torch.float32 for m in linear.layers(model).values())
+    space.place_in_precision(model, space.adopt(model, space.train_names(model, "norms")), "bf16", "bf16")
+    assert all(m.scales.dtype == torch.float32 for m in linear.quantised_layers(model).values())
 
 
 @pytest.mark.parametrize("policy", ["probes", "inplace"])
@@ -203,7 +203,7 @@ def test_interrupted_resumed_and_replayed_runs_end_with_the_same_bits(tmp_path, 
     again.close()
     assert (tmp_path / "part").read_bytes() == (tmp_path / "whole").read_bytes()
     replayed = build(tmp_path, quantised(log=log), name="replayed", **same)
-    replayed.replay(read(tmp_path / "whole")[1])
+    replayed.replay(read_ledger(tmp_path / "whole")[1])
     assert same_bits(end, weights(replayed.model))
 
 
@@ -212,7 +212,7 @@ def test_lr_zero_and_exceptions_leave_every_bit(tmp_path):
     before = weights(trainer.model)
     trainer.run()
     assert same_bits(before, weights(trainer.model))
-    layer = next(iter(linear.layers(trainer.model).values()))
+    layer = next(iter(linear.quantised_layers(trainer.model).values()))
 
     def fail(*args):
         raise KeyboardInterrupt
@@ -258,13 +258,15 @@ def test_a_run_its_folder_its_replay_and_its_resume(place, mode, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "14 of 15 linear layers quantised to 4 bits" in done.stderr
     assert load_run(run).clip == 100.0
-    saved = load.load(str(run / "model"))[0]
-    assert len(linear.layers(saved)) == 14 and all(not m.scales.logged for m in linear.layers(saved).values())
-    base = load.load(str(place / "tiny"))[0]
+    saved = load.load_model(str(run / "model"))[0]
+    assert len(linear.quantised_layers(saved)) == 14 and all(
+        not m.scales.logged for m in linear.quantised_layers(saved).values()
+    )
+    base = load.load_model(str(place / "tiny"))[0]
     linear.quantise_model(base, bits=4, group=32, zero_points=True)
-    for n, m in linear.layers(saved).items():
-        assert torch.equal(m.codes, linear.layers(base)[n].codes)
-        assert not torch.equal(m.scales, linear.layers(base)[n].scales)
+    for n, m in linear.quantised_layers(saved).items():
+        assert torch.equal(m.codes, linear.quantised_layers(base)[n].codes)
+        assert not torch.equal(m.scales, linear.quantised_layers(base)[n].scales)
     done = zoft("replay", run, "--out", tmp_path / "again", cwd=place)
     assert done.returncode == 0, done.stderr
     assert file_bytes(tmp_path / "again") == file_bytes(run / "model")
@@ -290,8 +292,8 @@ def test_saved_as_plain_weights(place, tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     opened = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "True" / "model")
-    ours = load.load(str(tmp_path / "False" / "model"))[0]
-    for n, m in linear.layers(ours).items():
+    ours = load.load_model(str(tmp_path / "False" / "model"))[0]
+    for n, m in linear.quantised_layers(ours).items():
         assert torch.equal(opened.get_submodule(n).weight, m.weight)
     done = zoft("eval", tmp_path / "True", "--json", cwd=place)
     other = zoft("eval", tmp_path / "False", "--json", cwd=place)
@@ -316,7 +318,7 @@ def test_a_quantised_base_goes_with_any_recipe(place, tmp_path):
         f"output_dir={tmp_path / 'again'}", cwd=place,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert len(linear.layers(load.load(str(tmp_path / "again" / "model"))[0])) == 14
+    assert len(linear.quantised_layers(load.load_model(str(tmp_path / "again" / "model"))[0])) == 14
 
 
 @pytest.mark.parametrize("words, said", [
@@ -346,7 +348,7 @@ def test_export_is_plain_weights_that_transformers_opens(place, tmp_path):
     done = zoft("export", run, "--merge", "--out", tmp_path / "plain", "--dtype", "fp32", cwd=place)
     assert done.returncode == 0, done.stderr
     opened = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
-    for n, m in linear.layers(load.load(str(run / "model"))[0]).items():
+    for n, m in linear.quantised_layers(load.load_model(str(run / "model"))[0]).items():
         assert torch.allclose(opened.get_submodule(n).weight, m.weight, rtol=1e-6)
 
 
@@ -363,11 +365,11 @@ def test_the_real_model_quantised(tmp_path):
     from zoft.method.configured import compose
     from zoft.train import parts
 
-    config = parts.device(
+    config = parts.resolve_device(
         compose("qzo/reviews", ["threads=1", "device=cpu", "eval_limit=96", f"output_dir={tmp_path}"])
     )
-    train, held_out = parts.examples(config, parts.tokenizer(config), tasks.load(config.task))
-    plain, _ = load.load(config.model)
+    train, held_out = parts.encode_examples(config, parts.run_tokenizer(config), tasks.load_task(config.task))
+    plain, _ = load.load_model(config.model)
     found = {"plain": evaluate.evaluate(plain, held_out, train)}
     for bits, group in ((8, 128), (4, 32), (4, 64)):
         model = copy.deepcopy(plain)

@@ -16,7 +16,7 @@ from test_replay import bits, configured, place, train  # noqa: F401 (place is a
 from test_trainer import build, same_bits, weights
 
 from zoft.cli import replay
-from zoft.config.check import check
+from zoft.config.check import check_config
 from zoft.config.digest import digests
 from zoft.config.schema import Config
 from zoft.errors import UserError
@@ -25,7 +25,7 @@ from zoft.method import rules, space
 from zoft.method.configured import compose, load_run
 from zoft.method.rules import RULES, Rule
 from zoft.method.space import Trained
-from zoft.method.updates import advance, make_update
+from zoft.method.updates import advance_trained, make_update
 from zoft.noise import noise, reference
 from zoft.noise.spec import PART, Mask, Update, key, philox
 from zoft.replay import snapshot
@@ -97,13 +97,13 @@ def test_plain_and_momentum_steps_by_rule_have_the_bits_of_the_fused_pass(monkey
         t = trained(torch.randn(37, 53).to(DTYPES[storage]), rule)
         t.floor, t.mask = floor, mask
         fused = dataclasses.replace(t, stored=t.stored.clone(), rule=None, state={})
-        advance(t, UPDATES, kind)
-        advance(fused, UPDATES, kind, beta)
+        advance_trained(t, UPDATES, kind)
+        advance_trained(fused, UPDATES, kind, beta)
         assert same_bits({"": t.stored}, {"": fused.stored}) and t.step == fused.step == 2**33 + 1
         assert int(t.state["t"]) == len(UPDATES)
         if beta:
             assert torch.equal(t.state["m"], fused.momentum) and t.state["m"].abs().max() > 0
-        advance(t, UPDATES, kind)  # all behind it
+        advance_trained(t, UPDATES, kind)  # all behind it
         assert torch.equal(t.stored, fused.stored)
 
 
@@ -117,7 +117,7 @@ def test_lr_0_leaves_every_bit_and_decay_is_where_it_belongs():
     theta = torch.tensor([0.0, -0.0, 1e-45, 3.0] * 40)
     for name in RULES:
         t = trained(theta.clone(), RULES[name])
-        advance(
+        advance_trained(
             t,
             [make_update(s, SEED, [0.3], lr=0.0, weight_decay=0.1, ruled=True) for s in range(4)],
             "gaussian",
@@ -125,10 +125,14 @@ def test_lr_0_leaves_every_bit_and_decay_is_where_it_belongs():
         assert same_bits({"": t.stored}, {"": theta}) and int(t.state["t"]) == 4
         still = trained(torch.ones(200), RULES[name])
         still.decays = False
-        advance(still, [make_update(0, SEED, [0.0], lr=0.5, weight_decay=0.5, ruled=True)], "gaussian")
+        advance_trained(
+            still, [make_update(0, SEED, [0.0], lr=0.5, weight_decay=0.5, ruled=True)], "gaussian"
+        )
         assert torch.equal(still.stored, torch.ones(200))
         still.decays = True
-        advance(still, [make_update(1, SEED, [0.0], lr=0.5, weight_decay=0.5, ruled=True)], "gaussian")
+        advance_trained(
+            still, [make_update(1, SEED, [0.0], lr=0.5, weight_decay=0.5, ruled=True)], "gaussian"
+        )
         assert torch.equal(still.stored, torch.full((200,), 0.75))
 
 
@@ -187,7 +191,7 @@ def test_fifty_steps_are_those_of_the_twin(tmp_path, rule, storage):
     begun = weights(model)
     trainer.run()
     trainer.ledger.close()
-    log = ledger.read(tmp_path / "ledger")
+    log = ledger.read_ledger(tmp_path / "ledger")
     assert any(abs(m) > 1e-3 for r in log.records for m in r.multipliers)  # not times lr
     for record in log.records:
         slopes = (np.array(record.losses[::2]) - np.array(record.losses[1::2])) / (4 * trainer.settings.eps)
@@ -221,7 +225,7 @@ def quadratic(rule, lr, steps, kind, d=50, q=1):
         z = [noise.direction((d,), TID, seed=SEED, step=step, direction=k, noise=kind) for k in range(q)]
         c = [float(curvature * t.stored @ x) / q for x in z]
         losses.append(float((curvature * t.stored**2).sum() / 2))
-        advance(t, [make_update(step, SEED, c, lr=lr, ruled=True)], kind)
+        advance_trained(t, [make_update(step, SEED, c, lr=lr, ruled=True)], kind)
         found.append(c)
     return t, losses, found
 
@@ -249,7 +253,7 @@ def test_adam_with_signs_and_one_direction_is_momentum_over_one_number():
 def test_sign_with_signs_and_one_direction_is_the_sign_of_the_slope_along_z():
     a, b = trained(torch.zeros(300), RULES["sign"]), torch.zeros(300)
     for step, c in enumerate([0.3, -7.0, 1e-9]):
-        advance(a, [make_update(step, SEED, [c], lr=0.25, ruled=True)], "rademacher")
+        advance_trained(a, [make_update(step, SEED, [c], lr=0.25, ruled=True)], "rademacher")
         z = noise.direction((300,), TID, seed=SEED, step=step, direction=0, noise="rademacher")
         b = b - 0.25 * np.sign(c) * z
     assert torch.equal(a.stored, b)
@@ -273,9 +277,9 @@ def test_resumed_and_replayed_runs_have_the_bits_of_the_run(place, way, tmp_path
     model = "adapter" if "lora" in way else "model"
     file = next(p.name for p in (run / model).iterdir() if p.suffix == ".safetensors")
     end, data = (run / model / file).read_bytes(), (run / "ledger").read_bytes()
-    log = ledger.read(run / "ledger")
+    log = ledger.read_ledger(run / "ledger")
     assert log.header["update"] == way.partition("-")[0] and "update" in log.header["config"]
-    replay.replay(run, tmp_path / "again")
+    replay.replay_run_folder(run, tmp_path / "again")
     assert (tmp_path / "again" / file).read_bytes() == end
     count = len(log.records) * load_run(run).q + len(log.events)
     for kept in (1, count // 2, count - 1, count):
@@ -295,7 +299,7 @@ def test_resumed_and_replayed_runs_have_the_bits_of_the_run(place, way, tmp_path
 
 def test_a_snapshot_has_the_state_and_a_run_starts_from_it(place, tmp_path, capsys):  # noqa: F811
     run = train(place, "rule-state", "update=adam", "storage=bf16", "lr=1e-3", "snapshot_every=3")
-    trained = ledger.read(run / "ledger").header["trained"]
+    trained = ledger.read_ledger(run / "ledger").header["trained"]
     with safe_open(snapshot.file_of(run, 6), "pt") as file:
         assert {*file.keys()} == {*trained} | {f"{n}@{k}" for n in trained for k in "mvt"}
         for name in trained:
@@ -304,7 +308,7 @@ def test_a_snapshot_has_the_state_and_a_run_starts_from_it(place, tmp_path, caps
                 file.get_tensor(f"{name}@v").dtype == torch.float32 and file.get_tensor(f"{name}@v").min() > 0
             )
     capsys.readouterr()
-    replay.replay(run, tmp_path / "five", step=5)
+    replay.replay_run_folder(run, tmp_path / "five", step=5)
     assert "starting from the snapshot at step 3" in capsys.readouterr().err
     short = train(place, "rule-five", "update=adam", "storage=bf16", "lr=1e-3", "steps=5")
     assert bits(tmp_path / "five") == bits(short / "model")
@@ -323,9 +327,9 @@ def test_headers_of_plain_runs_say_nothing_new():
     plain = Config(model="m", momentum=0.5)
     assert "update" not in digests(plain) and "update" in digests(dataclasses.replace(plain, update="sign"))
     assert "reward" not in digests(plain) and "clip" in digests(plain)  # null is a value like any other
-    found = header.of(plain, "base", [])
+    found = header.header_of(plain, "base", [])
     assert "update" not in found and header.with_plan(plain, found) == plain
-    found = header.of(dataclasses.replace(plain, update="adam"), "base", [])
+    found = header.header_of(dataclasses.replace(plain, update="adam"), "base", [])
     assert header.with_plan(plain, found).update == "adam"
     agree(found, {"base": "base"}, "run")
 
@@ -387,7 +391,7 @@ def test_a_private_rule_needs_no_name(tmp_path):
 )
 def test_refused_in_one_line(place, keys, words):  # noqa: F811
     with pytest.raises(UserError) as caught:
-        check(compose(str(place / "mine.yaml"), [f"model={place / 'half'}", *keys]))
+        check_config(compose(str(place / "mine.yaml"), [f"model={place / 'half'}", *keys]))
     assert all(w in str(caught.value) for w in words) and "\n" not in str(caught.value), str(caught.value)
 
 
@@ -395,7 +399,7 @@ def test_exact_and_denoised_replays_are_refused(place, tmp_path):  # noqa: F811
     run = train(place, "rule-refused", "update=sign", "storage=bf16", "lr=1e-4", "steps=2")
     for wish in ({"storage": "fp32"}, {"denoise": True}):
         with pytest.raises(UserError, match="trained with update=sign, so base and ledger give no plain sum"):
-            replay.replay(run, tmp_path / "out", **wish)
+            replay.replay_run_folder(run, tmp_path / "out", **wish)
 
 
 def test_advice_and_estimate(place):  # noqa: F811
@@ -406,11 +410,11 @@ def test_advice_and_estimate(place):  # noqa: F811
     for name in ("sgd", "sign", "adam"):
         config = configured(place, "none", f"update={name}", "lr=10", "noise=rademacher")
         said[name] = guards.at_start(config, trained)
-        found = estimate.estimate(config)
+        found = estimate.estimate_run(config)
         assert found["state_bytes"] == {"sgd": 0, "sign": 0, "adam": 8 * found["trained"]}[name]
         assert found["trained"] == numbers
         assert any("slower" in n for n in found["notes"]) == (name != "sgd")
-        assert ("moments of the update rule" in estimate.text(found)) == (name == "adam")
+        assert ("moments of the update rule" in estimate.estimate_text(found)) == (name == "adam")
     assert (
         "is far above" in said["sgd"][0] and not said["sign"]
     )  # nobody has searched the size of a sign's step
@@ -434,7 +438,7 @@ def test_a_gpu_has_the_bits_of_a_cpu(name, storage):
             make_update(s, SEED, [0.3 / (s + 1), -0.2], lr=1e-3, weight_decay=0.1, ruled=True)
             for s in range(6)
         ]
-        advance(t, updates, "rademacher")
+        advance_trained(t, updates, "rademacher")
     assert same_bits({"": here.stored}, {"": there.stored.cpu()})
     for k, value in here.state.items():
         assert torch.equal(value, there.state[k].cpu()), k
@@ -445,5 +449,5 @@ def test_a_run_on_a_gpu_replays_on_both(place, tmp_path):  # noqa: F811
     keys = ("update=adam", "noise=rademacher", "storage=bf16", "lr=1e-3", "snapshot_every=4", "device=cuda")
     run = train(place, "rule-gpu", *keys)
     for device in ("cuda", "cpu"):
-        replay.replay(run, tmp_path / device, device=device)
+        replay.replay_run_folder(run, tmp_path / device, device=device)
         assert bits(tmp_path / device) == bits(run / "model")

@@ -11,7 +11,7 @@ from test_trainer import build, same_bits, weights
 from typer.testing import CliRunner
 
 from zoft.cli.main import app
-from zoft.ledger.log import Ledger, read
+from zoft.ledger.log import Ledger, read_ledger
 from zoft.method import masks, precision, space
 from zoft.noise import noise
 from zoft.noise.spec import Mask
@@ -48,8 +48,8 @@ def test_every_matrix_has_its_share_and_1d_tensors_move_whole(kind, storage, spa
         model.model.layers[0].mlp.up_proj.weight[:] = torch.randn(24, 16) * 1e-6  # subnormal in fp16
         model.lm_head.weight[:, :8] = 0.5
     trained = space.adopt(model, space.train_names(model, "all"))
-    space.place(model, trained, storage, "fp32")
-    said = masks.mask(trained, kind, sparsity, seed=3)
+    space.place_in_precision(model, trained, storage, "fp32")
+    said = masks.mask_tensors(trained, kind, sparsity, seed=3)
     total = moves = 0
     for t in trained:
         on = noise.moving(t.stored, t.id, t.mask)
@@ -70,9 +70,11 @@ def test_every_matrix_has_its_share_and_1d_tensors_move_whole(kind, storage, spa
     assert f"{told:.1%} of the {total:,} numbers" in said[0]
     if storage == "fp32":  # half of lm_head is one number, which is among the smaller ones
         assert ("lm_head.weight (9" in said[-1]) == (kind == "magnitude" and sparsity == 0.5)
-    assert not masks.mask(trained, "none", sparsity, 3) and not masks.mask(trained, kind, 0.0, 3)
+    assert not masks.mask_tensors(trained, "none", sparsity, 3) and not masks.mask_tensors(
+        trained, kind, 0.0, 3
+    )
     assert all(t.mask is None for t in trained)
-    (line,) = masks.mask([t for t in trained if t.stored.ndim == 1], kind, sparsity, 3)
+    (line,) = masks.mask_tensors([t for t in trained if t.stored.ndim == 1], kind, sparsity, 3)
     assert "no matrix is trained" in line
 
 
@@ -99,7 +101,7 @@ def test_fifty_steps_are_those_of_a_twin_that_keeps_its_masks(tmp_path, mask, st
     theta = {n: v for n, (_, v) in tensors.items()}
     first = {}
     run.run(until=50)
-    for record in read(tmp_path / "ledger").records:
+    for record in read_ledger(tmp_path / "ledger").records:
         step, moving, z = record.step, {}, {}
         for n, (t, _) in tensors.items():
             index = np.arange(len(theta[n]))
@@ -194,11 +196,11 @@ def test_lr_0_leaves_every_bit_and_what_stays_is_never_written(tmp_path):
 def test_the_realised_direction_is_looked_at_where_it_moves():
     model = tiny.llama()
     trained = space.adopt(model, space.train_names(model, "all"))
-    space.place(model, trained, "fp16", "bf16")
-    bare = precision.realised(trained, 1e-3, seed=0, kind="gaussian")
+    space.place_in_precision(model, trained, "fp16", "bf16")
+    bare = precision.realised_cosines(trained, 1e-3, seed=0, kind="gaussian")
     for kind in ("magnitude", "random"):
-        masks.mask(trained, kind, 0.75, 0)
-        found = precision.realised(trained, 1e-3, seed=0, kind="gaussian")
+        masks.mask_tensors(trained, kind, 0.75, 0)
+        found = precision.realised_cosines(trained, 1e-3, seed=0, kind="gaussian")
         for t in trained:
             if (
                 t.mask is not None and kind == "magnitude"

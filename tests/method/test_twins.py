@@ -18,7 +18,7 @@ from test_qzo import Twin as Dequantised
 from test_qzo import quantised
 from test_trainer import build, fp64
 
-from zoft.ledger.log import read
+from zoft.ledger.log import read_ledger
 from zoft.models.quant import linear
 from zoft.objectives.losses import losses
 
@@ -85,9 +85,9 @@ class Plain:
     def __init__(self, model):
         wide = any(p.dtype == torch.float64 for p in model.parameters())
         self.model, self.layers = copy.deepcopy(model), None
-        if linear.layers(model):
+        if linear.quantised_layers(model):
             self.layers = Dequantised(model, np.float64 if wide else np.float32)
-            self.logged = next(iter(linear.layers(model).values())).scales.logged
+            self.logged = next(iter(linear.quantised_layers(model).values())).scales.logged
             self.model = self.layers.plain
         if wide:
             fp64(self.model)  # whose norms are the copy's own
@@ -163,7 +163,7 @@ def test_fifty_steps_are_those_of_the_twin(tmp_path, what, storage, policy):
         room = {"fp16": 2e-3, "bf16": 2e-2}[
             storage
         ]  # an exponential's last bit shows where W is rounded to 16 bits
-    for record in read(tmp_path / "ledger").records:
+    for record in read_ledger(tmp_path / "ledger").records:
         step, (batch,), found = record.step, trainer.batches(record.step), []
         for k in range(q):
             for side in (1, -1):

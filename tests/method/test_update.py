@@ -9,7 +9,14 @@ from torch import nn
 from zoft.errors import UserError
 from zoft.method.estimators.estimator import finite
 from zoft.method.space import Trained
-from zoft.method.updates import advance, decay_is_lost, due, lr_at, make_update, mark
+from zoft.method.updates import (
+    advance_trained,
+    decay_is_lost,
+    lr_at,
+    make_update,
+    mark_advanced,
+    pending_updates,
+)
 from zoft.noise.noise import direction
 from zoft.noise.spec import Update, tensor_id
 
@@ -143,7 +150,7 @@ def test_constant_lr_is_torchs_sgd(noise, beta, wd):
             theirs *= 1 - lr * wd
         optimizer.step()
     updates = [make_update(s, SEED, coefficients[s], lr=lr, weight_decay=wd) for s in range(steps)]
-    advance(t, updates, noise, beta)
+    advance_trained(t, updates, noise, beta)
     torch.testing.assert_close(t.stored, theirs.data, rtol=0, atol=1e-13)
     assert (t.momentum is not None) == (beta > 0) and t.step == steps
 
@@ -156,7 +163,7 @@ def test_closed_form_of_momentum_under_a_schedule():
         make_update(s, SEED, [1.0], lr=lr_at(s, lr=2**-4, steps=8, schedule="linear", warmup=0))
         for s in range(steps)
     ]
-    advance(t, updates, "gaussian", beta)
+    advance_trained(t, updates, "gaussian", beta)
     expected = weights()
     for s in range(steps):
         expected += -(2**-4) * (1 - s / 8) * (1 - beta ** (steps - s)) / (1 - beta) * z(t, s)
@@ -171,16 +178,16 @@ def test_how_updates_are_cut_into_calls_changes_no_bit(dtype, beta):
         make_update(s, SEED, c[s], lr=2e-2, weight_decay=0.1 * (s == 4)) for s in (0, 1, 2, 4, 5, 6)
     ]  # 3 skipped
     whole = trained(weights(dtype))
-    advance(whole, updates, "gaussian", beta)
+    advance_trained(whole, updates, "gaussian", beta)
     for cuts in ([1, 2, 3, 4, 5], [2], [3, 4]):
         parts = trained(weights(dtype))
         for a, b in pairwise([0, *cuts, len(updates)]):
-            advance(parts, updates[a:b], "gaussian", beta)
+            advance_trained(parts, updates[a:b], "gaussian", beta)
         assert torch.equal(bits(parts.stored), bits(whole.stored)) and parts.step == whole.step == 7
         if beta:
             assert torch.equal(bits(parts.momentum), bits(whole.momentum))
     before = bits(whole.stored).clone()
-    advance(whole, updates, "gaussian", beta)  # all behind it
+    advance_trained(whole, updates, "gaussian", beta)  # all behind it
     assert torch.equal(bits(whole.stored), before)
 
 
@@ -188,21 +195,21 @@ def test_only_the_steps_ahead_are_applied():
     updates = [make_update(s, SEED, [1.0], lr=2**-5) for s in range(4)]
     t = trained(weights())
     t.step = 2
-    advance(t, updates, "gaussian")
+    advance_trained(t, updates, "gaussian")
     torch.testing.assert_close(t.stored, weights() - 2**-5 * (z(t, 2) + z(t, 3)), rtol=0, atol=1e-14)
     assert t.step == 4
-    advance(t, [], "gaussian")
-    mark(t, updates[:1])
+    advance_trained(t, [], "gaussian")
+    mark_advanced(t, updates[:1])
     assert t.step == 4
     with pytest.raises(AssertionError, match="out of order"):
-        advance(t, updates[::-1], "gaussian")
+        advance_trained(t, updates[::-1], "gaussian")
 
 
 def test_decay_spares_the_tensors_it_must():
     updates = [make_update(s, SEED, [0.0], lr=0.5, weight_decay=0.5) for s in range(3)]
     decayed, spared = trained(weights()), trained(weights(), decays=False)
     for t in (decayed, spared):
-        advance(t, updates, "gaussian")
+        advance_trained(t, updates, "gaussian")
     torch.testing.assert_close(decayed.stored, weights() * 0.75**3, rtol=1e-15, atol=0)
     assert torch.equal(bits(spared.stored), bits(weights())) and spared.step == 3
 
@@ -213,7 +220,7 @@ def test_lr_0_writes_nothing_with_momentum_too(dtype, beta):
     theta = torch.tensor([-0.0, 0.0, 1.0, -3.0, 2**-24, math.nan]).to(dtype)
     t = trained(theta.clone())
     for s in range(200):
-        advance(t, [make_update(s, SEED, [0.7, -0.3], lr=0.0, weight_decay=0.1)], "gaussian", beta)
+        advance_trained(t, [make_update(s, SEED, [0.7, -0.3], lr=0.0, weight_decay=0.1)], "gaussian", beta)
     assert torch.equal(bits(t.stored), bits(theta)) and t.momentum is None and t.step == 200
 
 
@@ -223,9 +230,9 @@ def test_a_zero_step_still_coasts_on_momentum_and_a_skipped_one_does_not(dtype):
     assert zero.is_noop
     t = trained(weights(dtype))
     push = -0.25 * z(t, 0)
-    advance(t, [first], "gaussian", 0.5)
+    advance_trained(t, [first], "gaussian", 0.5)
     torch.testing.assert_close(t.stored, weights(dtype) + push)
-    advance(t, [zero], "gaussian", 0.5)
+    advance_trained(t, [zero], "gaussian", 0.5)
     torch.testing.assert_close(t.stored, weights(dtype) + 1.5 * push)
     torch.testing.assert_close(t.momentum, 0.5 * push)
 
@@ -233,7 +240,7 @@ def test_a_zero_step_still_coasts_on_momentum_and_a_skipped_one_does_not(dtype):
         weights(dtype)
     )  # step 1 had a loss that was not finite: the ledger gives no update for it
     last = make_update(2, SEED, [1.0], lr=0.25)
-    advance(skipped, [first, last], "gaussian", 0.5)
+    advance_trained(skipped, [first, last], "gaussian", 0.5)
     torch.testing.assert_close(skipped.momentum, 0.5 * push - 0.25 * z(t, 2))
     assert skipped.step == 3
 
@@ -241,9 +248,9 @@ def test_a_zero_step_still_coasts_on_momentum_and_a_skipped_one_does_not(dtype):
 def test_due_says_what_a_fused_pass_must_apply():
     updates = [Update(s, SEED, (0.5 * (s == 1),), 0.5 if s == 3 else 1.0) for s in range(4)]
     plain = trained(weights())
-    assert due(plain, updates, 0.0) == [updates[1], updates[3]] and plain.momentum is None
+    assert pending_updates(plain, updates, 0.0) == [updates[1], updates[3]] and plain.momentum is None
     heavy = trained(weights(torch.float16), decays=False)
-    assert due(heavy, updates[:1], 0.9) == [] and heavy.momentum is None
-    assert due(heavy, updates, 0.9) == [*updates[1:3], Update(3, SEED, (0.0,), 1.0)]
+    assert pending_updates(heavy, updates[:1], 0.9) == [] and heavy.momentum is None
+    assert pending_updates(heavy, updates, 0.9) == [*updates[1:3], Update(3, SEED, (0.0,), 1.0)]
     assert heavy.momentum.dtype == torch.float32 and heavy.momentum.shape == heavy.stored.shape
     assert heavy.step == 0 and not heavy.momentum.any()

@@ -31,12 +31,12 @@ def place(tmp_path, model, **keys):
     """The model with an adapter, saved and put back, in place."""
     torch.manual_seed(0)
     made = moved(attach(model, "lora", lora_rank=4, **keys))
-    adapters.save(made, tmp_path / "adapter")
+    adapters.save_adapter(made, tmp_path / "adapter")
     with kept_in_place.without(made) as base:
         pass
-    for name, layer in kept_in_place.pairs(made).items():
+    for name, layer in kept_in_place.lora_pairs(made).items():
         kept_in_place.put(base, name, layer.base_layer)
-    return adapters.load(base, tmp_path / "adapter")
+    return adapters.load_adapter(base, tmp_path / "adapter")
 
 
 # ---- where pairs go ------------------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ def test_pairs_are_those_of_the_plain_model(name, targets):
     beside = attach(quantised(tiny.MODELS[name]), "lora", **keys)
     a, b = dict(adapters.named(plain)), dict(adapters.named(beside))
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-    assert len(linear.layers(beside)) == len(linear.layers(quantised(tiny.MODELS[name])))
+    assert len(linear.quantised_layers(beside)) == len(linear.quantised_layers(quantised(tiny.MODELS[name])))
     said = [m.peft_config["default"].to_dict() for m in (plain, beside)]
     assert said[0] == said[1]
     some = attach(quantised(tiny.llama), "lora", lora_layers="last-1", lora_targets="all-linear")
@@ -125,7 +125,7 @@ def test_steps_on_scales_are_those_of_a_slow_twin(tmp_path):
     other = Twin(base, np.float64)
     model = place(tmp_path, base)
     deltas = {n: m.scaling["default"] * (m.lora_B["default"].weight @ m.lora_A["default"].weight).detach().double()
-              for n, m in kept_in_place.pairs(model).items()}  # fmt: skip
+              for n, m in kept_in_place.lora_pairs(model).items()}  # fmt: skip
     assert len(deltas) == 4
 
     class Beside(Twin):
@@ -183,29 +183,29 @@ def test_a_saved_model_has_its_pairs_merged_or_beside_its_codes(tmp_path, name):
     for codes in (False, True):
         base = quantised(tiny.MODELS[name]) if codes else tiny.MODELS[name]()
         model = place(tmp_path / str(codes), base, **keys)
-        model.beside = kept_in_place.files(tmp_path / str(codes) / "adapter")
+        model.beside = kept_in_place.adapter_files(tmp_path / str(codes) / "adapter")
         want = model(ids).logits.detach()
         ways = [("plain", True), ("codes", False)] if codes else [("plain", False)]
         for form, dequantise in ways:
             out = tmp_path / str(codes) / form
-            saving.save(model, tiny.tokenizer(), out, dequantise=dequantise)
+            saving.save_model(model, tiny.tokenizer(), out, dequantise=dequantise)
             assert torch.equal(model(ids).logits, want)  # the model in memory is as it was
             assert (out / "adapter").is_dir() == (form == "codes")
             if form == "plain":
                 got = hf.AutoModelForCausalLM.from_pretrained(out)(ids).logits.detach()
                 assert float((got - want).abs().max()) < 1e-4 * float(want.abs().max())
             else:
-                saved, _ = load.load(str(out))
-                assert torch.equal(adapters.load(saved, out / "adapter")(ids).logits, want)
+                saved, _ = load.load_model(str(out))
+                assert torch.equal(adapters.load_adapter(saved, out / "adapter")(ids).logits, want)
 
 
 def test_a_pair_on_a_tied_matrix_is_kept_beside_it(tmp_path):
     model = place(tmp_path, tiny.llama(tie=True), lora_targets="lm_head")
-    model.beside = kept_in_place.files(tmp_path / "adapter")
-    saving.save(model, tiny.tokenizer(), tmp_path / "out")
+    model.beside = kept_in_place.adapter_files(tmp_path / "adapter")
+    saving.save_model(model, tiny.tokenizer(), tmp_path / "out")
     assert (tmp_path / "out" / "adapter").is_dir()
     ids = torch.arange(12).view(2, 6) + 3
-    again = adapters.load(load.load(str(tmp_path / "out"))[0], tmp_path / "out" / "adapter")
+    again = adapters.load_adapter(load.load_model(str(tmp_path / "out"))[0], tmp_path / "out" / "adapter")
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
@@ -221,9 +221,9 @@ def test_adapters_that_cannot_be_put_in_place_are_one_line(tmp_path):
         hf.LlamaForCausalLM, hf.LlamaConfig(**{**tiny.llama().config.to_dict(), "num_hidden_layers": 1})
     )
     with pytest.raises(UserError, match="it is of another model: .*fits no layer"):
-        adapters.load(small, folder)
+        adapters.load_adapter(small, folder)
     with pytest.raises(UserError, match="size mismatch"):
-        adapters.load(tiny.build(hf.LlamaForCausalLM, hf.LlamaConfig(**{**tiny.llama().config.to_dict(), "hidden_size": 32})), folder)  # fmt: skip
+        adapters.load_adapter(tiny.build(hf.LlamaForCausalLM, hf.LlamaConfig(**{**tiny.llama().config.to_dict(), "hidden_size": 32})), folder)  # fmt: skip
     for keys, said in (
         ({"use_dora": True}, "use_dora"),
         ({"peft_type": "IA3"}, "it is IA3"),
@@ -233,20 +233,20 @@ def test_adapters_that_cannot_be_put_in_place_are_one_line(tmp_path):
         shutil.copytree(folder, other)
         changed(other, **keys)
         with pytest.raises(UserError, match=f"adapter=.*{said}"):
-            kept_in_place.files(other)
-    assert kept_in_place.fingerprint(folder) == kept_in_place.fingerprint(folder)
-    before = kept_in_place.fingerprint(folder)
+            kept_in_place.adapter_files(other)
+    assert kept_in_place.folder_fingerprint(folder) == kept_in_place.folder_fingerprint(folder)
+    before = kept_in_place.folder_fingerprint(folder)
     changed(folder, base_model_name_or_path="elsewhere")
-    assert kept_in_place.fingerprint(folder) == before
+    assert kept_in_place.folder_fingerprint(folder) == before
     changed(folder, lora_alpha=3)
-    assert kept_in_place.fingerprint(folder) != before
+    assert kept_in_place.folder_fingerprint(folder) != before
     data = (folder / "adapter_model.safetensors").read_bytes()
     (folder / "adapter_model.safetensors").write_bytes(data[:-4])
     with pytest.raises(UserError, match="is damaged"):
-        kept_in_place.files(folder)
+        kept_in_place.adapter_files(folder)
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match="safetensors only"):
-        kept_in_place.files(folder)
+        kept_in_place.adapter_files(folder)
 
 
 @pytest.mark.parametrize("keys, part", [
@@ -309,10 +309,11 @@ def metrics(*words):
 def test_the_second_stage_starts_where_the_first_ended(runs):
     assert result(runs / "two")["before"] == pytest.approx(result(runs / "one")["after"], rel=1e-5)
     assert result(runs / "two")["after"]["loss"] != result(runs / "two")["before"]["loss"]
-    base, saved = load.load(str(runs / "tiny"))[0], load.load(str(runs / "two" / "model"))[0]
+    base, saved = load.load_model(str(runs / "tiny"))[0], load.load_model(str(runs / "two" / "model"))[0]
     linear.quantise_model(base, bits=4, group=32, zero_points=True)
     moved_ = [
-        not torch.equal(m.scales, linear.layers(base)[n].scales) for n, m in linear.layers(saved).items()
+        not torch.equal(m.scales, linear.quantised_layers(base)[n].scales)
+        for n, m in linear.quantised_layers(saved).items()
     ]
     assert len(moved_) == 14 and all(moved_)
     name = "adapter_model.safetensors"
@@ -373,16 +374,16 @@ def test_another_adapter_is_refused(runs, tmp_path):
 
 def test_what_stage_one_saves_is_plain_peft(runs, tmp_path):
     """Beside the dequantised model, opened by transformers and peft alone, it gives the logits of zoft's own export."""
-    base, tokenizer = load.load(str(runs / "tiny"))
+    base, tokenizer = load.load_model(str(runs / "tiny"))
     linear.quantise_model(base, bits=4, group=32, zero_points=True)
-    saving.save(base, tokenizer, tmp_path / "plain", dequantise=True)
+    saving.save_model(base, tokenizer, tmp_path / "plain", dequantise=True)
     plain = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
     ids = torch.arange(12).view(2, 6) + 3
     without = plain(ids).logits.detach()
     opened = peft.PeftModel.from_pretrained(plain, runs / "one" / "adapter").eval()
     with torch.no_grad():
         got = opened(input_ids=ids).logits
-        want = adapters.load(base, runs / "one" / "adapter")(ids).logits
+        want = adapters.load_adapter(base, runs / "one" / "adapter")(ids).logits
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         assert (want - without).abs().max() > 1e-3
         done = zoft("export", runs / "one", "--merge", "--out", tmp_path / "merged", "--dtype", "fp32")

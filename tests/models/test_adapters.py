@@ -35,7 +35,7 @@ N = 3  # virtual tokens
 def attach(model, train, **keys):
     keys = {"virtual_tokens": None if train == "lora" else N, "seed": 5} | keys
     try:
-        return adapters.attach(model, Config(train=train, **keys))
+        return adapters.attach_adapter(model, Config(train=train, **keys))
     except UserError as error:
         if "each other's keys" in str(error):  # peft 0.19 and Gemma
             pytest.skip(str(error))
@@ -238,8 +238,8 @@ def test_the_difference_of_two_probes_is_the_directional_derivative(train):
 def test_a_16_bit_base_with_an_adapter_in_fp32(train):
     b = batch("right")
     made = make(moved(attach(zoo("llama").bfloat16(), train)), b, train, run=rows_losses)
-    space.place(made.model, made.trained, "fp32", "bf16")
-    adapters.place(made.trained, torch.bfloat16)
+    space.place_in_precision(made.model, made.trained, "fp32", "bf16")
+    adapters.place_adapter(made.trained, torch.bfloat16)
     assert all(t.stored.dtype == t.compute == torch.float32 for t in made.trained)
     made.axis = ProbeAxis(made.trained, made.found.sites, seed=SEED, kind="gaussian")
     probes = [Probe(0, 0.2), Probe(0, -0.2), Probe(1, 0.2)]
@@ -392,7 +392,7 @@ def test_a_saved_adapter_loads_in_plain_peft_with_equal_logits(tmp_path, name, t
     b = batch("right")
     ids = b.inputs["input_ids"] % tiny.VOCAB
     want = model(input_ids=ids, attention_mask=b.inputs["attention_mask"]).logits
-    adapters.save(model, tmp_path / "adapter", card="a card")
+    adapters.save_adapter(model, tmp_path / "adapter", card="a card")
     plain = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     loaded = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
     with torch.no_grad():
@@ -417,12 +417,12 @@ def test_merged_is_unmerged(name):
     ids = torch.randint(3, tiny.VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
     plain = tiny.MODELS[name]()(ids).logits
     want = model(input_ids=ids).logits
-    merged = adapters.merge(model)
+    merged = adapters.merge_adapter(model)
     assert type(merged) is type(tiny.MODELS[name]()) and not adapters.named(merged)
     torch.testing.assert_close(merged(ids).logits, want, rtol=1e-4, atol=1e-4)
     assert (plain - want).abs().max() > 0.1
     with pytest.raises(UserError, match="prefix_tuning: it cannot be merged"):
-        adapters.merge(attach(tiny.llama(), "prefix"))
+        adapters.merge_adapter(attach(tiny.llama(), "prefix"))
 
 
 # ---- keys ----------------------------------------------------------------------------------------------------------
@@ -569,7 +569,7 @@ def test_a_kept_start_is_taken_and_another_one_refused(place):
     assert zoft("train", "--config", "mine.yaml", "train=prefix", "output_dir=run").exit_code == 0
     start = load_file("run/start.safetensors")
     ((name, table),) = start.items()
-    model, _, _ = parts.model(parts.device(compose("mine.yaml", ["train=prefix"])))
+    model, _, _ = parts.load_run_model(parts.resolve_device(compose("mine.yaml", ["train=prefix"])))
     assert torch.equal(dict(adapters.named(model))[name], table)
     save_file({name: table.nextafter(table + 1)}, "run/start.safetensors")
     done = zoft("replay", "run", "--out", "out")

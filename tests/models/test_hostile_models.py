@@ -397,7 +397,7 @@ def test_flipped_bits_of_a_gguf_are_refused_or_harmless(place, gguf_file):
         flipped = bytes([gguf_file[at] ^ 1 << rng.randrange(8)])
         path.write_bytes(gguf_file[:at] + flipped + gguf_file[at + 1 :])
         try:
-            load.load(str(path))
+            load.load_model(str(path))
         except UserError as error:
             refusals += 1
             assert len(str(error).splitlines()) == 1, error
@@ -430,7 +430,9 @@ def test_what_is_checked_is_what_is_written(place):
     model = tiny.llama()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         model.to(dtype).save_pretrained(place / "one")
-        assert UP in checkpoint.check("one", place / "one")
+        assert UP in checkpoint.check_folder("one", place / "one")
     model.save_pretrained(place / "many", max_shard_size="2KB")
     assert len(list((place / "many").glob("*.safetensors"))) > 2
-    assert set(checkpoint.check("many", place / "many")) == set(checkpoint.check("one", place / "one"))
+    assert set(checkpoint.check_folder("many", place / "many")) == set(
+        checkpoint.check_folder("one", place / "one")
+    )

@@ -108,7 +108,7 @@ def test_a_peft_that_mixes_layers_up_is_refused_in_one_line(monkeypatch, tmp_pat
     """As peft 0.19.0 does for Gemma, by an index too many."""
     model = attach(tiny.llama(), "prefix")
     assert calls.misread_prefix(model) == ""
-    adapters.save(model, tmp_path / "saved")
+    adapters.save_adapter(model, tmp_path / "saved")
     inner = type(model).get_prompt
 
     def mixed(self, *args, **kwargs):
@@ -118,10 +118,10 @@ def test_a_peft_that_mixes_layers_up_is_refused_in_one_line(monkeypatch, tmp_pat
 
     monkeypatch.setattr(type(model), "get_prompt", mixed)
     with pytest.raises(UserError, match="train=prefix: LlamaForCausalLM: peft .*; use a newer peft") as error:
-        adapters.attach(tiny.llama(), Config(train="prefix", virtual_tokens=3))
+        adapters.attach_adapter(tiny.llama(), Config(train="prefix", virtual_tokens=3))
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="saved: peft .*; use a newer peft"):
-        adapters.load(tiny.llama(), tmp_path / "saved")
+        adapters.load_adapter(tiny.llama(), tmp_path / "saved")
 
 
 def test_it_is_asked_in_one_place():

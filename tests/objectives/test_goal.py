@@ -14,7 +14,7 @@ from zoft.config.schema import Config, Task
 from zoft.data.encode import encode, prompts
 from zoft.data.tasks import TaskData
 from zoft.errors import UserError
-from zoft.ledger.log import Ledger, read
+from zoft.ledger.log import Ledger, read_ledger
 from zoft.method import space
 from zoft.noise import noise
 from zoft.objectives import metrics, objectives
@@ -76,17 +76,17 @@ def build(tmp_path, objective, *, name="ledger", model=None, made=None, reward=V
     config = Config(model="tiny", task=Task(name="local"), objective=objective, threads=1,
                     **{**defaults, **texts, **keys})  # fmt: skip
     data = data_of(made)
-    config = objectives.resolve(config, data)
+    config = objectives.resolve_objective(config, data)
     if objective == "reward":
         (tmp_path / "mine.py").write_text(reward, encoding="utf-8")
         config.reward = f"{tmp_path}/mine.py:vowels"
-    aim = objectives.make(config, data, tokenizer, objectives.reward(config))
+    aim = objectives.make_objective(config, data, tokenizer, objectives.reward_of(config))
     scored = aim.examples(encode(made, tokenizer, data, config.max_length))
     names = space.train_names(model, config.train)
-    config = setup.dtypes(config, model, names)
-    config, _, axis = setup_axis.make(config, model, space.adopt(model, names), scored)
+    config = setup.resolve_precision(config, model, names)
+    config, _, axis = setup_axis.make_axis(config, model, space.adopt(model, names), scored)
     ledger = opened or Ledger.create(tmp_path / name, {"seed": config.seed})
-    trainer = setup_trainer.trainer_of(config, model, axis, scored, ledger, aim)
+    trainer = setup_trainer.build_trainer_of(config, model, axis, scored, ledger, aim)
     trainer.made, trainer.config = made, config
     return trainer
 
@@ -162,7 +162,7 @@ def test_lr_zero_leaves_every_bit_and_holding_a_probe_changes_none(tmp_path, obj
         assert same_bits(before, weights(trainer.model))
         ledgers.append((tmp_path / f"{hold}").read_bytes())
     assert len(set(ledgers)) == 1
-    assert len({r.losses for r in read(tmp_path / f"{hold}")[1]}) > 1
+    assert len({r.losses for r in read_ledger(tmp_path / f"{hold}")[1]}) > 1
 
 
 def test_holding_a_probe_gives_the_run_of_one_that_makes_it_for_each_token(tmp_path):
@@ -205,7 +205,7 @@ def test_interrupted_resumed_and_replayed_runs_end_with_the_same_bits(tmp_path, 
     assert same_bits(end, weights(second.model))
     assert (tmp_path / "part").read_bytes() == (tmp_path / "whole").read_bytes()
     replayed = build(tmp_path, objective, name="replayed", perturb=perturb)
-    replayed.replay(read(tmp_path / "whole")[1])
+    replayed.replay(read_ledger(tmp_path / "whole")[1])
     assert same_bits(end, weights(replayed.model))
 
 
@@ -248,7 +248,9 @@ def test_lm_on_a_task_of_candidates_trains_the_gold_ones_tokens(tmp_path):
 
 def test_objectives_that_a_task_cannot_have_are_refused():
     def resolve(objective, data):
-        return objectives.resolve(Config(model="m", task=Task(name="local"), objective=objective), data)
+        return objectives.resolve_objective(
+            Config(model="m", task=Task(name="local"), objective=objective), data
+        )
 
     text = data_of([{**r, "candidates": [" no"], "gold": 0} for r in rows()], "lm")
     for objective in ("choice", "accuracy", "macro_f1"):
@@ -276,7 +278,7 @@ def test_processes_share_the_rows_and_probes_of_a_metric(tmp_path):
         keys = ["objective=macro_f1", "save_model=false", f"output_dir={name}", f"parallel={how}"]
         assert ranks.zoft(place, *keys, size=size) == [0] * size
     one, shared, probes = (
-        [r.losses for r in read(place / d / "ledger")[1]] for d in ("one", "rows", "probes")
+        [r.losses for r in read_ledger(place / d / "ledger")[1]] for d in ("one", "rows", "probes")
     )
     assert len({x for losses in one for x in losses}) > 2
     assert np.allclose(one, shared, atol=1e-6) and np.allclose(one, probes, atol=1e-6)

@@ -6,7 +6,7 @@ import torch
 from test_goal import ASKED, build
 from test_trainer import same_bits, weights
 
-from zoft.ledger.log import Ledger, read
+from zoft.ledger.log import Ledger, read_ledger
 
 pytest.importorskip("triton")
 from zoft.train.cuda_graphs import CapturedTrainer  # noqa: E402
@@ -56,7 +56,7 @@ def test_interrupted_resumed_and_replayed_runs_end_with_the_same_bits(
     again.close()
     assert same_bits(end, weights(second.model))
     replayed = made("replayed")
-    replayed.replay(read(tmp_path / "whole")[1])
+    replayed.replay(read_ledger(tmp_path / "whole")[1])
     assert same_bits(end, weights(replayed.model))
 
 

@@ -14,10 +14,10 @@ import torch
 
 from zoft.config.schema import Config, Task
 from zoft.errors import UserError
-from zoft.ledger.log import read
+from zoft.ledger.log import read_ledger
 from zoft.method.space import Trained
 from zoft.parallel import world
-from zoft.parallel.world import World, digest, grid
+from zoft.parallel.world import World, probe_grid, weights_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,7 +41,7 @@ def same(place, name, other="one"):
 
 
 def losses(folder):
-    return np.array([r.losses for r in read(folder / "ledger").records])
+    return np.array([r.losses for r in read_ledger(folder / "ledger").records])
 
 
 def test_probes_over_two_processes_are_the_run_of_one_to_the_bit(place):
@@ -107,7 +107,7 @@ def stop_one(rank):
 def test_a_signal_to_one_stops_all_after_the_same_step_and_any_number_goes_on(place):
     assert ranks.zoft(place, "output_dir=stopped", "snapshot_every=20", size=2, hook=stop_one) == [75, 75]
     assert said(place).splitlines()[-1] == "stopped; continue with `zoft train --resume stopped`"
-    assert len(read(place / "stopped" / "ledger").records) == 18
+    assert len(read_ledger(place / "stopped" / "ledger").records) == 18
     assert ranks.zoft(place, "--resume", "stopped", size=1, hook=stop_at_30) == [75]
     assert ranks.zoft(place, "--resume", "stopped", size=2) == [0, 0]
     assert same(place, "stopped")
@@ -142,7 +142,7 @@ def test_a_killed_process_ends_the_run_and_loses_nothing(place, victim):
     codes = ranks.ended(processes)
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 75
     assert "another process of this run is gone: stopped; continue with" in said(place, 1 - victim)
-    assert 9 < len(read(place / name / "ledger").records) < 50
+    assert 9 < len(read_ledger(place / name / "ledger").records) < 50
     assert ranks.zoft(place, "--resume", name, size=2) == [0, 0]
     assert same(place, name)
 
@@ -170,21 +170,21 @@ def test_weights_that_differ_stop_all_with_both_values(place):
         line.startswith("error: step 15: weights differ between processes (rank 0 has ")
         and len(set(values)) == 2
     )
-    assert len(read(place / "bent" / "ledger").records) == 15
+    assert len(read_ledger(place / "bent" / "ledger").records) == 15
 
 
 def other_data(rank):
     if rank == 1:
         from zoft.data import tasks
 
-        plain = tasks.load
+        plain = tasks.load_task
 
         def load(task):
             data = plain(task)
             data.train.reverse()
             return data
 
-        tasks.load = load
+        tasks.load_task = load
 
 
 def test_other_data_on_one_process_is_refused(place):
@@ -213,7 +213,7 @@ def test_nproc_starts_and_watches_them(place):
 
 def test_grid():
     def of(size, **keys):
-        return grid(Config(model="m", task=Task(name="x"), **{"batch_size": 16, **keys}), size)
+        return probe_grid(Config(model="m", task=Task(name="x"), **{"batch_size": 16, **keys}), size)
 
     assert of(2) == (2, 1) and of(4) == (2, 2) and of(3) == (1, 3) and of(8, q=4) == (8, 1)
     assert of(6, q=1, batch_size=3) == (2, 3) and of(4, q=8) == (4, 1)
@@ -242,18 +242,18 @@ def test_digest_sees_one_bit_and_an_exchange(dtype):
         return [Trained("w", 1, torch.nn.Parameter(x, requires_grad=False), x, dtype, True)]
 
     x = torch.randn(3000, generator=torch.Generator().manual_seed(0)).to(dtype)
-    one = digest(trained(x))
-    assert one == digest(trained(x.clone())) and len(one) == 16
+    one = weights_digest(trained(x))
+    assert one == weights_digest(trained(x.clone())) and len(one) == 16
     y = x.clone()
     y.view(torch.uint8)[1234] ^= 1
-    assert digest(trained(y)) != one
+    assert weights_digest(trained(y)) != one
     y = x.clone()
     y[[5, 6]] = x[[6, 5]]
-    assert digest(trained(y)) != one
+    assert weights_digest(trained(y)) != one
 
 
 def test_alone_nothing_is_said_or_sent():
-    assert world.current().size == 1 and world.current().told(lambda: 3) == 3
+    assert world.this_world().size == 1 and world.this_world().told(lambda: 3) == 3
 
 
 @pytest.mark.slow
@@ -384,11 +384,11 @@ def test_ranks_that_are_none(monkeypatch, env, text):
 
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert processes.place() == (0, 1)
+    assert processes.process_place() == (0, 1)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=text):
-        processes.place()
+        processes.process_place()
 
 
 def test_another_number_of_processes_shares_the_machine_anew(place):

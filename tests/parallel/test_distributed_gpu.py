@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from zoft.cli.main import app
-from zoft.ledger.log import read
+from zoft.ledger.log import read_ledger
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,7 +30,7 @@ def said(place):
 
 
 def losses(folder):
-    return np.array([r.losses for r in read(folder / "ledger").records])
+    return np.array([r.losses for r in read_ledger(folder / "ledger").records])
 
 
 def same(place, name, other="one"):
@@ -99,7 +99,9 @@ def test_a_signal_to_one_stops_both_after_the_same_step_and_one_goes_on(place):
     assert ranks.zoft(place, "output_dir=stopped", *keys, size=2, hook=stop_one, timeout=300) == [75, 75], (
         said(place)
     )
-    assert len(read(place / "stopped" / "ledger").records) == 17 + 5  # BEHIND + 1 steps were on their way
+    assert (
+        len(read_ledger(place / "stopped" / "ledger").records) == 17 + 5
+    )  # BEHIND + 1 steps were on their way
     assert ranks.zoft(place, "--resume", "stopped", timeout=300) == [0], said(place)
     assert same(place, "stopped")
 
@@ -125,7 +127,7 @@ def test_steps_that_are_skipped_too_often_stop_both_at_once(place):
     keys = [*KEYS, "parallel=data", "max_skipped=5", "output_dir=skipped"]
     assert ranks.zoft(place, *keys, size=2, hook=no_number_at_12, timeout=120) == [2, 2], said(place)
     assert all("max_skipped=5 steps in a row" in text for text in said(place)[:2])
-    skipped = [r.skipped for r in read(place / "skipped" / "ledger").records]
+    skipped = [r.skipped for r in read_ledger(place / "skipped" / "ledger").records]
     assert skipped.index(True) == 12 and all(skipped[12:])
 
 

@@ -9,7 +9,7 @@ from test_trainer import calibration, examples, same_bits, weights
 
 from zoft.config.schema import ADAPTERS, Config
 from zoft.data.example import Example
-from zoft.ledger.log import Ledger, Record, read
+from zoft.ledger.log import Ledger, Record, read_ledger
 from zoft.method import masks, space
 from zoft.method.estimators.named import estimator_of
 from zoft.models.adapters import attach
@@ -65,15 +65,15 @@ def build(
     small, double = (b.to("cuda") for b in calibration(data))
     common = {"seed": settings.seed, "kind": kind, "beta": beta}
     if inplace:
-        space.place(model, trained, storage, storage, uniform=True)
+        space.place_in_precision(model, trained, storage, storage, uniform=True)
     else:
         found = proof.find_sites(model, trained, lambda b: losses(model, b)[0], small, double, settings.eps)
         assert found.stacked, found.note
         trained = proof.live(trained, found)
-        space.place(model, trained, storage, compute)
+        space.place_in_precision(model, trained, storage, compute)
     if train in ADAPTERS:
-        attach.place(trained, space.DTYPES[compute])
-    masks.mask(trained, mask, 0.75, settings.seed)
+        attach.place_adapter(trained, space.DTYPES[compute])
+    masks.mask_tensors(trained, mask, 0.75, settings.seed)
     if inplace:
         axis = (
             InPlace(trained, **common)
@@ -109,7 +109,7 @@ def build(
 
 def adapted(train, base=tiny.llama, dtype=torch.bfloat16):
     """A model on the GPU with an adapter away from its start."""
-    model = attach.attach(base().cuda().to(dtype), Config(train=train))
+    model = attach.attach_adapter(base().cuda().to(dtype), Config(train=train))
     for i, (_, p) in enumerate(attach.named(model)):
         p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).cuda()
     return model
@@ -119,7 +119,7 @@ def beside_codes(base):
     """A quantised model on the GPU with LoRA pairs on all of its layers, away from their start."""
     model = base().cuda().to(torch.bfloat16)
     linear.quantise_model(model, bits=4, group=32, zero_points=True)
-    model = attach.attach(model, Config(train="lora", lora_targets="all-linear"))
+    model = attach.attach_adapter(model, Config(train="lora", lora_targets="all-linear"))
     for i, (_, p) in enumerate(attach.named(model)):
         p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).cuda()
     return model
@@ -268,7 +268,7 @@ def test_resume_and_replay_end_with_the_same_bits(tmp_path, inplace, more):
     assert same_bits(end, weights(again.model))
     assert (tmp_path / "part").read_bytes() == (tmp_path / "whole").read_bytes()
     replayed = build(tmp_path / "replayed", tiny.opt, "captured", data=examples(), beta=0.9)
-    replayed.replay(read(tmp_path / "whole")[1])
+    replayed.replay(read_ledger(tmp_path / "whole")[1])
     assert same_bits(end, weights(replayed.model))
 
 
@@ -297,8 +297,8 @@ def test_a_ledger_gives_the_same_bits_on_both_devices(tmp_path, storage, policy,
     for place in ("cpu", "cuda"):
         model = tiny.llama(tie=True).to(place)
         trained = space.adopt(model, space.train_names(model, "all"))
-        space.place(model, trained, storage, storage, uniform=policy == "inplace")
-        masks.mask(trained, mask, 0.75, 7)
+        space.place_in_precision(model, trained, storage, storage, uniform=policy == "inplace")
+        masks.mask_tensors(trained, mask, 0.75, 7)
         common = {"seed": 7, "kind": "rademacher", "beta": 0.9}
         axis = InPlace(trained, **common) if policy == "inplace" else ProbeAxis(trained, [], **common)
         Trainer(
@@ -329,7 +329,7 @@ def test_a_loss_that_is_not_finite_is_skipped_on_the_device(tmp_path, inplace):
 
 def replayed(path, make, **settings):
     trainer = build(path.with_name("replayed"), make, "captured", data=examples(), **settings)
-    trainer.replay(read(path)[1])
+    trainer.replay(read_ledger(path)[1])
     return weights(trainer.model)
 
 
@@ -421,7 +421,7 @@ def test_in_place_one_sided_runs_are_eager_and_replay(tmp_path):
     for name in ("run", "replay"):
         model = tiny.llama().cuda()
         trained = space.adopt(model, space.train_names(model, "all"))
-        config, trained, axis = setup_axis.placed(config, model, trained)
+        config, trained, axis = setup_axis.placed_axis(config, model, trained)
         assert type(axis) is InPlace
         settings = Settings(
             seed=0, steps=6, lr=1e-3, eps=1e-3, q=2, estimator="one_sided", probes_per_forward=1
@@ -431,6 +431,6 @@ def test_in_place_one_sided_runs_are_eager_and_replay(tmp_path):
         if name == "run":
             trainer.run()
         else:
-            trainer.replay(read(tmp_path / "run").records)
+            trainer.replay(read_ledger(tmp_path / "run").records)
         ends.append(weights(model))
     assert same_bits(*ends)

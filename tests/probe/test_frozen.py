@@ -18,7 +18,7 @@ from zoft.cli.main import app
 from zoft.config.schema import Config
 from zoft.data.example import Example
 from zoft.evaluation import evaluate
-from zoft.ledger.log import read
+from zoft.ledger.log import read_ledger
 from zoft.method import space
 from zoft.method.estimators.estimator import Probe
 from zoft.models import saving
@@ -141,7 +141,7 @@ def test_other_trained_sets(train, kept):
     def model():
         if train != "lora":
             return tiny.llama()
-        made = attach.attach(tiny.llama(), Config(train="lora", lora_layers="last-1"))
+        made = attach.attach_adapter(tiny.llama(), Config(train="lora", lora_layers="last-1"))
         for i, (_, p) in enumerate(attach.named(made)):
             p.data += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
         return made
@@ -185,7 +185,7 @@ def test_rows_are_computed_once_and_not_before_they_are_needed(kind, ahead):
     )
     strangers = 1
     assert sum(sizes) == max(0, ahead - tried) + strangers
-    at, met = data_order.batches(plan, examples), []
+    at, met = data_order.batches_of(plan, examples), []
     for step in range(7):  # 56 rows of 40: the last two steps meet old ones
         for batch in at(step):
             met += frozen_blocks.rows_of(batch.inputs)
@@ -306,12 +306,14 @@ def test_the_key(capsys):
     ]  # fmt: skip
     for keys, train, on in cases:
         model = deep()
-        plan = parts.dtypes(
-            parts.device(Config(device="cpu", threads=1, train=train, **keys)),
+        plan = parts.resolve_precision(
+            parts.resolve_device(Config(device="cpu", threads=1, train=train, **keys)),
             model,
             space.train_names(model, train),
         )
-        plan, _, _ = axis.make(plan, model, space.adopt(model, space.train_names(model, train)), examples)
+        plan, _, _ = axis.make_axis(
+            plan, model, space.adopt(model, space.train_names(model, train)), examples
+        )
         said = [x for x in capsys.readouterr().err.splitlines() if x.startswith("cache_frozen")]
         assert plan.cache_frozen is on, (keys, train)
         assert len(said) == (on or keys.get("cache_frozen") is True), said
@@ -347,9 +349,9 @@ def test_removal_restores_the_model_and_saving_does_not_need_it(tmp_path):
     made.at(PROBES, collate(examples))
     assert made.prefix.kept and block.forward is not own
     tokenizer = tiny.tokenizer()
-    saving.save(model, tokenizer, tmp_path / "with")
+    saving.save_model(model, tokenizer, tmp_path / "with")
     made.prefix.remove()
-    saving.save(model, tokenizer, tmp_path / "without")
+    saving.save_model(model, tokenizer, tmp_path / "without")
     weights = [(tmp_path / x / "model.safetensors").read_bytes() for x in ("with", "without")]
     assert weights[0] == weights[1]
     loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "with")
@@ -376,7 +378,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
     (tmp_path / "cut" / "result.json").unlink()
     ledger = (tmp_path / "whole" / "ledger").read_bytes()
     (tmp_path / "cut" / "ledger").write_bytes(ledger[: -5 * 32])
-    assert len(read("cut/ledger").records) == 4
+    assert len(read_ledger("cut/ledger").records) == 4
     assert "cache_frozen: outputs" in zoft("train", "--resume", "cut").stderr
     for file in ("ledger", "model/model.safetensors"):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
@@ -388,7 +390,9 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
 def test_text_is_written_by_all_blocks(train):
     """Its rows grow, and are padded on the left: nothing that is kept fits them."""
     model = tiny.llama()
-    model = attach.attach(model, Config(train="lora", lora_layers="last-1")) if train == "lora" else model
+    model = (
+        attach.attach_adapter(model, Config(train="lora", lora_layers="last-1")) if train == "lora" else model
+    )
     want = generate(model, tiny.tokenizer(), CONTEXTS, max_new_tokens=6)
     made = Made(model, data("lm"), train)
     assert made.prefix is not None, made.note

@@ -67,7 +67,7 @@ def test_sixteen_bits(name, storage, compute):
     b = batch()
     model = zoo(name).bfloat16()
     made = make(model, b)
-    space.place(model, made.trained, storage, compute)
+    space.place_in_precision(model, made.trained, storage, compute)
     axis = made.axis = ProbeAxis(made.trained, made.found.sites, seed=SEED, kind="gaussian")
     probes = [Probe(0, 0.1), Probe(0, -0.1), Probe(1, 0.1)]
     untouched = copy.deepcopy(made.untouched).float()

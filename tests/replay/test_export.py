@@ -15,7 +15,7 @@ from zoft.errors import UserError
 
 
 def export(run, out, **how):
-    return replay.export(run, out, merge=True, adapter=False, **how)
+    return replay.export_run(run, out, merge=True, adapter=False, **how)
 
 
 @pytest.mark.parametrize("dtype", [None, "fp32", "fp16"])
@@ -53,7 +53,7 @@ def test_a_chat_template_goes_with_it(place, tmp_path):  # noqa: F811
     tokenizer.save_pretrained(tmp_path / "chat")
     run = train(place, "chatty", "steps=1", model=tmp_path / "chat")
     export(run, tmp_path / "out")
-    replay.replay(run, tmp_path / "again")
+    replay.replay_run_folder(run, tmp_path / "again")
     for out in ("out", "again"):
         assert AutoTokenizer.from_pretrained(tmp_path / out).chat_template == tokenizer.chat_template
         assert GenerationConfig.from_pretrained(tmp_path / out).max_new_tokens == 7
@@ -66,7 +66,7 @@ def test_an_unfinished_run_exports_what_it_has(place, tmp_path):  # noqa: F811
     (part / "config.yaml").write_text((whole / "config.yaml").read_text())
     (part / "ledger").write_bytes((whole / "ledger").read_bytes()[: -2 * 32])
     export(part, tmp_path / "out")
-    replay.replay(whole, tmp_path / "four", step=4)
+    replay.replay_run_folder(whole, tmp_path / "four", step=4)
     assert bits(tmp_path / "out") == bits(tmp_path / "four")
     assert "| steps | 4 of 6 |" in (tmp_path / "out" / "README.md").read_text()
 
@@ -77,7 +77,9 @@ def test_what_is_quantised_is_said_once(place, tmp_path, capfd):  # noqa: F811
     pairs = train(place, "pairs", "recipe=lora_zo", "bits=8", "group=32", "lr=1e-2", "eps=1e-2")
     for run, kind in ((scales, "merge"), (pairs, "merge"), (pairs, "adapter")):
         capfd.readouterr()
-        replay.export(run, tmp_path / f"{run.name}-{kind}", merge=kind == "merge", adapter=kind == "adapter")
+        replay.export_run(
+            run, tmp_path / f"{run.name}-{kind}", merge=kind == "merge", adapter=kind == "adapter"
+        )
         assert capfd.readouterr().err.count("linear layers quantised to 8 bits") == 1, (run, kind)
 
 
@@ -99,7 +101,7 @@ def test_what_would_be_the_base_is_not_written(place, tmp_path):  # noqa: F811
 def test_there_is_no_adapter_in_a_full_parameter_run(place, tmp_path):  # noqa: F811
     run = train(place, "no-adapter", "steps=1")
     with pytest.raises(UserError, match="its own weights|model's own weights"):
-        replay.export(run, tmp_path / "out", merge=False, adapter=True)
+        replay.export_run(run, tmp_path / "out", merge=False, adapter=True)
 
 
 def test_an_export_that_is_not_the_run_is_a_bug_that_shows(place, tmp_path, monkeypatch):  # noqa: F811
@@ -131,7 +133,7 @@ def test_an_adapter_is_the_runs_in_plain_peft(place, tmp_path, kind, arch):  # n
     run = train(
         place, f"{arch}-{kind}", "recipe=lora_zo", f"train={kind}", "lr=1e-1", "steps=3", model=place / arch
     )
-    line = replay.export(run, tmp_path / "out", merge=False, adapter=True)
+    line = replay.export_run(run, tmp_path / "out", merge=False, adapter=True)
     assert "gives the run's logits" in line
     weights, own = (load_file(p / "adapter_model.safetensors") for p in (tmp_path / "out", run / "adapter"))
     assert weights.keys() == own.keys() and all(torch.equal(weights[n], own[n]) for n in own)
@@ -144,14 +146,14 @@ def test_an_adapter_is_the_runs_in_plain_peft(place, tmp_path, kind, arch):  # n
         assert not torch.allclose(before, after[:, -3:], atol=1e-4)
         if kind != "lora":
             with pytest.raises(UserError, match="use --adapter"):
-                replay.export(run, tmp_path / "merged", merge=True, adapter=False)
+                replay.export_run(run, tmp_path / "merged", merge=True, adapter=False)
             return
-        line = replay.export(run, tmp_path / "merged", merge=True, adapter=False, dtype="fp32")
+        line = replay.export_run(run, tmp_path / "merged", merge=True, adapter=False, dtype="fp32")
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
         assert merged.dtype == torch.float32 and "numbers differ from the base" in line
         assert torch.allclose(merged(**ids).logits, after, atol=1e-5)
     with pytest.raises(UserError, match="--dtype bf16: an adapter is written as it is kept"):
-        replay.export(run, tmp_path / "x", merge=False, adapter=True, dtype="bf16")
+        replay.export_run(run, tmp_path / "x", merge=False, adapter=True, dtype="bf16")
 
 
 def test_an_adapter_that_has_not_moved_is_not_written(place, tmp_path):  # noqa: F811
@@ -165,15 +167,15 @@ def test_an_adapter_that_has_not_moved_is_not_written(place, tmp_path):  # noqa:
         ({"merge": True, "adapter": False}, "is the base"),
     ):
         with pytest.raises(UserError, match=part):
-            replay.export(still, tmp_path / "out", **how)
+            replay.export_run(still, tmp_path / "out", **how)
     assert not (tmp_path / "out").exists()
 
 
 def test_steps_of_an_adapter_are_replayed_too(place, tmp_path):  # noqa: F811
     short, long = (train(place, f"lora-{n}", "recipe=lora_zo", "lr=1e-1", f"steps={n}") for n in (2, 4))
-    assert "2 steps replayed" in replay.replay(long, tmp_path / "two", step=2)
+    assert "2 steps replayed" in replay.replay_run_folder(long, tmp_path / "two", step=2)
     name = "adapter_model.safetensors"
     assert (tmp_path / "two" / name).read_bytes() == (short / "adapter" / name).read_bytes()
-    assert "4 of 4 steps" in replay.replay(long)
+    assert "4 of 4 steps" in replay.replay_run_folder(long)
     with pytest.raises(UserError, match="stores its weights in fp32"):
-        replay.replay(long, tmp_path / "x", denoise=True)
+        replay.replay_run_folder(long, tmp_path / "x", denoise=True)

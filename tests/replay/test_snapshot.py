@@ -12,14 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_trainer import build, same_bits, weights
 
-from zoft.config.check import check
+from zoft.config.check import check_config
 from zoft.config.schema import Config, Task
 from zoft.errors import UserError
-from zoft.ledger.log import Event, Ledger, read
+from zoft.ledger.log import Event, Ledger, read_ledger
 from zoft.replay import snapshot
 from zoft.run import loop as runs
 from zoft.run import session as sessions
-from zoft.run.stops import due, next_stop
+from zoft.run.stops import due_at, next_stop
 from zoft.train import header as headers
 
 HEADER = {"seed": 7, "base": "blake2b:1"}
@@ -53,7 +53,7 @@ def session(folder, trainer_options, steps=10, evals=None, stop=None, **keys):
     """A run in `folder`, new or resumed, until its end or a crash after `stop` steps; (result, weights)."""
     config = Config(model="m", task=Task(name="local"), steps=steps, output_dir=str(folder), device="cpu",
                     probes_per_forward=1 if trainer_options.get("policy") == "inplace" else 2, **keys)  # fmt: skip
-    check(config)
+    check_config(config)
     asked = []
 
     def evaluate():
@@ -113,7 +113,7 @@ def test_a_snapshot_holds_what_others_can_read(tmp_path):
     assert len(held) == 2 * len(params)
     with safe_open(path, "pt") as file:
         assert file.metadata()["step"] == "10" and file.metadata()["base"] == "blake2b:1"
-    log = read(tmp_path / "run" / "ledger")
+    log = read_ledger(tmp_path / "run" / "ledger")
     assert log.events == [Event("snapshot", 10, snapshot.digest_of(path))]
 
 
@@ -138,22 +138,22 @@ def test_every_flipped_bit_is_seen_and_the_older_snapshot_used(tmp_path):
     session(tmp_path / "run", {"storage": "fp16"}, snapshot_every=4)
     path = tmp_path / "run" / "snapshots" / "step-00000008.safetensors"
     data = path.read_bytes()
-    log = read(tmp_path / "run" / "ledger")
+    log = read_ledger(tmp_path / "run" / "ledger")
     rng = random.Random(0)
     header_bits = range(0, 8 * 600, 7)
     for bit in [*header_bits, *(rng.randrange(8 * len(data)) for _ in range(400))]:
         path.write_bytes(data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :])
         said = []
-        found = snapshot.newest(tmp_path / "run", log.header, log.events, say=said.append)
+        found = snapshot.newest_snapshot(tmp_path / "run", log.header, log.events, say=said.append)
         assert found == (4, tmp_path / "run" / "snapshots" / "step-00000004.safetensors"), bit
         assert len(said) == 1 and "snapshot at step 8 is not used" in said[0] and "\n" not in said[0]
     for length in (0, 7, 100, len(data) - 1):
         path.write_bytes(data[:length])
-        assert snapshot.newest(tmp_path / "run", log.header, log.events)[0] == 4
+        assert snapshot.newest_snapshot(tmp_path / "run", log.header, log.events)[0] == 4
     path.write_bytes(data)
-    assert snapshot.newest(tmp_path / "run", log.header, log.events)[0] == 8
-    assert snapshot.newest(tmp_path / "run", log.header, log.events, last=7)[0] == 4
-    assert snapshot.newest(tmp_path / "run", log.header, log.events, last=3) is None
+    assert snapshot.newest_snapshot(tmp_path / "run", log.header, log.events)[0] == 8
+    assert snapshot.newest_snapshot(tmp_path / "run", log.header, log.events, last=7)[0] == 4
+    assert snapshot.newest_snapshot(tmp_path / "run", log.header, log.events, last=3) is None
 
 
 def test_a_run_with_harmed_snapshots_goes_on_from_an_older_one_or_the_base(tmp_path, capsys):
@@ -178,7 +178,7 @@ def test_a_run_with_harmed_snapshots_goes_on_from_an_older_one_or_the_base(tmp_p
 
 def test_a_snapshot_of_another_run_base_or_step_is_not_used(tmp_path):
     session(tmp_path / "run", {}, snapshot_every=4)
-    run, log = tmp_path / "run", read(tmp_path / "run" / "ledger")
+    run, log = tmp_path / "run", read_ledger(tmp_path / "run" / "ledger")
     path = snapshot.file_of(run, 8)
     for header, step, what in (
         ({**log.header, "base": "blake2b:2"}, 8, "of a run from another base"),
@@ -187,11 +187,11 @@ def test_a_snapshot_of_another_run_base_or_step_is_not_used(tmp_path):
     ):
         snapshot.write_tensors(path, {"w": torch.zeros(2)}, snapshot._facts(header, step))
         said = []
-        assert snapshot.newest(run, log.header, log.events, say=said.append)[0] == 4
+        assert snapshot.newest_snapshot(run, log.header, log.events, say=said.append)[0] == 4
         assert what in said[0]
     # Ahead of its ledger: a ledger that was cut knows nothing of it.
     cut = [e for e in log.events if e.step < 8]
-    assert snapshot.newest(run, log.header, cut)[0] == 4
+    assert snapshot.newest_snapshot(run, log.header, cut)[0] == 4
 
 
 def test_a_run_cut_between_the_file_and_its_event_takes_it_again(tmp_path):
@@ -200,7 +200,7 @@ def test_a_run_cut_between_the_file_and_its_event_takes_it_again(tmp_path):
     run = tmp_path / "cut"
     session(run, {}, snapshot_every=4, eval_every=2, stop=8)
     data = (run / "ledger").read_bytes()
-    assert read(run / "ledger").events[-1].step == 8
+    assert read_ledger(run / "ledger").events[-1].step == 8
     (run / "ledger").write_bytes(data[:-32])  # the event at step 8
     (run / "snapshots" / ".step-00000008.safetensors.new").write_bytes(b"half")
     rows = (run / "metrics.jsonl").read_text().splitlines(True)
@@ -242,7 +242,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list((tmp_path / "run" / "snapshots").iterdir()) == []
-    assert len(read(tmp_path / "run" / "ledger").records) == 4
+    assert len(read_ledger(tmp_path / "run" / "ledger").records) == 4
     _, again, _ = session(tmp_path / "run", {}, snapshot_every=4)
     assert same_bits(end, again)
 
@@ -262,11 +262,11 @@ def test_the_stops_of_a_run():
     stops, step = [], 0
     while step < 10:
         step = next_stop(config, step)
-        stops.append((step, due(config, step)))
+        stops.append((step, due_at(config, step)))
     assert stops == [
         (3, ["snapshot"]), (4, ["eval"]), (6, ["snapshot"]), (8, ["eval"]), (9, ["snapshot"]), (10, ["eval"]),
     ]  # fmt: skip
-    assert due(config, 0) == [] and due(Config(steps=12, eval_every=4, snapshot_every=3), 12) == [
+    assert due_at(config, 0) == [] and due_at(Config(steps=12, eval_every=4, snapshot_every=3), 12) == [
         "eval",
         "snapshot",
     ]
@@ -289,7 +289,7 @@ def test_the_stops_of_a_run():
 )
 def test_keys_that_make_no_sense_are_refused(keys, line):
     with pytest.raises(UserError, match=line):
-        check(dataclasses.replace(Config(model="m", task=Task(name="local")), **keys))
+        check_config(dataclasses.replace(Config(model="m", task=Task(name="local")), **keys))
 
 
 def test_the_header_tells_other_keys_data_and_noise_apart(tmp_path):
@@ -297,22 +297,22 @@ def test_the_header_tells_other_keys_data_and_noise_apart(tmp_path):
 
     trained = build(tmp_path, tiny.llama()).axis.trained
     config = Config(model="m", task=Task(name="local"), storage="fp32", compute="fp32")
-    made = headers.of(config, "b", trained, examples())
+    made = headers.header_of(config, "b", trained, examples())
     first = trained[0]
     assert made["trained"][first.name] == [first.id, list(first.stored.shape), "fp32"]
     free = dataclasses.replace(
         config, output_dir="x", model="y", threads=2, device="cpu", sync="step", keep_last=9
     )
-    headers.agree(made, headers.of(free, "b", trained, examples()), tmp_path)
+    headers.agree(made, headers.header_of(free, "b", trained, examples()), tmp_path)
     other = dataclasses.replace(config, lr=2e-6)
     # A ledger of a zoft that did not have some keys.
     elder = {**made, "config": {k: v for k, v in made["config"].items() if k not in ("clip", "meazo")}}
     headers.agree(elder, made, tmp_path)
     for wanted, line in (
-        (headers.of(other, "b", trained, examples()), "another lr than config.yaml has"),
-        (headers.of(config, "c", trained, examples()), "starts from other weights"),
-        (headers.of(config, "b", trained, examples(seed=1)), "other training data"),
-        (headers.of(config, "b", trained[:-1], examples()), f"other tensors .*{trained[-1].name}"),
+        (headers.header_of(other, "b", trained, examples()), "another lr than config.yaml has"),
+        (headers.header_of(config, "c", trained, examples()), "starts from other weights"),
+        (headers.header_of(config, "b", trained, examples(seed=1)), "other training data"),
+        (headers.header_of(config, "b", trained[:-1], examples()), f"other tensors .*{trained[-1].name}"),
         ({**made, "noise_version": 9}, "noise of version 1, this zoft makes version 9"),
         ({**made, "eps": 9}, "written with eps=0.001, not 9"),
     ):

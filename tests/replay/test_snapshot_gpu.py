@@ -7,7 +7,7 @@ from test_snapshot import fit
 from test_trainer import examples, same_bits, weights
 
 from zoft.config.schema import Config, Task
-from zoft.ledger.log import read
+from zoft.ledger.log import read_ledger
 from zoft.run import session as sessions
 
 pytestmark = pytest.mark.gpu
@@ -51,7 +51,7 @@ def test_a_captured_run_that_goes_on_from_a_snapshot_ends_with_the_same_bits(
     for stop in (3, 7, 17):
         folder = tmp_path / f"stop{stop}"
         session(folder, stop, every=7, **how)
-        steps = len(read(folder / "ledger").records)
+        steps = len(read_ledger(folder / "ledger").records)
         assert steps == stop  # what was on its way has landed
         capsys.readouterr()
         again = session(folder, every=7, **how)

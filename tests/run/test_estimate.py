@@ -88,10 +88,10 @@ def allocated(call):
 @pytest.mark.parametrize("train", ["all", "last-1", "norms"])
 @pytest.mark.parametrize("storage,compute", [("fp16", "bf16"), ("fp32", "fp32"), ("bf16", "bf16")])
 def test_weights_are_those_of_the_placed_model(folder, train, storage, compute):
-    found = estimate.estimate(config(folder, train=train, storage=storage, compute=compute), [row(8)])
+    found = estimate.estimate_run(config(folder, train=train, storage=storage, compute=compute), [row(8)])
     model = hf.AutoModelForCausalLM.from_pretrained(folder / "model")
     trained = space.adopt(model, space.train_names(model, train))
-    space.place(model, trained, storage, compute)
+    space.place_in_precision(model, trained, storage, compute)
     tensors = [*model.parameters(), *model.buffers()]
     sizes = {}
     for t in tensors:
@@ -106,22 +106,22 @@ def test_activations_are_those_of_a_real_forward(folder, batch, tokens):
     model = hf.AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     real = collate([row(tokens)] * batch)
     losses(model, real)
-    found = estimate.estimate(config(folder, batch_size=batch, probes_per_forward=1), [row(tokens)])
+    found = estimate.estimate_run(config(folder, batch_size=batch, probes_per_forward=1), [row(tokens)])
     assert found["activation_bytes"] == pytest.approx(allocated(lambda: losses(model, real)), rel=0.1)
 
 
 def test_memory_of_a_step_of_the_trainer(folder):
     """Scratch and activations against all that the first step of a real run allocates."""
-    plan = parts.device(config(folder))
+    plan = parts.resolve_device(config(folder))
     rows = [row(48)] * 16
-    found = estimate.estimate(plan, rows)
+    found = estimate.estimate_run(plan, rows)
     model = hf.AutoModelForCausalLM.from_pretrained(folder / "model").eval()
-    plan = parts.dtypes(plan, model, space.train_names(model, "all"))
-    plan, trained, axis = setup_axis.make(
+    plan = parts.resolve_precision(plan, model, space.train_names(model, "all"))
+    plan, trained, axis = setup_axis.make_axis(
         plan, model, space.adopt(model, space.train_names(model, "all")), rows
     )
     with Ledger.create(folder / "ledger", {"seed": 0}) as ledger:
-        trainer = Trainer(model, axis, batches.batches(plan, rows), ledger, parts.settings(plan))
+        trainer = Trainer(model, axis, batches.batches_of(plan, rows), ledger, parts.trainer_settings(plan))
         measured = allocated(trainer.step)
     assert found["scratch_bytes"] + found["activation_bytes"] == pytest.approx(measured, rel=0.25)
 
@@ -129,13 +129,13 @@ def test_memory_of_a_step_of_the_trainer(folder):
 @pytest.mark.parametrize("train,momentum", [("last-1", 0.0), ("last-1", 0.9), ("all", 0.0)])
 def test_peak_of_a_whole_run(folder, train, momentum):
     """All that evaluation, training and evaluation allocate, frozen blocks kept, beside the estimate's peak."""
-    plan = parts.device(config(folder, train=train, momentum=momentum, steps=20, cache_frozen="auto"))
+    plan = parts.resolve_device(config(folder, train=train, momentum=momentum, steps=20, cache_frozen="auto"))
     rows = [row(30 + i % 29, i) for i in range(400)]
-    found = estimate.estimate(plan, rows)
+    found = estimate.estimate_run(plan, rows)
     model = hf.AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     names = space.train_names(model, train)
-    plan, trained, axis = setup_axis.make(
-        parts.dtypes(plan, model, names), model, space.adopt(model, names), rows
+    plan, trained, axis = setup_axis.make_axis(
+        parts.resolve_precision(plan, model, names), model, space.adopt(model, names), rows
     )
     assert plan.cache_frozen is (train == "last-1") is bool(found["frozen_bytes"])
 
@@ -145,20 +145,20 @@ def test_peak_of_a_whole_run(folder, train, momentum):
         evaluate.evaluate(model, rows, rows, context=axis.clean)
 
     with Ledger.create(folder / "ledger", {"seed": 0}) as ledger:
-        trainer = Trainer(model, axis, batches.batches(plan, rows), ledger, parts.settings(plan))
+        trainer = Trainer(model, axis, batches.batches_of(plan, rows), ledger, parts.trainer_settings(plan))
         measured = allocated(whole)
     assert found["peak_bytes"] - found["weights_bytes"] == pytest.approx(measured, rel=0.25)
 
 
 def test_more_rows_longer_rows_and_gradients_take_more(folder):
-    sizes = [estimate.estimate(config(folder, batch_size=b), [row(16)]) for b in (2, 8, 32)]
+    sizes = [estimate.estimate_run(config(folder, batch_size=b), [row(16)]) for b in (2, 8, 32)]
     for less, more in zip(sizes, sizes[1:]):
         assert less["activation_bytes"] < more["activation_bytes"]
         assert less["adamw"]["peak_bytes"] < more["adamw"]["peak_bytes"]
         assert less["flops_per_step"] < more["flops_per_step"]
-    longer = estimate.estimate(config(folder, batch_size=8), [row(64)])
+    longer = estimate.estimate_run(config(folder, batch_size=8), [row(64)])
     assert longer["activation_bytes"] > sizes[1]["activation_bytes"]
-    large = estimate.estimate(config(folder, batch_size=512), [row(64)])
+    large = estimate.estimate_run(config(folder, batch_size=512), [row(64)])
     assert large["adamw"]["peak_bytes"] > large["lora"]["peak_bytes"] > large["peak_bytes"]
 
 
@@ -194,12 +194,12 @@ def test_frozen_blocks_and_text(folder):
         name="local", train=str(data), prompt="{text}:", label="label", choices={"0": " no", "1": " y"}
     )
     plan = config(folder, task=task, train="last-1", cache_frozen=True)
-    found = estimate.estimate(plan)
+    found = estimate.estimate_run(plan)
     assert not found["notes"]
-    whole = estimate.estimate(dataclasses.replace(plan, cache_frozen=False))
+    whole = estimate.estimate_run(dataclasses.replace(plan, cache_frozen=False))
     assert found["flops_per_step"] == pytest.approx(whole["flops_per_step"] / 3, rel=0.02)
     assert found["frozen_bytes"] > 0 == whole["frozen_bytes"]
-    shown = estimate.text(found)
+    shown = estimate.estimate_text(found)
     assert "AdamW, all weights" in shown and "frozen outputs" in shown
 
 
@@ -209,5 +209,5 @@ def test_data_that_is_not_there_is_said(folder):
         task=Task(name="local", train=str(folder / "none.jsonl"), prompt="{a}", label="b"),
         max_length=32,
     )
-    found = estimate.estimate(plan)
+    found = estimate.estimate_run(plan)
     assert found["tokens"] == 32 and "max_length=32" in found["notes"][0]

@@ -58,7 +58,7 @@ NUMBERS = {
 
 @pytest.mark.parametrize("name", names())
 def test_shipped_configs_are_met_with_silence(name):
-    assert advice.at_start(compose(name), tensors(NUMBERS[name])) == []
+    assert advice.advice_at_start(compose(name), tensors(NUMBERS[name])) == []
 
 
 def test_numbers_are_counted_right():
@@ -84,7 +84,7 @@ def test_numbers_are_counted_right():
     ],
 )
 def test_what_has_worked_is_met_with_silence(numbers, changes):
-    assert advice.at_start(config(**changes), tensors(numbers)) == []
+    assert advice.advice_at_start(config(**changes), tensors(numbers)) == []
 
 
 @pytest.mark.parametrize(
@@ -102,18 +102,18 @@ def test_what_has_worked_is_met_with_silence(numbers, changes):
     ],
 )
 def test_what_is_far_out_is_named_in_one_line(numbers, changes, parts):
-    (line,) = advice.at_start(config(**changes), tensors(numbers))
+    (line,) = advice.advice_at_start(config(**changes), tensors(numbers))
     assert "\n" not in line and all(part in line for part in parts), line
 
 
 def test_adapters_have_ranges_of_their_own():
     lora, prefix = tensors(790_000), tensors(250_000)
-    assert advice.at_start(config(train="lora", lr=5e-5, eps=1e-2), lora) == []
-    (line,) = advice.at_start(config(train="lora", lr=1e-2, eps=1e-2), lora)
+    assert advice.advice_at_start(config(train="lora", lr=5e-5, eps=1e-2), lora) == []
+    (line,) = advice.advice_at_start(config(train="lora", lr=1e-2, eps=1e-2), lora)
     assert "LoRA: lr 1e-05 to 0.0001, eps 0.001 to 0.01" in line
-    assert advice.at_start(config(train="prefix", lr=1e-2, eps=1e-1), prefix) == []
-    assert len(advice.at_start(config(train="prefix", lr=1e-6, eps=1e-3), prefix)) == 2
-    assert advice.at_start(config(recipe="qzo", lr=1.0), tensors(50_000_000)) == []
+    assert advice.advice_at_start(config(train="prefix", lr=1e-2, eps=1e-1), prefix) == []
+    assert len(advice.advice_at_start(config(train="prefix", lr=1e-6, eps=1e-3), prefix)) == 2
+    assert advice.advice_at_start(config(recipe="qzo", lr=1.0), tensors(50_000_000)) == []
 
 
 def feed(watch, losses, pg=1.0, first=0):
@@ -223,8 +223,8 @@ def test_only_a_run_whose_steps_are_all_its_own_looks_at_its_cores():
     for changes, processes in (
         ({"threads": 1}, 1), ({"device": "cuda"}, 1), ({}, 2), ({"elastic": True}, 1), ({"reward": "r.py:f"}, 1),
     ):  # fmt: skip
-        assert guards.cores(dataclasses.replace(own, **changes), processes).threads == 1
-    assert guards.cores(own, 1).threads == 2
+        assert guards.watch_cores(dataclasses.replace(own, **changes), processes).threads == 1
+    assert guards.watch_cores(own, 1).threads == 2
 
 
 def test_memory_that_runs_out_is_told_from_other_errors():
@@ -233,10 +233,10 @@ def test_memory_that_runs_out_is_told_from_other_errors():
     assert errors.is_memory(error.value) and errors.is_memory(MemoryError())
     assert errors.is_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
     assert not errors.is_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    with pytest.raises(RuntimeError, match="shapes"), guards.memory(config()):
+    with pytest.raises(RuntimeError, match="shapes"), guards.explain_memory(config()):
         raise RuntimeError("shapes")
     with pytest.raises(UserError, match=r"out of memory \(asked for 2.00 GiB more\): lower batch_size=4"):
-        with guards.memory(config(model="no/where", batch_size=4)):
+        with guards.explain_memory(config(model="no/where", batch_size=4)):
             raise torch.OutOfMemoryError(
                 "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 byte free."
             )
@@ -268,7 +268,7 @@ def test_a_run_that_runs_out_of_memory_says_what_to_lower(tmp_path):
 
 
 def test_a_gpu_that_computes_in_fp32_is_told():
-    (line,) = advice.at_start(config(device="cuda:1", compute="fp32", recipe="qzo"), tensors(1000))
+    (line,) = advice.advice_at_start(config(device="cuda:1", compute="fp32", recipe="qzo"), tensors(1000))
     assert line.startswith("compute=fp32") and "compute=bf16" in line
     for changes in ({"device": "cpu", "compute": "fp32"}, {"device": "cuda", "compute": "bf16"}):
-        assert advice.at_start(config(recipe="qzo", **changes), tensors(1000)) == []
+        assert advice.advice_at_start(config(recipe="qzo", **changes), tensors(1000)) == []

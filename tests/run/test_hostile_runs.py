@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from zoft.cli.main import app
 from zoft.errors import UserError
-from zoft.ledger.log import Ledger, Record, read
+from zoft.ledger.log import Ledger, Record, read_ledger
 
 RESUME = ("train", "--resume", "run")
 REPLAY = ("replay", "run", "--out", "again")
@@ -275,7 +275,7 @@ def snapshots(tmp_path_factory):
     (place / "run" / "result.json").unlink()
     path = place / "run" / "ledger"
     path.write_bytes(path.read_bytes()[:-32])
-    assert [(e.kind, e.step) for e in read(path).events] == [("snapshot", 2), ("snapshot", 4)]
+    assert [(e.kind, e.step) for e in read_ledger(path).events] == [("snapshot", 2), ("snapshot", 4)]
     return place
 
 
@@ -338,12 +338,12 @@ def test_one_flipped_bit_anywhere_is_detected(tmp_path):
             values = [float(np.float32(rng.gauss(0, 1))) for _ in range(6)]
             ledger.append(Record(i, tuple(values[:2]), 1.0, tuple(values[2:]), lr=0.5))
     data = path.read_bytes()
-    assert len(read(path).records) == 300
+    assert len(read_ledger(path).records) == 300
     for _ in range(1000):
         at, bit = rng.randrange(len(data)), rng.randrange(8)
         bad.write_bytes(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
         with pytest.raises(UserError, match="ledger: "):
-            read(bad)
+            read_ledger(bad)
 
 
 @pytest.mark.parametrize(

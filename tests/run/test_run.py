@@ -42,7 +42,7 @@ def test_one_probe_a_forward_is_kept_for_the_resume(tmp_path, capsys):
 def test_an_estimate_counts_what_denoising_draws_again(place):  # noqa: F811
     """Denoising every 2 of 6 steps draws 2 + 4 + 6 steps' directions again: twice the noise of the steps."""
     noisy = configured(place, "none", "storage=bf16", "denoise_every=2")
-    found = estimate.estimate(noisy)
+    found = estimate.estimate_run(noisy)
     noise = 12 * found["trained"] / found["rates"]["noise"]
     assert found["denoising_seconds"] == pytest.approx(noise)
     assert found["seconds"] == pytest.approx(6 * found["seconds_per_step"] + noise)
@@ -57,6 +57,6 @@ def test_blocks_are_counted_where_a_models_settings_say_them(tmp_path):
         ([], None),
     ):
         (tmp_path / "config.json").write_text(json.dumps(tree))
-        assert load.blocks(load.Source("folder", str(tmp_path), "m")) == found
+        assert load.block_count(load.Source("folder", str(tmp_path), "m")) == found
     (tmp_path / "config.json").write_text("{")
-    assert load.blocks(load.Source("folder", str(tmp_path), "m")) is None
+    assert load.block_count(load.Source("folder", str(tmp_path), "m")) is None

@@ -23,20 +23,20 @@ def losses(*values, name="loss"):
 
 
 def test_the_best_is_the_earliest_of_equals_and_no_number_is_the_worst():
-    assert selection.best(BASE, losses(3.0, 1.0, 1.0, 2.0)) == 10
-    assert selection.best(BASE, losses(float("nan"), None, 2.0)) == 20
+    assert selection.best_step(BASE, losses(3.0, 1.0, 1.0, 2.0)) == 10
+    assert selection.best_step(BASE, losses(float("nan"), None, 2.0)) == 20
     by = replace(BASE, best_by="accuracy")
-    assert selection.best(by, losses(0.5, 0.9, 0.7, name="accuracy")) == 10
+    assert selection.best_step(by, losses(0.5, 0.9, 0.7, name="accuracy")) == 10
     both = {0: {"loss": 1.0, "dev_loss": 5.0}, 10: {"dev_loss": 4.0}, 20: {"loss": 0.1, "dev_loss": 4.5}}
-    assert selection.best(BASE, both) == 10
+    assert selection.best_step(BASE, both) == 10
 
 
 @pytest.mark.parametrize("values, ends", [
     ((3, 2, 1), False), ((1, 2), False), ((1, 2, 3), True), ((3, 1, 2, 1), True), ((3, 1, 2, 0.5), False), ((2, 2, 2), True),
 ])  # fmt: skip
 def test_two_evaluations_without_a_better_one_end_a_run(values, ends):
-    assert selection.stops(BASE, losses(*map(float, values))) is ends
-    assert not selection.stops(replace(BASE, early_stop=0), losses(*map(float, values)))
+    assert selection.stops_early(BASE, losses(*map(float, values))) is ends
+    assert not selection.stops_early(replace(BASE, early_stop=0), losses(*map(float, values)))
 
 
 def test_the_evaluation_rows_are_looked_at_where_they_must_be():
@@ -46,22 +46,25 @@ def test_the_evaluation_rows_are_looked_at_where_they_must_be():
         return lambda: calls.append(name) or {"loss": value}
 
     keep = replace(BASE, save_best=True, steps=100)
-    assert selection.score(keep, {}, 0, rows("test", 1.0), rows("dev", 2.0)) == {"loss": 1.0, "dev_loss": 2.0}
+    assert selection.score_step(keep, {}, 0, rows("test", 1.0), rows("dev", 2.0)) == {
+        "loss": 1.0,
+        "dev_loss": 2.0,
+    }
     seen = {0: {"loss": 1.0, "dev_loss": 2.0}}
-    assert selection.score(keep, seen, 10, rows("test", 0.1), rows("dev", 3.0)) == {"dev_loss": 3.0}
-    assert selection.score(keep, seen, 20, rows("test", 0.9), rows("dev", 1.0)) == {
+    assert selection.score_step(keep, seen, 10, rows("test", 0.1), rows("dev", 3.0)) == {"dev_loss": 3.0}
+    assert selection.score_step(keep, seen, 20, rows("test", 0.9), rows("dev", 1.0)) == {
         "loss": 0.9,
         "dev_loss": 1.0,
     }
     assert calls == ["dev", "test", "dev", "dev", "test"]
-    assert selection.score(keep, seen, 20, rows("test", 0.9), None) == {"loss": 0.9}
+    assert selection.score_step(keep, seen, 20, rows("test", 0.9), None) == {"loss": 0.9}
 
 
 def test_choosing_by_the_evaluation_rows_is_said():
-    assert "no dev set" in selection.note(BASE, losses(1.0)) and not selection.note(
+    assert "no dev set" in selection.selection_note(BASE, losses(1.0)) and not selection.selection_note(
         BASE, losses(1.0, name="dev_loss")
     )
-    assert not selection.note(replace(BASE, early_stop=0), losses(1.0))
+    assert not selection.selection_note(replace(BASE, early_stop=0), losses(1.0))
 
 
 @pytest.mark.parametrize("words, said", [
@@ -125,8 +128,8 @@ def test_the_metrics_foretold_are_those_of_an_evaluation(place, monkeypatch, wor
         f"output_dir=told-{len(list(place.glob('told-*')))}",
     ]
     config = compose(None, words[1:])
-    data = tasks.load(config.task)
-    told = metrics_of_task(objectives.resolve(config, data), data)
+    data = tasks.load_task(config.task)
+    told = metrics_of_task(objectives.resolve_objective(config, data), data)
     zoft(*words)
     out = config.output_dir
     before = json.loads((place / out / "metrics.jsonl").read_text().splitlines()[0])["eval"]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from zoft.ledger.log import read
+from zoft.ledger.log import read_ledger
 from zoft.signals import RESUME, SIGNALS, Stopped, listening
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,7 +116,7 @@ def test_a_stopped_run_ends_with_the_same_bits(place, numbers):
     assert process.returncode == RESUME, said
     assert said.splitlines()[-1] == f"stopped; continue with `zoft train --resume {name}`"
     assert "Traceback" not in said
-    steps = len(read(place / name / "ledger").records)
+    steps = len(read_ledger(place / name / "ledger").records)
     assert 19 <= steps < STEPS and not (place / name / "result.json").exists()
     if len(numbers) == 1:  # every step of the ledger has its line, too
         assert json.loads(metrics.read_text().splitlines()[-1])["step"] == steps - 1

@@ -68,27 +68,27 @@ def test_jobs_are_stopped_orphaned_and_gone_on_with(place):
     first.send_signal(signal.SIGINT)
     said = first.communicate()[0]
     assert first.returncode == 75 and "stopped; the same command goes on" in said, said
-    assert {sweep_job.state(job(lr)) for lr in ("0.001", "0.01")} == {"stopped"}
-    assert sorted(sweep_job.record(job(lr))["gpu"] for lr in ("0.001", "0.01")) == ["0", "1"]
-    assert all(sweep_job.record(job(lr))["code"] == 75 for lr in ("0.001", "0.01"))
+    assert {sweep_job.job_state(job(lr)) for lr in ("0.001", "0.01")} == {"stopped"}
+    assert sorted(sweep_job.job_record(job(lr))["gpu"] for lr in ("0.001", "0.01")) == ["0", "1"]
+    assert all(sweep_job.job_record(job(lr))["code"] == 75 for lr in ("0.001", "0.01"))
     assert configured.load_run(job("0.01")).threads == 1
 
     second = parent()  # "pid" is written once a process is there
 
     def begun(lr):
-        found = sweep_job.record(job(lr))
+        found = sweep_job.job_record(job(lr))
         return found.get("attempts") == 2 and "pid" in found
 
     until(lambda: begun("0.001") and begun("0.01"))
     second.kill()
     second.communicate()
-    assert {sweep_job.state(job(lr)) for lr in ("0.001", "0.01")} == {"running"}
+    assert {sweep_job.job_state(job(lr)) for lr in ("0.001", "0.01")} == {"running"}
 
     third = parent()
     said = third.communicate()[0]
     assert third.returncode == 2 and f"1 of 3 jobs did not finish, {job('3e38').name}: lr=3e+38" in said, said
-    assert {sweep_job.record(job(lr))["attempts"] for lr in ("0.001", "0.01")} == {2}
-    assert "not finite" in sweep_job.record(job("3e38"))["error"]
+    assert {sweep_job.job_record(job(lr))["attempts"] for lr in ("0.001", "0.01")} == {2}
+    assert "not finite" in sweep_job.job_record(job("3e38"))["error"]
 
     whole = train(
         configured.compose("mine.yaml", ["lr=1e-2", f"steps={STEPS}", "threads=1", "output_dir=whole"])
@@ -106,4 +106,4 @@ def test_in_the_background(place):
     until(lambda: "did not finish" in log.read_text())
     assert "started run-" in log.read_text()
     (folder,) = (p.parent for p in place.glob("s/*/job.json"))
-    assert sweep_job.state(folder) == "failed" and not sweep_job.held(place / "s")
+    assert sweep_job.job_state(folder) == "failed" and not sweep_job.job_is_held(place / "s")

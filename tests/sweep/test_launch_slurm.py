@@ -67,7 +67,7 @@ def test_an_array_of_12_with_all_that_goes_wrong(place, monkeypatch):
         until(lambda: len(launch_slurm.submitted(root)) == 12)
         ids = launch_slurm.submitted(root)
         assert len({i.partition("_")[0] for i in ids.values()}) == 1, ids
-        jobs = list(plan.read(root)["jobs"])
+        jobs = list(plan.read_plan(root)["jobs"])
         stopped, short, fails, waits = jobs[:2], jobs[2:10], jobs[10], jobs[11]
         shown = slurm.said(["scontrol", "-o", "show", "job", ids[stopped[0]]], env)
         assert "Comment=a sweep" in shown and "TimeLimit=00:10:00" in shown, shown
@@ -80,7 +80,7 @@ def test_an_array_of_12_with_all_that_goes_wrong(place, monkeypatch):
                                   ["scancel", "--signal=USR2", f"{ids[stopped[1]]}.0"])))  # fmt: skip
         until(lambda: [halfway(root / name, left) for name in list(left)] and not left)
         until(lambda: all(launch_slurm.queue(root).get(n) == "PENDING" for n in stopped))
-        assert {job.state(root / n) for n in stopped} == {"stopped"}
+        assert {job.job_state(root / n) for n in stopped} == {"stopped"}
         for name in stopped:  # Slurm has them wait for two minutes
             subprocess.run(["scontrol", "update", f"JobId={ids[name]}", "StartTime=now"], env=env)
 
@@ -96,19 +96,21 @@ def test_an_array_of_12_with_all_that_goes_wrong(place, monkeypatch):
         now = launch_slurm.submitted(root)
         assert [n for n in ids if now[n] != ids[n]] in ([], [fails]), (ids, now)
 
-    states = [job.state(root / n) for n in jobs]
+    states = [job.job_state(root / n) for n in jobs]
     assert states == ["done"] * 10 + ["failed", "cancelled"]
-    assert "not finite" in job.record(root / fails)["error"]
-    assert [job.record(root / n).get("attempts") for n in (*jobs[:3], waits)] == [2, 2, 1, None]
+    assert "not finite" in job.job_record(root / fails)["error"]
+    assert [job.job_record(root / n).get("attempts") for n in (*jobs[:3], waits)] == [2, 2, 1, None]
     for name in stopped:
         text = (root / name / "job.log").read_text()
         assert re.search(rf"replaying \d+ of {STEPS} steps from the ledger", text), text
     # The steps of both attempts are those of a run that nobody stopped, as far as it goes here.
-    some = job.record(root / stopped[1])["steps"] + 200
+    some = job.job_record(root / stopped[1])["steps"] + 200
     keys = ["threads=1", f"steps={some}", "output_dir=whole"]
     done = CliRunner().invoke(app, ["train", "--config", "c1.yaml", *keys])
     assert done.exit_code == 0, done.output
-    ours, whole = (log.read(folder / "ledger").records for folder in (root / stopped[1], Path("whole")))
+    ours, whole = (
+        log.read_ledger(folder / "ledger").records for folder in (root / stopped[1], Path("whole"))
+    )
     assert len(ours) == STEPS and len(whole) == some and ours[:some] == whole
     rows = json.loads(CliRunner().invoke(app, ["sweep", "--results", "s", "--json"]).output)
     assert len(rows) == 10 and {r["steps"] for r in rows} == {10, STEPS}

@@ -27,7 +27,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "tiny" / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "data.jsonl").write_text('{"text": "x", "label": "a"}\n')
     (tmp_path / "mine.yaml").write_text(f"model: tiny\nsteps: 6\nlr: 1e-2\n{LINE}")
-    monkeypatch.setattr("zoft.models.load.check", lambda source: None)  # the folder stands for a model
+    monkeypatch.setattr("zoft.models.load.check_model", lambda source: None)  # the folder stands for a model
     return tmp_path
 
 
@@ -161,7 +161,7 @@ def test_states_are_told_from_the_disk(place):
         "ValueError: bad" in text and "1 done, 1 running, 2 stopped, 1 failed, 1 cancelled, 1 pending" in text
     )
     os.close(lock)
-    assert job.state(jobs[1]) == "stopped"
+    assert job.job_state(jobs[1]) == "stopped"
     said = []
     assert plan.missing(root, names, said.append) == [names[i] for i in (1, 2, 5, 3, 6)]
     assert f"delete {jobs[4]}/cancelled" in said[1]
@@ -180,9 +180,9 @@ def test_states_are_told_from_the_disk(place):
 def test_the_last_line_of_a_failure(tmp_path, code, log, said):
     (tmp_path / "job.log").write_text(log)
     job.ended(tmp_path, code)
-    assert job.record(tmp_path)["error"] == said and job.state(tmp_path) == "failed"
+    assert job.job_record(tmp_path)["error"] == said and job.job_state(tmp_path) == "failed"
     job.ended(tmp_path, code, signalled=True)
-    assert job.state(tmp_path) == "stopped"
+    assert job.job_state(tmp_path) == "stopped"
 
 
 def test_results_table_csv_plot_and_best(place):
@@ -277,7 +277,7 @@ def test_cancel_marks_what_it_is_told(place):
     assert "done" in zoft("--cancel", "s", names[0]).stderr
     assert "no job of it" in zoft("--cancel", "s", "nonsense").stderr
     assert zoft("--cancel", "s", names[1].rpartition("-")[2]).exit_code == 0
-    assert [job.state(root / n) for n in names] == ["done", "cancelled", "pending"]
+    assert [job.job_state(root / n) for n in names] == ["done", "cancelled", "pending"]
     assert "2 jobs cancelled" in zoft("--cancel", "s").output and (root / "cancelled").exists()
 
 

@@ -21,7 +21,7 @@ def launch(log, slots=3, stop_after=None):
             if stop_after is not None and len(log) == stop_after:
                 raise plan.Interrupted
             log.append(name)
-            values = plan.read(root)["jobs"][name]
+            values = plan.read_plan(root)["jobs"][name]
             if values["q"] == "5":
                 job.ended(root / name, 1)
                 continue
@@ -45,15 +45,15 @@ def test_a_search_finds_the_bowl_and_goes_on_where_it_stopped(place):  # noqa: F
     second = []
     made = plan.plan("mine.yaml", WORDS, search="loss")
     search.search(made, launch(second), 40, "loss", None, second.append)
-    jobs = list(plan.read(made.root)["jobs"])
-    done = [n for n in jobs if job.state(made.root / n) == "done"]
-    failed = [n for n in jobs if job.state(made.root / n) == "failed"]
+    jobs = list(plan.read_plan(made.root)["jobs"])
+    done = [n for n in jobs if job.job_state(made.root / n) == "done"]
+    failed = [n for n in jobs if job.job_state(made.root / n) == "failed"]
     assert len(done) + len(failed) >= 40 and len(done) + len([n for n in second if n in failed]) >= 40
     assert set(first) & set(second) <= set(
         failed
     )  # nothing ran twice, but what failed in the round that was stopped
     losses = {n: job.result(made.root / n)["after"]["loss"] for n in done}
-    drawn = [(math.log10(float(v["lr"])), int(v["q"])) for v in plan.read(made.root)["jobs"].values()]
+    drawn = [(math.log10(float(v["lr"])), int(v["q"])) for v in plan.read_plan(made.root)["jobs"].values()]
     assert min(losses.values()) < 0.3
     assert all(-6 <= lr <= -2 and 1 <= q <= 5 for lr, q in drawn) and len({q for _, q in drawn}) > 2
     third = []

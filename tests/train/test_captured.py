@@ -10,7 +10,7 @@ import pytest
 import ranks
 import torch
 
-from zoft.ledger.log import Ledger, read
+from zoft.ledger.log import Ledger, read_ledger
 from zoft.method import updates
 from zoft.method.estimators.estimator import rows_of
 from zoft.noise.spec import Update
@@ -134,10 +134,10 @@ def test_all_processes_stop_at_one_step_and_say_what_one_says(place, hook, key, 
     assert said(place)[-1].startswith(f"error: {text}") and said(place, 1)[-1].startswith(
         f"error: rank 1: {text}"
     )
-    two = [(r.step, r.skipped) for r in read(place / f"two-{name}" / "ledger").records]
+    two = [(r.step, r.skipped) for r in read_ledger(place / f"two-{name}" / "ledger").records]
     assert ranks.zoft(place, f"output_dir=one-{name}", *keys, hook=hook) == [2]
     assert said(place)[-1].startswith(f"error: {text}")
-    one = [(r.step, r.skipped) for r in read(place / f"one-{name}" / "ledger").records]
+    one = [(r.step, r.skipped) for r in read_ledger(place / f"one-{name}" / "ledger").records]
     assert two[: len(one)] == one and len(one) < len(two) <= len(one) + 2 * BEHIND + 2
 
 
@@ -146,7 +146,7 @@ def test_an_error_of_one_process_stops_the_others_at_its_step(place):
     assert codes == [2, 75], (said(place), said(place, 1))
     assert "cannot write step 12" in said(place)[-1] and "the 12 steps so far are kept" in said(place)[-1]
     assert said(place, 1)[-1] == "stopped; continue with `zoft train --resume full`"
-    assert len(read(place / "full" / "ledger").records) == 12
+    assert len(read_ledger(place / "full" / "ledger").records) == 12
 
 
 def cannot_stack_at_7(rank):
@@ -171,4 +171,4 @@ def test_a_fall_of_one_process_is_that_of_all_from_one_step_on(place):
     line = f"step {7 + BEHIND + 1}: one probe a forward from here on: so does another process of this run"
     assert line in said(place)
     assert "probes_per_forward: 1" in (place / "fallen" / "config.yaml").read_text().splitlines()
-    assert len(read(place / "fallen" / "ledger").records) == 20
+    assert len(read_ledger(place / "fallen" / "ledger").records) == 20

@@ -18,7 +18,7 @@ import torch
 
 from zoft.config.schema import Config
 from zoft.errors import UserError
-from zoft.ledger.log import Record, read
+from zoft.ledger.log import Record, read_ledger
 from zoft.parallel.messages import PAIR, Closed, Line, address, packed, unpacked
 from zoft.run.preflight import check_elastic
 
@@ -75,8 +75,8 @@ def test_one_worker_killed_another_joining(place):
     first = ranks.start(place, ["join", "accident"], rank=1, hook=slow)
     second = ranks.start(place, ["join", "accident"], rank=2, hook=slow)
     ranks.until(lambda: said(place, 0).count(" joins, ") == 2)
-    began = len(read(place / "accident" / "ledger").records)
-    ranks.until(lambda: len(read(place / "accident" / "ledger").records) > began + 2)
+    began = len(read_ledger(place / "accident" / "ledger").records)
+    ranks.until(lambda: len(read_ledger(place / "accident" / "ledger").records) > began + 2)
     os.kill(first.pid, signal.SIGKILL)
     ranks.until(lambda: "is gone, 2 processes go on" in said(place, 0))
     late = ranks.start(place, ["join", "accident"], rank=3)
@@ -187,7 +187,7 @@ def test_what_elastic_runs_cannot_have(key, value):
 
 
 def test_join_says_what_is_wrong(tmp_path):
-    from zoft.cli.join import work
+    from zoft.cli.join import join_run
 
     for args, text in [
         (("nowhere", None), "no folder of a run"),
@@ -195,10 +195,10 @@ def test_join_says_what_is_wrong(tmp_path):
         (("127.0.0.1:1", str(tmp_path / "x")), "x: No such file"),
     ]:
         with pytest.raises(UserError, match=text):
-            work(*args, False)
+            join_run(*args, False)
     (tmp_path / "join.json").write_text(json.dumps({"address": "127.0.0.1:1", "secret": "00"}))
     with pytest.raises(UserError, match="127.0.0.1:1: .*elastic=true"):
-        work(str(tmp_path), None, False)
+        join_run(str(tmp_path), None, False)
     with pytest.raises(UserError, match="no address"):
         address("here")
 

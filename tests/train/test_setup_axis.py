@@ -42,7 +42,7 @@ def test_probes_a_forward_go_by_the_memory_there_is():
         model="tiny", task=Task(name="local"), q=6, batch_size=4, device="cpu", storage="fp32", compute="fp32"
     )
     model = tiny.opt()
-    config, _, axis = setup_axis.make(
+    config, _, axis = setup_axis.make_axis(
         config, model, space.adopt(model, space.train_names(model, "all")), train
     )
     assert config.probes_per_forward == 12  # a tiny model's activations fit anywhere

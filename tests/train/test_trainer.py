@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 
 from zoft.data.example import Example
-from zoft.ledger.log import Ledger, read
+from zoft.ledger.log import Ledger, read_ledger
 from zoft.method import masks, space
 from zoft.method.estimators.estimator import Probe
 from zoft.noise import noise
@@ -47,13 +47,13 @@ def build(tmp_path, model, *, name="ledger", storage="fp32", compute="fp32", pol
         pair = calibration(data)
         found = proof.find_sites(model, trained, run, *pair, settings.eps)
         trained = proof.live(trained, found)
-        space.place(model, trained, storage, compute)
-        masks.mask(trained, mask, sparsity, settings.seed)
+        space.place_in_precision(model, trained, storage, compute)
+        masks.mask_tensors(trained, mask, sparsity, settings.seed)
         axis = ProbeAxis(trained, found.sites, seed=settings.seed, kind=kind, beta=beta)
         assert found.stacked, found.note
     else:
-        space.place(model, trained, storage, compute, uniform=True)
-        masks.mask(trained, mask, sparsity, settings.seed)
+        space.place_in_precision(model, trained, storage, compute, uniform=True)
+        masks.mask_tensors(trained, mask, sparsity, settings.seed)
         axis = InPlace(trained, seed=settings.seed, kind=kind, beta=beta)
 
     def batches(step):
@@ -237,7 +237,7 @@ def test_interrupted_resumed_and_replayed_runs_end_with_the_same_bits(
         again.close()
         assert (tmp_path / f"stop{stop}").read_bytes() == (tmp_path / "whole").read_bytes()
     replayed = build(tmp_path, tiny.llama(tie=True), name="replayed", **same)
-    replayed.replay(read(tmp_path / "whole")[1])
+    replayed.replay(read_ledger(tmp_path / "whole")[1])
     assert same_bits(end, weights(replayed.model))
 
 
@@ -299,7 +299,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_logged(tmp_path):
     assert [r.skipped for r in trainer.ledger.records] == [i in bad for i in range(10)]
     trainer.ledger.close()
     resumed = build(tmp_path, tiny.llama(), name="again")
-    resumed.replay(read(tmp_path / "ledger").records)
+    resumed.replay(read_ledger(tmp_path / "ledger").records)
     assert same_bits(weights(trainer.model), weights(resumed.model))
 
 

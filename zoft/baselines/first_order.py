@@ -44,7 +44,7 @@ EPOCHS = 3.0
 CLIP = 1.0  # norm of the gradient
 
 
-def defaults(config: Config, ask: Ask, rows: int) -> Config:
+def first_order_defaults(config: Config, ask: Ask, rows: int) -> Config:
     """The config as it is trained: the user's keys, defaults for the others, epochs as steps of batch_size rows."""
     unset: dict[str, Any] = {"lr": LR[config.train], **DEFAULTS}
     config = replace(config, **{k: v for k, v in unset.items() if k not in ask.keys})
@@ -64,7 +64,7 @@ class _Trainer(Trainer):
         return sums.sum() / counts.sum()
 
 
-def train(
+def train_first_order(
     config: Config,
     model: Any,
     tokenizer: Any,
@@ -77,7 +77,7 @@ def train(
     model: in fp32 from here on, with untrained LoRA pairs where config.train says lora. The order of rows and dropout (where
     a model has it) are drawn by config.seed.
     """
-    if linear.layers(model):
+    if linear.quantised_layers(model):
         raise UserError("--method first-order: gradients do not pass quantised layers; leave bits out")
     before = evaluate.evaluate(model, held_out, examples, write=write)
     model, device = model.float(), next(model.parameters()).device
@@ -120,10 +120,10 @@ def save(config: Config, model: nn.Module, tokenizer: Any) -> None:
     """Write model/ or adapter/, as a run has it."""
     out = Path(str(config.output_dir)) / folder_name(config)
     if config.train == "lora":
-        attach.save(model, out, tokenizer=tokenizer)
+        attach.save_adapter(model, out, tokenizer=tokenizer)
         return
     dtype: Any = getattr(model, "checkpoint_dtype", torch.float32)
-    saving.save(model, tokenizer, out, dtype=space.DTYPES.get(config.save_dtype, dtype))
+    saving.save_model(model, tokenizer, out, dtype=space.DTYPES.get(config.save_dtype, dtype))
 
 
 class _Rows(torch.utils.data.Dataset):

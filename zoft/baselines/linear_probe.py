@@ -54,7 +54,7 @@ def features(model: nn.Module, examples: Sequence[Example]) -> np.ndarray:
         handle.remove()
 
 
-def fit(
+def fit_linear_probe(
     model: nn.Module, train: Sequence[Example], held_out: Sequence[Example], classes: int, seed: int
 ) -> dict[str, Any]:
     """{C, forwards, after}: standardised features, L2 penalty, C by the log loss of a fifth of the training rows.

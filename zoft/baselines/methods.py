@@ -40,7 +40,7 @@ ENDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".gguf")  
 LONGEST = 60  # characters of a model or file in it
 
 
-def settings(
+def baseline_settings(
     name: str | None, overrides: Sequence[str], method: str, demos: int | None, epochs: float | None
 ) -> tuple[Config, Ask]:
     """(config, what is asked) of a command line; raises UserError for what does not apply to the method."""
@@ -84,7 +84,7 @@ def _others(config: Config, keys: Sequence[str]) -> list[str]:
     return [made for n in names if (made := re.sub(r"[^\w.-]+", "-", n).strip("-.")[:LONGEST])]
 
 
-def run(config: Config, ask: Ask) -> dict[str, Any]:
+def run_baseline(config: Config, ask: Ask) -> dict[str, Any]:
     """Make a baseline; returns the content of its result.json, which has a run's keys and `method`."""
     from zoft import console
     from zoft.config.compose import to_yaml
@@ -94,29 +94,29 @@ def run(config: Config, ask: Ask) -> dict[str, Any]:
     from zoft.folder import write
     from zoft.models import load
     from zoft.run import guards
-    from zoft.run.preflight import absolute, claim
+    from zoft.run.preflight import absolute_paths, claim_folder
 
     folder = Path(str(config.output_dir))
     _require(ask.method)
-    load.check(load.resolve(config.model))
-    tasks.look(config.task)
-    config = absolute(config)
-    with guards.memory(config):
-        data = tasks.load(config.task)
+    load.check_model(load.find_model(config.model))
+    tasks.check_task(config.task)
+    config = absolute_paths(config)
+    with guards.explain_memory(config):
+        data = tasks.load_task(config.task)
         _refuse(ask.method, data)
-        claim(folder)  # a folder of another name would not mend the others
+        claim_folder(folder)  # a folder of another name would not mend the others
         from zoft.replay import export
         from zoft.train import parts
 
-        config = parts.device(config)
-        model, tokenizer, _ = parts.model(
-            config if ask.method == "first-order-lora" else export.plain(config)
+        config = parts.resolve_device(config)
+        model, tokenizer, _ = parts.load_run_model(
+            config if ask.method == "first-order-lora" else export.without_adapter(config)
         )
         if ask.method.startswith("first-order"):
-            from zoft.baselines.first_order import defaults
+            from zoft.baselines.first_order import first_order_defaults
 
             # Of examples: plain text has as many as there are pieces.
-            config = defaults(config, ask, len(parts.examples(config, tokenizer, data)[0]))
+            config = first_order_defaults(config, ask, len(parts.encode_examples(config, tokenizer, data)[0]))
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         write(folder / "config.yaml", to_yaml(config))
@@ -145,13 +145,13 @@ def _made(config: Config, ask: Ask, data: Any, model: Any, tokenizer: Any) -> di
 
     if ask.method == "icl":
         data = demonstrated(config, ask.demos or DEMOS, data, tokenizer)
-    train, held_out = parts.examples(config, tokenizer, data)
+    train, held_out = parts.encode_examples(config, tokenizer, data)
     write = writer(config, model, tokenizer)
     if ask.method in ("zero-shot", "icl"):
         shots = {"demos_used": data.demos} if ask.method == "icl" else {}
         return {**shots, "after": evaluate.evaluate(model, held_out, train, write=write)}
     if ask.method in ("calibrated", "sfc"):
-        judged: Any = evaluate.judge(model, _choice(held_out), _choice(train))
+        judged: Any = evaluate.judge_model(model, _choice(held_out), _choice(train))
         if ask.method == "calibrated":
             judged.scores = log_softmax(judged.scores) - judged.bias
             forwards = len(spread(train, CALIBRATION))
@@ -161,10 +161,10 @@ def _made(config: Config, ask: Ask, data: Any, model: Any, tokenizer: Any) -> di
     if ask.method == "linear-probe":
         from zoft.baselines import linear_probe
 
-        return linear_probe.fit(model, train, held_out, len(data.choices), config.seed)
+        return linear_probe.fit_linear_probe(model, train, held_out, len(data.choices), config.seed)
     from zoft.baselines import first_order
 
-    return first_order.train(config, model, tokenizer, train, held_out, write)
+    return first_order.train_first_order(config, model, tokenizer, train, held_out, write)
 
 
 def demonstrated(config: Config, k: int, data: Any, tokenizer: Any) -> Any:
@@ -285,15 +285,15 @@ def _require(method: str) -> None:
         raise UserError(missing("--method linear-probe", "scikit-learn"))
 
 
-def text(result: Mapping[str, Any]) -> str:
+def baseline_text(result: Mapping[str, Any]) -> str:
     """What a user reads: what was not trained has one column, and no steps."""
     from zoft.replay import saved_model
 
     method, before, after = result["method"], result["before"], result["after"]
     rows = (
-        f"{method}\n{saved_model.table({'before': before, 'after': after})}"
+        f"{method}\n{saved_model.metrics_table({'before': before, 'after': after})}"
         if before
-        else saved_model.table({method: after})
+        else saved_model.metrics_table({method: after})
     )
     counts = ", ".join(f"{result[k]} {k}" for k in ("steps", "forwards") if result[k])
     return (

@@ -120,14 +120,14 @@ def show_data(
     from zoft.data import tasks
     from zoft.models import load
 
-    load.check(load.resolve(config.model))
-    tasks.look(config.task)
+    load.check_model(load.find_model(config.model))
+    tasks.check_task(config.task)
     from zoft.data.encode import encode
     from zoft.train import parts as setup
     from zoft.train.parts import reading
 
-    data = tasks.load(config.task)
-    tokenizer = setup.tokenizer(config)
+    data = tasks.load_task(config.task)
+    tokenizer = setup.run_tokenizer(config)
     examples = encode(data.train, tokenizer, data, config.max_length, pack=data.pack)
     found = counts(examples)
     notes = [n for n in data.notes if n != data.reading] + reading(tokenizer, data)

@@ -18,7 +18,7 @@ from zoft.objectives.text import writer
 from zoft.replay import saved_model
 from zoft.replay.saved_model import folder_name
 from zoft.run import guards
-from zoft.run.preflight import rewarded
+from zoft.run.preflight import refuse_reward
 from zoft.yaml_files import yaml_tree
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ ANY = ("task", "max_length", "eval_limit", "device", "threads", "trust_remote_co
        "objective", "reward", "reward_seconds")  # fmt: skip
 
 
-def source(target: str | None, name: str | None, overrides: Sequence[str]) -> tuple[Config, Path | None]:
+def evaluated_config(
+    target: str | None, name: str | None, overrides: Sequence[str]
+) -> tuple[Config, Path | None]:
     """(config whose model is to be judged, adapter folder or None) of what the command line says.
 
     target: a run's folder, or one of a model or of an adapter; name: of a config, whose task (and, without a target, whose
@@ -123,17 +125,17 @@ def _base(adapter: Path, must: bool) -> str | None:
     return found
 
 
-def load(config: Config, adapter: Path | None) -> tuple[Config, Any, Any]:
+def load_evaluated(config: Config, adapter: Path | None) -> tuple[Config, Any, Any]:
     """(config with its device, model, tokenizer), with the adapter in it."""
     from zoft.models.adapters import attach
     from zoft.replay import export
     from zoft.train import parts
 
-    config = parts.device(config if adapter is None else dataclasses.replace(config, adapter=None))
-    model, tokenizer, base = parts.model(export.plain(config))
+    config = parts.resolve_device(config if adapter is None else dataclasses.replace(config, adapter=None))
+    model, tokenizer, base = parts.load_run_model(export.without_adapter(config))
     if adapter is not None and (line := other_base(config.model, adapter, base)):
         print(line, file=sys.stderr)
-    return config, model if adapter is None else attach.load(model, adapter), tokenizer
+    return config, model if adapter is None else attach.load_adapter(model, adapter), tokenizer
 
 
 def other_base(model: str, adapter: Path, found: str) -> str:
@@ -146,11 +148,11 @@ def other_base(model: str, adapter: Path, found: str) -> str:
 
     said = _base(adapter / "adapter_config.json", must=False)
     with suppress(UserError):
-        base = str(log.read(adapter.parent / "ledger").header["base"]).partition("+")[0]
+        base = str(log.read_ledger(adapter.parent / "ledger").header["base"]).partition("+")[0]
         named = f" ({said})" if said and said != model else ""
         why = f"other weights than those that {adapter} was trained on{named}"
         return "" if base == found else f"model={model}: {why}; its figures here are not those of its run"
-    source = models.resolve(model)
+    source = models.find_model(model)
     if said is None or said in (model, source.home, source.place):
         return ""
     if Path(said).exists() and Path(said).resolve() == Path(source.place).resolve():
@@ -158,7 +160,7 @@ def other_base(model: str, adapter: Path, found: str) -> str:
     return f"model={model}: {adapter} says that it was trained on {said}; on other weights its figures mean little"
 
 
-def judge(
+def evaluate_config(
     config: Config, adapter: Path | None = None, *, resamples: int = 0, out: str | None = None
 ) -> dict[str, Any]:
     """Metrics of a model on a config's evaluation data; with resamples, {metric: [low, high]} beside them as ci95.
@@ -177,26 +179,26 @@ def judge(
         with writing(out):  # not after an hour of work
             Path(out).parent.mkdir(parents=True, exist_ok=True)
             open(out, "wb").close()
-    rewarded(config, None, must=False)
-    models.check(models.resolve(config.model))
-    tasks.look(config.task)
+    refuse_reward(config, None, must=False)
+    models.check_model(models.find_model(config.model))
+    tasks.check_task(config.task)
     from zoft.data.encode import rows_of
     from zoft.evaluation import evaluate
     from zoft.evaluation.evaluate import bootstrap
     from zoft.objectives import objectives
     from zoft.train import parts
 
-    with guards.memory(config):
+    with guards.explain_memory(config):
         writes = config.objective in GENERATED and (config.objective, config.reward) != ("reward", None)
-        mine = objectives.reward(config)
-        data = tasks.load(config.task)
-        config = objectives.resolve(config, data) if writes else config
-        config, model, tokenizer = load(config, adapter)
-        train, held_out = parts.examples(config, tokenizer, data)
+        mine = objectives.reward_of(config)
+        data = tasks.load_task(config.task)
+        config = objectives.resolve_objective(config, data) if writes else config
+        config, model, tokenizer = load_evaluated(config, adapter)
+        train, held_out = parts.encode_examples(config, tokenizer, data)
         refuse_other_kind(config.model, model, held_out[0].masked)
-        texts = objectives.make(config, data, tokenizer, mine).texts if writes else None
+        texts = objectives.make_objective(config, data, tokenizer, mine).texts if writes else None
         write = None if texts else writer(config, model, tokenizer)
-        found = evaluate.judge(model, held_out, train, write=write)
+        found = evaluate.judge_model(model, held_out, train, write=write)
         rows = subset(data.eval, config.eval_limit)
         if texts is not None:
             found.texts, scored = texts.judge(model, None, rows)
@@ -218,12 +220,12 @@ def harness(config: Config, adapter: Path | None, tasks: str, path: str | None) 
     from zoft.cli import lm_eval
     from zoft.models import load as models
 
-    names = lm_eval.require(tasks, path)
-    models.check(models.resolve(config.model))
-    with guards.memory(config):
-        config, model, tokenizer = load(config, adapter)
-        found = lm_eval.run(config, model, tokenizer, names, path, config.eval_limit)
-    return found, lm_eval.text(found)
+    names = lm_eval.require_tasks(tasks, path)
+    models.check_model(models.find_model(config.model))
+    with guards.explain_memory(config):
+        config, model, tokenizer = load_evaluated(config, adapter)
+        found = lm_eval.run_tasks(config, model, tokenizer, names, path, config.eval_limit)
+    return found, lm_eval.tasks_text(found)
 
 
 def lines(rows: Sequence[Mapping[str, Any]], found: Judged) -> list[str]:
@@ -261,12 +263,12 @@ def lines(rows: Sequence[Mapping[str, Any]], found: Judged) -> list[str]:
     return made
 
 
-def text(result: Mapping[str, Any]) -> str:
+def evaluation_text(result: Mapping[str, Any]) -> str:
     """What a user reads: a line a metric, its interval beside it."""
     from zoft.console import short
 
     shown, between = {k: v for k, v in result.items() if not isinstance(v, Mapping)}, result.get("ci95", {})
-    lines = saved_model.table({"": shown}).split("\n")
+    lines = saved_model.metrics_table({"": shown}).split("\n")
     for i, name in enumerate(shown):
         lines[i] += f"   {short(between[name][0])} to {short(between[name][1])}" if name in between else ""
     return "\n".join(([f"{'':34}   95 % interval"] if between else []) + lines)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from zoft.train.trainer import Trainer
 
 
-def work(place: str, secret_file: str | None, trust_remote_code: bool) -> str:
+def join_run(place: str, secret_file: str | None, trust_remote_code: bool) -> str:
     """Take part in a run until it ends; returns a line about it. Raises UserError where it cannot, Stopped where it broke off.
 
     place: the run's folder, or HOST:PORT with secret_file, a copy of the run's join.json.
@@ -96,9 +96,11 @@ def _built(tree: dict[str, Any], data: bytes, trust_remote_code: bool) -> Traine
     check_elastic(config)  # whoever sends a config does not choose what code runs here
     parts = assemble(config)
     agree(log.header, parts.header, Path("the run"))
-    at = data_order.batches(parts.config, parts.scored)
+    at = data_order.batches_of(parts.config, parts.scored)
     aim = parts.objective
-    trainer = Trainer(parts.model, parts.axis, at, None, setup.settings(parts.config), aim.forward, aim.value)
+    trainer = Trainer(
+        parts.model, parts.axis, at, None, setup.trainer_settings(parts.config), aim.forward, aim.value
+    )
     trainer.replay(log.records)
     return trainer
 
@@ -140,11 +142,11 @@ def _serve(trainer: Trainer, line: Line, inbox: queue.Queue[tuple[dict | None, b
                 trainer.axis.settle()
             elif facts["kind"] == "check":
                 trainer.axis.flush()
-                line.send("digest", step=trainer.next, digest=world.digest(trainer.axis.trained))
+                line.send("digest", step=trainer.next, digest=world.weights_digest(trainer.axis.trained))
             elif facts["kind"] == "bye":
                 trainer.axis.flush()
                 line.close()
-                digest = world.digest(trainer.axis.trained)
+                digest = world.weights_digest(trainer.axis.trained)
                 return f"the run is {facts['why']} after {trainer.next} steps; {pairs} pairs were mine; weights: {digest}"
         except Closed:  # its last words may be in the inbox
             continue

@@ -37,7 +37,7 @@ def open_run(run: str | Path) -> tuple[Path, Log, int, int]:
     return path, log, size, len(data)
 
 
-def summary(run: str | Path) -> dict[str, Any]:
+def ledger_summary(run: str | Path) -> dict[str, Any]:
     """The ledger in numbers, ready for JSON; NaN where nothing finite was seen."""
     path, log, size, _ = open_run(run)
     header, records = log.header, log.records
@@ -73,7 +73,7 @@ def about(folder: Path, event: Any) -> dict[str, Any]:
     return found
 
 
-def text(found: Mapping[str, Any]) -> str:
+def ledger_text(found: Mapping[str, Any]) -> str:
     """The summary for the eye."""
     header, plan = found["header"], plan_of(found["header"])
     done, planned = found["steps"], found["planned"]
@@ -108,7 +108,7 @@ def text(found: Mapping[str, Any]) -> str:
     return "\n".join(f"{name:11}{value}" for name, value in rows if value)
 
 
-def verify(run: str | Path) -> list[str]:
+def verify_ledger(run: str | Path) -> list[str]:
     """Check all that can be checked without the base; returns a line a check. Raises UserError for what is wrong."""
     path, log, size, whole = open_run(run)
     folder, header = path.parent, log.header
@@ -148,7 +148,7 @@ def verify(run: str | Path) -> list[str]:
     return said
 
 
-def plot(run: str | Path, out: str | Path) -> Path:
+def plot_ledger(run: str | Path, out: str | Path) -> Path:
     """Draw losses and multipliers of all steps, with skipped steps and events marked. Raises UserError."""
     out = Path(out)
     refuse_other_ends("--plot", out)
@@ -218,7 +218,7 @@ def squeezed(values: Sequence[float], width: int = WIDTH) -> str:
     return "".join(BARS[i] if m == m else " " for i, m in zip(level, means))
 
 
-def as_json(found: Mapping[str, Any]) -> str:
+def ledger_json(found: Mapping[str, Any]) -> str:
     """Strict JSON: null for what is no number."""
     from zoft.console import finite
 

@@ -11,7 +11,7 @@ from zoft.errors import UserError
 from zoft.packages import missing
 
 
-def require(tasks: str, path: str | None) -> list[str]:
+def require_tasks(tasks: str, path: str | None) -> list[str]:
     """The tasks' names. Raises UserError without the package, or for names or a folder that cannot be."""
     names = [t for t in tasks.replace(",", " ").split() if t]
     if not names:
@@ -25,7 +25,7 @@ def require(tasks: str, path: str | None) -> list[str]:
     return names
 
 
-def run(
+def run_tasks(
     config: Config,
     model: Any,
     tokenizer: Any,
@@ -69,7 +69,7 @@ def _metric(key: str) -> str:
     return name if how in ("", "none") else f"{name} ({how})"
 
 
-def text(result: dict[str, dict[str, Any]]) -> str:
+def tasks_text(result: dict[str, dict[str, Any]]) -> str:
     """A line a task and metric, ± its standard error."""
     from zoft.console import short
 

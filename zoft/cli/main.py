@@ -104,11 +104,11 @@ def train(
             *(["--config", config] if config else []),
             *(["--resume", resume] if resume else []),
         ]
-        begin = start_elastic if resolved.elastic else launch.start
+        begin = start_elastic if resolved.elastic else launch.start_processes
         raise typer.Exit(begin(nproc, ["train", *given], str(resume or resolved.output_dir)))
     result = train_run(resolved, resume=resume, dry_run=dry_run)
-    if launch.place()[0] == 0:
-        typer.echo(plan_text(result) if dry_run else results.summary(result))
+    if launch.process_place()[0] == 0:
+        typer.echo(plan_text(result) if dry_run else results.result_summary(result))
 
 
 @app.command(cls=Verb)
@@ -124,7 +124,7 @@ def join(
     """Work for a run with elastic=true, from now until it ends: zoft join runs/mine."""
     from zoft.cli import join as elastic_worker
 
-    typer.echo(elastic_worker.work(place, secret, trust_remote_code))
+    typer.echo(elastic_worker.join_run(place, secret, trust_remote_code))
 
 
 @app.command(cls=Verb, context_settings=_LOOSE)
@@ -156,7 +156,7 @@ def sweep(
         config, launcher, jobs, detach, slurm, trials, metric, direction, plot, status, watch, cancel, results,
         as_json,
     )  # fmt: skip
-    command.run(asked, _with(words, recipe), typer.echo)
+    command.run_sweep_command(asked, _with(words, recipe), typer.echo)
 
 
 @app.command("eval", cls=Verb, context_settings=_LOOSE)
@@ -185,14 +185,14 @@ def evaluate(
 ) -> None:
     """Evaluate a run's model, any model or an adapter: zoft eval runs/mine; zoft eval DIR --config mezo/reviews."""
     from zoft.cli import eval as eval_run
-    from zoft.cli.eval import GIVE, harness, source
+    from zoft.cli.eval import GIVE, evaluated_config, harness
 
     folders = [a for a in args or [] if "=" not in a and not a.startswith("-")]
     overrides = [a for a in args or [] if a not in folders]
     overrides += [f"reward={reward}"] if reward else []
     if len(folders) > 1:
         raise UserError(f"eval: {GIVE}")
-    resolved, adapter = source(folders[0] if folders else None, config, overrides)
+    resolved, adapter = evaluated_config(folders[0] if folders else None, config, overrides)
     if lm_eval is not None:
         if examples is not None:
             raise UserError(f"--examples {examples}: is not of --lm-eval; leave one of them out")
@@ -203,8 +203,8 @@ def evaluate(
         return
     if lm_eval_path is not None:
         raise UserError(f"--lm-eval-path {lm_eval_path}: does nothing without --lm-eval TASKS")
-    found = eval_run.judge(resolved, adapter, resamples=resamples, out=examples)
-    typer.echo(json.dumps(found) if as_json else eval_run.text(found))
+    found = eval_run.evaluate_config(resolved, adapter, resamples=resamples, out=examples)
+    typer.echo(json.dumps(found) if as_json else eval_run.evaluation_text(found))
 
 
 @app.command(cls=Verb, context_settings=_LOOSE)
@@ -227,8 +227,8 @@ def baseline(
 
     if epochs is not None and not epochs > 0:
         raise UserError(f"--epochs {epochs:g}: must be > 0")
-    resolved, ask = baselines.settings(config, overrides or [], method, demos, epochs)
-    typer.echo(baselines.text(baselines.run(resolved, ask)))
+    resolved, ask = baselines.baseline_settings(config, overrides or [], method, demos, epochs)
+    typer.echo(baselines.baseline_text(baselines.run_baseline(resolved, ask)))
 
 
 @app.command(cls=Verb)
@@ -254,7 +254,9 @@ def replay(
     from zoft.cli import replay as verbs
 
     typer.echo(
-        verbs.replay(folder, out, step=step, storage=storage, denoise=denoise, device=device, recipe=recipe)
+        verbs.replay_run_folder(
+            folder, out, step=step, storage=storage, denoise=denoise, device=device, recipe=recipe
+        )
     )
 
 
@@ -274,7 +276,7 @@ def export(
     from zoft.cli import replay as verbs
 
     typer.echo(
-        verbs.export(folder, out, merge=merge, adapter=adapter, dtype=dtype, device=device, recipe=recipe)
+        verbs.export_run(folder, out, merge=merge, adapter=adapter, dtype=dtype, device=device, recipe=recipe)
     )
 
 
@@ -292,14 +294,14 @@ def ledger(
     """Say what a run's ledger holds, also while the run goes on: steps, losses, coefficients, events, base, plan."""
     from zoft.cli import ledger as inspect_run
 
-    found = inspect_run.summary(folder)
-    checks = inspect_run.verify(folder) if verify else []
+    found = inspect_run.ledger_summary(folder)
+    checks = inspect_run.verify_ledger(folder) if verify else []
     if as_json:
-        typer.echo(inspect_run.as_json({**found, "verified": checks} if verify else found))
+        typer.echo(inspect_run.ledger_json({**found, "verified": checks} if verify else found))
     else:
-        typer.echo("\n".join([inspect_run.text(found), *checks]))
+        typer.echo("\n".join([inspect_run.ledger_text(found), *checks]))
     if plot:
-        typer.echo(inspect_run.plot(folder, plot), err=as_json)
+        typer.echo(inspect_run.plot_ledger(folder, plot), err=as_json)
 
 
 @app.command(cls=Verb)
@@ -315,7 +317,7 @@ def report(
     from zoft.report import table as reports
 
     asked = [m for m in metrics.replace(",", " ").split() if m]
-    typer.echo(reports.report(runs, asked, csv_to=csv, png_to=png))
+    typer.echo(reports.report_runs(runs, asked, csv_to=csv, png_to=png))
 
 
 @app.command("ls", cls=Verb)
@@ -369,10 +371,10 @@ def estimate(
     resolved = compose(config, _with(overrides, recipe))
     from zoft import console
     from zoft.run import estimate as estimates
-    from zoft.run.preflight import within
+    from zoft.run.preflight import allowed_steps
 
-    found = estimates.estimate(within(resolved))
-    typer.echo(json.dumps(console.finite(found)) if as_json else estimates.text(found))
+    found = estimates.estimate_run(allowed_steps(resolved))
+    typer.echo(json.dumps(console.finite(found)) if as_json else estimates.estimate_text(found))
 
 
 @app.command(cls=Verb, context_settings=_LOOSE)

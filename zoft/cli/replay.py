@@ -10,7 +10,7 @@ from zoft.errors import UserError
 from zoft.method.configured import load_run
 
 
-def replay(
+def replay_run_folder(
     folder: str | Path, out: str | Path | None = None, *, step: int | None = None, storage: str | None = None,
     denoise: bool = False, device: str | None = None, recipe: str | None = None,
 ) -> str:  # fmt: skip
@@ -33,7 +33,7 @@ def replay(
 
     ask = replays.Ask(step, exact=storage == "fp32", denoise=denoise)
     if out is None:
-        return replays.look(config, Path(folder), ask)
+        return replays.describe_replay(config, Path(folder), ask)
     done = replay_run(config, Path(folder), Path(out), ask)
     unfinished = (
         f" of {config.steps}: the run is not finished"
@@ -43,7 +43,7 @@ def replay(
     return f"{done} steps replayed{unfinished}: {out}"
 
 
-def export(
+def export_run(
     folder: str | Path, out: str | Path, *, merge: bool, adapter: bool, dtype: str | None = None, device: str | None = None,
     recipe: str | None = None,
 ) -> str:  # fmt: skip
@@ -67,9 +67,9 @@ def export(
     from zoft.replay import export as exports
 
     if adapter:
-        return exports.adapter(config, Path(folder), Path(out))
+        return exports.export_adapter(config, Path(folder), Path(out))
 
-    return exports.merge(config, Path(folder), Path(out), dtype or config.save_dtype)
+    return exports.export_merged(config, Path(folder), Path(out), dtype or config.save_dtype)
 
 
 def of_run(folder: str | Path, device: str | None, recipe: str | None = None) -> Config:

@@ -24,7 +24,7 @@ def unknown_key(name: str, where: str = "") -> UserError:
     return UserError(f"unknown key {name}{where}: {hint}")
 
 
-def check(config: Config) -> Config:
+def check_config(config: Config) -> Config:
     """Raise UserError for the first value that is out of range; returns config, label names made strings."""
     for name, f in fields().items():
         section, _, last = name.rpartition(".")

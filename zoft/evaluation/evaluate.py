@@ -92,10 +92,10 @@ def evaluate(
     Source of the calibration: Zhao et al., Calibrate Before Use (arXiv 2102.09690), with training inputs for
     content-free ones.
     """
-    return figures(judge(model, examples, train, context=context, write=write))
+    return figures(judge_model(model, examples, train, context=context, write=write))
 
 
-def judge(
+def judge_model(
     model: torch.nn.Module,
     examples: Sequence[Example],
     train: Sequence[Example],

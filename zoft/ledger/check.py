@@ -14,7 +14,7 @@ from zoft.noise import spec
 from zoft.noise.spec import tensor_id
 
 
-def sound(run: str | Path, log: Log) -> Log:
+def refuse_unsound(run: str | Path, log: Log) -> Log:
     """The log, if its header can be replayed: a checksum does not know what was written wrongly. Raises UserError."""
     if wrong := header_faults(log.header, log.records):
         raise UserError(f"{run}: ledger: {'; '.join(wrong)}")

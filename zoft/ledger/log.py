@@ -18,7 +18,7 @@ from zoft.noise.spec import Update
 __all__ = ["Event", "Ledger", "Log", "Record", "read", "update_of", "updates"]
 
 
-def read(path: str | os.PathLike) -> Log:
+def read_ledger(path: str | os.PathLike) -> Log:
     """Header, whole steps and events of a ledger, also one in use; the file stays as it is.
 
     Raises UserError that names the byte offset of any damage.
@@ -31,7 +31,7 @@ def read(path: str | os.PathLike) -> Log:
     return decode(data, path)[0]
 
 
-def updates(header: dict, records: Sequence[Record]) -> list[Update]:
+def updates_of(header: dict, records: Sequence[Record]) -> list[Update]:
     """The weight updates of `records`, in order; skipped steps give none. Raises UserError without a seed."""
     seed = header.get("seed")
     if not isinstance(seed, int) or isinstance(seed, bool):

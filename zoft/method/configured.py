@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zoft.config import compose as files
-from zoft.config.check import check
+from zoft.config.check import check_config
 from zoft.config.compose import assign, group_tree, parsed, typed
 from zoft.config.schema import Config
 from zoft.errors import UserError
@@ -46,7 +46,7 @@ def strict(tree: dict[str, Any], default_output: str = "run") -> Config:
     """Return a plain tree of keys as a Config: its recipe's defaults filled in, unknown keys, types and ranges checked."""
     files.known(tree)
     page = method_of(str(tree.get("recipe") or "mezo"))
-    made = settle(check(typed(tree, page.filled)), page, owners())
+    made = settle(check_config(typed(tree, page.filled)), page, owners())
     check_update(made)
     if made.output_dir is not None:
         made.output_dir = str(Path(made.output_dir).expanduser())

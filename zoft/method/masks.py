@@ -14,7 +14,7 @@ CHUNK = 1 << 24  # numbers looked at at a time
 TOLERANCE = 0.01  # between the share asked for and a tensor's own
 
 
-def mask(trained: Sequence[Trained], kind: str, sparsity: float, seed: int) -> list[str]:
+def mask_tensors(trained: Sequence[Trained], kind: str, sparsity: float, seed: int) -> list[str]:
     """Give every matrix its mask; returns lines for the reader.
 
     magnitude: |θ| <= h moves, h the k-th smallest |θ| of the tensor, k = (1 - sparsity)·n: a quantile of the base,
@@ -25,7 +25,7 @@ def mask(trained: Sequence[Trained], kind: str, sparsity: float, seed: int) -> l
     trained: in their storage dtype, at the base. Source: Liu et al. 2024, Sparse MeZO, arXiv 2402.15751, section 3;
     there θ <= h is written in the algorithm and magnitude in the text: it is magnitude here.
     """
-    shares = {t.name: (one(t, kind, sparsity, seed), t.stored.numel()) for t in trained}
+    shares = {t.name: (mask_tensor(t, kind, sparsity, seed), t.stored.numel()) for t in trained}
     masked = {t.name: shares[t.name] for t in trained if t.mask is not None}
     if not masked:
         idle = kind in ("magnitude", "random") and sparsity > 0
@@ -46,7 +46,7 @@ def mask(trained: Sequence[Trained], kind: str, sparsity: float, seed: int) -> l
     return lines
 
 
-def one(t: Trained, kind: str, sparsity: float, seed: int) -> float:
+def mask_tensor(t: Trained, kind: str, sparsity: float, seed: int) -> float:
     """Give one tensor its mask; returns how many of its numbers move."""
     n, t.mask = t.stored.numel(), None
     if kind not in ("magnitude", "random") or sparsity == 0 or t.stored.ndim < 2 or not n:

@@ -14,7 +14,7 @@ COSINE_MIN = 0.95
 SAMPLE = 1 << 20  # elements of a tensor that are looked at
 
 
-def realised(trained: Sequence[Trained], eps: float, *, seed: int, kind: str) -> dict[str, float]:
+def realised_cosines(trained: Sequence[Trained], eps: float, *, seed: int, kind: str) -> dict[str, float]:
     """Cosine, tensor by tensor, between z and what a forward at θ + eps·z is really given, where a mask lets it move.
 
     cos(fl(θ + eps·z) − θ, z), fl to the tensor's compute dtype; the first SAMPLE elements of each tensor.
@@ -40,10 +40,10 @@ def cosine(t: Trained, eps: float, seed: int, kind: str, dtype: torch.dtype) -> 
     return float((moved @ z) / (moved.norm() * z.norm()).clamp(min=1e-300))
 
 
-def weak(trained: Sequence[Trained], eps: float, *, seed: int, kind: str) -> list[str]:
+def weak_directions(trained: Sequence[Trained], eps: float, *, seed: int, kind: str) -> list[str]:
     """One line for every tensor whose realised direction is below COSINE_MIN: its name, and what would do."""
     lines = []
-    for name, found in realised(trained, eps, seed=seed, kind=kind).items():
+    for name, found in realised_cosines(trained, eps, seed=seed, kind=kind).items():
         if found >= COSINE_MIN:
             continue
         t = next(t for t in trained if t.name == name)

@@ -128,7 +128,7 @@ def resolve_dtypes(
     return storage, compute
 
 
-def one(name: str, param: nn.Parameter) -> Trained:
+def adopt_tensor(name: str, param: nn.Parameter) -> Trained:
     """A tensor as Trained, in the precision it has; its memory becomes contiguous."""
     param.data = param.data.contiguous()
     decays = param.ndim > 1 and not _no_decay(name)
@@ -152,7 +152,7 @@ def adopt(model: nn.Module, names: list[str]) -> list[Trained]:
                 f"train: tensors {ids[tid]} and {name} share one noise id; train one of them only"
             )
         ids[tid] = name
-        trained.append(one(name, param))
+        trained.append(adopt_tensor(name, param))
     assert len(trained) == len(wanted), (
         len(trained),
         len(wanted),
@@ -161,7 +161,7 @@ def adopt(model: nn.Module, names: list[str]) -> list[Trained]:
     return trained
 
 
-def place(
+def place_in_precision(
     model: nn.Module, trained: list[Trained], storage: str, compute: str, *, uniform: bool = False
 ) -> None:
     """Give every tensor its precision: trained matrices stored in `storage`, everything else ready for `compute`.
@@ -175,7 +175,7 @@ def place(
     comp = DTYPES[compute]
     ours = {id(t.param) for t in trained}
     for t in trained:
-        store(t, storage, uniform=uniform)
+        store_in_precision(t, storage, uniform=uniform)
         t.compute = t.stored.dtype if isinstance(t.param, Scales) else comp
     for param in model.parameters():
         if id(param) not in ours and frozen_dtype(param, compute, True) != param.dtype:
@@ -196,7 +196,7 @@ def frozen_dtype(tensor: torch.Tensor, compute: str, parameter: bool) -> torch.d
     return DTYPES[compute] if tensor.dtype in follows else tensor.dtype
 
 
-def store(t: Trained, storage: str, *, uniform: bool = False) -> None:
+def store_in_precision(t: Trained, storage: str, *, uniform: bool = False) -> None:
     """Keep one tensor in the dtype that `storage` has for it; see `place`."""
     dtype = DTYPES[storage]
     wide = isinstance(t.param, Scales) or (t.param.ndim <= 1 and not uniform)

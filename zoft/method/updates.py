@@ -73,7 +73,7 @@ def decay_is_lost(lr: float, weight_decay: float) -> bool:
     return lr > 0 and weight_decay > 0 and float(np.float32(1.0 - lr * weight_decay)) == 1.0
 
 
-def due(trained: Trained, updates: Sequence[Update], beta: float) -> list[Update]:
+def pending_updates(trained: Trained, updates: Sequence[Update], beta: float) -> list[Update]:
     """Those of `updates` that still change this tensor; makes its momentum buffer when first needed.
 
     Left out: steps it has behind it, and updates that write nothing. With beta = 0 these are the ones with
@@ -102,13 +102,13 @@ def due(trained: Trained, updates: Sequence[Update], beta: float) -> list[Update
     return todo
 
 
-def mark(trained: Trained, updates: Sequence[Update]) -> None:
+def mark_advanced(trained: Trained, updates: Sequence[Update]) -> None:
     """Note that the tensor is past the last of `updates` (as given to `due`)."""
     if updates:
         trained.step = max(trained.step, updates[-1].step + 1)
 
 
-def advance(trained: Trained, updates: Sequence[Update], noise: str, beta: float = 0.0) -> None:
+def advance_trained(trained: Trained, updates: Sequence[Update], noise: str, beta: float = 0.0) -> None:
     """Bring one tensor to the step after the last of `updates`, in place and in one pass over it.
 
     θ ← round(decay·θ + Σ_k multipliers[k]·z_k), for each update in turn; with momentum
@@ -122,13 +122,13 @@ def advance(trained: Trained, updates: Sequence[Update], noise: str, beta: float
     """
     if trained.rule is not None:
         return _by_rule(trained, updates, noise)
-    todo = due(trained, updates, beta)
+    todo = pending_updates(trained, updates, beta)
     if todo:
         advance_tensor(
             trained.stored, trained.id, todo, noise, momentum=trained.momentum, beta=beta, floor=trained.floor,
             mask=trained.mask,
         )  # fmt: skip
-    mark(trained, updates)
+    mark_advanced(trained, updates)
 
 
 def _by_rule(trained: Trained, updates: Sequence[Update], noise: str) -> None:
@@ -145,5 +145,5 @@ def _by_rule(trained: Trained, updates: Sequence[Update], noise: str) -> None:
                 trained.stored, trained.id, u, noise, rule.step, state, count=int(trained.state["t"]),
                 floor=trained.floor, mask=trained.mask,
             )  # fmt: skip
-            mark(trained, [u])
-    mark(trained, updates)
+            mark_advanced(trained, [u])
+    mark_advanced(trained, updates)

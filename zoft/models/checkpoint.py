@@ -30,7 +30,7 @@ BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16"
 WHOLE = {d for d in BITS if d[0] in "IU" or d == "BOOL"}  # dtypes that are no floats
 
 
-def check(name: str, folder: Path) -> dict[str, str]:
+def check_folder(name: str, folder: Path) -> dict[str, str]:
     """Refuse a folder that cannot be loaded, or not safely; returns {tensor: safetensors dtype}. Imports nothing heavy.
 
     name: the user's word for the model. Errors: UserError where config.json is no model's, a weight file is not
@@ -49,7 +49,7 @@ def check(name: str, folder: Path) -> dict[str, str]:
     return tensors
 
 
-def adapter(name: str, folder: Path) -> dict[str, Any]:
+def check_adapter(name: str, folder: Path) -> dict[str, Any]:
     """adapter_config.json of a folder with plain LoRA pairs, in safetensors. Imports nothing heavy.
 
     name: the user's word for it. Errors: UserError for any other adapter, and for files that are not whole.

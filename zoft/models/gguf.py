@@ -59,7 +59,7 @@ class File:
     data: mmap.mmap
 
 
-def read(path: Path) -> File:
+def read_gguf(path: Path) -> File:
     """The header of a GGUF file (versions 2 and 3, little-endian); tensors stay on disk, mapped.
 
     Errors: UserError where the file is not GGUF or ends early.
@@ -137,7 +137,7 @@ def tensor(file: File, name: str) -> Any:
     return np.array(values) if not values.flags.writeable else values  # F32 is a view of the mapped file
 
 
-def model(file: File, dtype: Any) -> Any | None:
+def gguf_model(file: File, dtype: Any) -> Any | None:
     """A LlamaForCausalLM with the file's weights, or None where something in the file is not known here.
 
     dtype: torch.dtype the weights are cast to after dequantisation to fp32. The weights are transformers' own
@@ -224,7 +224,7 @@ def _llama_name(name: str) -> str:
     return LLAMA_TENSORS.get(name, "")
 
 
-def tokenizer(file: File) -> Any | None:
+def gguf_tokenizer(file: File) -> Any | None:
     """The file's byte-level BPE tokenizer, or None where it has another kind.
 
     The header names the pre-tokenizer without describing it: "smollm" splits every digit off, then splits as

@@ -41,7 +41,7 @@ class Source:
     home: str | None = None  # the Hub id it descends from, for the model card
 
 
-def resolve(model: str) -> Source:
+def find_model(model: str) -> Source:
     """Find a model without loading it: a packaged name, a path that exists, else a Hub id. Imports no torch.
 
     A Hub id that is not on this machine is asked for at the Hub, once.
@@ -69,10 +69,10 @@ def resolve(model: str) -> Source:
     return Source("hub", model, model, model)
 
 
-def check(source: Source) -> dict[str, str]:
+def check_model(source: Source) -> dict[str, str]:
     """Refuse a model that cannot be loaded, or not safely, before anything heavy; {tensor: dtype} of a folder."""
     if source.kind == "folder":
-        return checkpoint.check(source.name, Path(source.place))
+        return checkpoint.check_folder(source.name, Path(source.place))
     if source.kind == "gguf":
         with user_errors(source), open(source.place, "rb") as file:
             if file.read(4) != b"GGUF":
@@ -80,12 +80,12 @@ def check(source: Source) -> dict[str, str]:
     return {}
 
 
-def blocks(source: Source) -> int | None:
+def block_count(source: Source) -> int | None:
     """How many blocks a model's own settings say it has, without loading it; None where they do not say."""
     if source.kind == "gguf":
         from zoft.models import gguf
 
-        fields = gguf.read(Path(source.place)).fields
+        fields = gguf.read_gguf(Path(source.place)).fields
         found = fields.get(f"{fields.get('general.architecture')}.block_count")
     else:
         path: Any = Path(source.place) / "config.json"
@@ -131,7 +131,7 @@ def _find_on_hub(model: str) -> None:
         ) from None
 
 
-def load(model: str, *, dtype: Any = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load_model(model: str, *, dtype: Any = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
     """A causal or masked language model ready for forward passes, and its tokenizer.
 
     The model is in eval mode, its tensors take no gradient, its attention is PyTorch's own (sdpa) where the
@@ -142,8 +142,8 @@ def load(model: str, *, dtype: Any = "auto", trust_remote_code: bool = False) ->
     trust_remote_code: run Python that comes with the model.
     Errors: UserError where it cannot be had or read, lacks a tensor, or holds a NaN or an infinity.
     """
-    source = resolve(model)
-    held = check(source)
+    source = find_model(model)
+    held = check_model(source)
     with quiet(), user_errors(source):
         loaded, tokenizer = (_load_gguf if source.kind == "gguf" else _load_pretrained)(
             source, dtype, trust_remote_code
@@ -163,9 +163,9 @@ def _load_gguf(source: Source, dtype: Any, trust_remote_code: bool) -> tuple[Any
 
     path = Path(source.place)
     dtype = torch.float32 if dtype == "auto" else dtype
-    file = gguf.read(path)
-    loaded: Any = gguf.model(file, dtype)
-    tokenizer = gguf.tokenizer(file)
+    file = gguf.read_gguf(path)
+    loaded: Any = gguf.gguf_model(file, dtype)
+    tokenizer = gguf.gguf_tokenizer(file)
     from transformers import AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
@@ -200,11 +200,11 @@ def _load_pretrained(source: Source, dtype: Any, trust_remote_code: bool) -> tup
         check_config(source.name, config.to_dict())
     own = config.dtype
     folder = Path(source.place) if source.kind == "folder" else None
-    found = quantised_files.settings(source.name, config, folder)
+    found = quantised_files.quantisation_of(source.name, config, folder)
     if found:
         place = folder or Path(snapshot_download(source.place, allow_patterns=["*.safetensors", "*.json"]))
         wanted = None if dtype == "auto" else dtype
-        loaded = quantised_files.load(source.name, place, config, found, wanted, trust_remote_code)
+        loaded = quantised_files.load_quantised(source.name, place, config, found, wanted, trust_remote_code)
         own = own or loaded.dtype
     else:
         loaded = weights("auto" if own is None else dtype)
@@ -259,16 +259,16 @@ def user_errors(source: Source) -> Iterator[None]:
         raise UserError(f"model={source.name}: cannot be loaded: {said[:300]}") from None
 
 
-def tokenizer(model: str, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     """A model's tokenizer alone. Errors: UserError, as for `load`."""
-    source = resolve(model)
+    source = find_model(model)
     with quiet(), user_errors(source):
         if source.kind == "gguf":
             from zoft.models import gguf
 
-            made = gguf.tokenizer(gguf.read(Path(source.place)))
+            made = gguf.gguf_tokenizer(gguf.read_gguf(Path(source.place)))
             if made is None:
-                return load(model)[1]
+                return load_model(model)[1]
         else:
             from transformers import AutoTokenizer
 

@@ -31,7 +31,7 @@ class Settings:
     first_zero: int = 0
 
 
-def settings(name: str, config: Any, folder: Path | None) -> Settings | None:
+def quantisation_of(name: str, config: Any, folder: Path | None) -> Settings | None:
     """What a model's config (or GPTQ's old quantize_config.json beside it) says, None where zoft does not read it.
 
     name: the user's word for the model. Errors: UserError for what GPTQ has and zoft has not.
@@ -57,7 +57,7 @@ def settings(name: str, config: Any, folder: Path | None) -> Settings | None:
     return Settings(method, bits, group, int(method == GPTQ and form == "gptq"))
 
 
-def load(
+def load_quantised(
     name: str, folder: Path, config: Any, found: Settings, dtype: torch.dtype | None, trust: bool
 ) -> Any:
     """The model of a quantised folder: its quantised layers as QuantLinear, everything else as transformers reads it.
@@ -201,9 +201,9 @@ def state(model: nn.Module, dequantise: bool) -> tuple[dict[str, Tensor], set[st
     """(a model's tensors as they are saved, names of those that keep their dtype): scales as they are, never as
     logarithms; with dequantise plain weights on the CPU in place of codes and scales."""
     tensors, kept = dict(model.state_dict()), set()
-    for name in other_libraries.layers(model):
+    for name in other_libraries.other_layers(model):
         kept |= {key for key in tensors if key.startswith(f"{name}.")}
-    for name, layer in quant.layers(model).items():
+    for name, layer in quant.quantised_layers(model).items():
         if dequantise:
             for own in ("codes", "scales", "zeros", "order"):
                 tensors.pop(f"{name}.{own}", None)
@@ -217,7 +217,7 @@ def state(model: nn.Module, dequantise: bool) -> tuple[dict[str, Tensor], set[st
 
 def mark(folder: Path, model: nn.Module) -> None:
     """Say in a saved config.json that, and how, the model beside it is quantised."""
-    layers = list(quant.layers(model).values())
+    layers = list(quant.quantised_layers(model).values())
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     sizes = {"bits": layers[0].bits, "group_size": max(layer.group for layer in layers)}

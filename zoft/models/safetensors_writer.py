@@ -18,7 +18,7 @@ DTYPES = {
 _ORDER = {dtype: i for i, dtype in enumerate(DTYPES)}
 
 
-def write(
+def write_shards(
     folder: Path,
     sizes: Mapping[str, tuple[Sequence[int], torch.dtype]],
     tensors: Iterable[tuple[str, torch.Tensor]],
@@ -43,7 +43,7 @@ def write(
         file = (
             f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         )
-        head, starts = header({name: sizes[name] for name in names}, {"format": "pt"})
+        head, starts = safetensors_header({name: sizes[name] for name in names}, {"format": "pt"})
         (folder / file).write_bytes(head)
         places |= {name: (file, at) for name, at in starts.items()}
     left = set(sizes)
@@ -70,7 +70,7 @@ def write(
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
-def header(
+def safetensors_header(
     sizes: Mapping[str, tuple[Sequence[int], torch.dtype]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
     """The first bytes of a file, and where each of its tensors begins, in the order they have there."""

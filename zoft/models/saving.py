@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def save(
+def save_model(
     model: Any,
     tokenizer: Any,
     out_dir: str | Path,
@@ -48,14 +48,14 @@ def save(
     from zoft.models.quant.other_libraries import own_form, plain_form
 
     added = changes(model, dequantise)
-    with whole(out_dir) as folder, without(model) as base:
+    with whole_folder(out_dir) as folder, without(model) as base:
         # transformers cannot undo what it did to such a model while it loaded it; it loads this form as well.
-        theirs = other_libraries.layers(base)
+        theirs = other_libraries.other_layers(base)
         form = {"save_original_format": False} if theirs and not dequantise else {}
         how = plain_form if dequantise else own_form
         with kind.quiet(), how(base):
             base.save_pretrained(folder, state_dict=_cast(base, dtype, dequantise, added or {}), **form)
-        if linear.layers(base) and not dequantise:
+        if linear.quantised_layers(base) and not dequantise:
             quantised_files.mark(folder, base)
         if added is None:
             kept_in_place.write(model, folder)
@@ -75,7 +75,7 @@ def finish_folder(folder: Path, tokenizer: Any, dtype: Any, card: str) -> None:
 
 
 @contextmanager
-def whole(out_dir: str | Path) -> Iterator[Path]:
+def whole_folder(out_dir: str | Path) -> Iterator[Path]:
     """A folder to write into, which takes the name out_dir when the context ends well, in place of an older one."""
     out = Path(out_dir)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def whole(out_dir: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def cast(name: str, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def cast_tensor(name: str, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A tensor to save, on the CPU in dtype. Raises UserError for values that it cannot hold."""
     import torch
 
@@ -117,13 +117,13 @@ def _cast(
     tensors, kept = quantised_files.state(model, dequantise)
     for name, change in added.items():  # summed in fp32 at least, rounded once
         w = tensors[name]
-        tensors[name] = cast(name, w.to("cpu") + change, w.dtype if dtype == "auto" else dtype)
+        tensors[name] = cast_tensor(name, w.to("cpu") + change, w.dtype if dtype == "auto" else dtype)
     done: dict[tuple, torch.Tensor] = {}  # ties stay ties
     out = {}
     for name, t in tensors.items():
         if name not in kept and dtype != "auto" and t.is_floating_point() and t.dtype != dtype:
             if memory_of(t) not in done:
-                done[memory_of(t)] = cast(name, t, dtype)
+                done[memory_of(t)] = cast_tensor(name, t, dtype)
             t = done[memory_of(t)]
         out[name] = t
     return out

@@ -19,13 +19,13 @@ def skeleton(config: Config) -> Any:
     """The config's model on the meta device, in the dtype of its checkpoint: names, shapes and no memory."""
     from transformers import AutoConfig
 
-    source = load.resolve(config.model)
-    load.check(source)
+    source = load.find_model(config.model)
+    load.check_model(source)
     with user_errors(source):
         if source.kind == "gguf":
             from zoft.models import gguf
 
-            settings = gguf._llama_settings(gguf.read(Path(source.place)))
+            settings = gguf._llama_settings(gguf.read_gguf(Path(source.place)))
             if settings is None:
                 raise UserError(
                     f"model={config.model}: zoft cannot read this GGUF file's shapes; give a folder or a Hub id"
@@ -52,9 +52,9 @@ def quantised(config: Config, model: Any) -> None:
             head=config.quantise_head,
         )
         return
-    source = load.resolve(config.model)
+    source = load.find_model(config.model)
     folder = Path(source.place) if source.kind == "folder" else None
-    found = quantised_files.settings(source.name, model.config, folder)
+    found = quantised_files.quantisation_of(source.name, model.config, folder)
     if found:
         quantise_model(model, bits=found.bits, group=found.group or 1 << 30, zero_points=True)
     elif theirs := getattr(model.config, "quantization_config", None):

@@ -150,7 +150,7 @@ def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return -total[:, 0], count[:, 0]
 
 
-def mean(totals: Tensor) -> Tensor:
+def mean_loss(totals: Tensor) -> Tensor:
     """[P] from totals [P, 2] over examples: the sum of what each has, over their number."""
     return totals[:, 0] / totals[:, 1]
 

@@ -61,7 +61,7 @@ class Goal:
 
     name: str
     forward: Callable[[nn.Module, Any], tuple[Tensor, ...]] = losses.losses
-    value: Callable[[Tensor], Tensor] = losses.mean
+    value: Callable[[Tensor], Tensor] = losses.mean_loss
     texts: Texts | None = None
 
     def examples(self, train: Sequence[Example]) -> list[Example]:
@@ -95,7 +95,7 @@ class Goal:
         return {} if self.texts is None else self.texts.evaluate(model, context, rows)
 
 
-def resolve(config: Config, data: TaskData) -> Config:
+def resolve_objective(config: Config, data: TaskData) -> Config:
     """The config with its objective named. Raises UserError for one that this task's rows cannot have."""
     name = data.objective if config.objective == "auto" else config.objective
     rows = [*data.train, *data.eval]
@@ -135,12 +135,12 @@ def resolve(config: Config, data: TaskData) -> Config:
     return replace(config, objective=name)
 
 
-def reward(config: Config) -> Reward | None:
+def reward_of(config: Config) -> Reward | None:
     """The reward that the command line names; its file is run here. Raises UserError."""
     return None if config.reward is None else load(config.reward, config.reward_seconds)
 
 
-def make(config: Config, data: TaskData, tokenizer: Any, mine: Reward | None = None) -> Goal:
+def make_objective(config: Config, data: TaskData, tokenizer: Any, mine: Reward | None = None) -> Goal:
     """The objective of a resolved config; mine: the reward, where it is one. Raises UserError for a prompt it cannot use."""
     name = config.objective
     if name == "accuracy":
@@ -149,7 +149,7 @@ def make(config: Config, data: TaskData, tokenizer: Any, mine: Reward | None = N
         return Goal(name, label_counts, minus_macro_f1)
     if name in GENERATED:
         texts = Texts(config, data, tokenizer, mine)
-        return Goal(name, texts.forward, losses.mean, texts)
+        return Goal(name, texts.forward, losses.mean_loss, texts)
     return Goal(name)
 
 
@@ -211,7 +211,7 @@ class Texts:
         assert (self.reward is None) == (self.name != "reward"), (config.reward, self.name)
         self.progress: Callable[[str], Any] = lambda text: None
         each = forwards_per_step(config)  # texts of a step
-        self.done, self.each = 0, each // world.current().size
+        self.done, self.each = 0, each // world.this_world().size
 
     def forward(self, model: Any, batch: Prompts) -> tuple[Tensor, Tensor]:
         """(-score of each row's text [E], ones), fp64 on the CPU; NaN throughout where logits were none."""

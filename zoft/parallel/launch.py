@@ -20,10 +20,10 @@ from zoft.signals import RESUME, SIGNALS, way_on
 PATIENCE = 15.0  # seconds between the end of one process that failed and the end of the others
 
 
-def place() -> tuple[int, int]:
+def process_place() -> tuple[int, int]:
     """(rank, processes) of this one, as torchrun sets them; (0, 1) alone. Raises UserError."""
-    size = number("WORLD_SIZE", 1)
-    rank = number("RANK", 0) if size > 1 else 0
+    size = environment_number("WORLD_SIZE", 1)
+    rank = environment_number("RANK", 0) if size > 1 else 0
     if size < 1 or rank >= size:
         raise UserError(
             f"RANK={rank}, WORLD_SIZE={size}: ranks go from 0 to WORLD_SIZE - 1; set both, or neither"
@@ -33,7 +33,7 @@ def place() -> tuple[int, int]:
     return rank, size
 
 
-def number(name: str, default: int) -> int:
+def environment_number(name: str, default: int) -> int:
     """An environment variable that counts processes. Raises UserError."""
     text = os.environ.get(name, "")
     if text and not text.isdecimal():
@@ -43,7 +43,7 @@ def number(name: str, default: int) -> int:
     return int(text) if text else default
 
 
-def start(count: int, args: Sequence[str], folder: str) -> int:
+def start_processes(count: int, args: Sequence[str], folder: str) -> int:
     """Run `zoft ARGS` as `count` processes that find each other as torchrun's do; returns the exit code of the run.
 
     Signals go on to all of them, once each. Where one dies the others stop, and the run can be resumed: code 75.

@@ -158,7 +158,7 @@ class World:
         """Raise UserError, on every process, where their weights differ. trained: with all updates in."""
         if self.size == 1:
             return
-        seen = self.everyone(digest(trained))
+        seen = self.everyone(weights_digest(trained))
         if any(x != seen[0] for x in seen):
             values = ", ".join(f"rank {r} has {x}" for r, x in enumerate(seen))
             raise UserError(
@@ -178,12 +178,12 @@ class World:
 _current = [World()]
 
 
-def current() -> World:
+def this_world() -> World:
     """The processes of the run that this one takes part in."""
     return _current[-1]
 
 
-def digest(trained: Sequence[Stored]) -> str:
+def weights_digest(trained: Sequence[Stored]) -> str:
     """16 hexadecimal digits of the stored bits of all trained tensors: the same bits on any device give the same digits.
 
     Of each tensor the sum of its numbers' bits in each of 1024 columns, modulo 2⁶⁴: one read of the weights, no more.
@@ -202,7 +202,7 @@ def digest(trained: Sequence[Stored]) -> str:
     return h.hexdigest()
 
 
-def grid(config: Config, size: int) -> tuple[int, int]:
+def probe_grid(config: Config, size: int) -> tuple[int, int]:
     """(parts of the probes, shards of the batches) for that many processes.
 
     auto: as many parts as divide both the step's probes and the processes, shards for the rest. A process with fewer probes makes less
@@ -245,12 +245,12 @@ def grid(config: Config, size: int) -> tuple[int, int]:
 
 
 @contextmanager
-def joined(config: Config, folder: str) -> Iterator[World]:
+def joined_processes(config: Config, folder: str) -> Iterator[World]:
     """The processes that were started together (RANK and WORLD_SIZE, as torchrun sets them) meet; one alone is itself.
 
     Others than rank 0 keep quiet. Raises UserError for a grid that does not come out even, or a GPU that is not there.
     """
-    rank, size = launch.place()
+    rank, size = launch.process_place()
     if size == 1:
         if config.parallel != "auto":
             print(
@@ -260,8 +260,11 @@ def joined(config: Config, folder: str) -> Iterator[World]:
         yield World()
         return
     with_parent()
-    parts, shards = grid(config, size)
-    local, local_size = launch.number("LOCAL_RANK", rank), launch.number("LOCAL_WORLD_SIZE", size)
+    parts, shards = probe_grid(config, size)
+    local, local_size = (
+        launch.environment_number("LOCAL_RANK", rank),
+        launch.environment_number("LOCAL_WORLD_SIZE", size),
+    )
     cuda = on_gpu(config, local, local_size)
     with ExitStack() as stack:
         if rank:

@@ -115,7 +115,7 @@ class ProbeAxis(Scratch):
     def flush(self) -> None:
         """Apply every update that some tensor still lacks: before anyone reads the stored weights."""
         for t in self.trained:
-            updates.advance(t, self.updates, self.kind, self.beta)
+            updates.advance_trained(t, self.updates, self.kind, self.beta)
         self.updates.clear()
 
     def repeat_step(self, step: int, probes: Sequence[Probe]) -> None:

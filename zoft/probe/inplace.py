@@ -109,6 +109,6 @@ class InPlace:
                 noise.perturb(t.stored, t.id, t.stored[None], [probe], **where)
             elif todo:
                 noise.advance(t.stored, t.id, todo, **where)
-            updates.mark(t, [u for u in todo if not u.is_nothing])
+            updates.mark_advanced(t, [u for u in todo if not u.is_nothing])
             self.done[t.id] = len(self.todo)
         self.todo, self.done = [], dict.fromkeys(self.done, 0)

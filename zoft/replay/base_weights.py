@@ -20,7 +20,7 @@ from zoft.config.schema import Config
 from zoft.errors import UserError
 from zoft.models import gguf, load, safetensors_writer
 from zoft.models.adapters import kept_in_place
-from zoft.models.adapters.kept_in_place import folder_of
+from zoft.models.adapters.kept_in_place import adapter_folder
 from zoft.models.fingerprint import distinct, of_tensors
 from zoft.models.gguf import llama_names
 from zoft.models.load import user_errors
@@ -48,7 +48,7 @@ class Base:
         return of_tensors(((name, self.read(name)) for name in self.tensors), size)
 
 
-def find(config: Config, wanted: str, where: str) -> Base:
+def find_base(config: Config, wanted: str, where: str) -> Base:
     """The base of the run in `where`, which has the fingerprint `wanted`.
 
     Read from its files tensor by tensor (safetensors, GGUF) if they give the very tensors that the run loaded,
@@ -56,8 +56,8 @@ def find(config: Config, wanted: str, where: str) -> Base:
     loaded model. Raises UserError for other weights.
     """
     wanted, _, beside = wanted.partition("+")  # a model and the adapter that is in place
-    place = folder_of(config)
-    if (found := kept_in_place.fingerprint(place) if place else "") != beside:
+    place = adapter_folder(config)
+    if (found := kept_in_place.folder_fingerprint(place) if place else "") != beside:
         raise UserError(
             f"{where}: its ledger starts from another adapter ({beside}) than adapter={place} ({found})"
         )
@@ -73,13 +73,13 @@ def find(config: Config, wanted: str, where: str) -> Base:
 
 def loaded(config: Config) -> Base:
     """The base from the model as it is loaded for training: all of it in memory."""
-    model, tokenizer = parts.load(config)
+    model, tokenizer = parts.load_base(config)
     if any(p.device.type != "cpu" for p in model.parameters()):
         model = model.cpu()
-    return of(model, lambda: tokenizer)
+    return base_of(model, lambda: tokenizer)
 
 
-def of(model: Any, tokenizer: Callable[[], Any]) -> Base:
+def base_of(model: Any, tokenizer: Callable[[], Any]) -> Base:
     """The base that a model in memory is."""
     tensors = distinct(model)
     return Base(model, tensors, lambda name: tensors[name].clone(), tokenizer, whole=True)
@@ -91,8 +91,8 @@ def streamed(config: Config) -> Base | None:
         config.trust_remote_code or config.bits is not None
     ):  # loaded as its own code likes; quantised as it is loaded
         return None
-    source = load.resolve(config.model)
-    load.check(source)
+    source = load.find_model(config.model)
+    load.check_model(source)
     with user_errors(source):
         held = _gguf(Path(source.place)) if source.kind == "gguf" else _files(_folder(source))
     if not held:
@@ -120,7 +120,7 @@ def streamed(config: Config) -> Base | None:
     if source.kind != "gguf":
         with suppress(OSError):  # without the file it follows from the model's config, as it does now
             model.generation_config = GenerationConfig.from_pretrained(source.place)
-    return Base(model, tensors, read, partial(parts.tokenizer, config))
+    return Base(model, tensors, read, partial(parts.run_tokenizer, config))
 
 
 Held = dict[str, Callable[[], Tensor]]  # name in the files -> that tensor, read now, in memory of its own
@@ -129,7 +129,7 @@ Held = dict[str, Callable[[], Tensor]]  # name in the files -> that tensor, read
 def _gguf(path: Path) -> Held:
     from transformers import LlamaConfig
 
-    file = gguf.read(path)
+    file = gguf.read_gguf(path)
     names, settings = llama_names(file), gguf._llama_settings(file)
     if names is None or settings is None:
         return {}

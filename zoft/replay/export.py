@@ -15,10 +15,10 @@ from zoft.method import space
 from zoft.method.space import adopt, float_buffers
 from zoft.models import kind, saving
 from zoft.models.adapters import attach
-from zoft.models.adapters.kept_in_place import folder_of
+from zoft.models.adapters.kept_in_place import adapter_folder
 from zoft.models.kind import auto_class, is_masked
 from zoft.models.quant import linear, other_libraries
-from zoft.models.saving import whole
+from zoft.models.saving import whole_folder
 from zoft.replay import base_weights as bases
 from zoft.replay import saved_model, tensors
 from zoft.replay.base_weights import Base
@@ -29,7 +29,7 @@ from zoft.train.parts import said_before
 TOLERANCE = 1e-3  # between the same logits of two loads in fp32, of the largest
 
 
-def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
+def export_merged(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
     """Write the model of the run in `folder` to `out`, as transformers loads it; returns a line about the checks.
 
     LoRA pairs are added to the base's matrices in fp32. dtype: of the weights on disk, rounded to once; "auto" is the
@@ -39,70 +39,74 @@ def merge(config: Config, folder: Path, out: Path, dtype: str = "auto") -> str:
     """
     if config.train in ("prefix", "prompt"):
         raise UserError(f"train={config.train}: it cannot be merged into weights; use --adapter")
-    config, log = tensors.asked(parts.device(config), folder, tensors.Ask())
-    beside = config.train in ADAPTERS or folder_of(config) is not None
+    config, log = tensors.requested(parts.resolve_device(config), folder, tensors.Ask())
+    beside = config.train in ADAPTERS or adapter_folder(config) is not None
     if beside:  # the base as it was loaded, whatever the run computed in
         config = replace(config, compute="fp32")
     model, tokenizer, config = live(config, folder, log)
-    if beside and other_libraries.layers(model):
+    if beside and other_libraries.other_layers(model):
         raise UserError(
             f"{folder}: its pairs stand beside layers that another library has quantised, and are not merged into those; "
             + ("use --adapter" if config.train in ADAPTERS else f"{folder}/model has both")
         )
     if beside:
         own = logits(widened(model, None))
-        linear.make_plain(model)
-        model = attach.merge(model)
+        linear.dequantise_layers(model)
+        model = attach.merge_adapter(model)
         agree(logits(model), own, out)
-    other_libraries.make_plain(model)
+    other_libraries.dequantise_other_layers(model)
     plain = logits(widened(model, None))
-    result, facts = tensors.told(config, folder, log, tensors.Ask())
+    result, facts = tensors.told_by_result(config, folder, log, tensors.Ask())
     word = config.save_dtype if dtype == "auto" else dtype
     kept = model.checkpoint_dtype if word == "auto" else space.DTYPES[word]
-    with whole(out) as draft:
-        saving.save(model, tokenizer, draft, dtype=kept, card=saved_model.card(config, result, **facts))
+    with whole_folder(out) as draft:
+        saving.save_model(
+            model, tokenizer, draft, dtype=kept, card=saved_model.model_card_of(config, result, **facts)
+        )
         rounded = logits(widened(model, kept))
         del model
         again = reloaded(draft, config)
         agree(logits(again), rounded, out)
         with said_before():
-            base = bases.find(config, log.header["base"], str(folder))
-        if linear.layers(base.model) or other_libraries.layers(base.model):
-            other_libraries.make_plain(base.model)
-            base = bases.of(base.model, base.tokenizer)
+            base = bases.find_base(config, log.header["base"], str(folder))
+        if linear.quantised_layers(base.model) or other_libraries.other_layers(base.model):
+            other_libraries.dequantise_other_layers(base.model)
+            base = bases.base_of(base.model, base.tokenizer)
         changed, total = differing(again, base, kept)
         if not changed:
             raise UserError(
-                f"{folder}: in {header.short(kept)} its model is the base: {len(log.records)} steps are too few, or "
+                f"{folder}: in {header.dtype_name(kept)} its model is the base: {len(log.records)} steps are too few, or "
                 "too small for that dtype; use --dtype fp32"
             )
     apart = float((rounded - plain).norm() / plain.norm())
     return (
         f"{out}: {changed:,} of {total:,} numbers differ from the base; loaded again, it gives the run's logits "
-        f"(rounding to {header.short(kept)} moves them by {apart:.2g} of their size)"
+        f"(rounding to {header.dtype_name(kept)} moves them by {apart:.2g} of their size)"
     )
 
 
-def adapter(config: Config, folder: Path, out: Path) -> str:
+def export_adapter(config: Config, folder: Path, out: Path) -> str:
     """Write the adapter of the run in `folder` to `out`, as peft loads it; returns a line about the check.
 
     The folder gets its name when what it holds, loaded again beside the base, gives the run's logits.
     Raises UserError where the adapter is as it started.
     """
-    config, log = tensors.asked(parts.device(config), folder, tensors.Ask())
+    config, log = tensors.requested(parts.resolve_device(config), folder, tensors.Ask())
     config = replace(config, compute="fp32")  # so that the two differ by nothing but the adapter
     model, tokenizer, config = live(config, folder, log)
-    result, facts = tensors.told(config, folder, log, tensors.Ask())
+    result, facts = tensors.told_by_result(config, folder, log, tensors.Ask())
     trained = adopt(model, list(log.header["trained"]))
-    if attach.fingerprint(trained) == log.header["adapter"]:
+    if attach.adapter_fingerprint(trained) == log.header["adapter"]:
         raise UserError(f"{folder}: its adapter is as it started: {len(log.records)} steps have not moved it")
-    with whole(out) as draft:
-        attach.save(model, draft, tokenizer=tokenizer, card=saved_model.card(config, result, **facts))
+    with whole_folder(out) as draft:
+        attach.save_adapter(
+            model, draft, tokenizer=tokenizer, card=saved_model.model_card_of(config, result, **facts)
+        )
         own = logits(model)
         del model, trained
         with said_before():
-            base, _, _ = parts.model(replace(plain(config), adapter=None))
-        agree(logits(attach.load(widened(base, None), draft)), own, out)
+            base, _, _ = parts.load_run_model(replace(without_adapter(config), adapter=None))
+        agree(logits(attach.load_adapter(widened(base, None), draft)), own, out)
     return f"{out}: loaded again beside the base, it gives the run's logits"
 
 
@@ -154,6 +158,6 @@ def differing(model: Any, base: Base, dtype: torch.dtype) -> tuple[int, int]:
     return changed, sum(t.numel() for t in base.tensors.values())
 
 
-def plain(config: Config) -> Config:
+def without_adapter(config: Config) -> Config:
     """The config of the base alone, without the adapter that it would train (but with one that it starts from)."""
     return replace(config, train="all") if config.train in ADAPTERS else config

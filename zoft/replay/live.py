@@ -9,9 +9,9 @@ from typing import Any
 from zoft.config.schema import ADAPTERS, Config
 from zoft.ledger.log import Log
 from zoft.method.recipes import method_of
-from zoft.models.adapters.kept_in_place import folder_of
+from zoft.models.adapters.kept_in_place import adapter_folder
 from zoft.replay import saved_model, snapshot, tensors
-from zoft.replay.snapshot import newest
+from zoft.replay.snapshot import newest_snapshot
 from zoft.replay.tensors import denoise
 from zoft.train import parts
 from zoft.train.assemble import assemble_again
@@ -23,13 +23,13 @@ def replay_run(config: Config, folder: Path, out: Path, ask: tensors.Ask) -> int
 
     Tensor by tensor; in memory where few numbers are trained beside a frozen or quantised model.
     """
-    beside = config.train in ADAPTERS or folder_of(config) is not None
+    beside = config.train in ADAPTERS or adapter_folder(config) is not None
     if not (beside or method_of(config.recipe).space.quantised):
-        return tensors.replay(config, folder, out, ask)
-    config, log = tensors.asked(parts.device(config), folder, ask)
+        return tensors.replay_tensors(config, folder, out, ask)
+    config, log = tensors.requested(parts.resolve_device(config), folder, ask)
     model, tokenizer, config = live(config, folder, log)
-    result, facts = tensors.told(config, folder, log, ask)
-    saved_model.save(config, model, tokenizer, out, result, **facts)
+    result, facts = tensors.told_by_result(config, folder, log, ask)
+    saved_model.save_run_model(config, model, tokenizer, out, result, **facts)
     return len(log.records)
 
 
@@ -39,7 +39,7 @@ def live(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
     config, log: from replay.asked. Raises UserError for another base.
     """
     again = assemble_again(config, folder, log.header)
-    trainer = Trainer(again.model, again.axis, lambda step: [], None, parts.settings(again.config))
+    trainer = Trainer(again.model, again.axis, lambda step: [], None, parts.trainer_settings(again.config))
     catch_up(trainer, folder, again.config, log, parts.say)
     return again.model, again.tokenizer, again.config
 
@@ -47,11 +47,11 @@ def live(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
 def catch_up(trainer: Trainer, folder: Path, config: Config, log: Log, say: Callable[[str], Any]) -> None:
     """Bring the weights to the log's last step: the newest sound snapshot, then what came after it."""
     records = log.records
-    found = newest(folder, log.header, log.events, say=say)
+    found = newest_snapshot(folder, log.header, log.events, say=say)
     if found:
         step, path = found
         say(f"starting from the snapshot at step {step}")
-        snapshot.load(path, trainer.axis.trained, step)
+        snapshot.load_snapshot(path, trainer.axis.trained, step)
         trainer.skip_to(step, records)
     if trainer.next < len(records):
         say(f"replaying {len(records) - trainer.next} of {config.steps} steps from the ledger")

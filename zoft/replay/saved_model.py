@@ -18,7 +18,7 @@ def folder_name(config: Config) -> str:
     return "adapter" if config.train in ADAPTERS else "model"
 
 
-def save(
+def save_run_model(
     config: Config, model: Any, tokenizer: Any, out: Path, result: Mapping[str, Any], **facts: Any
 ) -> None:
     """Write a run's model as others load it, in the checkpoint's dtype or save_dtype; facts: more for its card.
@@ -31,19 +31,21 @@ def save(
     from zoft.models import saving
     from zoft.models.adapters import attach
 
-    text = card(config, result, **facts)
+    text = model_card_of(config, result, **facts)
     dtype = model.checkpoint_dtype if config.save_dtype == "auto" else space.DTYPES[config.save_dtype]
     try:
         with writing(out):
             if config.train in ADAPTERS:
-                attach.save(model, out, tokenizer=tokenizer, card=text)
+                attach.save_adapter(model, out, tokenizer=tokenizer, card=text)
             else:
-                saving.save(model, tokenizer, out, dtype=dtype, card=text, dequantise=config.save_dequantised)
+                saving.save_model(
+                    model, tokenizer, out, dtype=dtype, card=text, dequantise=config.save_dequantised
+                )
     except SafetensorError as error:
         raise UserError(f"cannot write {out}: {error}") from OSError(str(error))
 
 
-def card(config: Config, result: Mapping[str, Any], **facts: Any) -> str:
+def model_card_of(config: Config, result: Mapping[str, Any], **facts: Any) -> str:
     """The text of a model's README.md: what it was made of, how, and its figures; facts: what else there is to say."""
     from zoft.models import load
     from zoft.models.saving import model_card
@@ -52,17 +54,17 @@ def card(config: Config, result: Mapping[str, Any], **facts: Any) -> str:
     rows = {"task": config.task.name} | {k: getattr(config, k) for k in keys} | facts
     for when in ("before", "after"):
         rows |= {f"{name} {when}": console.short(v) for name, v in result.get(when, {}).items()}
-    return model_card(load.resolve(config.model), rows)
+    return model_card(load.find_model(config.model), rows)
 
 
-def outcome(folder: Path) -> dict[str, Any]:
+def read_result(folder: Path) -> dict[str, Any]:
     """result.json's content, empty for a run that is not finished."""
     path = folder / "result.json"
     if not path.exists():
         return {}
     try:
         found = json.loads(path.read_bytes() if path.is_file() else b"")
-        summary(found)
+        result_summary(found)
         return found
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(
@@ -70,16 +72,16 @@ def outcome(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def summary(result: Mapping[str, Any]) -> str:
+def result_summary(result: Mapping[str, Any]) -> str:
     """What a user reads at the end of a run."""
-    rows = table({"before": result["before"], "after": result["after"]})
+    rows = metrics_table({"before": result["before"], "after": result["after"]})
     return (
         f"{rows}\n{result['steps']} steps, {result['forwards']} forwards in {result['train_seconds']:.0f} s, "
         f"peak memory {result['peak_memory_gb']:.2f} GB: {result['output_dir']}"
     )
 
 
-def table(columns: Mapping[str, Mapping[str, Any]]) -> str:
+def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
     """Metrics side by side, a line each, columns named."""
     names = list(dict.fromkeys(name for metrics in columns.values() for name in metrics))
     head = [f"{'':22}" + "".join(f"{title:>12}" for title in columns)] if any(columns) else []

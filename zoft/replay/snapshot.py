@@ -37,7 +37,7 @@ def file_of(folder: Path, step: int) -> Path:
     return folder / FOLDER / f"step-{step:08d}.safetensors"
 
 
-def take(folder: Path, ledger: Ledger, trained: Sequence[Trained]) -> str:
+def take_snapshot(folder: Path, ledger: Ledger, trained: Sequence[Trained]) -> str:
     """Save the weights after the ledger's last step, then note it there; returns a line about it.
 
     The ledger is synced first and the file gets its name when it is whole and on the disk, so that a snapshot is
@@ -64,7 +64,7 @@ def take(folder: Path, ledger: Ledger, trained: Sequence[Trained]) -> str:
     return f"snapshot at step {step}: {size:.4g} MB in {seconds:.1f} s"
 
 
-def newest(
+def newest_snapshot(
     folder: Path, header: Mapping[str, Any], events: Iterable[Event], *, last: int | None = None,
     say: Callable[[str], Any] = lambda line: None,
 ) -> tuple[int, Path] | None:  # fmt: skip
@@ -107,7 +107,7 @@ def fault_of(path: Path, header: Mapping[str, Any], event: Event) -> str:
     return "is damaged: its checksum does not match"
 
 
-def load(path: Path, trained: Sequence[Trained], step: int) -> None:
+def load_snapshot(path: Path, trained: Sequence[Trained], step: int) -> None:
     """Put a sound snapshot of `step` (from `newest`) into the weights."""
     import torch
     from safetensors import safe_open
@@ -161,7 +161,9 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mappin
     from zoft.ledger.log import sync_folder
     from zoft.models import safetensors_writer
 
-    head, starts = safetensors_writer.header({name: (t.shape, t.dtype) for name, t in tensors.items()}, facts)
+    head, starts = safetensors_writer.safetensors_header(
+        {name: (t.shape, t.dtype) for name, t in tensors.items()}, facts
+    )
     draft = path.with_name(f".{path.name}.new")
     h = hashlib.blake2b(digest_size=DIGEST)
     try:

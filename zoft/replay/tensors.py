@@ -18,7 +18,7 @@ from zoft import console
 from zoft.config.schema import Config
 from zoft.errors import UserError
 from zoft.ledger import log as ledger
-from zoft.ledger.check import sound
+from zoft.ledger.check import refuse_unsound
 from zoft.ledger.log import Event, Log
 from zoft.method import masks, space
 from zoft.method import updates as update
@@ -26,13 +26,13 @@ from zoft.method.estimators.named import estimator_of
 from zoft.method.rules import attach_rule, rule_of
 from zoft.method.space import FP16_MAX, Trained, frozen_dtype
 from zoft.models import safetensors_writer, saving
-from zoft.models.saving import finish_folder, whole
+from zoft.models.saving import finish_folder, whole_folder
 from zoft.noise.spec import Update
 from zoft.probe.inplace import InPlace
 from zoft.replay import base_weights as bases
 from zoft.replay import saved_model
 from zoft.replay.base_weights import Base
-from zoft.replay.snapshot import newest
+from zoft.replay.snapshot import newest_snapshot
 from zoft.train import header as headers
 from zoft.train import parts
 from zoft.train.header import page_of, with_plan
@@ -53,12 +53,12 @@ class Ask:
     denoise: bool = False
 
 
-def asked(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
+def requested(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
     """The run's config under its ledger's plan, and its ledger up to what is asked for; reads only.
 
     Raises UserError for steps that the ledger does not have, and for a wish that its storage makes void.
     """
-    header, records, events = sound(folder, ledger.read(folder / "ledger"))
+    header, records, events = refuse_unsound(folder, ledger.read_ledger(folder / "ledger"))
     headers.agree(header, page_of(config), folder)
     trained = header["trained"]
     n = len(records) if ask.steps is None else ask.steps
@@ -100,18 +100,18 @@ def asked(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
     return config, Log(header, records[:n], events)
 
 
-def replay(config: Config, folder: Path, out: Path, ask: Ask) -> int:
+def replay_tensors(config: Config, folder: Path, out: Path, ask: Ask) -> int:
     """Write the model of the run in `folder` to `out`, tensor by tensor; returns the number of its steps.
 
     Memory: the largest tensor, in its checkpoint's dtype, its storage's and its momentum (and fp32, to denoise).
     Raises UserError for another base.
     """
-    config, log = asked(parts.device(config), folder, ask)
-    base = bases.find(config, log.header["base"], str(folder))
+    config, log = requested(parts.resolve_device(config), folder, ask)
+    base = bases.find_base(config, log.header["base"], str(folder))
     dtype = base.model.checkpoint_dtype if config.save_dtype == "auto" else space.DTYPES[config.save_dtype]
     found = start(folder, log, ask)
-    result, facts = told(config, folder, log, ask)
-    tokenizer, text = base.tokenizer(), saved_model.card(config, result, **facts)
+    result, facts = told_by_result(config, folder, log, ask)
+    tokenizer, text = base.tokenizer(), saved_model.model_card_of(config, result, **facts)
     with progress(log, found[0] if found else 0) as did:
         made = weights(config, base, log, found, did)
         if base.whole:
@@ -119,21 +119,21 @@ def replay(config: Config, folder: Path, out: Path, ask: Ask) -> int:
             for name, tensor in made:
                 if name in log.header["trained"]:
                     state[name].data = tensor.cpu()
-            saving.save(
+            saving.save_model(
                 base.model, tokenizer, out, dtype=dtype, card=text, dequantise=config.save_dequantised
             )
         else:
-            with whole(out) as draft:
+            with whole_folder(out) as draft:
                 stream(base, made, draft, dtype)
                 finish_folder(draft, tokenizer, dtype, text)
     return len(log.records)
 
 
-def told(config: Config, folder: Path, log: Log, ask: Ask) -> tuple[dict[str, Any], dict[str, str]]:
+def told_by_result(config: Config, folder: Path, log: Log, ask: Ask) -> tuple[dict[str, Any], dict[str, str]]:
     """(the run's result, where this is the model that it ended with, else nothing; what else a card should say)."""
     steps = len(log.records)
     if steps == config.steps and not (ask.exact or ask.denoise):
-        return saved_model.outcome(folder), {}
+        return saved_model.read_result(folder), {}
     how = (
         {"replayed with": "fp32 storage"}
         if ask.exact
@@ -156,9 +156,9 @@ def stream(base: Base, made: Iterator[tuple[str, Tensor]], folder: Path, dtype: 
     def cast() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in made:
             if name in sizes:
-                yield name, saving.cast(name, tensor, sizes[name][1])
+                yield name, saving.cast_tensor(name, tensor, sizes[name][1])
 
-    safetensors_writer.write(folder, sizes, cast())
+    safetensors_writer.write_shards(folder, sizes, cast())
     model = base.model
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
@@ -170,7 +170,7 @@ def start(folder: Path, log: Log, ask: Ask) -> Found:
     """(step, file) of the newest snapshot that what is asked for can start from."""
     if ask.exact or ask.denoise:
         return None
-    found = newest(folder, log.header, log.events, say=parts.say)
+    found = newest_snapshot(folder, log.header, log.events, say=parts.say)
     if found:
         parts.say(f"starting from the snapshot at step {found[0]}")
     return found
@@ -201,7 +201,7 @@ class Tensors:
     log: Log
 
     def __post_init__(self) -> None:
-        self.updates = ledger.updates(self.log.header, self.log.records)
+        self.updates = ledger.updates_of(self.log.header, self.log.records)
         self.denoised = max((e.step for e in self.log.events if e.kind == "denoise"), default=0)
 
     def at_the_end(self, name: str, theta: Tensor, found: Found, did: Callable[[int], None]) -> Tensor:
@@ -233,8 +233,8 @@ class Tensors:
         return t
 
     def _of(self, name: str, theta: Tensor, dtype: torch.dtype) -> Trained:
-        t = space.one(name, nn.Parameter(theta.to(dtype), requires_grad=False))
-        masks.one(t, self.config.mask, self.config.sparsity, self.config.seed)
+        t = space.adopt_tensor(name, nn.Parameter(theta.to(dtype), requires_grad=False))
+        masks.mask_tensor(t, self.config.mask, self.config.sparsity, self.config.seed)
         t.floor = self.log.header.get("floors", {}).get(name)
         attach_rule([t], rule_of(self.config))
         return t
@@ -264,7 +264,7 @@ def advance(t: Trained, updates: Sequence[Update], config: Config, did: Callable
     size = min(most, max(least, 1 << (WORK // max(1, t.stored.numel())).bit_length()))
     for i in range(0, len(updates), size):
         some = updates[i : i + size]
-        update.advance(t, some, config.noise, config.momentum)
+        update.advance_trained(t, some, config.noise, config.momentum)
         did(len(some) * t.stored.numel())
 
 
@@ -282,7 +282,7 @@ def denoise(folder: Path, config: Config, log: Log, steps: int, trained: Sequenc
     a tensor at a time. trained: up to date.
     """
     began = time.monotonic()
-    base = bases.find(config, log.header["base"], str(folder))
+    base = bases.find_base(config, log.header["base"], str(folder))
     tensors = Tensors(config, log)
     noise = moved = numbers = 0.0
     for t in trained:
@@ -301,10 +301,10 @@ def denoise(folder: Path, config: Config, log: Log, steps: int, trained: Sequenc
     return f"denoised {numbers:,.0f} numbers at step {steps} in {time.monotonic() - began:.1f} s: {share}"
 
 
-def look(config: Config, folder: Path, ask: Ask) -> str:
+def describe_replay(config: Config, folder: Path, ask: Ask) -> str:
     """What a replay would make, as text; the base and the ledger are checked, nothing is written."""
-    config, log = asked(parts.device(config), folder, ask)
-    base = bases.find(config, log.header["base"], str(folder))
+    config, log = requested(parts.resolve_device(config), folder, ask)
+    base = bases.find_base(config, log.header["base"], str(folder))
     numbers, total = numbers_of(log), sum(t.numel() for t in base.tensors.values())
     noted = [f"{e.kind} at step {e.step}" for e in log.events if not ask.denoise]
     return (

@@ -74,7 +74,7 @@ def read(folder: Path) -> Run:
         except ValueError:
             raise UserError(f"{folder / ASKED}: damaged; make the baseline again") from None
     rows = logged(folder / "metrics.jsonl")
-    result = saved_model.outcome(folder)
+    result = saved_model.read_result(folder)
     steps = int(result.get("steps", flat.get("steps", 0)))
     used = ESTIMATORS.get(str(flat.get("estimator")), TWO_SIDED)
     each = used.count(int(flat.get("q", 1))) * int(flat.get("batch_size", 1)) * int(flat.get("accumulate", 1))

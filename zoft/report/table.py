@@ -142,7 +142,7 @@ def unfinished(some: Sequence[Group]) -> list[str]:
     return lines
 
 
-def report(
+def report_runs(
     paths: Sequence[str], metrics: Sequence[str] = (), *, csv_to: str | None = None, png_to: str | None = None
 ) -> str:
     """The markdown table, what its names leave out, and what it leaves out; writes the CSV and the picture where asked."""

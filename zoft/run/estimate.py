@@ -23,7 +23,7 @@ from zoft.method.space import train_names
 from zoft.models import footprint
 from zoft.models import load as models
 from zoft.models.adapters import attach as adapters
-from zoft.models.adapters.kept_in_place import folder_of
+from zoft.models.adapters.kept_in_place import adapter_folder
 from zoft.models.footprint import Cost, cost
 from zoft.models.kind import blocks_of
 from zoft.models.quant import linear as quant
@@ -34,10 +34,10 @@ from zoft.noise.spec import Update
 from zoft.objectives.losses import Batch, collate, losses
 from zoft.probe.frozen_blocks import FROZEN_BYTES, frozen_blocks
 from zoft.probe.scratch import SLAB
-from zoft.run.stops import due
+from zoft.run.stops import due_at
 from zoft.train import parts
 from zoft.train.batches import batch_indices
-from zoft.train.parts import dtypes, refuse_unquantised
+from zoft.train.parts import refuse_unquantised, resolve_precision
 
 MEASURED = 0.2  # seconds that a rate is measured for
 ROWS_MAX = 1 << 14  # of the product
@@ -47,7 +47,7 @@ LORA_RANK = 8  # of the LoRA run beside: pairs on query and value projections
 WORKSPACES = 2 * (32 << 20)
 
 
-def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str, Any]:
+def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[str, Any]:
     """Bytes and seconds of a run with this config.
 
     peak = weights + momentum or state + scratch + workspaces + kept frozen outputs + max(activations of a training, an evaluation forward)
@@ -60,8 +60,8 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     lora: {the same}, config: {resolved storage, compute, perturb, probes_per_forward, device, steps}, notes: [str]}.
     Raises UserError as a run would.
     """
-    models.resolve(config.model)  # a mistake shows before data loads
-    config = parts.device(config)
+    models.find_model(config.model)  # a mistake shows before data loads
+    config = parts.resolve_device(config)
     notes: list[str] = []
     tested: int | None = None
     if rows is None:
@@ -73,16 +73,16 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     quantised(config, model)
     refuse_unquantised(config, model)
     if config.train in ADAPTERS:
-        model = adapters.attach(model, config)
-    elif place := folder_of(config):
-        model = adapters.load(model, place)
+        model = adapters.attach_adapter(model, config)
+    elif place := adapter_folder(config):
+        model = adapters.load_adapter(model, place)
     gradients = model
     names = train_names(model, config.train)
-    if quant.layers(model):
+    if quant.quantised_layers(model):
         gradients = skeleton(config)  # training with gradients wants the weights
         if config.device != "cpu" or config.bits is None:
             load = 0  # layer by layer, on the device; or they come quantised
-    config = dtypes(config, model, names)
+    config = resolve_precision(config, model, names)
     inplace = config.perturb == "inplace"
     sizes = weights(model, names, config.storage, config.compute, uniform=inplace)
     total = sum(sizes.values())
@@ -137,14 +137,14 @@ def estimate(config: Config, rows: Sequence[Example] | None = None) -> dict[str,
     passes = each if inplace else config.q
     seconds = flops / speed["flops"] + passes * trained / speed["noise"]
     # Each denoising draws all directions from the start again.
-    redrawn = sum(t for t in range(config.steps + 1) if "denoise" in due(config, t))
+    redrawn = sum(t for t in range(config.steps + 1) if "denoise" in due_at(config, t))
     denoising = redrawn * config.q * trained / speed["noise"]
     return {
         "weights": sizes, "weights_bytes": total, "momentum_bytes": momentum, "state_bytes": state, "scratch_bytes": scratch, "frozen_bytes": frozen,
         "activation_bytes": train.activations, "evaluation_bytes": evaluation, "peak_bytes": peak,
         "seconds_per_step": seconds, "seconds": seconds * config.steps + denoising, "denoising_seconds": denoising,
         "flops_per_step": flops, "rates": speed,
-        "parameters": quant.numbers(model), "trained": trained,
+        "parameters": quant.count_numbers(model), "trained": trained,
         "rows": batch.rows, "tokens": batch.inputs["input_ids"].shape[1],
         **_with_gradients(gradients, batch, usual / probes / speed["flops"] * config.accumulate),
         "config": {k: getattr(config, k) for k in ("storage", "compute", "device", "steps")}
@@ -189,9 +189,9 @@ def _examples(config: Config) -> tuple[list[Example], int | None, str]:
     from zoft.data.tasks import subset
 
     try:
-        data = tasks.load(config.task)
+        data = tasks.load_task(config.task)
         tested = len(subset(data.eval, config.eval_limit))
-        rows = encode(data.train, parts.tokenizer(config), data, config.max_length, pack=data.pack)
+        rows = encode(data.train, parts.run_tokenizer(config), data, config.max_length, pack=data.pack)
         return rows, tested, ""
     except UserError as error:
         context = (0,) * config.max_length
@@ -281,7 +281,7 @@ def _scratch(model: Any, names: Sequence[str], compute: torch.dtype, probes: int
         if n in chosen and all(p is not x for x in passed)
         for size in [p.numel() * (4 if isinstance(p, Scales) else compute.itemsize)]
     ]
-    scales = {id(m.scales): m for m in quant.layers(model).values()}
+    scales = {id(m.scales): m for m in quant.quantised_layers(model).values()}
     if any(n in chosen and id(p) in scales for n, p in model.named_parameters()):
         # One probe's matrix counts among the activations.
         matrices = [m.in_features * m.out_features * compute.itemsize for m in scales.values()]
@@ -327,7 +327,7 @@ def _width(model: Any) -> int:
     )
 
 
-def text(found: dict[str, Any]) -> str:
+def estimate_text(found: dict[str, Any]) -> str:
     """The estimate for a reader."""
     c = found["config"]
     shares = (

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoft.config.schema import GENERATED, NO_GRADIENT, Config
 from zoft.errors import UserError, is_memory
-from zoft.method.advice import known, lr_range, paper_range
+from zoft.method.advice import known_settings, lr_range, paper_range
 from zoft.method.rules import rule_of
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Watch:
         return [line] if new else []
 
     def _diverged(self) -> str:
-        c, k = self.config, known(self.config, self.trained)
+        c, k = self.config, known_settings(self.config, self.trained)
         text = (
             f"the loss has been above its start for {self.above} steps ({_median(self.first):.3g} → "
             f"{_median(self.last):.3g}, medians of {self.window}): start again with a lower lr than {c.lr:g}"
@@ -157,7 +157,7 @@ class Cores:
         return [line]
 
 
-def cores(config: Config, processes: int) -> Cores:
+def watch_cores(config: Config, processes: int) -> Cores:
     """The Cores of a run; none is looked at where steps wait for a GPU, for other processes, or for a reward of the user's."""
     alone = config.device == "cpu" and processes == 1 and not config.elastic and config.reward is None
     return Cores(int(config.threads) if alone and config.threads != "auto" else 1)
@@ -173,7 +173,7 @@ def _variance(values: Sequence[float]) -> float:
 
 
 @contextmanager
-def memory(config: Config) -> Iterator[None]:
+def explain_memory(config: Config) -> Iterator[None]:
     """Memory that runs out in here is one line: what was asked for, what the run takes, what to lower."""
     try:
         yield
@@ -200,7 +200,7 @@ def _lower(config: Config) -> str:
     try:
         from zoft.run import estimate
 
-        found = estimate.estimate(config)
+        found = estimate.estimate_run(config)
         names = ("weights", "momentum", "state", "scratch", "frozen", "activation", "evaluation")
         parts = {name: found[f"{name}_bytes"] for name in names}
         shown = ", ".join(f"{name} {size / 1e9:.2g}" for name, size in parts.items() if size >= 5e6)

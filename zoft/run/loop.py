@@ -18,7 +18,7 @@ from zoft.replay.saved_model import folder_name
 from zoft.run import guards
 from zoft.run.guards import Watch
 from zoft.run.session import Presence, Session, as_begun, steps_of
-from zoft.run.stops import due, next_stop
+from zoft.run.stops import due_at, next_stop
 
 if TYPE_CHECKING:
     from zoft.train.trainer import Trainer
@@ -38,28 +38,28 @@ def fit(
     from zoft.replay.live import catch_up
     from zoft.replay.tensors import denoise
     from zoft.run import selection
-    from zoft.run.selection import check_metric, look_back, prune
+    from zoft.run.selection import check_metric, look_back, prune_snapshots
     from zoft.signals import Stopped
 
-    config, t, world = s.config, s.tracker, distributed.current()
+    config, t, world = s.config, s.tracker, distributed.this_world()
     known, past = world.told(lambda: before(s.folder))
     evals: dict[int, dict[str, Any]] = dict(known)
 
     def scored(step: int) -> dict[str, Any]:
         return world.told(
-            lambda: selection.score(config, evals, step, evaluate, dev)
+            lambda: selection.score_step(config, evals, step, evaluate, dev)
         )  # by rank 0; the others wait
 
     if 0 not in evals:
         evals[0] = scored(0)
         t.evaluation(0, evals[0])
-    if line := selection.note(config, evals):
+    if line := selection.selection_note(config, evals):
         t.note(line)
     check_metric(config, evals[0])
     log = Log(s.ledger.header, s.ledger.records, s.ledger.events)  # the ledger's own lists: they grow
     catch_up(trainer, s.folder, config, log, t.note)
     watch = Watch(config, trainer.axis.trained, steps_of(s.ledger, config))
-    cores = guards.cores(config, world.size)
+    cores = guards.watch_cores(config, world.size)
     folder = Presence(s.ledger, {"config.yaml": to_yaml(config)})
 
     def on_step(metrics: dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ def fit(
     def at_stop(step: int) -> None:
         s.ledger.sync()  # nothing durable is ever ahead of the ledger
         noted = {e.kind for e in s.ledger.events if e.step == step}  # a run that stopped here has done these
-        for what in due(config, step):
+        for what in due_at(config, step):
             if what == "denoise" and what not in noted:
                 s.ledger.note(Event("denoise", step))  # first, as with steps: from here on it is a fact
                 t.note(denoise(s.folder, config, log, step, trainer.axis.trained))
@@ -90,16 +90,16 @@ def fit(
             elif what == "snapshot" and what not in noted and world.rank:
                 s.ledger.note(Event("snapshot", step))
             elif what == "snapshot" and what not in noted:
-                t.note(snapshot.take(s.folder, s.ledger, trainer.axis.trained))
-                prune(s.folder, config, s.ledger.events, evals)
-        if {"snapshot", "denoise"} & {*due(config, step)}:
+                t.note(snapshot.take_snapshot(s.folder, s.ledger, trainer.axis.trained))
+                prune_snapshots(s.folder, config, s.ledger.events, evals)
+        if {"snapshot", "denoise"} & {*due_at(config, step)}:
             world.told(lambda: None)  # however long it takes: a wait for losses has an end
 
     world.check(trainer.next, trainer.axis.trained)
     at_stop(trainer.next)
     began, paused = time.monotonic(), 0.0
     cores.paused()
-    while trainer.next < config.steps and not selection.stops(config, evals):
+    while trainer.next < config.steps and not selection.stops_early(config, evals):
         with s.stop.finishing():
             trainer.run(on_step, until=next_stop(config, trainer.next, world.size))
         if trainer.halted:
@@ -107,7 +107,7 @@ def fit(
         pause = time.monotonic()
         if trainer.next == config.steps or (config.check_every and not trainer.next % config.check_every):
             world.check(trainer.next, trainer.axis.trained)
-        if due(config, trainer.next):
+        if due_at(config, trainer.next):
             at_stop(trainer.next)
         paused += time.monotonic() - pause
         t.paused()
@@ -116,17 +116,17 @@ def fit(
     seconds = past + time.monotonic() - began - paused
     several: dict[str, Any] = {"processes": world.size, "wire_bytes": world.sent} if world.size > 1 else {}
     last = trainer.next
-    if not selection.tested(evals[last]):  # an early end, judged on the dev set so far
+    if not selection.has_test_metrics(evals[last]):  # an early end, judged on the dev set so far
         evals[last] = {**world.told(evaluate), **evals[last]}
         t.evaluation(last, evals[last])
-    chosen = selection.best(config, evals) if config.save_best else last
-    if not selection.tested(evals[chosen]):
+    chosen = selection.best_step(config, evals) if config.save_best else last
+    if not selection.has_test_metrics(evals[chosen]):
         back = world.told(lambda: look_back(config, s.folder, chosen, trainer.axis.trained, evaluate))
         evals[chosen] = {**back, **evals[chosen]}
     if last < config.steps:
         several["stopped_early"] = True
         t.note(
-            f"early_stop={config.early_stop}: nothing better than at step {selection.best(config, evals)}; stopped"
+            f"early_stop={config.early_stop}: nothing better than at step {selection.best_step(config, evals)}; stopped"
         )
     if config.save_best:
         several |= {"best_step": chosen, "last": evals[last]}
@@ -153,18 +153,18 @@ def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> di
     """Save the model and, last of all, result.json: its presence says that the run is complete. Rank 0 alone does."""
     from zoft.parallel import world as distributed
 
-    if distributed.current().rank:
+    if distributed.this_world().rank:
         return result
     Presence(s.ledger, {"config.yaml": to_yaml(s.config)}).look(now=True)
     if s.config.save_model:
         out, best = s.folder / folder_name(s.config), result.get("best_step", s.config.steps)
         if best == s.config.steps:
-            saved_model.save(s.config, model, tokenizer, out, result)
+            saved_model.save_run_model(s.config, model, tokenizer, out, result)
         else:
             from zoft.run import selection
 
             s.ledger.sync()
-            selection.save(s.config, s.folder, out, best)
+            selection.save_step(s.config, s.folder, out, best)
     result = {**result, "output_dir": str(s.folder)}
     write(s.folder / "result.json", json.dumps(result, indent=2) + "\n")
     return result

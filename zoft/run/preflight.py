@@ -38,25 +38,25 @@ def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None
     from zoft.data import tasks
     from zoft.models import checkpoint, load
 
-    tracker.require(config.track)
-    devices(config)
+    tracker.require_tracker(config.track)
+    refuse_missing_devices(config)
     if resume is None and not dry_run:
-        claim(Path(str(config.output_dir)))
+        claim_folder(Path(str(config.output_dir)))
     if resume and (Path(resume) / "ledger").exists():  # damage shows before weights load
         from zoft.ledger import log
-        from zoft.ledger.check import sound
+        from zoft.ledger.check import refuse_unsound
 
-        sound(resume, log.read(Path(resume) / "ledger"))
-    load.check(source := load.resolve(config.model))
-    blocks, last = load.blocks(source), re.fullmatch(r"last-(\d+)", config.train)
+        refuse_unsound(resume, log.read_ledger(Path(resume) / "ledger"))
+    load.check_model(source := load.find_model(config.model))
+    blocks, last = load.block_count(source), re.fullmatch(r"last-(\d+)", config.train)
     if blocks and last and int(last[1]) > blocks:
         raise UserError(f"train={config.train}: the model has {blocks} blocks; use last-1 to last-{blocks}")
     if config.adapter:
-        checkpoint.adapter(config.adapter, Path(config.adapter).expanduser())
-    tasks.look(config.task)
+        checkpoint.check_adapter(config.adapter, Path(config.adapter).expanduser())
+    tasks.check_task(config.task)
 
 
-def claim(folder: Path) -> None:
+def claim_folder(folder: Path) -> None:
     """Refuse a folder that holds a run, or files that a run would overwrite."""
     refuse_unwritable("output_dir", folder)
     if (folder / "ledger").exists():
@@ -70,14 +70,14 @@ def claim(folder: Path) -> None:
         raise UserError(f"output_dir={folder}: {held} is in the way; choose another name with output_dir=…")
 
 
-def devices(config: Config) -> None:
+def refuse_missing_devices(config: Config) -> None:
     """Refuse CUDA where no driver has left its file in /dev; whatever is subtler shows once torch is there."""
     if config.device.startswith("cuda") and sys.platform.startswith("linux"):
         if not any(Path("/dev", name).exists() for name in DRIVERS):
             raise UserError(f"device={config.device}: no CUDA devices here; use device=cpu or device=auto")
 
 
-def rewarded(config: Config, resume: str | Path | None, *, must: bool = True) -> None:
+def refuse_reward(config: Config, resume: str | Path | None, *, must: bool = True) -> None:
     """Refuse a reward that is not there, and to train on one (must) that is not named on the command line."""
     if must and config.objective == "reward" and config.reward is None:
         if resume:
@@ -89,7 +89,7 @@ def rewarded(config: Config, resume: str | Path | None, *, must: bool = True) ->
         rewards.look(config.reward)
 
 
-def within(config: Config) -> Config:
+def allowed_steps(config: Config) -> Config:
     """The config with as many steps as `max_forwards` allows. Raises UserError if it allows none."""
     if config.max_forwards is None:
         return config
@@ -109,7 +109,7 @@ def within(config: Config) -> Config:
     return dataclasses.replace(config, steps=steps)
 
 
-def absolute(config: Config) -> Config:
+def absolute_paths(config: Config) -> Config:
     """Paths made absolute, so that a run resumes from any folder."""
 
     def fixed(text: str | None) -> str | None:
@@ -131,7 +131,7 @@ def absolute(config: Config) -> Config:
 
 def check_elastic(config: Config) -> None:
     """Raise UserError for what elastic=true cannot have."""
-    if launch.place()[1] > 1:
+    if launch.process_place()[1] > 1:
         raise UserError(
             "elastic=true: torchrun starts all again where one dies; use `zoft train --nproc N` and `zoft join`"
         )

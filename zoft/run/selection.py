@@ -21,19 +21,19 @@ LOWER_IS_BETTER = ("loss", "perplexity")
 Evals = Mapping[int, Mapping[str, Any]]  # step -> metrics, those on the dev set as dev_…
 
 
-def best(config: Config, evals: Evals) -> int:
+def best_step(config: Config, evals: Evals) -> int:
     """The step of the best evaluation by best_by, on the dev set where there is one; the earliest of equals."""
     return min(sorted(evals), key=lambda s: badness(of_best(config, evals[s]), config.best_by))
 
 
-def stops(config: Config, evals: Evals) -> bool:
+def stops_early(config: Config, evals: Evals) -> bool:
     """Whether the last early_stop evaluations brought nothing better: the run ends here."""
     if not config.early_stop or not evals:
         return False
-    return sum(s > best(config, evals) for s in evals) >= config.early_stop
+    return sum(s > best_step(config, evals) for s in evals) >= config.early_stop
 
 
-def score(
+def score_step(
     config: Config,
     evals: Evals,
     step: int,
@@ -46,16 +46,16 @@ def score(
         return test()
     found = {f"dev_{k}": v for k, v in dev().items()}
     ends = step in (0, config.steps)
-    better = config.save_best and best(config, {**evals, step: found}) == step
+    better = config.save_best and best_step(config, {**evals, step: found}) == step
     return {**test(), **found} if ends or better else found
 
 
-def tested(metrics: Mapping[str, Any]) -> bool:
+def has_test_metrics(metrics: Mapping[str, Any]) -> bool:
     """Whether a step's metrics have those of the evaluation rows."""
     return any(not name.startswith("dev_") for name in metrics)
 
 
-def note(config: Config, evals: Evals) -> str:
+def selection_note(config: Config, evals: Evals) -> str:
     """A line where the evaluation rows themselves choose, "" where they do not."""
     if not chooses(config) or any(name.startswith("dev_") for name in evals[0]):
         return ""
@@ -71,9 +71,9 @@ def look_back(
     """A past step's metrics on the evaluation rows, where nobody looked at them then (save_best came later). Leaves the
     weights in memory at that step, rebuilt from base and ledger."""
     from zoft.replay.live import live
-    from zoft.replay.tensors import Ask, asked
+    from zoft.replay.tensors import Ask, requested
 
-    config, log = asked(config, folder, Ask(step))
+    config, log = requested(config, folder, Ask(step))
     model, _, _ = live(config, folder, log)
     made = dict(model.named_parameters())
     for t in trained:
@@ -81,7 +81,7 @@ def look_back(
     return test()
 
 
-def save(config: Config, folder: Path, out: Path, step: int) -> None:
+def save_step(config: Config, folder: Path, out: Path, step: int) -> None:
     """Write the model (or adapter) as it was after `step` steps: base and ledger give its bits."""
     from zoft.replay.live import replay_run
     from zoft.replay.tensors import Ask
@@ -98,7 +98,7 @@ def check_metric(config: Config, metrics: Mapping[str, Any]) -> None:
         )
 
 
-def prune(
+def prune_snapshots(
     folder: Path, config: Config, events: Iterable[Event], evals: Mapping[int, Mapping[str, Any]]
 ) -> None:
     """Delete the snapshots that are neither among the newest keep_last nor the best keep_best.

@@ -17,7 +17,7 @@ from zoft.config.compose import to_yaml
 from zoft.config.schema import Config
 from zoft.errors import UserError, writing
 from zoft.folder import write
-from zoft.run.preflight import claim
+from zoft.run.preflight import claim_folder
 from zoft.run.tracker import Tracker
 from zoft.signals import Stop, listening
 from zoft.yaml_files import yaml_tree
@@ -54,7 +54,7 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
     from zoft.parallel import world as distributed
     from zoft.train.header import agree
 
-    world = distributed.current()
+    world = distributed.this_world()
     folder, first = Path(resume or str(config.output_dir)), world.rank == 0
     if not first:
         ledger = world.ledger(None)
@@ -62,7 +62,7 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
         ledger = Ledger.open(folder / "ledger", sync=config.sync)
     else:
         if resume is None:  # another run may have begun there while the model was loading
-            claim(folder)
+            claim_folder(folder)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         write(folder / "config.yaml", to_yaml(config))
@@ -99,7 +99,7 @@ def resolved_anew(config: Config, resume: str | Path | None) -> Config:
     each has its share of this machine. What config.yaml was given by hand since stays."""
     from zoft.parallel import world as distributed
 
-    world = distributed.current()
+    world = distributed.this_world()
     path = Path(resume or "") / "env.json"
 
     def began() -> dict[str, Any]:

@@ -16,7 +16,14 @@ from zoft.folder import ASKED, alone
 from zoft.parallel import launch
 from zoft.replay import saved_model
 from zoft.run import guards
-from zoft.run.preflight import absolute, check_elastic, claim, first_look, rewarded, within
+from zoft.run.preflight import (
+    absolute_paths,
+    allowed_steps,
+    check_elastic,
+    claim_folder,
+    first_look,
+    refuse_reward,
+)
 from zoft.run.session import resolved_anew
 from zoft.signals import listening
 
@@ -30,14 +37,14 @@ def train_run(config: Config, *, resume: str | Path | None = None, dry_run: bool
     Returns result.json's content. Raises UserError before anything heavy where a mistake shows early.
     """
     if resume and (Path(resume) / "result.json").exists():
-        found = saved_model.outcome(Path(resume))
+        found = saved_model.read_result(Path(resume))
         print(f"{resume}: this run is finished; its result follows", file=sys.stderr)
         return found
     if resume and (Path(resume) / ASKED).exists():
         raise UserError(
             f"{resume}: a baseline, which is not resumed; delete it and start `zoft baseline` again"
         )
-    rewarded(config, resume)
+    refuse_reward(config, resume)
     folder = str(resume or config.output_dir)
     if config.elastic:
         check_elastic(config)
@@ -46,20 +53,20 @@ def train_run(config: Config, *, resume: str | Path | None = None, dry_run: bool
         )  # a pair of a probe and a batch is a forward
     elif config.listen != "127.0.0.1:0":
         raise UserError(f"listen={config.listen}: is for elastic=true; leave it out")
-    writes = launch.place()[0] == 0  # of several processes, one does
+    writes = launch.process_place()[0] == 0  # of several processes, one does
     if writes and resume is None and not dry_run:
-        claim(Path(folder))
+        claim_folder(Path(folder))
     mine = alone(Path(folder), resume is None) if writes and not dry_run else nullcontext()
     # A signal that comes while things load says "resume me", too.
-    with listening(folder), guards.memory(config), mine:
+    with listening(folder), guards.explain_memory(config), mine:
         if writes:
             first_look(config, resume, dry_run)
             if line := untested():
                 print(line, file=sys.stderr)
         from zoft.parallel import world
 
-        with world.joined(config, folder):
-            return _trained(within(absolute(resolved_anew(config, resume))), resume, dry_run)
+        with world.joined_processes(config, folder):
+            return _trained(allowed_steps(absolute_paths(resolved_anew(config, resume))), resume, dry_run)
 
 
 def _trained(config: Config, resume: str | Path | None, dry_run: bool) -> dict[str, Any]:
@@ -71,12 +78,12 @@ def _trained(config: Config, resume: str | Path | None, dry_run: bool) -> dict[s
     from zoft.run.session import session
     from zoft.train import build, header
     from zoft.train.assemble import assemble
-    from zoft.train.build import trainer
+    from zoft.train.build import build_trainer
 
     parts = assemble(config, resume)
     config, objective, axis = parts.config, parts.objective, parts.axis
     if dry_run:
-        return build.plan(parts)
+        return build.plan_run(parts)
     write = None if objective.texts else writer(config, parts.model, parts.tokenizer, axis.clean)
 
     def score(examples: list[Example], rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -87,7 +94,7 @@ def _trained(config: Config, resume: str | Path | None, dry_run: bool) -> dict[s
     test = partial(score, parts.held_out, subset(data.eval, config.eval_limit))
     choose = partial(score, dev, data.dev) if dev and data.dev else None
     with session(config, parts.header, resume) as s:
-        header.keep(config, parts.trained, s.folder)
+        header.keep_prefix_start(config, parts.trained, s.folder)
         objective.watched(s.ledger.header, s.tracker)
-        result = fit(trainer(parts, s.ledger), s, test, choose)
+        result = fit(build_trainer(parts, s.ledger), s, test, choose)
         return finish(s, parts.model, parts.tokenizer, result)

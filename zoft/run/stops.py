@@ -8,7 +8,7 @@ from zoft.config.schema import Config
 EVERY = {"denoise": "denoise_every", "eval": "eval_every", "snapshot": "snapshot_every"}
 
 
-def due(config: Config, step: int) -> list[str]:
+def due_at(config: Config, step: int) -> list[str]:
     """What happens once `step` steps are done; a run ends with an evaluation, after denoising if it denoises at all."""
     last = ["eval", *["denoise"] * (config.denoise_every > 0)] if step == config.steps else []
     return [what for what, every in EVERY.items() if what in last or _falls(step, getattr(config, every))]

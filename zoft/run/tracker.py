@@ -23,7 +23,7 @@ LIVE_SECONDS = 0.1  # between redraws of the live line
 RECENT = 50  # steps whose mean time is the speed: a run gets faster once its frozen outputs are all there
 
 
-def require(track: str) -> None:
+def require_tracker(track: str) -> None:
     """Raise UserError when the package that `track` needs is not installed; imports nothing."""
     import importlib.util
 
@@ -55,7 +55,7 @@ class Tracker:
         device: str = "cpu",
         stream: TextIO | None = None,
     ):
-        require(track)
+        require_tracker(track)
         self.steps, self.first, self.stream = steps, resume_step, stream or sys.stderr
         self.device = device
         path = Path(os.devnull) if run_dir is None else Path(run_dir) / "metrics.jsonl"

@@ -30,21 +30,21 @@ STATES = ("done", "running", "stopped", "failed", "cancelled", "pending")
 TAIL_BYTES = 1 << 14
 
 
-def state(folder: Path) -> str:
+def job_state(folder: Path) -> str:
     """One of STATES, from the disk alone."""
     if (folder / "result.json").exists():
         return "done"
-    if held(folder):
+    if job_is_held(folder):
         return "running"
     if (folder / "cancelled").exists():
         return "cancelled"
-    found = record(folder)
+    found = job_record(folder)
     if found.get("code") not in (None, 0, RESUME) and not found.get("signalled"):
         return "failed"
     return "stopped" if found or (folder / "ledger").exists() else "pending"
 
 
-def record(folder: Path) -> dict[str, Any]:
+def job_record(folder: Path) -> dict[str, Any]:
     """job.json's content: {attempts, started, host, pid, slurm} and, once it ended, {ended, code, error, signalled}."""
     try:
         found = json.loads((folder / "job.json").read_bytes())
@@ -53,7 +53,7 @@ def record(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def held(folder: Path) -> bool:
+def job_is_held(folder: Path) -> bool:
     """Whether a process holds the lock of a job, or of a sweep."""
     try:
         fd = os.open(folder / ".lock", os.O_RDONLY)
@@ -109,7 +109,7 @@ def start(
     if lock is None:
         return None
     try:
-        facts = {"attempts": record(folder).get("attempts", 0) + 1, "started": time.time(), **facts}
+        facts = {"attempts": job_record(folder).get("attempts", 0) + 1, "started": time.time(), **facts}
         facts = {k: v for k, v in facts.items() if v != ""} | {
             "host": socket.gethostname(),
             "steps": steps(folder),
@@ -135,7 +135,7 @@ def _die_with_parent() -> None:
 
 def ended(folder: Path, code: int, *, signalled: bool = False) -> None:
     """Write down how a job's process ended. signalled: it was told to stop, so that it did not fail."""
-    facts = record(folder) | {"ended": time.time(), "code": code, "signalled": signalled}
+    facts = job_record(folder) | {"ended": time.time(), "code": code, "signalled": signalled}
     if code not in (0, RESUME):
         facts["error"] = last_error(folder, code)
     write(folder / "job.json", json.dumps(facts))

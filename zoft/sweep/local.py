@@ -98,7 +98,7 @@ def run(
                 if len(running) >= jobs:
                     break
                 name = waiting.popleft()
-                at = job.state(root / name)
+                at = job.job_state(root / name)
                 if at in ("done", "cancelled"):
                     ends += 1
                     say(f"{ends}/{len(names)} {outcome(root / name)}")
@@ -121,9 +121,9 @@ def run(
 
 def outcome(folder: Path) -> str:
     """A line on how a job ended."""
-    at = job.state(folder)
+    at = job.job_state(folder)
     if at == "failed":
-        return f"failed {folder.name}: {job.record(folder).get('error', '')}"
+        return f"failed {folder.name}: {job.job_record(folder).get('error', '')}"
     if at == "done":
         from zoft.console import short
 

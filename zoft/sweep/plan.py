@@ -81,7 +81,7 @@ def plan(config: str | None, overrides: Sequence[str], *, search: str = "") -> P
                 f"{len(rows)} configs: more than {JOBS_MAX}; sweep over less, or search with --trials"
             )
         for row in rows:
-            checked = add(made, row)
+            checked = add_job(made, row)
             if not made.root.parts:
                 made.root = place(config, several, checked, base, swept, told, search)
         every = [c for c, _ in made.jobs.values()]
@@ -97,13 +97,13 @@ def plan(config: str | None, overrides: Sequence[str], *, search: str = "") -> P
 
 def _besides(configs: Sequence[Config]) -> tuple[str, ...]:
     """What a resumed run must be told on the command line again; the same for all jobs."""
-    from zoft.run.preflight import absolute
+    from zoft.run.preflight import absolute_paths
 
     if len({c.reward for c in configs}) > 1:
         raise UserError("reward: a sweep has one reward; make a sweep of each")
     if any(map(is_page, named := {c.recipe for c in configs})) and len(named) > 1:
         raise UserError("recipe: a sweep has packaged recipes or one page of your own; make a sweep of each")
-    first = absolute(configs[0])
+    first = absolute_paths(configs[0])
     reward, page = first.reward, first.recipe if is_page(first.recipe) else None
     trusted = any(c.trust_remote_code for c in configs)
     told = [
@@ -112,7 +112,7 @@ def _besides(configs: Sequence[Config]) -> tuple[str, ...]:
     return (*told, *(("trust_remote_code=true",) if trusted else ()))
 
 
-def add(made: Plan, row: Mapping[str, str]) -> Config:
+def add_job(made: Plan, row: Mapping[str, str]) -> Config:
     """Check the config of one combination of values and put it among the jobs; returns it."""
     texts = [f"{k}={v}" for k, v in row.items() if k != CONFIG]
     try:
@@ -184,18 +184,18 @@ def _look(found: Sequence[Config]) -> None:
     from zoft.run import tracker
 
     for model in dict.fromkeys(c.model for c in found):
-        load.check(load.resolve(model))
+        load.check_model(load.find_model(model))
     seen = []
     for config in found:
-        tracker.require(config.track)
+        tracker.require_tracker(config.track)
         if config.task not in seen:
-            tasks.look(config.task)
+            tasks.check_task(config.task)
             seen.append(config.task)
 
 
 def write_down(made: Plan, names: Sequence[str]) -> None:
     """Make the folders of jobs, each with its config.yaml, and add them to the plan on disk."""
-    from zoft.run.preflight import absolute
+    from zoft.run.preflight import absolute_paths
 
     for name in names:
         config, _ = made.jobs[name]
@@ -203,15 +203,15 @@ def write_down(made: Plan, names: Sequence[str]) -> None:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "ledger").exists():  # keys of the machine may have changed since it was planned
-            mine = absolute(dataclasses.replace(config, output_dir=str(folder.absolute())))
+            mine = absolute_paths(dataclasses.replace(config, output_dir=str(folder.absolute())))
             write(folder / "config.yaml", to_yaml(mine))
-    before = read(made.root) if (made.root / PLAN).exists() else {"jobs": {}}
+    before = read_plan(made.root) if (made.root / PLAN).exists() else {"jobs": {}}
     jobs = before["jobs"] | {name: made.jobs[name][1] for name in names}
     swept = list(dict.fromkeys([*before.get("swept", ()), *(d.key for d in made.swept)]))
     write(made.root / PLAN, json.dumps({**made.base, "swept": swept, "jobs": jobs}, indent=1) + "\n")
 
 
-def read(root: str | Path) -> dict[str, Any]:
+def read_plan(root: str | Path) -> dict[str, Any]:
     """sweep.json's content: {config, overrides, swept: [keys], jobs: {name: {key: text}}}."""
     path = Path(root) / PLAN
     if not path.is_file():
@@ -246,7 +246,7 @@ def sweep(made: Plan, launch: Launch, say: Callable[[str], Any]) -> None:
 
 def missing(root: Path, names: Sequence[str], say: Callable[[str], Any]) -> list[str]:
     """The jobs that are neither done nor cancelled, those that began first."""
-    states = {name: job.state(root / name) for name in names}
+    states = {name: job.job_state(root / name) for name in names}
     count = {s: list(states.values()).count(s) for s in STATES}
     say(
         f"{root}: {len(names)} jobs" + "".join(f", {n} {s}" for s, n in count.items() if n and s != "pending")

@@ -28,9 +28,9 @@ def status(root: str | Path) -> list[dict[str, Any]]:
     """A row a job: name, state, step, steps, loss, metrics after training, seconds left, error, attempts."""
     root = Path(root)
     rows = []
-    for name in plan.read(root)["jobs"]:
+    for name in plan.read_plan(root)["jobs"]:
         folder = root / name
-        state, record, last = job.state(folder), job.record(folder), job.progress(folder)
+        state, record, last = job.job_state(folder), job.job_record(folder), job.progress(folder)
         steps, after = _steps(folder), job.result(folder).get("after", {})
         done = steps if state == "done" else last.get("step", -1) + 1
         rows.append({
@@ -95,7 +95,7 @@ def watch(root: str | Path, metric: str | None = None) -> None:
     with Live(console=Console(), auto_refresh=False) as live:
         while True:
             live.update(Text(status_text(root, metric), no_wrap=True, overflow="ellipsis"), refresh=True)
-            at_work = job.held(Path(root)) or any(r["state"] == "running" for r in status(root))
+            at_work = job.job_is_held(Path(root)) or any(r["state"] == "running" for r in status(root))
             if not at_work:
                 return
             time.sleep(WATCH_SECONDS)
@@ -104,7 +104,7 @@ def watch(root: str | Path, metric: str | None = None) -> None:
 def results(root: str | Path) -> list[dict[str, Any]]:
     """A row a finished job: its name, the keys that were swept, and its result {before, after, train_seconds, …}."""
     root = Path(root)
-    found = plan.read(root)
+    found = plan.read_plan(root)
     rows = []
     for name, values in found["jobs"].items():
         result = job.result(root / name)

@@ -18,7 +18,7 @@ from zoft.evaluation.evaluate import CALIBRATION, spread
 from zoft.method import masks, space
 from zoft.method.estimators.named import estimator_of, probes_per_step
 from zoft.method.estimators.two_sided import TWO_SIDED
-from zoft.method.precision import weak
+from zoft.method.precision import weak_directions
 from zoft.method.rules import attach_rule, rule_of
 from zoft.method.space import Trained
 from zoft.method.updates import decay_is_lost
@@ -38,7 +38,7 @@ from zoft.train.batches import picked
 from zoft.train.parts import refuse_unquantised, say
 
 
-def make(
+def make_axis(
     config: Config, loaded: nn.Module, trained: list[Trained], train: Sequence[Example]
 ) -> tuple[Config, list[Trained], ProbeAxis | InPlace]:
     """The way to run the model at θ + s·z: proved on the run's own first examples, or in place.
@@ -66,7 +66,7 @@ def make(
             say("cache_frozen: perturb=inplace keeps nothing; every block runs every time")
         config = replace(config, cache_frozen=False)
         say("perturb=inplace: weights are moved and moved back, so rounding shifts them a little each step")
-        return placed(config, loaded, trained)
+        return placed_axis(config, loaded, trained)
 
     def run(batch: Batch) -> torch.Tensor:
         return losses(loaded, batch)[0]
@@ -81,18 +81,18 @@ def make(
     wanted = 2 if auto else int(config.probes_per_forward)
     group = min(wanted, probes_per_step(config)) if found.stacked else 1
     config = replace(config, perturb="probes", probes_per_forward=group)
-    config, trained, made = placed(config, loaded, proof.live(trained, found), found.sites)
+    config, trained, made = placed_axis(config, loaded, proof.live(trained, found), found.sites)
     if small.tokens is not None and isinstance(made, ProbeAxis):
         # Only the candidates' rows of the output matrix are ever made.
         head = head_of(loaded)
         dense = [s for s in found.sites if s.module is not head or fast(s) is None]
         made.scratch_bytes = scratch_bytes(dense)
-    for line in weak(trained, config.eps, seed=config.seed, kind=config.noise):
+    for line in weak_directions(trained, config.eps, seed=config.seed, kind=config.noise):
         say(line)
 
     if auto and group > 1 and isinstance(made, ProbeAxis):
         room = memory_left(config.device) // 2
-        group = distributed.current().least(grouped(config, loaded, made, train, room))
+        group = distributed.this_world().least(grouped(config, loaded, made, train, room))
         config = replace(config, probes_per_forward=group)
 
     def clean() -> torch.Tensor:
@@ -120,7 +120,7 @@ def calibration(train: Sequence[Example]) -> tuple[Batch, Batch]:
 def agreed(found: Found) -> Found:
     """Of several processes, what one of them found for all: probes share a forward everywhere or nowhere. The two of a direction,
     run in two ways, would differ by rounding that is not theirs; and config.yaml says one thing for the run."""
-    world = distributed.current()
+    world = distributed.this_world()
     seen = world.everyone([found.stacked, found.note])
     if all(stacked for stacked, _ in seen):
         return found
@@ -128,15 +128,17 @@ def agreed(found: Found) -> Found:
     return replace(found, stacked=False, note=f"rank {rank}: {note}" if rank else note)
 
 
-def placed(
+def placed_axis(
     config: Config, loaded: nn.Module, trained: list[Trained], sites: Sequence[Any] = ()
 ) -> tuple[Config, list[Trained], ProbeAxis | InPlace]:
     """The axis itself, tensors in their precision; without sites it can only apply updates (replay)."""
     inplace = config.perturb == "inplace"
-    space.place(loaded, trained, config.storage, config.compute, uniform=inplace)
+    space.place_in_precision(loaded, trained, config.storage, config.compute, uniform=inplace)
     if config.train in ADAPTERS:
-        attach.place(trained, space.DTYPES[config.compute])
-    for line in masks.mask(trained, config.mask, config.sparsity, config.seed):  # θ is the base, as stored
+        attach.place_adapter(trained, space.DTYPES[config.compute])
+    for line in masks.mask_tensors(
+        trained, config.mask, config.sparsity, config.seed
+    ):  # θ is the base, as stored
         say(line)
     refuse_denoise(config, trained)
     rule = rule_of(config)
@@ -218,7 +220,7 @@ def held(config: Config, made: ProbeAxis | InPlace) -> Config:
         return config
     need, auto = made.held_bytes(), config.hold_probe == "auto"
     fits = need <= memory_left(config.device) // 2
-    world = distributed.current()
+    world = distributed.this_world()
     made.hold = world.all(fits) if auto else bool(config.hold_probe)
     if auto:
         world.auto["hold_probe"] = made.hold
@@ -254,7 +256,7 @@ def cached(
     if config.cache_frozen is False or (auto and config.device.startswith("cuda")):  # there, graphs gain more
         return replace(config, cache_frozen=False)
     prefix, note = prefix_of(loaded, trained, first_met(config, train), FROZEN_BYTES, clean, auto)
-    kept = distributed.current().all(prefix is not None)
+    kept = distributed.this_world().all(prefix is not None)
     if prefix is not None and not kept:
         prefix.remove()
         note = "another process of this run cannot"

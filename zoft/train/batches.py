@@ -16,9 +16,9 @@ from zoft.parallel import world
 PURPOSE = 0x64617461  # the last counter word; noise uses others
 
 
-def batches(config: Config, train: Sequence[Example]) -> Callable[[int], list[Batch]]:
+def batches_of(config: Config, train: Sequence[Example]) -> Callable[[int], list[Batch]]:
     """step -> its batches, a pure function of the step; of several processes, this one's examples of each."""
-    mine = world.current().examples
+    mine = world.this_world().examples
 
     def at(step: int) -> list[Batch]:
         return [

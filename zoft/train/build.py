@@ -13,7 +13,7 @@ from zoft.config.schema import Config
 from zoft.data.example import Example
 from zoft.ledger.log import Ledger
 from zoft.method import precision
-from zoft.method.advice import at_start
+from zoft.method.advice import advice_at_start
 from zoft.method.estimators.named import forwards_per_step
 from zoft.models.quant import linear
 from zoft.objectives import losses as objective
@@ -23,42 +23,50 @@ from zoft.parallel import world
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.inplace import InPlace
 from zoft.train.assemble import Parts
-from zoft.train.batches import batches, picked
-from zoft.train.parts import say, settings
+from zoft.train.batches import batches_of, picked
+from zoft.train.parts import say, trainer_settings
 from zoft.train.trainer import Trainer
 
 
-def trainer(parts: Parts, ledger: Ledger) -> Trainer:
+def build_trainer(parts: Parts, ledger: Ledger) -> Trainer:
     """Build the trainer of a run: on a GPU, one whose steps are captured where the objective is a mean over rows."""
-    return trainer_of(parts.config, parts.model, parts.axis, parts.scored, ledger, parts.objective)
+    return build_trainer_of(parts.config, parts.model, parts.axis, parts.scored, ledger, parts.objective)
 
 
-def trainer_of(
+def build_trainer_of(
     config: Config, loaded: nn.Module, made: ProbeAxis | InPlace, train: Sequence[Example], ledger: Ledger,
     goal: Goal | None = None,
 ) -> Trainer:  # fmt: skip
     """Build a trainer of parts that were put together by hand; see `trainer`."""
     goal = goal or Goal(train[0].objective)
-    for line in at_start(config, made.trained) if ledger.last_step < 0 else ():
+    for line in advice_at_start(config, made.trained) if ledger.last_step < 0 else ():
         say(line)
     if config.elastic:
         from zoft.train.elastic import ElasticTrainer
 
         found = ElasticTrainer(
-            loaded, made, batches(config, train), ledger, settings(config), goal.forward, goal.value
+            loaded,
+            made,
+            batches_of(config, train),
+            ledger,
+            trainer_settings(config),
+            goal.forward,
+            goal.value,
         )
         found.open(config)
         return found
-    at: Callable[[int], Sequence[Any]] = batches(config, train)
+    at: Callable[[int], Sequence[Any]] = batches_of(config, train)
     if goal.texts is not None:
 
         def at(step: int) -> list[Prompts]:
-            mine = world.current().examples
+            mine = world.this_world().examples
             return [Prompts(tuple(mine(picks))) for picks in picked(config, len(train), step)]
 
-    eager = goal.texts is not None or goal.value is not objective.mean or made.trained[0].rule is not None
+    eager = (
+        goal.texts is not None or goal.value is not objective.mean_loss or made.trained[0].rule is not None
+    )
     if eager or not config.device.startswith("cuda") or type(made) in (ProbeAxis, InPlace):
-        return Trainer(loaded, made, at, ledger, settings(config), goal.forward, goal.value)
+        return Trainer(loaded, made, at, ledger, trainer_settings(config), goal.forward, goal.value)
     from zoft.probe.cuda.axis import DeviceAxis
     from zoft.probe.cuda.inplace import DeviceInPlace
     from zoft.train.cuda_graphs import CapturedTrainer
@@ -66,10 +74,10 @@ def trainer_of(
     assert isinstance(made, (DeviceAxis, DeviceInPlace)), type(made)
     why = "cache_frozen looks rows up on the CPU" if config.cache_frozen else ""
     if not why:  # captured steps send their batches to the device themselves, and do not wait for it
-        at = plain = batches(replace(config, device="cpu"), train)
+        at = plain = batches_of(replace(config, device="cpu"), train)
         if mask_is_idle(config, loaded, made, train):
             at = lambda step: [b.unmasked() for b in plain(step)]  # noqa: E731
-    return CapturedTrainer(loaded, made, at, ledger, settings(config), goal.forward, capture=why)
+    return CapturedTrainer(loaded, made, at, ledger, trainer_settings(config), goal.forward, capture=why)
 
 
 @torch.no_grad()
@@ -85,18 +93,18 @@ def mask_is_idle(
         plain = losses(loaded, batch.unmasked())[0]
     tolerance = 1e-4 if config.compute == "fp32" else 0.02
     idle = bool(((masked - plain).abs() <= tolerance * (1 + masked.abs())).all())
-    return world.current().all(idle)  # the probes of a direction are run in one way
+    return world.this_world().all(idle)  # the probes of a direction are run in one way
 
 
-def plan(parts: Parts) -> dict[str, Any]:
+def plan_run(parts: Parts) -> dict[str, Any]:
     """Say what a run would do: the resolved config and the counts that follow from it."""
     config, trained, train, held_out = parts.config, parts.trained, parts.train, parts.held_out
-    for line in at_start(config, trained):
+    for line in advice_at_start(config, trained):
         say(line)
     numbers = sum(t.stored.numel() for t in trained)
-    realised = precision.realised(trained, config.eps, seed=config.seed, kind=config.noise)
+    realised = precision.realised_cosines(trained, config.eps, seed=config.seed, kind=config.noise)
     weakest = min(realised, key=lambda name: realised[name])
-    total = linear.numbers(parts.model)
+    total = linear.count_numbers(parts.model)
     return {
         "config": asdict(config),
         "train_examples": len(train),

@@ -220,7 +220,7 @@ class ElasticTrainer(Trainer):
     def check(self) -> None:
         """Raise UserError where a worker's weights are not these."""
         self.axis.flush()
-        mine = world.digest(self.axis.trained)
+        mine = world.weights_digest(self.axis.trained)
         asked = [w for w in self.workers if w.ready]
         self._tell("check", step=self.next)
         deadline = time.monotonic() + PATIENCE
@@ -259,7 +259,7 @@ class ElasticTrainer(Trainer):
         except BaseException:
             self.close("stopped")
             raise
-        self._say(f"weights at the end: {world.digest(self.axis.trained)}")
+        self._say(f"weights at the end: {world.weights_digest(self.axis.trained)}")
         self.close("done")
 
     def close(self, why: str) -> None:

@@ -54,18 +54,18 @@ MADE = ("recipe", "train", "steps", "lr", "schedule", "warmup", "clip", "meazo",
         "device", "threads", "probes_per_forward", "cache_frozen")  # fmt: skip
 
 
-def of(
+def header_of(
     config: Config, base: str, trained: Sequence[Trained], train: Sequence[Example] = ()
 ) -> dict[str, Any]:
     """The ledger's header: what the run is, all that replay needs beside the base, and how the run was made."""
-    tensors = {t.name: [t.id, list(t.stored.shape), short(t.stored.dtype)] for t in trained}
+    tensors = {t.name: [t.id, list(t.stored.shape), dtype_name(t.stored.dtype)] for t in trained}
     known = {k: getattr(config, k) for k in PLAN}
     if (name := estimator_of(config).name) not in LATER["estimator"]:
         known["estimator"] = name
     if rule := rule_of(config):
         known["update"] = rule.name
     if config.train in ADAPTERS:
-        known["adapter"] = attach.fingerprint(trained)
+        known["adapter"] = attach.adapter_fingerprint(trained)
     found: dict[str, Any] = {
         "zoft": __version__,
         "noise_version": spec.VERSION,
@@ -86,7 +86,7 @@ def page_of(config: Config) -> dict[str, str]:
     return {"page": digest} if digest else {}
 
 
-def short(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """The name that config and ledger have for a dtype."""
     return next(name for name, d in space.DTYPES.items() if d == dtype)
 
@@ -133,14 +133,14 @@ def agree(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> 
         raise UserError(f"{folder}: its ledger {other.format(found=found[name], value=value)}")
 
 
-def keep(config: Config, trained: Sequence[Trained], folder: Path) -> None:
+def keep_prefix_start(config: Config, trained: Sequence[Trained], folder: Path) -> None:
     """Write a prefix's start beside the ledger: another machine's forward pass would round otherwise."""
     from safetensors.torch import save_file
 
     from zoft.parallel import world
 
     path = folder / START
-    if config.train == "prefix" and world.current().rank == 0 and not path.exists():
+    if config.train == "prefix" and world.this_world().rank == 0 and not path.exists():
         draft = path.with_name(f".{path.name}.new")
         save_file({t.name: t.stored.detach().cpu().contiguous() for t in trained}, draft)
         draft.replace(path)

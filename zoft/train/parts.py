@@ -26,7 +26,7 @@ from zoft.method.space import resolve_dtypes, train_names
 from zoft.models import load as models
 from zoft.models.adapters import attach, kept_in_place
 from zoft.models.adapters.attach import START
-from zoft.models.adapters.kept_in_place import folder_of, pairs
+from zoft.models.adapters.kept_in_place import adapter_folder, lora_pairs
 from zoft.models.fingerprint import of_model
 from zoft.models.quant import linear, other_libraries
 from zoft.models.quant.linear import Scales, quantise_model, set_log
@@ -38,9 +38,9 @@ from zoft.train.trainer import Settings
 CUDA_THREADS = 4
 
 
-def device(config: Config) -> Config:
+def resolve_device(config: Config) -> Config:
     """Resolve device and threads, and set the threads."""
-    where, world = config.device, distributed.current()
+    where, world = config.device, distributed.this_world()
     if where == "auto":
         where = "cuda" if (torch.cuda.is_available() if world.cuda is None else world.cuda) else "cpu"
     elif where.startswith("cuda"):
@@ -65,45 +65,51 @@ def device(config: Config) -> Config:
     return replace(config, device=where, threads=threads)
 
 
-def model(config: Config, folder: str | Path | None = None) -> tuple[nn.Module, Any, str]:
+def load_run_model(config: Config, folder: str | Path | None = None) -> tuple[nn.Module, Any, str]:
     """(model on its device in the checkpoint's dtype, tokenizer, fingerprint of the base).
 
     With the adapter that config.train asks for, or one that is in place (model.beside has its files, and the fingerprint
     goes on with its own). folder: of a run that goes on or is replayed.
     """
     say(f"loading {config.model}")
-    loaded, tokenizer = load(config)
+    loaded, tokenizer = load_base(config)
     base = of_model(loaded)
     if next(loaded.parameters()).device != torch.device(
         config.device
     ):  # some quantised models cannot be moved
         loaded = loaded.to(config.device)
-    place = folder_of(config)
+    place = adapter_folder(config)
     if place is not None:
-        base += f"+{kept_in_place.fingerprint(place)}"
+        base += f"+{kept_in_place.folder_fingerprint(place)}"
     if config.train in ADAPTERS:
-        loaded = attach.attach(loaded, config, Path(folder) / START if folder else None)
-        source = models.resolve(config.model)
+        loaded = attach.attach_adapter(loaded, config, Path(folder) / START if folder else None)
+        source = models.find_model(config.model)
         loaded.peft_config["default"].base_model_name_or_path = source.home or source.place
     elif place is not None:
-        files = kept_in_place.files(place)
-        loaded = attach.load(loaded, place)
+        files = kept_in_place.adapter_files(place)
+        loaded = attach.load_adapter(loaded, place)
         loaded.beside = files
-        say(f"{len(pairs(loaded))} LoRA pairs in place, frozen: {place}")
+        say(f"{len(lora_pairs(loaded))} LoRA pairs in place, frozen: {place}")
     return loaded, tokenizer, base
 
 
-def load(config: Config) -> tuple[Any, Any]:
+def load_base(config: Config) -> tuple[Any, Any]:
     """(model, tokenizer): the checkpoint, quantised layer by layer on config.device where `bits` asks for that."""
-    loaded, tokenizer = models.load(config.model, dtype="auto", trust_remote_code=config.trust_remote_code)
+    loaded, tokenizer = models.load_model(
+        config.model, dtype="auto", trust_remote_code=config.trust_remote_code
+    )
     if config.bits is not None:
         keys: dict[str, Any] = {k: getattr(config, k) for k in ("bits", "group", "zero_points")}
         say(quantise_model(loaded, **keys, head=config.quantise_head, device=config.device))
-    other_libraries.keep(loaded)
+    other_libraries.keep_other_layers(loaded)
     wanted = method_of(config.recipe).space.quantised or config.train == "scales"
-    if wanted and not linear.layers(loaded) and (found := dict(other_libraries.attach(loaded))):
+    if (
+        wanted
+        and not linear.quantised_layers(loaded)
+        and (found := dict(other_libraries.attach_scales(loaded)))
+    ):
         say(f"{len(found)} quantised layers follow their scales")
-    if config.eps_mode == "relative" and not linear.layers(loaded):
+    if config.eps_mode == "relative" and not linear.quantised_layers(loaded):
         raise UserError(
             "eps_mode=relative: no layer of this model is quantised by zoft; set bits=4 or bits=8"
         )
@@ -125,12 +131,12 @@ def refuse_pattern(config: Config, method: Method) -> None:
         train_names(shapes, config.train)
 
 
-def tokenizer(config: Config) -> Any:
+def run_tokenizer(config: Config) -> Any:
     """The tokenizer alone, without loading weights."""
-    return models.tokenizer(config.model, config.trust_remote_code)
+    return models.load_tokenizer(config.model, config.trust_remote_code)
 
 
-def examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[list[Example], list[Example]]:
+def encode_examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[list[Example], list[Example]]:
     """Training rows and the evaluation rows that eval_limit keeps, as token ids."""
     held_out = subset(data.eval, config.eval_limit)
     train = encode(data.train, tokenizer, data, config.max_length, pack=data.pack)
@@ -156,7 +162,7 @@ def dev_examples(config: Config, tokenizer: Any, data: TaskData) -> list[Example
     return None if data.dev is None else encode(data.dev, tokenizer, data, config.max_length)
 
 
-def dtypes(config: Config, loaded: nn.Module, names: Sequence[str]) -> Config:
+def resolve_precision(config: Config, loaded: nn.Module, names: Sequence[str]) -> Config:
     """Resolve storage and compute."""
     kind = config.device.partition(":")[0]
     if config.train in ADAPTERS:  # kept in fp32, beside a base that computes as it would without them
@@ -179,7 +185,9 @@ def dtypes(config: Config, loaded: nn.Module, names: Sequence[str]) -> Config:
 def refuse_unquantised(config: Config, loaded: nn.Module) -> None:
     """Raise UserError where a recipe of quantised models would be another one's run of a plain model, and for keys that do
     nothing to one."""
-    if config.save_dequantised and not (linear.layers(loaded) or other_libraries.layers(loaded)):
+    if config.save_dequantised and not (
+        linear.quantised_layers(loaded) or other_libraries.other_layers(loaded)
+    ):
         raise UserError(
             "save_dequantised=true: no layer of this model is quantised; set bits=4, or leave it out"
         )
@@ -190,7 +198,7 @@ def refuse_unquantised(config: Config, loaded: nn.Module) -> None:
         )
 
 
-def settings(config: Config) -> Settings:
+def trainer_settings(config: Config) -> Settings:
     """What the trainer needs of a resolved config."""
     names = Settings.__dataclass_fields__
     known = {k: v for k, v in asdict(config).items() if k in names}

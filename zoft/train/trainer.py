@@ -17,7 +17,7 @@ from zoft.method.estimators.estimator import Estimator, Probe, finite, losses_of
 from zoft.method.estimators.named import estimator_of
 from zoft.method.updates import lr_at, make_update
 from zoft.noise.spec import Update
-from zoft.objectives.losses import Batch, losses, mean
+from zoft.objectives.losses import Batch, losses, mean_loss
 from zoft.parallel import world
 from zoft.parallel.world import ALONE, STOP
 from zoft.probe.axis import ProbeAxis
@@ -75,7 +75,7 @@ class Trainer:
         ledger: Ledger | None,
         settings: Settings,
         forward: Callable[[nn.Module, Batch], tuple[torch.Tensor, ...]] = losses,
-        value: Callable[[torch.Tensor], torch.Tensor] = mean,
+        value: Callable[[torch.Tensor], torch.Tensor] = mean_loss,
     ) -> None:
         self.model, self.axis, self.batches = model, axis, batches
         self.ledger, self.settings = ledger, settings
@@ -88,7 +88,7 @@ class Trainer:
         self.probes = self.estimator.probes(settings.q, settings.eps)  # [P]
         self.eps = torch.tensor(settings.eps, dtype=torch.float64)
         self.state = torch.tensor(self.estimator.state, dtype=torch.float64)
-        self.world = world.current()
+        self.world = world.this_world()
 
     def step(self) -> dict[str, Any] | None:
         """Update θ once, from the losses of the estimator's probes; returns the step's metrics, or None while they are on

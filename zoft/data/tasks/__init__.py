@@ -53,7 +53,7 @@ class TaskData:
     joint: str = ""
 
 
-def load(task: Any) -> TaskData:
+def load_task(task: Any) -> TaskData:
     """Read, check, render and split the rows of a task.
 
     Without evaluation data, rows whose key falls in the lowest 15 % of hashes are held out (a Hub data set's
@@ -148,7 +148,7 @@ def load(task: Any) -> TaskData:
     return drawn(train, held_out)
 
 
-def look(task: Any) -> None:
+def check_task(task: Any) -> None:
     """Refuse what can be refused before anything heavy loads: settings, templates, a file that is not there."""
     settings = _settings(task)
     at_mask("task.prompt", template.parse("task.prompt", settings["prompt"]))

@@ -21,12 +21,12 @@ from transformers.pytorch_utils import Conv1D
 from zoft.config.schema import ADAPTERS, Config
 from zoft.errors import UserError
 from zoft.models.adapters import start as adapter_start
-from zoft.models.adapters.kept_in_place import complete, folder_of, pairs, plain_shapes
+from zoft.models.adapters.kept_in_place import adapter_folder, complete, lora_pairs, plain_shapes
 from zoft.models.adapters.start import normal, tokens_of, uniform
 from zoft.models.calls import misread_prefix
 from zoft.models.fingerprint import Stored, raw_bytes
 from zoft.models.kind import ADDED, blocks_of, is_masked, quiet
-from zoft.models.saving import whole
+from zoft.models.saving import whole_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,7 +40,7 @@ _PAIRS = (
 )  # fmt: skip
 
 
-def attach(model: nn.Module, config: Config, start: Path | None = None) -> Any:
+def attach_adapter(model: nn.Module, config: Config, start: Path | None = None) -> Any:
     """The model with the adapter that config.train asks for, untrained, as a peft model on the model's device.
 
     LoRA: y = W x + (alpha / rank)·B A x, A uniform in ±1/sqrt(in) (Kaiming, a = √5), B = 0; no dropout, no bias.
@@ -54,8 +54,8 @@ def attach(model: nn.Module, config: Config, start: Path | None = None) -> Any:
     (2305.17333), which draws the prefix's tokens too.
     """
     make = {"lora": _lora, "prefix": _prefix, "prompt": _prompt}[config.train]
-    if place := folder_of(config):
-        made = load(model, place)
+    if place := adapter_folder(config):
+        made = load_adapter(model, place)
     else:
         with torch.no_grad(), _quiet(), torch.random.fork_rng(devices=[]):
             made = make(model, config)
@@ -223,7 +223,7 @@ def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(n, p) for n, p in model.named_parameters() if ADDED.search(n)]
 
 
-def place(trained: Sequence[Stored], compute: torch.dtype) -> None:
+def place_adapter(trained: Sequence[Stored], compute: torch.dtype) -> None:
     """Probe adapters in the precision they are kept in: whoever reads them casts to what the base computes in."""
     for t in trained:
         t.compute = torch.promote_types(t.stored.dtype, compute)
@@ -232,7 +232,7 @@ def place(trained: Sequence[Stored], compute: torch.dtype) -> None:
 # ---- in a run's folder ---------------------------------------------------------------------------------------------
 
 
-def fingerprint(trained: Sequence[Stored]) -> str:
+def adapter_fingerprint(trained: Sequence[Stored]) -> str:
     """Hash of what the adapter starts from."""
     h = hashlib.blake2b(digest_size=16)
     for t in trained:
@@ -250,13 +250,13 @@ def _restore(model: nn.Module, start: Path) -> None:
         p.data = kept[name].to(p.device)
 
 
-def save(model: Any, folder: str | Path, *, tokenizer: Any = None, card: str = "") -> None:
+def save_adapter(model: Any, folder: str | Path, *, tokenizer: Any = None, card: str = "") -> None:
     """Write the adapter as peft does, in the dtype it is kept in; all or nothing.
 
     adapter_config.json and adapter_model.safetensors, which PeftModel.from_pretrained reads; the tokenizer, if one is
     given; card: text of README.md, see saving.model_card.
     """
-    with whole(folder) as place, _quiet():
+    with whole_folder(folder) as place, _quiet():
         model.save_pretrained(str(place), save_embedding_layers=False)
         if tokenizer is not None:
             tokenizer.save_pretrained(place)
@@ -264,11 +264,11 @@ def save(model: Any, folder: str | Path, *, tokenizer: Any = None, card: str = "
             (place / "README.md").write_text(card, encoding="utf-8")
 
 
-def load(model: nn.Module, folder: str | Path) -> Any:
+def load_adapter(model: nn.Module, folder: str | Path) -> Any:
     """The base model with a saved adapter. Raises UserError where it does not fit."""
     from peft import PeftConfig, PeftModel, get_peft_model
 
-    if pairs(model):
+    if lora_pairs(model):
         raise UserError(f"{folder}: the model has an adapter in place already")
     try:
         with _quiet(), plain_shapes(model), torch.random.fork_rng(devices=[]):
@@ -283,7 +283,7 @@ def load(model: nn.Module, folder: str | Path) -> Any:
         raise UserError(f"{folder}: {' '.join(str(error).split())[:200]}") from None
 
 
-def merge(model: Any) -> Any:
+def merge_adapter(model: Any) -> Any:
     """The base model with its LoRA pairs added to its matrices: W + (alpha / rank)·B A, summed in fp32, rounded once.
 
     The model's own matrices change. Raises UserError for a prefix or a prompt, which are no change of weights.
@@ -305,6 +305,3 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
         yield
-
-
-__all__ = ["ADAPTERS", "attach", "fingerprint", "load", "merge", "named", "place", "save"]

@@ -35,7 +35,7 @@ FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 @contextmanager
 def plain_shapes(model: nn.Module) -> Iterator[None]:
     """For the time of a call of peft: nn.Linear and Conv1D, of no memory, where the model's quantised layers are."""
-    held = linear.layers(model)
+    held = linear.quantised_layers(model)
     for name, layer in held.items():
         shape = (layer.out_features, layer.in_features)[:: -1 if layer.transposed else 1]
         put(model, name, linear.plain(layer, torch.zeros((), device=layer.codes.device).expand(shape)))
@@ -58,7 +58,7 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
 # ---- a saved adapter -----------------------------------------------------------------------------------------------
 
 
-def folder_of(config: Config) -> Path | None:
+def adapter_folder(config: Config) -> Path | None:
     """Where the adapter is that the model has in place: the one that is asked for, or the saved model's own.
 
     Raises UserError for what is no plain LoRA adapter, for two of them, and where the model's own would be trained.
@@ -67,7 +67,7 @@ def folder_of(config: Config) -> Path | None:
     if config.model in PACKAGED or not (own / FILES[0]).is_file():
         if not config.adapter:
             return None
-        checkpoint.adapter(config.adapter, place := Path(config.adapter).expanduser())
+        checkpoint.check_adapter(config.adapter, place := Path(config.adapter).expanduser())
         return place
     if config.adapter or config.train in ("lora", "prefix", "prompt"):
         key = f"adapter={config.adapter}" if config.adapter else f"train={config.train}"
@@ -77,9 +77,9 @@ def folder_of(config: Config) -> Path | None:
     return own
 
 
-def fingerprint(folder: Path) -> str:
+def folder_fingerprint(folder: Path) -> str:
     """Hash of what a saved adapter adds to a model: its tensors, and how often they count."""
-    settings = checkpoint.adapter(str(folder), folder)
+    settings = checkpoint.check_adapter(str(folder), folder)
     h = hashlib.blake2b(digest_size=16)
     counts = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
     h.update(json.dumps({k: settings.get(k) for k in counts}, sort_keys=True).encode())
@@ -101,9 +101,9 @@ def tensors(data: bytes) -> dict[str, Tensor]:
         ) from None
 
 
-def files(folder: Path) -> dict[str, bytes]:
+def adapter_files(folder: Path) -> dict[str, bytes]:
     """The adapter as it is written beside the codes that a run saves; its base is then the model that it lies in."""
-    settings = checkpoint.adapter(str(folder), folder) | {"base_model_name_or_path": None}
+    settings = checkpoint.check_adapter(str(folder), folder) | {"base_model_name_or_path": None}
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
     return {FILES[0]: text.encode(), FILES[1]: (folder / FILES[1]).read_bytes()}
 
@@ -116,7 +116,7 @@ def complete(made: Any, folder: Path) -> None:
         return
     there = set(tensors((folder / FILES[1]).read_bytes()))
     here = set(get_peft_model_state_dict(made, save_embedding_layers=False))
-    if variants := [n for n, m in pairs(made).items() if getattr(m, "lora_variant", None)]:
+    if variants := [n for n, m in lora_pairs(made).items() if getattr(m, "lora_variant", None)]:
         raise UserError(f"adapter={folder}: {variants[0]} has more than a plain LoRA pair")
     if odd := sorted(there ^ here):
         what = (
@@ -128,7 +128,7 @@ def complete(made: Any, folder: Path) -> None:
 # ---- what is saved -------------------------------------------------------------------------------------------------
 
 
-def pairs(model: nn.Module) -> dict[str, Any]:
+def lora_pairs(model: nn.Module) -> dict[str, Any]:
     """peft's layers around a base model's own, by the name that the layer has in the base model."""
     base = getattr(model, "get_base_model", lambda: model)()
     return {n: m for n, m in base.named_modules() if hasattr(m, "base_layer")}
@@ -137,7 +137,7 @@ def pairs(model: nn.Module) -> dict[str, Any]:
 @contextmanager
 def without(model: Any) -> Iterator[Any]:
     """The base model as it was before pairs were put in place; they are back afterwards."""
-    found = pairs(model)
+    found = lora_pairs(model)
     base = model.get_base_model() if found else model
     try:
         for name, layer in found.items():
@@ -153,10 +153,10 @@ def changes(model: Any, dequantise: bool) -> dict[str, Tensor] | None:
 
     None: the pairs cannot be added to the matrices as they are saved: codes, a tied matrix, no plain linear layer.
     """
-    found = pairs(model)
+    found = lora_pairs(model)
     if not found:
         return {}
-    codes = other_libraries.layers(model) or (linear.layers(model) and not dequantise)
+    codes = other_libraries.other_layers(model) or (linear.quantised_layers(model) and not dequantise)
     readers: dict[int, int] = {}
     for m in model.modules():
         for p in m.parameters(recurse=False):

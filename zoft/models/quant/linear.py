@@ -308,20 +308,20 @@ def quantise_model(
     return line + (f"; rows of {short} layers are shorter than a group and are one each" if short else "")
 
 
-def layers(model: nn.Module) -> dict[str, QuantLinear]:
+def quantised_layers(model: nn.Module) -> dict[str, QuantLinear]:
     """The quantised layers of zoft's own, by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
 
 
-def numbers(model: nn.Module) -> int:
+def count_numbers(model: nn.Module) -> int:
     """Weights of a model as its paper would count them: of a quantised layer its codes, not its scales."""
-    ours = sum(m.in_features * m.out_features for m in layers(model).values())
+    ours = sum(m.in_features * m.out_features for m in quantised_layers(model).values())
     return ours + sum(p.numel() for p in model.parameters() if not isinstance(p, Scales))
 
 
-def make_plain(model: nn.Module) -> None:
+def dequantise_layers(model: nn.Module) -> None:
     """Put nn.Linear and Conv1D with the dequantised weights, in fp32, where the quantised layers are."""
-    for name, layer in layers(model).items():
+    for name, layer in quantised_layers(model).items():
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, plain(layer, layer.weight))
 
@@ -340,7 +340,7 @@ def plain(layer: QuantLinear, weight: Tensor) -> nn.Module:
 
 def set_log(model: nn.Module, log: bool) -> None:
     """Hold the scales of zoft's own layers as logarithms, or as they are, from now on; W stays what it is."""
-    for layer in layers(model).values():
+    for layer in quantised_layers(model).values():
         scales = layer.scales
         if scales.logged != log:
             if log and not bool((scales.data > 0).all()):

@@ -22,7 +22,7 @@ NUDGE = 1.5  # what one scale is multiplied with to see whether the layer follow
 TOLERANCE = 0.05  # of what it does to the output, which may have 16 bits
 
 
-def attach(model: nn.Module) -> Iterator[tuple[str, Scales]]:
+def attach_scales(model: nn.Module) -> Iterator[tuple[str, Scales]]:
     """(name, scales) of every quantised layer of a library that is known here, alive and ready to be trained.
 
     Raises UserError for a layer whose output does not follow its scales.
@@ -150,16 +150,16 @@ WAYS: dict[str, Callable[[Any], tuple[Tensor, Callable, bool]]] = {
 }
 
 
-def layers(model: nn.Module) -> dict[str, Any]:
+def other_layers(model: nn.Module) -> dict[str, Any]:
     """The layers of the libraries that are known here, attached or not, by name."""
     kinds = ((n, m, type(m)) for n, m in model.named_modules())
     return {n: m for n, m, kind in kinds if f"{kind.__module__.partition('.')[0]}.{kind.__name__}" in WAYS}
 
 
-def keep(model: nn.Module) -> None:
+def keep_other_layers(model: nn.Module) -> None:
     """Frozen layers stay as they were loaded: a CPU with bf16 instructions would repack them, scales in bf16, and what a run
     saves would be another model."""
-    for layer in layers(model).values():
+    for layer in other_layers(model).values():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
 
@@ -197,7 +197,7 @@ _MARKS = (
 def plain_form(model: Any, keep: bool = False) -> Iterator[None]:
     """For the time of a save (keep: for good) such layers are nn.Linear with their dequantised weights, in fp32, and
     nothing says that the model was quantised."""
-    found = layers(model)
+    found = other_layers(model)
     marks = {k: model.__dict__.pop(k) for k in _MARKS if found and k in model.__dict__}
     told = model.config.__dict__.pop("quantization_config", None) if found else None
 
@@ -224,9 +224,9 @@ def plain_form(model: Any, keep: bool = False) -> Iterator[None]:
                 model.config.quantization_config = told
 
 
-def make_plain(model: nn.Module) -> None:
+def dequantise_other_layers(model: nn.Module) -> None:
     """Put plain layers with the dequantised weights, in fp32, where quantised ones are, whoever made them."""
-    quant.make_plain(model)
+    quant.dequantise_layers(model)
     with plain_form(model, keep=True):
         pass
 
