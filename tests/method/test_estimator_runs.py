@@ -239,7 +239,7 @@ def test_in_place_runs_replay(place):
 
 
 def test_estimate_counts_the_forwards(place, monkeypatch):
-    from zoft import rates
+    from zoft.run import estimate as rates
 
     monkeypatch.setattr(rates, "MEASURED", 0.0)
     found = {}

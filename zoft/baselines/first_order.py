@@ -19,10 +19,11 @@ from zoft.data.example import Example
 from zoft.errors import UserError
 from zoft.evaluation import evaluate
 from zoft.method import space
-from zoft.models import kind, saving
-from zoft.models.adapters import attach
+from zoft.models import kind
+from zoft.models.adapters.attach import save_adapter
 from zoft.models.kind import ADDED
-from zoft.models.quant import linear
+from zoft.models.quant.linear import quantised_layers
+from zoft.models.saving import save_model
 from zoft.objectives import losses
 from zoft.objectives.losses import collate
 from zoft.replay.saved_model import folder_name
@@ -77,7 +78,7 @@ def train_first_order(
     model: in fp32 from here on, with untrained LoRA pairs where config.train says lora. The order of rows and dropout (where
     a model has it) are drawn by config.seed.
     """
-    if linear.quantised_layers(model):
+    if quantised_layers(model):
         raise UserError("--method first-order: gradients do not pass quantised layers; leave bits out")
     before = evaluate.evaluate(model, held_out, examples, write=write)
     model, device = model.float(), next(model.parameters()).device
@@ -120,10 +121,10 @@ def save(config: Config, model: nn.Module, tokenizer: Any) -> None:
     """Write model/ or adapter/, as a run has it."""
     out = Path(str(config.output_dir)) / folder_name(config)
     if config.train == "lora":
-        attach.save_adapter(model, out, tokenizer=tokenizer)
+        save_adapter(model, out, tokenizer=tokenizer)
         return
     dtype: Any = getattr(model, "checkpoint_dtype", torch.float32)
-    saving.save_model(model, tokenizer, out, dtype=space.DTYPES.get(config.save_dtype, dtype))
+    save_model(model, tokenizer, out, dtype=space.DTYPES.get(config.save_dtype, dtype))
 
 
 class _Rows(torch.utils.data.Dataset):

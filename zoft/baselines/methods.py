@@ -90,33 +90,35 @@ def run_baseline(config: Config, ask: Ask) -> dict[str, Any]:
     from zoft.config.compose import to_yaml
     from zoft.console import peak_memory_gb
     from zoft.data import tasks
+    from zoft.data.tasks import check_task
     from zoft.env import environment
     from zoft.folder import write
     from zoft.models import load
-    from zoft.run import guards
+    from zoft.models.load import find_model
+    from zoft.run.guards import explain_memory
     from zoft.run.preflight import absolute_paths, claim_folder
 
     folder = Path(str(config.output_dir))
     _require(ask.method)
-    load.check_model(load.find_model(config.model))
-    tasks.check_task(config.task)
+    load.check_model(find_model(config.model))
+    check_task(config.task)
     config = absolute_paths(config)
-    with guards.explain_memory(config):
+    with explain_memory(config):
         data = tasks.load_task(config.task)
         _refuse(ask.method, data)
         claim_folder(folder)  # a folder of another name would not mend the others
-        from zoft.replay import export
-        from zoft.train import parts
+        from zoft.replay.export import without_adapter
+        from zoft.train.parts import encode_examples, load_run_model, resolve_device
 
-        config = parts.resolve_device(config)
-        model, tokenizer, _ = parts.load_run_model(
-            config if ask.method == "first-order-lora" else export.without_adapter(config)
+        config = resolve_device(config)
+        model, tokenizer, _ = load_run_model(
+            config if ask.method == "first-order-lora" else without_adapter(config)
         )
         if ask.method.startswith("first-order"):
             from zoft.baselines.first_order import first_order_defaults
 
             # Of examples: plain text has as many as there are pieces.
-            config = first_order_defaults(config, ask, len(parts.encode_examples(config, tokenizer, data)[0]))
+            config = first_order_defaults(config, ask, len(encode_examples(config, tokenizer, data)[0]))
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         write(folder / "config.yaml", to_yaml(config))
@@ -139,19 +141,19 @@ def run_baseline(config: Config, ask: Ask) -> dict[str, Any]:
 def _made(config: Config, ask: Ask, data: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
     """What a method adds to result.json; {after: metrics} at least."""
     from zoft.evaluation import evaluate
-    from zoft.evaluation.evaluate import CALIBRATION, log_softmax, spread
+    from zoft.evaluation.evaluate import CALIBRATION, judge_model, log_softmax, spread
     from zoft.objectives.text import writer
-    from zoft.train import parts
+    from zoft.train.parts import encode_examples
 
     if ask.method == "icl":
         data = demonstrated(config, ask.demos or DEMOS, data, tokenizer)
-    train, held_out = parts.encode_examples(config, tokenizer, data)
+    train, held_out = encode_examples(config, tokenizer, data)
     write = writer(config, model, tokenizer)
     if ask.method in ("zero-shot", "icl"):
         shots = {"demos_used": data.demos} if ask.method == "icl" else {}
         return {**shots, "after": evaluate.evaluate(model, held_out, train, write=write)}
     if ask.method in ("calibrated", "sfc"):
-        judged: Any = evaluate.judge_model(model, _choice(held_out), _choice(train))
+        judged: Any = judge_model(model, _choice(held_out), _choice(train))
         if ask.method == "calibrated":
             judged.scores = log_softmax(judged.scores) - judged.bias
             forwards = len(spread(train, CALIBRATION))
@@ -159,12 +161,12 @@ def _made(config: Config, ask: Ask, data: Any, model: Any, tokenizer: Any) -> di
             judged.scores, forwards = surface_form(config, data, model, tokenizer, held_out)
         return {"forwards": forwards, "after": adjusted(judged)}
     if ask.method == "linear-probe":
-        from zoft.baselines import linear_probe
+        from zoft.baselines.linear_probe import fit_linear_probe
 
-        return linear_probe.fit_linear_probe(model, train, held_out, len(data.choices), config.seed)
-    from zoft.baselines import first_order
+        return fit_linear_probe(model, train, held_out, len(data.choices), config.seed)
+    from zoft.baselines.first_order import train_first_order
 
-    return first_order.train_first_order(config, model, tokenizer, train, held_out, write)
+    return train_first_order(config, model, tokenizer, train, held_out, write)
 
 
 def demonstrated(config: Config, k: int, data: Any, tokenizer: Any) -> Any:
@@ -287,13 +289,13 @@ def _require(method: str) -> None:
 
 def baseline_text(result: Mapping[str, Any]) -> str:
     """What a user reads: what was not trained has one column, and no steps."""
-    from zoft.replay import saved_model
+    from zoft.replay.saved_model import metrics_table
 
     method, before, after = result["method"], result["before"], result["after"]
     rows = (
-        f"{method}\n{saved_model.metrics_table({'before': before, 'after': after})}"
+        f"{method}\n{metrics_table({'before': before, 'after': after})}"
         if before
-        else saved_model.metrics_table({method: after})
+        else metrics_table({method: after})
     )
     counts = ", ".join(f"{result[k]} {k}" for k in ("steps", "forwards") if result[k])
     return (

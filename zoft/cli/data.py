@@ -118,16 +118,17 @@ def show_data(
     colour: for a terminal, where long stretches that are not scored are folded, too.
     """
     from zoft.data import tasks
+    from zoft.data.tasks import check_task
     from zoft.models import load
+    from zoft.models.load import find_model
 
-    load.check_model(load.find_model(config.model))
-    tasks.check_task(config.task)
+    load.check_model(find_model(config.model))
+    check_task(config.task)
     from zoft.data.encode import encode
-    from zoft.train import parts as setup
-    from zoft.train.parts import reading
+    from zoft.train.parts import reading, run_tokenizer
 
     data = tasks.load_task(config.task)
-    tokenizer = setup.run_tokenizer(config)
+    tokenizer = run_tokenizer(config)
     examples = encode(data.train, tokenizer, data, config.max_length, pack=data.pack)
     found = counts(examples)
     notes = [n for n in data.notes if n != data.reading] + reading(tokenizer, data)

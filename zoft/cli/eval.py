@@ -15,9 +15,8 @@ from zoft.config.schema import GENERATED, Config
 from zoft.errors import UserError, writing
 from zoft.method.configured import compose, load_run
 from zoft.objectives.text import writer
-from zoft.replay import saved_model
-from zoft.replay.saved_model import folder_name
-from zoft.run import guards
+from zoft.replay.saved_model import folder_name, metrics_table
+from zoft.run.guards import explain_memory
 from zoft.run.preflight import refuse_reward
 from zoft.yaml_files import yaml_tree
 
@@ -127,15 +126,15 @@ def _base(adapter: Path, must: bool) -> str | None:
 
 def load_evaluated(config: Config, adapter: Path | None) -> tuple[Config, Any, Any]:
     """(config with its device, model, tokenizer), with the adapter in it."""
-    from zoft.models.adapters import attach
-    from zoft.replay import export
-    from zoft.train import parts
+    from zoft.models.adapters.attach import load_adapter
+    from zoft.replay.export import without_adapter
+    from zoft.train.parts import load_run_model, resolve_device
 
-    config = parts.resolve_device(config if adapter is None else dataclasses.replace(config, adapter=None))
-    model, tokenizer, base = parts.load_run_model(export.without_adapter(config))
+    config = resolve_device(config if adapter is None else dataclasses.replace(config, adapter=None))
+    model, tokenizer, base = load_run_model(without_adapter(config))
     if adapter is not None and (line := other_base(config.model, adapter, base)):
         print(line, file=sys.stderr)
-    return config, model if adapter is None else attach.load_adapter(model, adapter), tokenizer
+    return config, model if adapter is None else load_adapter(model, adapter), tokenizer
 
 
 def other_base(model: str, adapter: Path, found: str) -> str:
@@ -143,16 +142,16 @@ def other_base(model: str, adapter: Path, found: str) -> str:
 
     found: the model's fingerprint. The ledger of the adapter's run tells, where it is beside it; else the names do.
     """
-    from zoft.ledger import log
-    from zoft.models import load as models
+    from zoft.ledger.log import read_ledger
+    from zoft.models.load import find_model
 
     said = _base(adapter / "adapter_config.json", must=False)
     with suppress(UserError):
-        base = str(log.read_ledger(adapter.parent / "ledger").header["base"]).partition("+")[0]
+        base = str(read_ledger(adapter.parent / "ledger").header["base"]).partition("+")[0]
         named = f" ({said})" if said and said != model else ""
         why = f"other weights than those that {adapter} was trained on{named}"
         return "" if base == found else f"model={model}: {why}; its figures here are not those of its run"
-    source = models.find_model(model)
+    source = find_model(model)
     if said is None or said in (model, source.home, source.place):
         return ""
     if Path(said).exists() and Path(said).resolve() == Path(source.place).resolve():
@@ -171,34 +170,35 @@ def evaluate_config(
     import numpy as np
 
     from zoft.data import tasks
-    from zoft.data.tasks import subset
+    from zoft.data.tasks import check_task, subset
     from zoft.models import load as models
     from zoft.models.kind import refuse_other_kind
+    from zoft.models.load import find_model
 
     if out is not None:
         with writing(out):  # not after an hour of work
             Path(out).parent.mkdir(parents=True, exist_ok=True)
             open(out, "wb").close()
     refuse_reward(config, None, must=False)
-    models.check_model(models.find_model(config.model))
-    tasks.check_task(config.task)
+    models.check_model(find_model(config.model))
+    check_task(config.task)
     from zoft.data.encode import rows_of
     from zoft.evaluation import evaluate
-    from zoft.evaluation.evaluate import bootstrap
-    from zoft.objectives import objectives
-    from zoft.train import parts
+    from zoft.evaluation.evaluate import bootstrap, judge_model
+    from zoft.objectives.objectives import make_objective, resolve_objective, reward_of
+    from zoft.train.parts import encode_examples
 
-    with guards.explain_memory(config):
+    with explain_memory(config):
         writes = config.objective in GENERATED and (config.objective, config.reward) != ("reward", None)
-        mine = objectives.reward_of(config)
+        mine = reward_of(config)
         data = tasks.load_task(config.task)
-        config = objectives.resolve_objective(config, data) if writes else config
+        config = resolve_objective(config, data) if writes else config
         config, model, tokenizer = load_evaluated(config, adapter)
-        train, held_out = parts.encode_examples(config, tokenizer, data)
+        train, held_out = encode_examples(config, tokenizer, data)
         refuse_other_kind(config.model, model, held_out[0].masked)
-        texts = objectives.make_objective(config, data, tokenizer, mine).texts if writes else None
+        texts = make_objective(config, data, tokenizer, mine).texts if writes else None
         write = None if texts else writer(config, model, tokenizer)
-        found = evaluate.judge_model(model, held_out, train, write=write)
+        found = judge_model(model, held_out, train, write=write)
         rows = subset(data.eval, config.eval_limit)
         if texts is not None:
             found.texts, scored = texts.judge(model, None, rows)
@@ -217,15 +217,16 @@ def evaluate_config(
 
 def harness(config: Config, adapter: Path | None, tasks: str, path: str | None) -> tuple[dict[str, Any], str]:
     """(results of lm-evaluation-harness's tasks, the same as text); config.eval_limit examples of each."""
-    from zoft.cli import lm_eval
+    from zoft.cli.lm_eval import require_tasks, run_tasks, tasks_text
     from zoft.models import load as models
+    from zoft.models.load import find_model
 
-    names = lm_eval.require_tasks(tasks, path)
-    models.check_model(models.find_model(config.model))
-    with guards.explain_memory(config):
+    names = require_tasks(tasks, path)
+    models.check_model(find_model(config.model))
+    with explain_memory(config):
         config, model, tokenizer = load_evaluated(config, adapter)
-        found = lm_eval.run_tasks(config, model, tokenizer, names, path, config.eval_limit)
-    return found, lm_eval.tasks_text(found)
+        found = run_tasks(config, model, tokenizer, names, path, config.eval_limit)
+    return found, tasks_text(found)
 
 
 def lines(rows: Sequence[Mapping[str, Any]], found: Judged) -> list[str]:
@@ -268,7 +269,7 @@ def evaluation_text(result: Mapping[str, Any]) -> str:
     from zoft.console import short
 
     shown, between = {k: v for k, v in result.items() if not isinstance(v, Mapping)}, result.get("ci95", {})
-    lines = saved_model.metrics_table({"": shown}).split("\n")
+    lines = metrics_table({"": shown}).split("\n")
     for i, name in enumerate(shown):
         lines[i] += f"   {short(between[name][0])} to {short(between[name][1])}" if name in between else ""
     return "\n".join(([f"{'':34}   95 % interval"] if between else []) + lines)

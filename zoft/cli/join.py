@@ -81,10 +81,10 @@ def _config(tree: dict[str, Any]) -> Config:
 
 def _built(tree: dict[str, Any], data: bytes, trust_remote_code: bool) -> Trainer:
     """The run's trainer at the ledger's last step: base and replay, nothing else."""
-    from zoft.train import batches as data_order
-    from zoft.train import parts as setup
     from zoft.train.assemble import assemble
+    from zoft.train.batches import batches_of
     from zoft.train.header import agree
+    from zoft.train.parts import trainer_settings
     from zoft.train.trainer import Trainer
 
     log, _, _ = decode(data, "the run's ledger")
@@ -96,10 +96,10 @@ def _built(tree: dict[str, Any], data: bytes, trust_remote_code: bool) -> Traine
     check_elastic(config)  # whoever sends a config does not choose what code runs here
     parts = assemble(config)
     agree(log.header, parts.header, Path("the run"))
-    at = data_order.batches_of(parts.config, parts.scored)
+    at = batches_of(parts.config, parts.scored)
     aim = parts.objective
     trainer = Trainer(
-        parts.model, parts.axis, at, None, setup.trainer_settings(parts.config), aim.forward, aim.value
+        parts.model, parts.axis, at, None, trainer_settings(parts.config), aim.forward, aim.value
     )
     trainer.replay(log.records)
     return trainer
@@ -110,7 +110,7 @@ def _serve(trainer: Trainer, line: Line, inbox: queue.Queue[tuple[dict | None, b
     import torch
 
     from zoft.ledger.log import update_of
-    from zoft.parallel import world
+    from zoft.parallel.world import weights_digest
 
     probes = trainer.probes
     joined, pairs = False, 0
@@ -142,11 +142,11 @@ def _serve(trainer: Trainer, line: Line, inbox: queue.Queue[tuple[dict | None, b
                 trainer.axis.settle()
             elif facts["kind"] == "check":
                 trainer.axis.flush()
-                line.send("digest", step=trainer.next, digest=world.weights_digest(trainer.axis.trained))
+                line.send("digest", step=trainer.next, digest=weights_digest(trainer.axis.trained))
             elif facts["kind"] == "bye":
                 trainer.axis.flush()
                 line.close()
-                digest = world.weights_digest(trainer.axis.trained)
+                digest = weights_digest(trainer.axis.trained)
                 return f"the run is {facts['why']} after {trainer.next} steps; {pairs} pairs were mine; weights: {digest}"
         except Closed:  # its last words may be in the inbox
             continue

@@ -69,10 +69,8 @@ def train(
 ) -> None:
     """Fine-tune a model: zoft train --config mezo/reviews lr=1e-5."""
     from zoft.method.configured import compose, load_run
-    from zoft.parallel import launch
-    from zoft.parallel.launch import start_elastic
-    from zoft.replay import saved_model as results
-    from zoft.replay.saved_model import plan_text
+    from zoft.parallel.launch import process_place, start_elastic, start_processes
+    from zoft.replay.saved_model import plan_text, result_summary
     from zoft.run.preflight import first_look
     from zoft.run.start import train_run
 
@@ -104,11 +102,11 @@ def train(
             *(["--config", config] if config else []),
             *(["--resume", resume] if resume else []),
         ]
-        begin = start_elastic if resolved.elastic else launch.start_processes
+        begin = start_elastic if resolved.elastic else start_processes
         raise typer.Exit(begin(nproc, ["train", *given], str(resume or resolved.output_dir)))
     result = train_run(resolved, resume=resume, dry_run=dry_run)
-    if launch.process_place()[0] == 0:
-        typer.echo(plan_text(result) if dry_run else results.result_summary(result))
+    if process_place()[0] == 0:
+        typer.echo(plan_text(result) if dry_run else result_summary(result))
 
 
 @app.command(cls=Verb)
@@ -122,9 +120,9 @@ def join(
     ] = False,
 ) -> None:
     """Work for a run with elastic=true, from now until it ends: zoft join runs/mine."""
-    from zoft.cli import join as elastic_worker
+    from zoft.cli.join import join_run
 
-    typer.echo(elastic_worker.join_run(place, secret, trust_remote_code))
+    typer.echo(join_run(place, secret, trust_remote_code))
 
 
 @app.command(cls=Verb, context_settings=_LOOSE)
@@ -149,14 +147,13 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Run a config with many values: zoft sweep --config mezo/reviews lr=1e-4,5e-4 'seed=range(0,3)'."""
-    from zoft.sweep import command
-    from zoft.sweep.command import Asked
+    from zoft.sweep.command import Asked, run_sweep_command
 
     asked = Asked(
         config, launcher, jobs, detach, slurm, trials, metric, direction, plot, status, watch, cancel, results,
         as_json,
     )  # fmt: skip
-    command.run_sweep_command(asked, _with(words, recipe), typer.echo)
+    run_sweep_command(asked, _with(words, recipe), typer.echo)
 
 
 @app.command("eval", cls=Verb, context_settings=_LOOSE)
@@ -184,8 +181,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate a run's model, any model or an adapter: zoft eval runs/mine; zoft eval DIR --config mezo/reviews."""
-    from zoft.cli import eval as eval_run
-    from zoft.cli.eval import GIVE, evaluated_config, harness
+    from zoft.cli.eval import GIVE, evaluate_config, evaluated_config, evaluation_text, harness
 
     folders = [a for a in args or [] if "=" not in a and not a.startswith("-")]
     overrides = [a for a in args or [] if a not in folders]
@@ -203,8 +199,8 @@ def evaluate(
         return
     if lm_eval_path is not None:
         raise UserError(f"--lm-eval-path {lm_eval_path}: does nothing without --lm-eval TASKS")
-    found = eval_run.evaluate_config(resolved, adapter, resamples=resamples, out=examples)
-    typer.echo(json.dumps(found) if as_json else eval_run.evaluation_text(found))
+    found = evaluate_config(resolved, adapter, resamples=resamples, out=examples)
+    typer.echo(json.dumps(found) if as_json else evaluation_text(found))
 
 
 @app.command(cls=Verb, context_settings=_LOOSE)
@@ -223,12 +219,12 @@ def baseline(
     epochs: Annotated[float | None, typer.Option(help="Of first-order; default: 3.")] = None,
 ) -> None:
     """What a model scores without zeroth-order training: zoft baseline --config mezo/reviews --method icl."""
-    from zoft.baselines import methods as baselines
+    from zoft.baselines.methods import baseline_settings, baseline_text, run_baseline
 
     if epochs is not None and not epochs > 0:
         raise UserError(f"--epochs {epochs:g}: must be > 0")
-    resolved, ask = baselines.baseline_settings(config, overrides or [], method, demos, epochs)
-    typer.echo(baselines.baseline_text(baselines.run_baseline(resolved, ask)))
+    resolved, ask = baseline_settings(config, overrides or [], method, demos, epochs)
+    typer.echo(baseline_text(run_baseline(resolved, ask)))
 
 
 @app.command(cls=Verb)
@@ -251,10 +247,10 @@ def replay(
     recipe: Page = None,
 ) -> None:
     """Rebuild a run's model from its base and its ledger, bit for bit."""
-    from zoft.cli import replay as verbs
+    from zoft.cli.replay import replay_run_folder
 
     typer.echo(
-        verbs.replay_run_folder(
+        replay_run_folder(
             folder, out, step=step, storage=storage, denoise=denoise, device=device, recipe=recipe
         )
     )
@@ -273,10 +269,10 @@ def export(
     recipe: Page = None,
 ) -> None:
     """Write a run's model as others load it, and check it: zoft export runs/mine --merge --out mine."""
-    from zoft.cli import replay as verbs
+    from zoft.cli.replay import export_run
 
     typer.echo(
-        verbs.export_run(folder, out, merge=merge, adapter=adapter, dtype=dtype, device=device, recipe=recipe)
+        export_run(folder, out, merge=merge, adapter=adapter, dtype=dtype, device=device, recipe=recipe)
     )
 
 
@@ -292,16 +288,16 @@ def ledger(
     as_json: Json = False,
 ) -> None:
     """Say what a run's ledger holds, also while the run goes on: steps, losses, coefficients, events, base, plan."""
-    from zoft.cli import ledger as inspect_run
+    from zoft.cli.ledger import ledger_json, ledger_summary, ledger_text, plot_ledger, verify_ledger
 
-    found = inspect_run.ledger_summary(folder)
-    checks = inspect_run.verify_ledger(folder) if verify else []
+    found = ledger_summary(folder)
+    checks = verify_ledger(folder) if verify else []
     if as_json:
-        typer.echo(inspect_run.ledger_json({**found, "verified": checks} if verify else found))
+        typer.echo(ledger_json({**found, "verified": checks} if verify else found))
     else:
-        typer.echo("\n".join([inspect_run.ledger_text(found), *checks]))
+        typer.echo("\n".join([ledger_text(found), *checks]))
     if plot:
-        typer.echo(inspect_run.plot_ledger(folder, plot), err=as_json)
+        typer.echo(plot_ledger(folder, plot), err=as_json)
 
 
 @app.command(cls=Verb)
@@ -314,10 +310,10 @@ def report(
     ] = None,
 ) -> None:
     """One table of runs, or of all below a folder, mean ± sd over seeds: zoft report runs --png curve.png."""
-    from zoft.report import table as reports
+    from zoft.report.table import report_runs
 
     asked = [m for m in metrics.replace(",", " ").split() if m]
-    typer.echo(reports.report_runs(runs, asked, csv_to=csv, png_to=png))
+    typer.echo(report_runs(runs, asked, csv_to=csv, png_to=png))
 
 
 @app.command("ls", cls=Verb)
@@ -370,11 +366,11 @@ def estimate(
 
     resolved = compose(config, _with(overrides, recipe))
     from zoft import console
-    from zoft.run import estimate as estimates
+    from zoft.run.estimate import estimate_run, estimate_text
     from zoft.run.preflight import allowed_steps
 
-    found = estimates.estimate_run(allowed_steps(resolved))
-    typer.echo(json.dumps(console.finite(found)) if as_json else estimates.estimate_text(found))
+    found = estimate_run(allowed_steps(resolved))
+    typer.echo(json.dumps(console.finite(found)) if as_json else estimate_text(found))
 
 
 @app.command(cls=Verb, context_settings=_LOOSE)

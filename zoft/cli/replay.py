@@ -30,10 +30,11 @@ def replay_run_folder(
     config = of_run(folder, device, recipe)
     from zoft.replay import tensors as replays
     from zoft.replay.live import replay_run
+    from zoft.replay.tensors import describe_replay
 
     ask = replays.Ask(step, exact=storage == "fp32", denoise=denoise)
     if out is None:
-        return replays.describe_replay(config, Path(folder), ask)
+        return describe_replay(config, Path(folder), ask)
     done = replay_run(config, Path(folder), Path(out), ask)
     unfinished = (
         f" of {config.steps}: the run is not finished"
@@ -64,12 +65,12 @@ def export_run(
         raise UserError(f"{folder}: it trained the model's own weights, so there is no adapter; use --merge")
     if adapter and dtype is not None:
         raise UserError(f"--dtype {dtype}: an adapter is written as it is kept; leave it out")
-    from zoft.replay import export as exports
+    from zoft.replay.export import export_adapter, export_merged
 
     if adapter:
-        return exports.export_adapter(config, Path(folder), Path(out))
+        return export_adapter(config, Path(folder), Path(out))
 
-    return exports.export_merged(config, Path(folder), Path(out), dtype or config.save_dtype)
+    return export_merged(config, Path(folder), Path(out), dtype or config.save_dtype)
 
 
 def of_run(folder: str | Path, device: str | None, recipe: str | None = None) -> Config:

@@ -15,7 +15,7 @@ from zoft.errors import UserError
 from zoft.ledger.format import EVENTS, Event, Log, Record, decode, encode, encode_event, encode_header
 from zoft.noise.spec import Update
 
-__all__ = ["Event", "Ledger", "Log", "Record", "read", "update_of", "updates"]
+__all__ = ["Event", "Ledger", "Log", "Record", "read_ledger", "update_of", "updates_of"]
 
 
 def read_ledger(path: str | os.PathLike) -> Log:

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError, is_memory
-from zoft.models import checkpoint
-from zoft.models.checkpoint import WHOLE, check_config, pickles
+from zoft.models.checkpoint import WHOLE, check_config, check_folder, pickles
 from zoft.models.kind import auto_class, quiet
 from zoft.packages import packaged_file
 
@@ -72,7 +71,7 @@ def find_model(model: str) -> Source:
 def check_model(source: Source) -> dict[str, str]:
     """Refuse a model that cannot be loaded, or not safely, before anything heavy; {tensor: dtype} of a folder."""
     if source.kind == "folder":
-        return checkpoint.check_folder(source.name, Path(source.place))
+        return check_folder(source.name, Path(source.place))
     if source.kind == "gguf":
         with user_errors(source), open(source.place, "rb") as file:
             if file.read(4) != b"GGUF":
@@ -83,9 +82,9 @@ def check_model(source: Source) -> dict[str, str]:
 def block_count(source: Source) -> int | None:
     """How many blocks a model's own settings say it has, without loading it; None where they do not say."""
     if source.kind == "gguf":
-        from zoft.models import gguf
+        from zoft.models.gguf import read_gguf
 
-        fields = gguf.read_gguf(Path(source.place)).fields
+        fields = read_gguf(Path(source.place)).fields
         found = fields.get(f"{fields.get('general.architecture')}.block_count")
     else:
         path: Any = Path(source.place) / "config.json"
@@ -159,13 +158,13 @@ def load_model(model: str, *, dtype: Any = "auto", trust_remote_code: bool = Fal
 def _load_gguf(source: Source, dtype: Any, trust_remote_code: bool) -> tuple[Any, Any]:
     import torch
 
-    from zoft.models import gguf
+    from zoft.models.gguf import gguf_model, gguf_tokenizer, read_gguf
 
     path = Path(source.place)
     dtype = torch.float32 if dtype == "auto" else dtype
-    file = gguf.read_gguf(path)
-    loaded: Any = gguf.gguf_model(file, dtype)
-    tokenizer = gguf.gguf_tokenizer(file)
+    file = read_gguf(path)
+    loaded: Any = gguf_model(file, dtype)
+    tokenizer = gguf_tokenizer(file)
     from transformers import AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
@@ -186,7 +185,7 @@ def _load_pretrained(source: Source, dtype: Any, trust_remote_code: bool) -> tup
     from huggingface_hub import snapshot_download
     from transformers import AutoConfig, AutoTokenizer
 
-    from zoft.models import quantised_files
+    from zoft.models.quantised_files import load_quantised, quantisation_of
 
     extra = {"trust_remote_code": trust_remote_code}
 
@@ -200,11 +199,11 @@ def _load_pretrained(source: Source, dtype: Any, trust_remote_code: bool) -> tup
         check_config(source.name, config.to_dict())
     own = config.dtype
     folder = Path(source.place) if source.kind == "folder" else None
-    found = quantised_files.quantisation_of(source.name, config, folder)
+    found = quantisation_of(source.name, config, folder)
     if found:
         place = folder or Path(snapshot_download(source.place, allow_patterns=["*.safetensors", "*.json"]))
         wanted = None if dtype == "auto" else dtype
-        loaded = quantised_files.load_quantised(source.name, place, config, found, wanted, trust_remote_code)
+        loaded = load_quantised(source.name, place, config, found, wanted, trust_remote_code)
         own = own or loaded.dtype
     else:
         loaded = weights("auto" if own is None else dtype)
@@ -264,9 +263,9 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     source = find_model(model)
     with quiet(), user_errors(source):
         if source.kind == "gguf":
-            from zoft.models import gguf
+            from zoft.models.gguf import gguf_tokenizer, read_gguf
 
-            made = gguf.gguf_tokenizer(gguf.read_gguf(Path(source.place)))
+            made = gguf_tokenizer(read_gguf(Path(source.place)))
             if made is None:
                 return load_model(model)[1]
         else:

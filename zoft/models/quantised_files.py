@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from zoft.errors import UserError
 from zoft.models.quant import linear as quant
-from zoft.models.quant import other_libraries
-from zoft.models.quant.linear import QuantLinear, pack
+from zoft.models.quant.linear import QuantLinear, pack, quantised_layers
+from zoft.models.quant.other_libraries import other_layers
 
 OURS, GPTQ = "zoft", "gptq"
 CODES = {OURS: "codes", GPTQ: "qweight"}  # the tensor by which a quantised layer is known
@@ -201,9 +201,9 @@ def state(model: nn.Module, dequantise: bool) -> tuple[dict[str, Tensor], set[st
     """(a model's tensors as they are saved, names of those that keep their dtype): scales as they are, never as
     logarithms; with dequantise plain weights on the CPU in place of codes and scales."""
     tensors, kept = dict(model.state_dict()), set()
-    for name in other_libraries.other_layers(model):
+    for name in other_layers(model):
         kept |= {key for key in tensors if key.startswith(f"{name}.")}
-    for name, layer in quant.quantised_layers(model).items():
+    for name, layer in quantised_layers(model).items():
         if dequantise:
             for own in ("codes", "scales", "zeros", "order"):
                 tensors.pop(f"{name}.{own}", None)
@@ -217,7 +217,7 @@ def state(model: nn.Module, dequantise: bool) -> tuple[dict[str, Tensor], set[st
 
 def mark(folder: Path, model: nn.Module) -> None:
     """Say in a saved config.json that, and how, the model beside it is quantised."""
-    layers = list(quant.quantised_layers(model).values())
+    layers = list(quantised_layers(model).values())
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     sizes = {"bits": layers[0].bits, "group_size": max(layer.group for layer in layers)}

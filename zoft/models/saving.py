@@ -44,18 +44,18 @@ def save_model(
     from zoft.models import quantised_files
     from zoft.models.adapters import kept_in_place
     from zoft.models.adapters.kept_in_place import changes, without
-    from zoft.models.quant import linear, other_libraries
-    from zoft.models.quant.other_libraries import own_form, plain_form
+    from zoft.models.quant.linear import quantised_layers
+    from zoft.models.quant.other_libraries import other_layers, own_form, plain_form
 
     added = changes(model, dequantise)
     with whole_folder(out_dir) as folder, without(model) as base:
         # transformers cannot undo what it did to such a model while it loaded it; it loads this form as well.
-        theirs = other_libraries.other_layers(base)
+        theirs = other_layers(base)
         form = {"save_original_format": False} if theirs and not dequantise else {}
         how = plain_form if dequantise else own_form
         with kind.quiet(), how(base):
             base.save_pretrained(folder, state_dict=_cast(base, dtype, dequantise, added or {}), **form)
-        if linear.quantised_layers(base) and not dequantise:
+        if quantised_layers(base) and not dequantise:
             quantised_files.mark(folder, base)
         if added is None:
             kept_in_place.write(model, folder)

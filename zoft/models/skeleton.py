@@ -9,23 +9,25 @@ import torch
 
 from zoft.config.schema import Config
 from zoft.errors import UserError
-from zoft.models import load, quantised_files
+from zoft.models import load
 from zoft.models.kind import auto_class
-from zoft.models.load import user_errors
+from zoft.models.load import find_model, user_errors
 from zoft.models.quant.linear import quantise_model
+from zoft.models.quantised_files import quantisation_of
 
 
 def skeleton(config: Config) -> Any:
     """The config's model on the meta device, in the dtype of its checkpoint: names, shapes and no memory."""
     from transformers import AutoConfig
 
-    source = load.find_model(config.model)
+    source = find_model(config.model)
     load.check_model(source)
     with user_errors(source):
         if source.kind == "gguf":
             from zoft.models import gguf
+            from zoft.models.gguf import read_gguf
 
-            settings = gguf._llama_settings(gguf.read_gguf(Path(source.place)))
+            settings = gguf._llama_settings(read_gguf(Path(source.place)))
             if settings is None:
                 raise UserError(
                     f"model={config.model}: zoft cannot read this GGUF file's shapes; give a folder or a Hub id"
@@ -52,9 +54,9 @@ def quantised(config: Config, model: Any) -> None:
             head=config.quantise_head,
         )
         return
-    source = load.find_model(config.model)
+    source = find_model(config.model)
     folder = Path(source.place) if source.kind == "folder" else None
-    found = quantised_files.quantisation_of(source.name, model.config, folder)
+    found = quantisation_of(source.name, model.config, folder)
     if found:
         quantise_model(model, bits=found.bits, group=found.group or 1 << 30, zero_points=True)
     elif theirs := getattr(model.config, "quantization_config", None):

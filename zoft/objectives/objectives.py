@@ -34,10 +34,10 @@ from zoft.errors import UserError
 from zoft.method.estimators.named import forwards_per_step
 from zoft.objectives import losses
 from zoft.objectives import text as generate
-from zoft.objectives.losses import Batch
+from zoft.objectives.losses import Batch, mean_loss
 from zoft.objectives.metrics import exact_match, token_f1
 from zoft.objectives.reward import Reward, load
-from zoft.parallel import world
+from zoft.parallel.world import this_world
 
 
 class Shows(Protocol):
@@ -61,7 +61,7 @@ class Goal:
 
     name: str
     forward: Callable[[nn.Module, Any], tuple[Tensor, ...]] = losses.losses
-    value: Callable[[Tensor], Tensor] = losses.mean_loss
+    value: Callable[[Tensor], Tensor] = mean_loss
     texts: Texts | None = None
 
     def examples(self, train: Sequence[Example]) -> list[Example]:
@@ -149,7 +149,7 @@ def make_objective(config: Config, data: TaskData, tokenizer: Any, mine: Reward 
         return Goal(name, label_counts, minus_macro_f1)
     if name in GENERATED:
         texts = Texts(config, data, tokenizer, mine)
-        return Goal(name, texts.forward, losses.mean_loss, texts)
+        return Goal(name, texts.forward, mean_loss, texts)
     return Goal(name)
 
 
@@ -211,7 +211,7 @@ class Texts:
         assert (self.reward is None) == (self.name != "reward"), (config.reward, self.name)
         self.progress: Callable[[str], Any] = lambda text: None
         each = forwards_per_step(config)  # texts of a step
-        self.done, self.each = 0, each // world.this_world().size
+        self.done, self.each = 0, each // this_world().size
 
     def forward(self, model: Any, batch: Prompts) -> tuple[Tensor, Tensor]:
         """(-score of each row's text [E], ones), fp64 on the CPU; NaN throughout where logits were none."""

@@ -30,8 +30,7 @@ from zoft.ledger.format import decode
 from zoft.ledger.log import Ledger
 from zoft.method.estimators.named import probes_per_step
 from zoft.models.fingerprint import Stored
-from zoft.parallel import launch
-from zoft.parallel.launch import with_parent
+from zoft.parallel.launch import environment_number, process_place, with_parent
 from zoft.signals import Stop, Stopped
 
 T = TypeVar("T")
@@ -250,7 +249,7 @@ def joined_processes(config: Config, folder: str) -> Iterator[World]:
 
     Others than rank 0 keep quiet. Raises UserError for a grid that does not come out even, or a GPU that is not there.
     """
-    rank, size = launch.process_place()
+    rank, size = process_place()
     if size == 1:
         if config.parallel != "auto":
             print(
@@ -262,8 +261,8 @@ def joined_processes(config: Config, folder: str) -> Iterator[World]:
     with_parent()
     parts, shards = probe_grid(config, size)
     local, local_size = (
-        launch.environment_number("LOCAL_RANK", rank),
-        launch.environment_number("LOCAL_WORLD_SIZE", size),
+        environment_number("LOCAL_RANK", rank),
+        environment_number("LOCAL_WORLD_SIZE", size),
     )
     cuda = on_gpu(config, local, local_size)
     with ExitStack() as stack:

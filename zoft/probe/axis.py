@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from zoft.method import updates
 from zoft.method.estimators.estimator import Probe
 from zoft.method.space import Trained
+from zoft.method.updates import advance_trained
 from zoft.noise.spec import Update
 from zoft.probe.scratch import CLEAN, PENDING_MAX, Scratch
 from zoft.probe.site_forwards import choose_compute, fast, route, scratch_bytes
@@ -115,7 +115,7 @@ class ProbeAxis(Scratch):
     def flush(self) -> None:
         """Apply every update that some tensor still lacks: before anyone reads the stored weights."""
         for t in self.trained:
-            updates.advance_trained(t, self.updates, self.kind, self.beta)
+            advance_trained(t, self.updates, self.kind, self.beta)
         self.updates.clear()
 
     def repeat_step(self, step: int, probes: Sequence[Probe]) -> None:

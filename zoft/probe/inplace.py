@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from zoft.method import updates
 from zoft.method.estimators.estimator import Probe
 from zoft.method.space import Trained
+from zoft.method.updates import mark_advanced
 from zoft.noise import noise, spec
 from zoft.noise.spec import Update
 from zoft.probe.scratch import CLEAN, PENDING_MAX
@@ -109,6 +109,6 @@ class InPlace:
                 noise.perturb(t.stored, t.id, t.stored[None], [probe], **where)
             elif todo:
                 noise.advance(t.stored, t.id, todo, **where)
-            updates.mark_advanced(t, [u for u in todo if not u.is_nothing])
+            mark_advanced(t, [u for u in todo if not u.is_nothing])
             self.done[t.id] = len(self.todo)
         self.todo, self.done = [], dict.fromkeys(self.done, 0)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from zoft.method import updates as update
 from zoft.method.estimators.estimator import Probe
 from zoft.method.space import Trained
+from zoft.method.updates import advance_trained, mark_advanced, pending_updates
 from zoft.models.quant.linear import QuantLinear
 from zoft.noise import noise
 from zoft.noise.spec import PART, Update
@@ -167,7 +167,7 @@ class Scratch:
         self, t: Trained, out: torch.Tensor | None, group: list[Probe], first: int, rows: slice = slice(None)
     ) -> None:
         """One pass over rows of θ: the updates they lack, then the probes of the group into out [G, *shape of the rows]."""
-        updates = update.pending_updates(t, self.updates, self.beta)
+        updates = pending_updates(t, self.updates, self.beta)
         noise.perturb(
             part(t.stored, rows), t.id, out, group, seed=self.seed, step=self.step, noise=self.kind, updates=updates,
             momentum=None if t.momentum is None else part(t.momentum, rows), beta=self.beta,
@@ -176,13 +176,13 @@ class Scratch:
 
     def _mark(self, t: Trained) -> None:
         """Note that all of a tensor has what was pending."""
-        update.mark_advanced(t, self.updates)
+        mark_advanced(t, self.updates)
 
     def gathered(self, t: Trained, rows: torch.Tensor, group: list[Probe], first: int) -> torch.Tensor:
         """[G, N, D]: rows [G, N] of θ + s·z of a matrix at the probes of the group, noise made for these rows only."""
         if self._holding:
             return self._held[t.id][0][rows]
-        update.advance_trained(t, self.updates, self.kind, self.beta)
+        advance_trained(t, self.updates, self.kind, self.beta)
         out = torch.empty(*rows.shape, t.stored.shape[1], dtype=t.compute, device=t.stored.device)
         where: dict[str, Any] = {"seed": self.seed, "step": self.step, "noise": self.kind, "mask": t.mask}
         for i, probe in enumerate(group):

@@ -19,13 +19,12 @@ from transformers import GenerationConfig
 from zoft.config.schema import Config
 from zoft.errors import UserError
 from zoft.models import gguf, load, safetensors_writer
-from zoft.models.adapters import kept_in_place
-from zoft.models.adapters.kept_in_place import adapter_folder
+from zoft.models.adapters.kept_in_place import adapter_folder, folder_fingerprint
 from zoft.models.fingerprint import distinct, of_tensors
-from zoft.models.gguf import llama_names
-from zoft.models.load import user_errors
+from zoft.models.gguf import llama_names, read_gguf
+from zoft.models.load import find_model, user_errors
 from zoft.models.skeleton import skeleton
-from zoft.train import parts
+from zoft.train.parts import load_base, run_tokenizer
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def find_base(config: Config, wanted: str, where: str) -> Base:
     """
     wanted, _, beside = wanted.partition("+")  # a model and the adapter that is in place
     place = adapter_folder(config)
-    if (found := kept_in_place.folder_fingerprint(place) if place else "") != beside:
+    if (found := folder_fingerprint(place) if place else "") != beside:
         raise UserError(
             f"{where}: its ledger starts from another adapter ({beside}) than adapter={place} ({found})"
         )
@@ -73,7 +72,7 @@ def find_base(config: Config, wanted: str, where: str) -> Base:
 
 def loaded(config: Config) -> Base:
     """The base from the model as it is loaded for training: all of it in memory."""
-    model, tokenizer = parts.load_base(config)
+    model, tokenizer = load_base(config)
     if any(p.device.type != "cpu" for p in model.parameters()):
         model = model.cpu()
     return base_of(model, lambda: tokenizer)
@@ -91,7 +90,7 @@ def streamed(config: Config) -> Base | None:
         config.trust_remote_code or config.bits is not None
     ):  # loaded as its own code likes; quantised as it is loaded
         return None
-    source = load.find_model(config.model)
+    source = find_model(config.model)
     load.check_model(source)
     with user_errors(source):
         held = _gguf(Path(source.place)) if source.kind == "gguf" else _files(_folder(source))
@@ -120,7 +119,7 @@ def streamed(config: Config) -> Base | None:
     if source.kind != "gguf":
         with suppress(OSError):  # without the file it follows from the model's config, as it does now
             model.generation_config = GenerationConfig.from_pretrained(source.place)
-    return Base(model, tensors, read, partial(parts.run_tokenizer, config))
+    return Base(model, tensors, read, partial(run_tokenizer, config))
 
 
 Held = dict[str, Callable[[], Tensor]]  # name in the files -> that tensor, read now, in memory of its own
@@ -129,7 +128,7 @@ Held = dict[str, Callable[[], Tensor]]  # name in the files -> that tensor, read
 def _gguf(path: Path) -> Held:
     from transformers import LlamaConfig
 
-    file = gguf.read_gguf(path)
+    file = read_gguf(path)
     names, settings = llama_names(file), gguf._llama_settings(file)
     if names is None or settings is None:
         return {}

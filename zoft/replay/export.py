@@ -13,18 +13,20 @@ from zoft.config.schema import ADAPTERS, Config
 from zoft.errors import UserError
 from zoft.method import space
 from zoft.method.space import adopt, float_buffers
-from zoft.models import kind, saving
-from zoft.models.adapters import attach
+from zoft.models import kind
+from zoft.models.adapters.attach import adapter_fingerprint, load_adapter, merge_adapter, save_adapter
 from zoft.models.adapters.kept_in_place import adapter_folder
 from zoft.models.kind import auto_class, is_masked
-from zoft.models.quant import linear, other_libraries
-from zoft.models.saving import whole_folder
-from zoft.replay import base_weights as bases
-from zoft.replay import saved_model, tensors
-from zoft.replay.base_weights import Base
+from zoft.models.quant.linear import dequantise_layers, quantised_layers
+from zoft.models.quant.other_libraries import dequantise_other_layers, other_layers
+from zoft.models.saving import save_model, whole_folder
+from zoft.replay import tensors
+from zoft.replay.base_weights import Base, base_of, find_base
 from zoft.replay.live import live
-from zoft.train import header, parts
-from zoft.train.parts import said_before
+from zoft.replay.saved_model import model_card_of
+from zoft.replay.tensors import requested, told_by_result
+from zoft.train.header import dtype_name
+from zoft.train.parts import load_run_model, resolve_device, said_before
 
 TOLERANCE = 1e-3  # between the same logits of two loads in fp32, of the largest
 
@@ -39,49 +41,47 @@ def export_merged(config: Config, folder: Path, out: Path, dtype: str = "auto") 
     """
     if config.train in ("prefix", "prompt"):
         raise UserError(f"train={config.train}: it cannot be merged into weights; use --adapter")
-    config, log = tensors.requested(parts.resolve_device(config), folder, tensors.Ask())
+    config, log = requested(resolve_device(config), folder, tensors.Ask())
     beside = config.train in ADAPTERS or adapter_folder(config) is not None
     if beside:  # the base as it was loaded, whatever the run computed in
         config = replace(config, compute="fp32")
     model, tokenizer, config = live(config, folder, log)
-    if beside and other_libraries.other_layers(model):
+    if beside and other_layers(model):
         raise UserError(
             f"{folder}: its pairs stand beside layers that another library has quantised, and are not merged into those; "
             + ("use --adapter" if config.train in ADAPTERS else f"{folder}/model has both")
         )
     if beside:
         own = logits(widened(model, None))
-        linear.dequantise_layers(model)
-        model = attach.merge_adapter(model)
+        dequantise_layers(model)
+        model = merge_adapter(model)
         agree(logits(model), own, out)
-    other_libraries.dequantise_other_layers(model)
+    dequantise_other_layers(model)
     plain = logits(widened(model, None))
-    result, facts = tensors.told_by_result(config, folder, log, tensors.Ask())
+    result, facts = told_by_result(config, folder, log, tensors.Ask())
     word = config.save_dtype if dtype == "auto" else dtype
     kept = model.checkpoint_dtype if word == "auto" else space.DTYPES[word]
     with whole_folder(out) as draft:
-        saving.save_model(
-            model, tokenizer, draft, dtype=kept, card=saved_model.model_card_of(config, result, **facts)
-        )
+        save_model(model, tokenizer, draft, dtype=kept, card=model_card_of(config, result, **facts))
         rounded = logits(widened(model, kept))
         del model
         again = reloaded(draft, config)
         agree(logits(again), rounded, out)
         with said_before():
-            base = bases.find_base(config, log.header["base"], str(folder))
-        if linear.quantised_layers(base.model) or other_libraries.other_layers(base.model):
-            other_libraries.dequantise_other_layers(base.model)
-            base = bases.base_of(base.model, base.tokenizer)
+            base = find_base(config, log.header["base"], str(folder))
+        if quantised_layers(base.model) or other_layers(base.model):
+            dequantise_other_layers(base.model)
+            base = base_of(base.model, base.tokenizer)
         changed, total = differing(again, base, kept)
         if not changed:
             raise UserError(
-                f"{folder}: in {header.dtype_name(kept)} its model is the base: {len(log.records)} steps are too few, or "
+                f"{folder}: in {dtype_name(kept)} its model is the base: {len(log.records)} steps are too few, or "
                 "too small for that dtype; use --dtype fp32"
             )
     apart = float((rounded - plain).norm() / plain.norm())
     return (
         f"{out}: {changed:,} of {total:,} numbers differ from the base; loaded again, it gives the run's logits "
-        f"(rounding to {header.dtype_name(kept)} moves them by {apart:.2g} of their size)"
+        f"(rounding to {dtype_name(kept)} moves them by {apart:.2g} of their size)"
     )
 
 
@@ -91,22 +91,20 @@ def export_adapter(config: Config, folder: Path, out: Path) -> str:
     The folder gets its name when what it holds, loaded again beside the base, gives the run's logits.
     Raises UserError where the adapter is as it started.
     """
-    config, log = tensors.requested(parts.resolve_device(config), folder, tensors.Ask())
+    config, log = requested(resolve_device(config), folder, tensors.Ask())
     config = replace(config, compute="fp32")  # so that the two differ by nothing but the adapter
     model, tokenizer, config = live(config, folder, log)
-    result, facts = tensors.told_by_result(config, folder, log, tensors.Ask())
+    result, facts = told_by_result(config, folder, log, tensors.Ask())
     trained = adopt(model, list(log.header["trained"]))
-    if attach.adapter_fingerprint(trained) == log.header["adapter"]:
+    if adapter_fingerprint(trained) == log.header["adapter"]:
         raise UserError(f"{folder}: its adapter is as it started: {len(log.records)} steps have not moved it")
     with whole_folder(out) as draft:
-        attach.save_adapter(
-            model, draft, tokenizer=tokenizer, card=saved_model.model_card_of(config, result, **facts)
-        )
+        save_adapter(model, draft, tokenizer=tokenizer, card=model_card_of(config, result, **facts))
         own = logits(model)
         del model, trained
         with said_before():
-            base, _, _ = parts.load_run_model(replace(without_adapter(config), adapter=None))
-        agree(logits(attach.load_adapter(widened(base, None), draft)), own, out)
+            base, _, _ = load_run_model(replace(without_adapter(config), adapter=None))
+        agree(logits(load_adapter(widened(base, None), draft)), own, out)
     return f"{out}: loaded again beside the base, it gives the run's logits"
 
 

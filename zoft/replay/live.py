@@ -10,11 +10,13 @@ from zoft.config.schema import ADAPTERS, Config
 from zoft.ledger.log import Log
 from zoft.method.recipes import method_of
 from zoft.models.adapters.kept_in_place import adapter_folder
-from zoft.replay import saved_model, snapshot, tensors
-from zoft.replay.snapshot import newest_snapshot
-from zoft.replay.tensors import denoise
+from zoft.replay import tensors
+from zoft.replay.saved_model import save_run_model
+from zoft.replay.snapshot import load_snapshot, newest_snapshot
+from zoft.replay.tensors import denoise, replay_tensors, requested, told_by_result
 from zoft.train import parts
 from zoft.train.assemble import assemble_again
+from zoft.train.parts import resolve_device, trainer_settings
 from zoft.train.trainer import Trainer
 
 
@@ -25,11 +27,11 @@ def replay_run(config: Config, folder: Path, out: Path, ask: tensors.Ask) -> int
     """
     beside = config.train in ADAPTERS or adapter_folder(config) is not None
     if not (beside or method_of(config.recipe).space.quantised):
-        return tensors.replay_tensors(config, folder, out, ask)
-    config, log = tensors.requested(parts.resolve_device(config), folder, ask)
+        return replay_tensors(config, folder, out, ask)
+    config, log = requested(resolve_device(config), folder, ask)
     model, tokenizer, config = live(config, folder, log)
-    result, facts = tensors.told_by_result(config, folder, log, ask)
-    saved_model.save_run_model(config, model, tokenizer, out, result, **facts)
+    result, facts = told_by_result(config, folder, log, ask)
+    save_run_model(config, model, tokenizer, out, result, **facts)
     return len(log.records)
 
 
@@ -39,7 +41,7 @@ def live(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
     config, log: from replay.asked. Raises UserError for another base.
     """
     again = assemble_again(config, folder, log.header)
-    trainer = Trainer(again.model, again.axis, lambda step: [], None, parts.trainer_settings(again.config))
+    trainer = Trainer(again.model, again.axis, lambda step: [], None, trainer_settings(again.config))
     catch_up(trainer, folder, again.config, log, parts.say)
     return again.model, again.tokenizer, again.config
 
@@ -51,7 +53,7 @@ def catch_up(trainer: Trainer, folder: Path, config: Config, log: Log, say: Call
     if found:
         step, path = found
         say(f"starting from the snapshot at step {step}")
-        snapshot.load_snapshot(path, trainer.axis.trained, step)
+        load_snapshot(path, trainer.axis.trained, step)
         trainer.skip_to(step, records)
     if trainer.next < len(records):
         say(f"replaying {len(records) - trainer.next} of {config.steps} steps from the ledger")

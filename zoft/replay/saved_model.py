@@ -28,33 +28,31 @@ def save_run_model(
     from safetensors import SafetensorError
 
     from zoft.method import space
-    from zoft.models import saving
-    from zoft.models.adapters import attach
+    from zoft.models.adapters.attach import save_adapter
+    from zoft.models.saving import save_model
 
     text = model_card_of(config, result, **facts)
     dtype = model.checkpoint_dtype if config.save_dtype == "auto" else space.DTYPES[config.save_dtype]
     try:
         with writing(out):
             if config.train in ADAPTERS:
-                attach.save_adapter(model, out, tokenizer=tokenizer, card=text)
+                save_adapter(model, out, tokenizer=tokenizer, card=text)
             else:
-                saving.save_model(
-                    model, tokenizer, out, dtype=dtype, card=text, dequantise=config.save_dequantised
-                )
+                save_model(model, tokenizer, out, dtype=dtype, card=text, dequantise=config.save_dequantised)
     except SafetensorError as error:
         raise UserError(f"cannot write {out}: {error}") from OSError(str(error))
 
 
 def model_card_of(config: Config, result: Mapping[str, Any], **facts: Any) -> str:
     """The text of a model's README.md: what it was made of, how, and its figures; facts: what else there is to say."""
-    from zoft.models import load
+    from zoft.models.load import find_model
     from zoft.models.saving import model_card
 
     keys = ("recipe", "train", "steps", "lr", "schedule", "eps", "q", "noise", "batch_size", "seed")
     rows = {"task": config.task.name} | {k: getattr(config, k) for k in keys} | facts
     for when in ("before", "after"):
         rows |= {f"{name} {when}": console.short(v) for name, v in result.get(when, {}).items()}
-    return model_card(load.find_model(config.model), rows)
+    return model_card(find_model(config.model), rows)
 
 
 def read_result(folder: Path) -> dict[str, Any]:

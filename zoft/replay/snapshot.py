@@ -159,11 +159,9 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mappin
     Raises OSError; nothing is left behind then.
     """
     from zoft.ledger.log import sync_folder
-    from zoft.models import safetensors_writer
+    from zoft.models.safetensors_writer import safetensors_header
 
-    head, starts = safetensors_writer.safetensors_header(
-        {name: (t.shape, t.dtype) for name, t in tensors.items()}, facts
-    )
+    head, starts = safetensors_header({name: (t.shape, t.dtype) for name, t in tensors.items()}, facts)
     draft = path.with_name(f".{path.name}.new")
     h = hashlib.blake2b(digest_size=DIGEST)
     try:

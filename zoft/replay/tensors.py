@@ -17,25 +17,25 @@ from torch import Tensor, nn
 from zoft import console
 from zoft.config.schema import Config
 from zoft.errors import UserError
-from zoft.ledger import log as ledger
 from zoft.ledger.check import refuse_unsound
-from zoft.ledger.log import Event, Log
-from zoft.method import masks, space
-from zoft.method import updates as update
+from zoft.ledger.log import Event, Log, read_ledger, updates_of
+from zoft.method import space
 from zoft.method.estimators.named import estimator_of
+from zoft.method.masks import mask_tensor
 from zoft.method.rules import attach_rule, rule_of
-from zoft.method.space import FP16_MAX, Trained, frozen_dtype
-from zoft.models import safetensors_writer, saving
-from zoft.models.saving import finish_folder, whole_folder
+from zoft.method.space import FP16_MAX, Trained, adopt_tensor, frozen_dtype
+from zoft.method.updates import advance_trained
+from zoft.models.safetensors_writer import write_shards
+from zoft.models.saving import cast_tensor, finish_folder, save_model, whole_folder
 from zoft.noise.spec import Update
 from zoft.probe.inplace import InPlace
-from zoft.replay import base_weights as bases
-from zoft.replay import saved_model
-from zoft.replay.base_weights import Base
+from zoft.replay.base_weights import Base, find_base
+from zoft.replay.saved_model import model_card_of, read_result
 from zoft.replay.snapshot import newest_snapshot
 from zoft.train import header as headers
 from zoft.train import parts
 from zoft.train.header import page_of, with_plan
+from zoft.train.parts import resolve_device
 
 WORK = 1 << 29  # updates × elements between two looks at progress, and at Ctrl-C
 SIXTEEN = ("fp16", "bf16")
@@ -58,7 +58,7 @@ def requested(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
 
     Raises UserError for steps that the ledger does not have, and for a wish that its storage makes void.
     """
-    header, records, events = refuse_unsound(folder, ledger.read_ledger(folder / "ledger"))
+    header, records, events = refuse_unsound(folder, read_ledger(folder / "ledger"))
     headers.agree(header, page_of(config), folder)
     trained = header["trained"]
     n = len(records) if ask.steps is None else ask.steps
@@ -106,12 +106,12 @@ def replay_tensors(config: Config, folder: Path, out: Path, ask: Ask) -> int:
     Memory: the largest tensor, in its checkpoint's dtype, its storage's and its momentum (and fp32, to denoise).
     Raises UserError for another base.
     """
-    config, log = requested(parts.resolve_device(config), folder, ask)
-    base = bases.find_base(config, log.header["base"], str(folder))
+    config, log = requested(resolve_device(config), folder, ask)
+    base = find_base(config, log.header["base"], str(folder))
     dtype = base.model.checkpoint_dtype if config.save_dtype == "auto" else space.DTYPES[config.save_dtype]
     found = start(folder, log, ask)
     result, facts = told_by_result(config, folder, log, ask)
-    tokenizer, text = base.tokenizer(), saved_model.model_card_of(config, result, **facts)
+    tokenizer, text = base.tokenizer(), model_card_of(config, result, **facts)
     with progress(log, found[0] if found else 0) as did:
         made = weights(config, base, log, found, did)
         if base.whole:
@@ -119,9 +119,7 @@ def replay_tensors(config: Config, folder: Path, out: Path, ask: Ask) -> int:
             for name, tensor in made:
                 if name in log.header["trained"]:
                     state[name].data = tensor.cpu()
-            saving.save_model(
-                base.model, tokenizer, out, dtype=dtype, card=text, dequantise=config.save_dequantised
-            )
+            save_model(base.model, tokenizer, out, dtype=dtype, card=text, dequantise=config.save_dequantised)
         else:
             with whole_folder(out) as draft:
                 stream(base, made, draft, dtype)
@@ -133,7 +131,7 @@ def told_by_result(config: Config, folder: Path, log: Log, ask: Ask) -> tuple[di
     """(the run's result, where this is the model that it ended with, else nothing; what else a card should say)."""
     steps = len(log.records)
     if steps == config.steps and not (ask.exact or ask.denoise):
-        return saved_model.read_result(folder), {}
+        return read_result(folder), {}
     how = (
         {"replayed with": "fp32 storage"}
         if ask.exact
@@ -156,9 +154,9 @@ def stream(base: Base, made: Iterator[tuple[str, Tensor]], folder: Path, dtype: 
     def cast() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in made:
             if name in sizes:
-                yield name, saving.cast_tensor(name, tensor, sizes[name][1])
+                yield name, cast_tensor(name, tensor, sizes[name][1])
 
-    safetensors_writer.write_shards(folder, sizes, cast())
+    write_shards(folder, sizes, cast())
     model = base.model
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
@@ -201,7 +199,7 @@ class Tensors:
     log: Log
 
     def __post_init__(self) -> None:
-        self.updates = ledger.updates_of(self.log.header, self.log.records)
+        self.updates = updates_of(self.log.header, self.log.records)
         self.denoised = max((e.step for e in self.log.events if e.kind == "denoise"), default=0)
 
     def at_the_end(self, name: str, theta: Tensor, found: Found, did: Callable[[int], None]) -> Tensor:
@@ -233,8 +231,8 @@ class Tensors:
         return t
 
     def _of(self, name: str, theta: Tensor, dtype: torch.dtype) -> Trained:
-        t = space.adopt_tensor(name, nn.Parameter(theta.to(dtype), requires_grad=False))
-        masks.mask_tensor(t, self.config.mask, self.config.sparsity, self.config.seed)
+        t = adopt_tensor(name, nn.Parameter(theta.to(dtype), requires_grad=False))
+        mask_tensor(t, self.config.mask, self.config.sparsity, self.config.seed)
         t.floor = self.log.header.get("floors", {}).get(name)
         attach_rule([t], rule_of(self.config))
         return t
@@ -264,7 +262,7 @@ def advance(t: Trained, updates: Sequence[Update], config: Config, did: Callable
     size = min(most, max(least, 1 << (WORK // max(1, t.stored.numel())).bit_length()))
     for i in range(0, len(updates), size):
         some = updates[i : i + size]
-        update.advance_trained(t, some, config.noise, config.momentum)
+        advance_trained(t, some, config.noise, config.momentum)
         did(len(some) * t.stored.numel())
 
 
@@ -282,7 +280,7 @@ def denoise(folder: Path, config: Config, log: Log, steps: int, trained: Sequenc
     a tensor at a time. trained: up to date.
     """
     began = time.monotonic()
-    base = bases.find_base(config, log.header["base"], str(folder))
+    base = find_base(config, log.header["base"], str(folder))
     tensors = Tensors(config, log)
     noise = moved = numbers = 0.0
     for t in trained:
@@ -303,8 +301,8 @@ def denoise(folder: Path, config: Config, log: Log, steps: int, trained: Sequenc
 
 def describe_replay(config: Config, folder: Path, ask: Ask) -> str:
     """What a replay would make, as text; the base and the ledger are checked, nothing is written."""
-    config, log = requested(parts.resolve_device(config), folder, ask)
-    base = bases.find_base(config, log.header["base"], str(folder))
+    config, log = requested(resolve_device(config), folder, ask)
+    base = find_base(config, log.header["base"], str(folder))
     numbers, total = numbers_of(log), sum(t.numel() for t in base.tensors.values())
     noted = [f"{e.kind} at step {e.step}" for e in log.events if not ask.denoise]
     return (

@@ -14,7 +14,7 @@ from zoft.errors import UserError
 from zoft.folder import ASKED
 from zoft.method.estimators.named import ESTIMATORS
 from zoft.method.estimators.two_sided import TWO_SIDED
-from zoft.replay import saved_model
+from zoft.replay.saved_model import read_result
 from zoft.yaml_files import yaml_tree
 
 METRICS = (
@@ -74,7 +74,7 @@ def read(folder: Path) -> Run:
         except ValueError:
             raise UserError(f"{folder / ASKED}: damaged; make the baseline again") from None
     rows = logged(folder / "metrics.jsonl")
-    result = saved_model.read_result(folder)
+    result = read_result(folder)
     steps = int(result.get("steps", flat.get("steps", 0)))
     used = ESTIMATORS.get(str(flat.get("estimator")), TWO_SIDED)
     each = used.count(int(flat.get("q", 1))) * int(flat.get("batch_size", 1)) * int(flat.get("accumulate", 1))

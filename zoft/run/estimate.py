@@ -21,13 +21,12 @@ from zoft.method.estimators.named import probes_per_step
 from zoft.method.rules import rule_of
 from zoft.method.space import train_names
 from zoft.models import footprint
-from zoft.models import load as models
-from zoft.models.adapters import attach as adapters
+from zoft.models.adapters.attach import attach_adapter, load_adapter
 from zoft.models.adapters.kept_in_place import adapter_folder
 from zoft.models.footprint import Cost, cost
 from zoft.models.kind import blocks_of
-from zoft.models.quant import linear as quant
-from zoft.models.quant.linear import Scales
+from zoft.models.load import find_model
+from zoft.models.quant.linear import Scales, count_numbers, quantised_layers
 from zoft.models.skeleton import quantised, skeleton
 from zoft.noise import noise
 from zoft.noise.spec import Update
@@ -35,9 +34,8 @@ from zoft.objectives.losses import Batch, collate, losses
 from zoft.probe.frozen_blocks import FROZEN_BYTES, frozen_blocks
 from zoft.probe.scratch import SLAB
 from zoft.run.stops import due_at
-from zoft.train import parts
 from zoft.train.batches import batch_indices
-from zoft.train.parts import refuse_unquantised, resolve_precision
+from zoft.train.parts import refuse_unquantised, resolve_device, resolve_precision, run_tokenizer
 
 MEASURED = 0.2  # seconds that a rate is measured for
 ROWS_MAX = 1 << 14  # of the product
@@ -60,8 +58,8 @@ def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[
     lora: {the same}, config: {resolved storage, compute, perturb, probes_per_forward, device, steps}, notes: [str]}.
     Raises UserError as a run would.
     """
-    models.find_model(config.model)  # a mistake shows before data loads
-    config = parts.resolve_device(config)
+    find_model(config.model)  # a mistake shows before data loads
+    config = resolve_device(config)
     notes: list[str] = []
     tested: int | None = None
     if rows is None:
@@ -73,12 +71,12 @@ def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[
     quantised(config, model)
     refuse_unquantised(config, model)
     if config.train in ADAPTERS:
-        model = adapters.attach_adapter(model, config)
+        model = attach_adapter(model, config)
     elif place := adapter_folder(config):
-        model = adapters.load_adapter(model, place)
+        model = load_adapter(model, place)
     gradients = model
     names = train_names(model, config.train)
-    if quant.quantised_layers(model):
+    if quantised_layers(model):
         gradients = skeleton(config)  # training with gradients wants the weights
         if config.device != "cpu" or config.bits is None:
             load = 0  # layer by layer, on the device; or they come quantised
@@ -144,7 +142,7 @@ def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[
         "activation_bytes": train.activations, "evaluation_bytes": evaluation, "peak_bytes": peak,
         "seconds_per_step": seconds, "seconds": seconds * config.steps + denoising, "denoising_seconds": denoising,
         "flops_per_step": flops, "rates": speed,
-        "parameters": quant.count_numbers(model), "trained": trained,
+        "parameters": count_numbers(model), "trained": trained,
         "rows": batch.rows, "tokens": batch.inputs["input_ids"].shape[1],
         **_with_gradients(gradients, batch, usual / probes / speed["flops"] * config.accumulate),
         "config": {k: getattr(config, k) for k in ("storage", "compute", "device", "steps")}
@@ -191,7 +189,7 @@ def _examples(config: Config) -> tuple[list[Example], int | None, str]:
     try:
         data = tasks.load_task(config.task)
         tested = len(subset(data.eval, config.eval_limit))
-        rows = encode(data.train, parts.run_tokenizer(config), data, config.max_length, pack=data.pack)
+        rows = encode(data.train, run_tokenizer(config), data, config.max_length, pack=data.pack)
         return rows, tested, ""
     except UserError as error:
         context = (0,) * config.max_length
@@ -281,7 +279,7 @@ def _scratch(model: Any, names: Sequence[str], compute: torch.dtype, probes: int
         if n in chosen and all(p is not x for x in passed)
         for size in [p.numel() * (4 if isinstance(p, Scales) else compute.itemsize)]
     ]
-    scales = {id(m.scales): m for m in quant.quantised_layers(model).values()}
+    scales = {id(m.scales): m for m in quantised_layers(model).values()}
     if any(n in chosen and id(p) in scales for n, p in model.named_parameters()):
         # One probe's matrix counts among the activations.
         matrices = [m.in_features * m.out_features * compute.itemsize for m in scales.values()]

@@ -198,9 +198,9 @@ def _lower(config: Config) -> str:
     figures = ""
     parts: dict[str, float] = {}
     try:
-        from zoft.run import estimate
+        from zoft.run.estimate import estimate_run
 
-        found = estimate.estimate_run(config)
+        found = estimate_run(config)
         names = ("weights", "momentum", "state", "scratch", "frozen", "activation", "evaluation")
         parts = {name: found[f"{name}_bytes"] for name in names}
         shown = ", ".join(f"{name} {size / 1e9:.2g}" for name, size in parts.items() if size >= 5e6)

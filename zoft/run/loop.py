@@ -13,10 +13,8 @@ from zoft.config.compose import to_yaml
 from zoft.console import logged, peak_memory_gb
 from zoft.folder import write
 from zoft.method.estimators.named import forwards_per_step
-from zoft.replay import saved_model
-from zoft.replay.saved_model import folder_name
-from zoft.run import guards
-from zoft.run.guards import Watch
+from zoft.replay.saved_model import folder_name, save_run_model
+from zoft.run.guards import Watch, watch_cores
 from zoft.run.session import Presence, Session, as_begun, steps_of
 from zoft.run.stops import due_at, next_stop
 
@@ -33,33 +31,41 @@ def fit(
     `before` is the base's, kept by metrics.jsonl on resume.
     """
     from zoft.ledger.log import Event, Log
-    from zoft.parallel import world as distributed
-    from zoft.replay import snapshot
+    from zoft.parallel.world import this_world
     from zoft.replay.live import catch_up
+    from zoft.replay.snapshot import take_snapshot
     from zoft.replay.tensors import denoise
-    from zoft.run import selection
-    from zoft.run.selection import check_metric, look_back, prune_snapshots
+    from zoft.run.selection import (
+        best_step,
+        check_metric,
+        has_test_metrics,
+        look_back,
+        prune_snapshots,
+        score_step,
+        selection_note,
+        stops_early,
+    )
     from zoft.signals import Stopped
 
-    config, t, world = s.config, s.tracker, distributed.this_world()
+    config, t, world = s.config, s.tracker, this_world()
     known, past = world.told(lambda: before(s.folder))
     evals: dict[int, dict[str, Any]] = dict(known)
 
     def scored(step: int) -> dict[str, Any]:
         return world.told(
-            lambda: selection.score_step(config, evals, step, evaluate, dev)
+            lambda: score_step(config, evals, step, evaluate, dev)
         )  # by rank 0; the others wait
 
     if 0 not in evals:
         evals[0] = scored(0)
         t.evaluation(0, evals[0])
-    if line := selection.selection_note(config, evals):
+    if line := selection_note(config, evals):
         t.note(line)
     check_metric(config, evals[0])
     log = Log(s.ledger.header, s.ledger.records, s.ledger.events)  # the ledger's own lists: they grow
     catch_up(trainer, s.folder, config, log, t.note)
     watch = Watch(config, trainer.axis.trained, steps_of(s.ledger, config))
-    cores = guards.watch_cores(config, world.size)
+    cores = watch_cores(config, world.size)
     folder = Presence(s.ledger, {"config.yaml": to_yaml(config)})
 
     def on_step(metrics: dict[str, Any]) -> None:
@@ -90,7 +96,7 @@ def fit(
             elif what == "snapshot" and what not in noted and world.rank:
                 s.ledger.note(Event("snapshot", step))
             elif what == "snapshot" and what not in noted:
-                t.note(snapshot.take_snapshot(s.folder, s.ledger, trainer.axis.trained))
+                t.note(take_snapshot(s.folder, s.ledger, trainer.axis.trained))
                 prune_snapshots(s.folder, config, s.ledger.events, evals)
         if {"snapshot", "denoise"} & {*due_at(config, step)}:
             world.told(lambda: None)  # however long it takes: a wait for losses has an end
@@ -99,7 +105,7 @@ def fit(
     at_stop(trainer.next)
     began, paused = time.monotonic(), 0.0
     cores.paused()
-    while trainer.next < config.steps and not selection.stops_early(config, evals):
+    while trainer.next < config.steps and not stops_early(config, evals):
         with s.stop.finishing():
             trainer.run(on_step, until=next_stop(config, trainer.next, world.size))
         if trainer.halted:
@@ -116,17 +122,17 @@ def fit(
     seconds = past + time.monotonic() - began - paused
     several: dict[str, Any] = {"processes": world.size, "wire_bytes": world.sent} if world.size > 1 else {}
     last = trainer.next
-    if not selection.has_test_metrics(evals[last]):  # an early end, judged on the dev set so far
+    if not has_test_metrics(evals[last]):  # an early end, judged on the dev set so far
         evals[last] = {**world.told(evaluate), **evals[last]}
         t.evaluation(last, evals[last])
-    chosen = selection.best_step(config, evals) if config.save_best else last
-    if not selection.has_test_metrics(evals[chosen]):
+    chosen = best_step(config, evals) if config.save_best else last
+    if not has_test_metrics(evals[chosen]):
         back = world.told(lambda: look_back(config, s.folder, chosen, trainer.axis.trained, evaluate))
         evals[chosen] = {**back, **evals[chosen]}
     if last < config.steps:
         several["stopped_early"] = True
         t.note(
-            f"early_stop={config.early_stop}: nothing better than at step {selection.best_step(config, evals)}; stopped"
+            f"early_stop={config.early_stop}: nothing better than at step {best_step(config, evals)}; stopped"
         )
     if config.save_best:
         several |= {"best_step": chosen, "last": evals[last]}
@@ -151,20 +157,20 @@ def before(folder: Path) -> tuple[list[tuple[int, dict[str, Any]]], float]:
 
 def finish(s: Session, model: Any, tokenizer: Any, result: dict[str, Any]) -> dict[str, Any]:
     """Save the model and, last of all, result.json: its presence says that the run is complete. Rank 0 alone does."""
-    from zoft.parallel import world as distributed
+    from zoft.parallel.world import this_world
 
-    if distributed.this_world().rank:
+    if this_world().rank:
         return result
     Presence(s.ledger, {"config.yaml": to_yaml(s.config)}).look(now=True)
     if s.config.save_model:
         out, best = s.folder / folder_name(s.config), result.get("best_step", s.config.steps)
         if best == s.config.steps:
-            saved_model.save_run_model(s.config, model, tokenizer, out, result)
+            save_run_model(s.config, model, tokenizer, out, result)
         else:
-            from zoft.run import selection
+            from zoft.run.selection import save_step
 
             s.ledger.sync()
-            selection.save_step(s.config, s.folder, out, best)
+            save_step(s.config, s.folder, out, best)
     result = {**result, "output_dir": str(s.folder)}
     write(s.folder / "result.json", json.dumps(result, indent=2) + "\n")
     return result

@@ -13,8 +13,8 @@ from zoft.folder import ASKED, refuse_unwritable
 from zoft.method.configured import again
 from zoft.method.estimators.named import forwards_per_step
 from zoft.method.recipes import is_page
-from zoft.parallel import launch
-from zoft.run import tracker
+from zoft.parallel.launch import process_place
+from zoft.run.tracker import require_tracker
 
 OURS = (
     "config.yaml",
@@ -35,25 +35,27 @@ DRIVERS = ("nvidiactl", "nvidia0", "dxg", "nvmap", "nvhost-gpu", "kfd")
 
 def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None:
     """Raise UserError for what can be seen before anything heavy loads."""
-    from zoft.data import tasks
-    from zoft.models import checkpoint, load
+    from zoft.data.tasks import check_task
+    from zoft.models import load
+    from zoft.models.checkpoint import check_adapter
+    from zoft.models.load import block_count, find_model
 
-    tracker.require_tracker(config.track)
+    require_tracker(config.track)
     refuse_missing_devices(config)
     if resume is None and not dry_run:
         claim_folder(Path(str(config.output_dir)))
     if resume and (Path(resume) / "ledger").exists():  # damage shows before weights load
-        from zoft.ledger import log
         from zoft.ledger.check import refuse_unsound
+        from zoft.ledger.log import read_ledger
 
-        refuse_unsound(resume, log.read_ledger(Path(resume) / "ledger"))
-    load.check_model(source := load.find_model(config.model))
-    blocks, last = load.block_count(source), re.fullmatch(r"last-(\d+)", config.train)
+        refuse_unsound(resume, read_ledger(Path(resume) / "ledger"))
+    load.check_model(source := find_model(config.model))
+    blocks, last = block_count(source), re.fullmatch(r"last-(\d+)", config.train)
     if blocks and last and int(last[1]) > blocks:
         raise UserError(f"train={config.train}: the model has {blocks} blocks; use last-1 to last-{blocks}")
     if config.adapter:
-        checkpoint.check_adapter(config.adapter, Path(config.adapter).expanduser())
-    tasks.check_task(config.task)
+        check_adapter(config.adapter, Path(config.adapter).expanduser())
+    check_task(config.task)
 
 
 def claim_folder(folder: Path) -> None:
@@ -131,7 +133,7 @@ def absolute_paths(config: Config) -> Config:
 
 def check_elastic(config: Config) -> None:
     """Raise UserError for what elastic=true cannot have."""
-    if launch.process_place()[1] > 1:
+    if process_place()[1] > 1:
         raise UserError(
             "elastic=true: torchrun starts all again where one dies; use `zoft train --nproc N` and `zoft join`"
         )

@@ -51,10 +51,10 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
     """
     from zoft.env import environment
     from zoft.ledger.log import Ledger
-    from zoft.parallel import world as distributed
+    from zoft.parallel.world import this_world
     from zoft.train.header import agree
 
-    world = distributed.this_world()
+    world = this_world()
     folder, first = Path(resume or str(config.output_dir)), world.rank == 0
     if not first:
         ledger = world.ledger(None)
@@ -97,9 +97,9 @@ def steps_of(ledger: Ledger, config: Config) -> list[dict[str, Any]]:
 def resolved_anew(config: Config, resume: str | Path | None) -> Config:
     """Of a resumed run, what was `auto` and decides no weight is `auto` again where another number of processes goes on:
     each has its share of this machine. What config.yaml was given by hand since stays."""
-    from zoft.parallel import world as distributed
+    from zoft.parallel.world import this_world
 
-    world = distributed.this_world()
+    world = this_world()
     path = Path(resume or "") / "env.json"
 
     def began() -> dict[str, Any]:

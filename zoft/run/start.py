@@ -13,9 +13,9 @@ from zoft.config.schema import Config
 from zoft.env import untested
 from zoft.errors import UserError
 from zoft.folder import ASKED, alone
-from zoft.parallel import launch
-from zoft.replay import saved_model
-from zoft.run import guards
+from zoft.parallel.launch import process_place
+from zoft.replay.saved_model import read_result
+from zoft.run.guards import explain_memory
 from zoft.run.preflight import (
     absolute_paths,
     allowed_steps,
@@ -37,7 +37,7 @@ def train_run(config: Config, *, resume: str | Path | None = None, dry_run: bool
     Returns result.json's content. Raises UserError before anything heavy where a mistake shows early.
     """
     if resume and (Path(resume) / "result.json").exists():
-        found = saved_model.read_result(Path(resume))
+        found = read_result(Path(resume))
         print(f"{resume}: this run is finished; its result follows", file=sys.stderr)
         return found
     if resume and (Path(resume) / ASKED).exists():
@@ -53,19 +53,19 @@ def train_run(config: Config, *, resume: str | Path | None = None, dry_run: bool
         )  # a pair of a probe and a batch is a forward
     elif config.listen != "127.0.0.1:0":
         raise UserError(f"listen={config.listen}: is for elastic=true; leave it out")
-    writes = launch.process_place()[0] == 0  # of several processes, one does
+    writes = process_place()[0] == 0  # of several processes, one does
     if writes and resume is None and not dry_run:
         claim_folder(Path(folder))
     mine = alone(Path(folder), resume is None) if writes and not dry_run else nullcontext()
     # A signal that comes while things load says "resume me", too.
-    with listening(folder), guards.explain_memory(config), mine:
+    with listening(folder), explain_memory(config), mine:
         if writes:
             first_look(config, resume, dry_run)
             if line := untested():
                 print(line, file=sys.stderr)
-        from zoft.parallel import world
+        from zoft.parallel.world import joined_processes
 
-        with world.joined_processes(config, folder):
+        with joined_processes(config, folder):
             return _trained(allowed_steps(absolute_paths(resolved_anew(config, resume))), resume, dry_run)
 
 
@@ -76,14 +76,14 @@ def _trained(config: Config, resume: str | Path | None, dry_run: bool) -> dict[s
     from zoft.objectives.text import writer
     from zoft.run.loop import finish, fit
     from zoft.run.session import session
-    from zoft.train import build, header
     from zoft.train.assemble import assemble
-    from zoft.train.build import build_trainer
+    from zoft.train.build import build_trainer, plan_run
+    from zoft.train.header import keep_prefix_start
 
     parts = assemble(config, resume)
     config, objective, axis = parts.config, parts.objective, parts.axis
     if dry_run:
-        return build.plan_run(parts)
+        return plan_run(parts)
     write = None if objective.texts else writer(config, parts.model, parts.tokenizer, axis.clean)
 
     def score(examples: list[Example], rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _trained(config: Config, resume: str | Path | None, dry_run: bool) -> dict[s
     test = partial(score, parts.held_out, subset(data.eval, config.eval_limit))
     choose = partial(score, dev, data.dev) if dev and data.dev else None
     with session(config, parts.header, resume) as s:
-        header.keep_prefix_start(config, parts.trained, s.folder)
+        keep_prefix_start(config, parts.trained, s.folder)
         objective.watched(s.ledger.header, s.tracker)
         result = fit(build_trainer(parts, s.ledger), s, test, choose)
         return finish(s, parts.model, parts.tokenizer, result)

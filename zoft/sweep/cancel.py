@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zoft.errors import UserError, writing
-from zoft.sweep import job, plan
+from zoft.sweep.job import job_is_held, job_record, job_state
+from zoft.sweep.plan import read_plan
 
 
 def cancel(root: str | Path, which: Sequence[str]) -> str:
@@ -19,7 +20,7 @@ def cancel(root: str | Path, which: Sequence[str]) -> str:
     which: names of jobs, or their hashes. A running job ends its step and can be resumed. Returns a line about it.
     """
     root = Path(root)
-    known = list(plan.read_plan(root)["jobs"])
+    known = list(read_plan(root)["jobs"])
     names = []
     for word in which:
         found = [n for n in known if n in (word, Path(word).name) or n.endswith(f"-{word}")]
@@ -27,13 +28,13 @@ def cancel(root: str | Path, which: Sequence[str]) -> str:
             raise UserError(
                 f"--cancel {root}: {word} is no job of it; `zoft sweep --status {root}` lists them"
             )
-        if job.job_state(root / found[0]) == "done":
+        if job_state(root / found[0]) == "done":
             raise UserError(f"--cancel {root}: {word} is done")
         names += found
     for path in [root / n for n in names] or [root]:
         with writing(path / "cancelled"):
             (path / "cancelled").touch()
-    chosen = names or [n for n in known if job.job_state(root / n) != "done"]
+    chosen = names or [n for n in known if job_state(root / n) != "done"]
     elsewhere = _stop(root, chosen)
     if (root / "slurm.json").exists():
         from zoft.sweep import slurm
@@ -49,10 +50,10 @@ def _stop(root: Path, names: Sequence[str]) -> list[str]:
     """Signal local jobs that no parent looks after (a parent sees the mark itself); the hosts of those out of reach."""
     hosts = []
     for name in names:
-        record = job.job_record(root / name)
-        if "slurm" in record or job.job_state(root / name) != "running":
+        record = job_record(root / name)
+        if "slurm" in record or job_state(root / name) != "running":
             continue
-        if job.job_is_held(root) and not _orphaned(record.get("pid")):
+        if job_is_held(root) and not _orphaned(record.get("pid")):
             continue
         if record.get("host") != socket.gethostname():
             hosts.append(str(record.get("host")))

@@ -78,7 +78,8 @@ def run_sweep_command(asked: Asked, words: Sequence[str], say: Callable[[str], A
 
 
 def _sweep(asked: Asked, words: Sequence[str], say: Callable[[str], Any]) -> None:
-    from zoft.sweep import job, local, plan
+    from zoft.sweep import local, plan
+    from zoft.sweep.job import job_is_held, job_record, job_state
     from zoft.sweep.plan import Launch, in_background
 
     told = [w for w in words if w.startswith("slurm.")]
@@ -118,7 +119,7 @@ def _sweep(asked: Asked, words: Sequence[str], say: Callable[[str], Any]) -> Non
         alone = asked.detach and not asked.trials  # Slurm needs no parent for a list of jobs
         launcher = functools.partial(launch_slurm.run, slurm=options, detach=alone)
     if asked.detach and (asked.launcher == "local" or asked.trials):
-        if job.job_is_held(made.root):
+        if job_is_held(made.root):
             raise UserError(f"{made.root}: another `zoft sweep` is at work on it")
         arguments = [a for a in sys.argv[1:] if a != "--detach"]
         return say(in_background(made.root, arguments[arguments.index("sweep") + 1 :]))
@@ -130,10 +131,10 @@ def _sweep(asked: Asked, words: Sequence[str], say: Callable[[str], Any]) -> Non
     if asked.detach:
         return say(f"`zoft sweep --status {made.root}` and `--cancel {made.root}` tell and stop")
     _show(made.root, asked, say, own=True)
-    states = {name: job.job_state(made.root / name) for name in made.jobs}
+    states = {name: job_state(made.root / name) for name in made.jobs}
     wrong = [name for name, state in states.items() if state not in ("done", "cancelled")]
     if wrong:
-        why = job.job_record(made.root / wrong[0]).get("error") or states[wrong[0]]
+        why = job_record(made.root / wrong[0]).get("error") or states[wrong[0]]
         raise UserError(
             f"{len(wrong)} of {len(states)} jobs did not finish, {wrong[0]}: {why} "
             f"(log: {made.root / wrong[0] / 'job.log'}); the same command runs them again"

@@ -16,7 +16,7 @@ from typing import Any
 
 from zoft.signals import SIGNALS
 from zoft.sweep import job
-from zoft.sweep.job import ended, result
+from zoft.sweep.job import ended, job_record, job_state, result
 from zoft.sweep.plan import Interrupted
 
 LOOK_SECONDS = 0.2
@@ -98,7 +98,7 @@ def run(
                 if len(running) >= jobs:
                     break
                 name = waiting.popleft()
-                at = job.job_state(root / name)
+                at = job_state(root / name)
                 if at in ("done", "cancelled"):
                     ends += 1
                     say(f"{ends}/{len(names)} {outcome(root / name)}")
@@ -121,9 +121,9 @@ def run(
 
 def outcome(folder: Path) -> str:
     """A line on how a job ended."""
-    at = job.job_state(folder)
+    at = job_state(folder)
     if at == "failed":
-        return f"failed {folder.name}: {job.job_record(folder).get('error', '')}"
+        return f"failed {folder.name}: {job_record(folder).get('error', '')}"
     if at == "done":
         from zoft.console import short
 

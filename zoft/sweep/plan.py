@@ -17,12 +17,12 @@ from zoft.config.compose import once_each, to_yaml
 from zoft.config.schema import Config, fields
 from zoft.errors import UserError, writing
 from zoft.folder import refuse_unwritable, write
-from zoft.method import configured
+from zoft.method.configured import compose
 from zoft.method.recipes import is_page
 from zoft.signals import RESUME
 from zoft.sweep import job
 from zoft.sweep.grammar import CONFIG, Dimension, configs, product, split
-from zoft.sweep.job import STATES, command
+from zoft.sweep.job import STATES, command, job_state
 
 PLAN = "sweep.json"
 JOBS_MAX = 10_000
@@ -116,7 +116,7 @@ def add_job(made: Plan, row: Mapping[str, str]) -> Config:
     """Check the config of one combination of values and put it among the jobs; returns it."""
     texts = [f"{k}={v}" for k, v in row.items() if k != CONFIG]
     try:
-        config = configured.compose(row.get(CONFIG, made.base["config"]), [*made.base["overrides"], *texts])
+        config = compose(row.get(CONFIG, made.base["config"]), [*made.base["overrides"], *texts])
     except UserError as error:
         where = " ".join(f"{k}={v}" for k, v in row.items())
         raise UserError(
@@ -179,17 +179,18 @@ def place(
 
 def _look(found: Sequence[Config]) -> None:
     """Find each model and each data file of the configs, without loading one."""
-    from zoft.data import tasks
+    from zoft.data.tasks import check_task
     from zoft.models import load
-    from zoft.run import tracker
+    from zoft.models.load import find_model
+    from zoft.run.tracker import require_tracker
 
     for model in dict.fromkeys(c.model for c in found):
-        load.check_model(load.find_model(model))
+        load.check_model(find_model(model))
     seen = []
     for config in found:
-        tracker.require_tracker(config.track)
+        require_tracker(config.track)
         if config.task not in seen:
-            tasks.check_task(config.task)
+            check_task(config.task)
             seen.append(config.task)
 
 
@@ -246,7 +247,7 @@ def sweep(made: Plan, launch: Launch, say: Callable[[str], Any]) -> None:
 
 def missing(root: Path, names: Sequence[str], say: Callable[[str], Any]) -> list[str]:
     """The jobs that are neither done nor cancelled, those that began first."""
-    states = {name: job.job_state(root / name) for name in names}
+    states = {name: job_state(root / name) for name in names}
     count = {s: list(states.values()).count(s) for s in STATES}
     say(
         f"{root}: {len(names)} jobs" + "".join(f", {n} {s}" for s, n in count.items() if n and s != "pending")

@@ -7,10 +7,10 @@ from typing import Any
 
 from zoft.errors import UserError
 from zoft.packages import missing
-from zoft.sweep import job, plan, view
+from zoft.sweep import plan, view
 from zoft.sweep.grammar import Dimension, as_text
-from zoft.sweep.job import result
-from zoft.sweep.plan import Launch, job_name
+from zoft.sweep.job import job_state, result
+from zoft.sweep.plan import Launch, add_job, job_name
 
 JOURNAL = "optuna.journal"
 
@@ -65,9 +65,9 @@ def search(
                 return
             names = [t.user_attrs["job"] for t in batch]
             for trial in batch:
-                plan.add_job(made, {k: as_text(v) for k, v in trial.params.items()})
+                add_job(made, {k: as_text(v) for k, v in trial.params.items()})
             plan.write_down(made, names)
-            todo = [n for n in dict.fromkeys(names) if job.job_state(made.root / n) != "done"]
+            todo = [n for n in dict.fromkeys(names) if job_state(made.root / n) != "done"]
             if todo:
                 launch.run(made.root, todo, made.extra, say)
             for trial, name in zip(batch, names):
@@ -102,7 +102,7 @@ def _ask(made: plan.Plan, study: Any, distributions: Mapping[str, Any]) -> Any:
     """A new trial; its job's name is in the journal before the job exists."""
     trial = study.ask(dict(distributions))
     row = {k: as_text(v) for k, v in trial.params.items()}
-    config = plan.add_job(made, row)
+    config = add_job(made, row)
     trial.set_user_attr("job", job_name(config, row))
     return trial
 
@@ -114,7 +114,7 @@ def _tell(optuna: Any, made: plan.Plan, study: Any, trial: Any, name: str, metri
     value = view.score(found, metric) if found else None
     if value is None and found and metric not in found["after"]:
         raise UserError(f"--metric {metric}: the results have {', '.join(found['after'])}")
-    if value is None and job.job_state(folder) in ("stopped", "running"):
+    if value is None and job_state(folder) in ("stopped", "running"):
         return False  # it goes on with the next call
     study.tell(trial, value, state=None if value is not None else optuna.trial.TrialState.FAIL)
     return value is not None

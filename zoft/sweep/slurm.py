@@ -22,6 +22,7 @@ from zoft.folder import write
 from zoft.packages import missing
 from zoft.signals import RESUME
 from zoft.sweep import job as sweep_job
+from zoft.sweep.job import job_state
 from zoft.sweep.local import THREAD_VARIABLES, listening, outcome
 from zoft.sweep.plan import Interrupted
 from zoft.yaml_files import strict_yaml, yaml_tree
@@ -141,7 +142,7 @@ def run(
     Raises Interrupted on a signal: the jobs stay in the queue.
     """
     active = queue(root)
-    new = [n for n in names if n not in active and sweep_job.job_state(root / n) != "running"]
+    new = [n for n in names if n not in active and job_state(root / n) != "running"]
     for first in range(0, len(new), ARRAY_MAX):
         part = new[first : first + ARRAY_MAX]
         say(f"Slurm job {submit(root, part, extra, slurm)}: {len(part)} jobs")
@@ -152,7 +153,7 @@ def run(
         while len(ended) < len(names):
             active = queue(root)
             for name in names:
-                state = sweep_job.job_state(root / name)
+                state = job_state(root / name)
                 if name in ended or name in active or state == "running":
                     continue
                 ended.add(name)
@@ -242,8 +243,8 @@ def work(folder: str, extra: Sequence[str] = ()) -> int:
     task = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID", ""))
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         task += f"_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    if sweep_job.job_state(place) in ("done", "running", "cancelled"):
-        print(f"{folder}: {sweep_job.job_state(place)} already")
+    if job_state(place) in ("done", "running", "cancelled"):
+        print(f"{folder}: {job_state(place)} already")
         return 0
     cpus = os.environ.get("SLURM_CPUS_PER_TASK", "1")
     env = dict.fromkeys(THREAD_VARIABLES, cpus)

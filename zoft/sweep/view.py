@@ -15,9 +15,9 @@ from zoft.console import short
 from zoft.errors import UserError
 from zoft.folder import write
 from zoft.run.selection import LOWER_IS_BETTER
-from zoft.sweep import job, plan
-from zoft.sweep.job import STATES
-from zoft.sweep.plan import MACHINE
+from zoft.sweep import job
+from zoft.sweep.job import STATES, job_is_held, job_record, job_state
+from zoft.sweep.plan import MACHINE, read_plan
 from zoft.tables import aligned, csv_text
 from zoft.yaml_files import yaml_tree
 
@@ -28,9 +28,9 @@ def status(root: str | Path) -> list[dict[str, Any]]:
     """A row a job: name, state, step, steps, loss, metrics after training, seconds left, error, attempts."""
     root = Path(root)
     rows = []
-    for name in plan.read_plan(root)["jobs"]:
+    for name in read_plan(root)["jobs"]:
         folder = root / name
-        state, record, last = job.job_state(folder), job.job_record(folder), job.progress(folder)
+        state, record, last = job_state(folder), job_record(folder), job.progress(folder)
         steps, after = _steps(folder), job.result(folder).get("after", {})
         done = steps if state == "done" else last.get("step", -1) + 1
         rows.append({
@@ -95,7 +95,7 @@ def watch(root: str | Path, metric: str | None = None) -> None:
     with Live(console=Console(), auto_refresh=False) as live:
         while True:
             live.update(Text(status_text(root, metric), no_wrap=True, overflow="ellipsis"), refresh=True)
-            at_work = job.job_is_held(Path(root)) or any(r["state"] == "running" for r in status(root))
+            at_work = job_is_held(Path(root)) or any(r["state"] == "running" for r in status(root))
             if not at_work:
                 return
             time.sleep(WATCH_SECONDS)
@@ -104,7 +104,7 @@ def watch(root: str | Path, metric: str | None = None) -> None:
 def results(root: str | Path) -> list[dict[str, Any]]:
     """A row a finished job: its name, the keys that were swept, and its result {before, after, train_seconds, …}."""
     root = Path(root)
-    found = plan.read_plan(root)
+    found = read_plan(root)
     rows = []
     for name, values in found["jobs"].items():
         result = job.result(root / name)

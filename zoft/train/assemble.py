@@ -20,16 +20,19 @@ from zoft.evaluation.best_by import refuse_best_by
 from zoft.method.method import Method
 from zoft.method.recipes import method_of
 from zoft.method.space import Trained, adopt, train_names
-from zoft.objectives import objectives
-from zoft.objectives.objectives import Goal
+from zoft.objectives.objectives import Goal, make_objective, resolve_objective, reward_of
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.inplace import InPlace
-from zoft.train import axis as setup_axis
-from zoft.train import header as headers
-from zoft.train import parts
-from zoft.train.axis import placed_axis
-from zoft.train.header import agree
-from zoft.train.parts import dev_examples, refuse_pattern, resolve_precision
+from zoft.train.axis import make_axis, placed_axis
+from zoft.train.header import agree, header_of
+from zoft.train.parts import (
+    dev_examples,
+    encode_examples,
+    load_run_model,
+    refuse_pattern,
+    resolve_device,
+    resolve_precision,
+)
 
 
 @dataclass(frozen=True)
@@ -61,21 +64,21 @@ def assemble(config: Config, folder: str | Path | None = None) -> Parts:
     config: checked. folder: of a run that goes on. Raises UserError for a mistake, one in the data before weights load.
     """
     method = method_of(config.recipe)
-    config = parts.resolve_device(config)
+    config = resolve_device(config)
     data = tasks.load_task(config.task)
-    config, reward = objectives.resolve_objective(config, data), objectives.reward_of(config)
+    config, reward = resolve_objective(config, data), reward_of(config)
     refuse_best_by(config, data)
     refuse_pattern(config, method)
-    model, tokenizer, base = parts.load_run_model(config, folder)
-    train, held_out = parts.encode_examples(config, tokenizer, data)
-    objective = objectives.make_objective(config, data, tokenizer, reward)
+    model, tokenizer, base = load_run_model(config, folder)
+    train, held_out = encode_examples(config, tokenizer, data)
+    objective = make_objective(config, data, tokenizer, reward)
     scored = objective.examples(train)
 
     # The space, then the axis: which tensors are trained, in which precision, and how the model runs at θ + s·z.
     names = train_names(model, config.train)
     config = resolve_precision(config, model, names)
-    config, trained, axis = setup_axis.make_axis(config, model, adopt(model, names), scored)
-    header = headers.header_of(config, base, trained, train) | objective.header()
+    config, trained, axis = make_axis(config, model, adopt(model, names), scored)
+    header = header_of(config, base, trained, train) | objective.header()
     return Parts(
         config=config, method=method, data=data, model=model, tokenizer=tokenizer, objective=objective, train=train,
         held_out=held_out, dev=dev_examples(config, tokenizer, data), scored=scored, trained=trained, axis=axis,
@@ -98,12 +101,12 @@ def assemble_again(config: Config, folder: Path, header: Mapping[str, Any]) -> R
 
     config: under the ledger's plan. Raises UserError for another base.
     """
-    from zoft.models.adapters import attach
+    from zoft.models.adapters.attach import adapter_fingerprint
 
-    model, tokenizer, found = parts.load_run_model(config, folder)
+    model, tokenizer, found = load_run_model(config, folder)
     agree(header, {"base": found}, folder)
     names: Sequence[str] = list(header["trained"])
     config, trained, axis = placed_axis(config, model, adopt(model, list(names)))
     if "adapter" in header and config.storage == header["storage"]:
-        agree(header, {"adapter": attach.adapter_fingerprint(trained)}, folder)
+        agree(header, {"adapter": adapter_fingerprint(trained)}, folder)
     return Rebuilt(config, model, tokenizer, axis)

@@ -15,19 +15,20 @@ from zoft.config.schema import ADAPTERS, GENERATED, Config
 from zoft.data.example import Example
 from zoft.errors import UserError
 from zoft.evaluation.evaluate import CALIBRATION, spread
-from zoft.method import masks, space
+from zoft.method import space
 from zoft.method.estimators.named import estimator_of, probes_per_step
 from zoft.method.estimators.two_sided import TWO_SIDED
+from zoft.method.masks import mask_tensors
 from zoft.method.precision import weak_directions
 from zoft.method.rules import attach_rule, rule_of
-from zoft.method.space import Trained
+from zoft.method.space import Trained, place_in_precision
 from zoft.method.updates import decay_is_lost
-from zoft.models.adapters import attach
+from zoft.models.adapters.attach import place_adapter
 from zoft.models.footprint import Live
 from zoft.models.head import head_of
 from zoft.models.kind import refuse_longer_rows, refuse_other_kind, trained_positions
 from zoft.objectives.losses import Batch, collate, losses
-from zoft.parallel import world as distributed
+from zoft.parallel.world import this_world
 from zoft.probe import proof
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.frozen_blocks import FROZEN_BYTES, Row, prefix_of, rows_of
@@ -92,7 +93,7 @@ def make_axis(
 
     if auto and group > 1 and isinstance(made, ProbeAxis):
         room = memory_left(config.device) // 2
-        group = distributed.this_world().least(grouped(config, loaded, made, train, room))
+        group = this_world().least(grouped(config, loaded, made, train, room))
         config = replace(config, probes_per_forward=group)
 
     def clean() -> torch.Tensor:
@@ -120,7 +121,7 @@ def calibration(train: Sequence[Example]) -> tuple[Batch, Batch]:
 def agreed(found: Found) -> Found:
     """Of several processes, what one of them found for all: probes share a forward everywhere or nowhere. The two of a direction,
     run in two ways, would differ by rounding that is not theirs; and config.yaml says one thing for the run."""
-    world = distributed.this_world()
+    world = this_world()
     seen = world.everyone([found.stacked, found.note])
     if all(stacked for stacked, _ in seen):
         return found
@@ -133,12 +134,10 @@ def placed_axis(
 ) -> tuple[Config, list[Trained], ProbeAxis | InPlace]:
     """The axis itself, tensors in their precision; without sites it can only apply updates (replay)."""
     inplace = config.perturb == "inplace"
-    space.place_in_precision(loaded, trained, config.storage, config.compute, uniform=inplace)
+    place_in_precision(loaded, trained, config.storage, config.compute, uniform=inplace)
     if config.train in ADAPTERS:
-        attach.place_adapter(trained, space.DTYPES[config.compute])
-    for line in masks.mask_tensors(
-        trained, config.mask, config.sparsity, config.seed
-    ):  # θ is the base, as stored
+        place_adapter(trained, space.DTYPES[config.compute])
+    for line in mask_tensors(trained, config.mask, config.sparsity, config.seed):  # θ is the base, as stored
         say(line)
     refuse_denoise(config, trained)
     rule = rule_of(config)
@@ -220,7 +219,7 @@ def held(config: Config, made: ProbeAxis | InPlace) -> Config:
         return config
     need, auto = made.held_bytes(), config.hold_probe == "auto"
     fits = need <= memory_left(config.device) // 2
-    world = distributed.this_world()
+    world = this_world()
     made.hold = world.all(fits) if auto else bool(config.hold_probe)
     if auto:
         world.auto["hold_probe"] = made.hold
@@ -256,7 +255,7 @@ def cached(
     if config.cache_frozen is False or (auto and config.device.startswith("cuda")):  # there, graphs gain more
         return replace(config, cache_frozen=False)
     prefix, note = prefix_of(loaded, trained, first_met(config, train), FROZEN_BYTES, clean, auto)
-    kept = distributed.this_world().all(prefix is not None)
+    kept = this_world().all(prefix is not None)
     if prefix is not None and not kept:
         prefix.remove()
         note = "another process of this run cannot"

@@ -11,14 +11,14 @@ import numpy as np
 from zoft.config.schema import Config
 from zoft.data.example import Example
 from zoft.objectives.losses import Batch, collate
-from zoft.parallel import world
+from zoft.parallel.world import this_world
 
 PURPOSE = 0x64617461  # the last counter word; noise uses others
 
 
 def batches_of(config: Config, train: Sequence[Example]) -> Callable[[int], list[Batch]]:
     """step -> its batches, a pure function of the step; of several processes, this one's examples of each."""
-    mine = world.this_world().examples
+    mine = this_world().examples
 
     def at(step: int) -> list[Batch]:
         return [

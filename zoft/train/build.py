@@ -12,14 +12,13 @@ from torch import nn
 from zoft.config.schema import Config
 from zoft.data.example import Example
 from zoft.ledger.log import Ledger
-from zoft.method import precision
 from zoft.method.advice import advice_at_start
 from zoft.method.estimators.named import forwards_per_step
-from zoft.models.quant import linear
-from zoft.objectives import losses as objective
-from zoft.objectives.losses import collate, losses
+from zoft.method.precision import realised_cosines
+from zoft.models.quant.linear import count_numbers
+from zoft.objectives.losses import collate, losses, mean_loss
 from zoft.objectives.objectives import Goal, Prompts
-from zoft.parallel import world
+from zoft.parallel.world import this_world
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.inplace import InPlace
 from zoft.train.assemble import Parts
@@ -59,12 +58,10 @@ def build_trainer_of(
     if goal.texts is not None:
 
         def at(step: int) -> list[Prompts]:
-            mine = world.this_world().examples
+            mine = this_world().examples
             return [Prompts(tuple(mine(picks))) for picks in picked(config, len(train), step)]
 
-    eager = (
-        goal.texts is not None or goal.value is not objective.mean_loss or made.trained[0].rule is not None
-    )
+    eager = goal.texts is not None or goal.value is not mean_loss or made.trained[0].rule is not None
     if eager or not config.device.startswith("cuda") or type(made) in (ProbeAxis, InPlace):
         return Trainer(loaded, made, at, ledger, trainer_settings(config), goal.forward, goal.value)
     from zoft.probe.cuda.axis import DeviceAxis
@@ -93,7 +90,7 @@ def mask_is_idle(
         plain = losses(loaded, batch.unmasked())[0]
     tolerance = 1e-4 if config.compute == "fp32" else 0.02
     idle = bool(((masked - plain).abs() <= tolerance * (1 + masked.abs())).all())
-    return world.this_world().all(idle)  # the probes of a direction are run in one way
+    return this_world().all(idle)  # the probes of a direction are run in one way
 
 
 def plan_run(parts: Parts) -> dict[str, Any]:
@@ -102,9 +99,9 @@ def plan_run(parts: Parts) -> dict[str, Any]:
     for line in advice_at_start(config, trained):
         say(line)
     numbers = sum(t.stored.numel() for t in trained)
-    realised = precision.realised_cosines(trained, config.eps, seed=config.seed, kind=config.noise)
+    realised = realised_cosines(trained, config.eps, seed=config.seed, kind=config.noise)
     weakest = min(realised, key=lambda name: realised[name])
-    total = linear.count_numbers(parts.model)
+    total = count_numbers(parts.model)
     return {
         "config": asdict(config),
         "train_examples": len(train),

@@ -28,9 +28,9 @@ from zoft.errors import UserError
 from zoft.ledger.log import Record
 from zoft.method.estimators.estimator import Probe
 from zoft.objectives.losses import Batch
-from zoft.parallel import world
 from zoft.parallel.launch import with_parent
 from zoft.parallel.messages import JOIN, VERSION, Closed, Line, address, invite, packed, pairs_of
+from zoft.parallel.world import weights_digest
 from zoft.train.trainer import Trainer
 
 LAG = 8  # steps that a worker may lack when it is given its first pairs
@@ -220,7 +220,7 @@ class ElasticTrainer(Trainer):
     def check(self) -> None:
         """Raise UserError where a worker's weights are not these."""
         self.axis.flush()
-        mine = world.weights_digest(self.axis.trained)
+        mine = weights_digest(self.axis.trained)
         asked = [w for w in self.workers if w.ready]
         self._tell("check", step=self.next)
         deadline = time.monotonic() + PATIENCE
@@ -259,7 +259,7 @@ class ElasticTrainer(Trainer):
         except BaseException:
             self.close("stopped")
             raise
-        self._say(f"weights at the end: {world.weights_digest(self.axis.trained)}")
+        self._say(f"weights at the end: {weights_digest(self.axis.trained)}")
         self.close("done")
 
     def close(self, why: str) -> None:

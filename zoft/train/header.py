@@ -21,8 +21,7 @@ from zoft.method.estimators.named import ESTIMATORS, estimator_of
 from zoft.method.recipes import method_of
 from zoft.method.rules import RULES, rule_of
 from zoft.method.space import Trained
-from zoft.models.adapters import attach
-from zoft.models.adapters.attach import START
+from zoft.models.adapters.attach import START, adapter_fingerprint
 from zoft.noise import spec
 
 # What it means where a resumed run's ledger says something else.
@@ -65,7 +64,7 @@ def header_of(
     if rule := rule_of(config):
         known["update"] = rule.name
     if config.train in ADAPTERS:
-        known["adapter"] = attach.adapter_fingerprint(trained)
+        known["adapter"] = adapter_fingerprint(trained)
     found: dict[str, Any] = {
         "zoft": __version__,
         "noise_version": spec.VERSION,
@@ -137,10 +136,10 @@ def keep_prefix_start(config: Config, trained: Sequence[Trained], folder: Path) 
     """Write a prefix's start beside the ledger: another machine's forward pass would round otherwise."""
     from safetensors.torch import save_file
 
-    from zoft.parallel import world
+    from zoft.parallel.world import this_world
 
     path = folder / START
-    if config.train == "prefix" and world.this_world().rank == 0 and not path.exists():
+    if config.train == "prefix" and this_world().rank == 0 and not path.exists():
         draft = path.with_name(f".{path.name}.new")
         save_file({t.name: t.stored.detach().cpu().contiguous() for t in trained}, draft)
         draft.replace(path)

@@ -23,15 +23,13 @@ from zoft.method.estimators.named import base_estimator
 from zoft.method.method import Method
 from zoft.method.recipes import method_of
 from zoft.method.space import resolve_dtypes, train_names
-from zoft.models import load as models
-from zoft.models.adapters import attach, kept_in_place
-from zoft.models.adapters.attach import START
-from zoft.models.adapters.kept_in_place import adapter_folder, lora_pairs
+from zoft.models.adapters.attach import START, attach_adapter, load_adapter
+from zoft.models.adapters.kept_in_place import adapter_files, adapter_folder, folder_fingerprint, lora_pairs
 from zoft.models.fingerprint import of_model
-from zoft.models.quant import linear, other_libraries
-from zoft.models.quant.linear import Scales, quantise_model, set_log
-from zoft.parallel import world as distributed
-from zoft.parallel.world import threads_each
+from zoft.models.load import find_model, load_model, load_tokenizer
+from zoft.models.quant.linear import Scales, quantise_model, quantised_layers, set_log
+from zoft.models.quant.other_libraries import attach_scales, keep_other_layers, other_layers
+from zoft.parallel.world import this_world, threads_each
 from zoft.train.trainer import Settings
 
 # Where a GPU works, a CPU only puts batches together; more threads spin while they wait, and take from runs beside it.
@@ -40,7 +38,7 @@ CUDA_THREADS = 4
 
 def resolve_device(config: Config) -> Config:
     """Resolve device and threads, and set the threads."""
-    where, world = config.device, distributed.this_world()
+    where, world = config.device, this_world()
     if where == "auto":
         where = "cuda" if (torch.cuda.is_available() if world.cuda is None else world.cuda) else "cpu"
     elif where.startswith("cuda"):
@@ -80,14 +78,14 @@ def load_run_model(config: Config, folder: str | Path | None = None) -> tuple[nn
         loaded = loaded.to(config.device)
     place = adapter_folder(config)
     if place is not None:
-        base += f"+{kept_in_place.folder_fingerprint(place)}"
+        base += f"+{folder_fingerprint(place)}"
     if config.train in ADAPTERS:
-        loaded = attach.attach_adapter(loaded, config, Path(folder) / START if folder else None)
-        source = models.find_model(config.model)
+        loaded = attach_adapter(loaded, config, Path(folder) / START if folder else None)
+        source = find_model(config.model)
         loaded.peft_config["default"].base_model_name_or_path = source.home or source.place
     elif place is not None:
-        files = kept_in_place.adapter_files(place)
-        loaded = attach.load_adapter(loaded, place)
+        files = adapter_files(place)
+        loaded = load_adapter(loaded, place)
         loaded.beside = files
         say(f"{len(lora_pairs(loaded))} LoRA pairs in place, frozen: {place}")
     return loaded, tokenizer, base
@@ -95,21 +93,15 @@ def load_run_model(config: Config, folder: str | Path | None = None) -> tuple[nn
 
 def load_base(config: Config) -> tuple[Any, Any]:
     """(model, tokenizer): the checkpoint, quantised layer by layer on config.device where `bits` asks for that."""
-    loaded, tokenizer = models.load_model(
-        config.model, dtype="auto", trust_remote_code=config.trust_remote_code
-    )
+    loaded, tokenizer = load_model(config.model, dtype="auto", trust_remote_code=config.trust_remote_code)
     if config.bits is not None:
         keys: dict[str, Any] = {k: getattr(config, k) for k in ("bits", "group", "zero_points")}
         say(quantise_model(loaded, **keys, head=config.quantise_head, device=config.device))
-    other_libraries.keep_other_layers(loaded)
+    keep_other_layers(loaded)
     wanted = method_of(config.recipe).space.quantised or config.train == "scales"
-    if (
-        wanted
-        and not linear.quantised_layers(loaded)
-        and (found := dict(other_libraries.attach_scales(loaded)))
-    ):
+    if wanted and not quantised_layers(loaded) and (found := dict(attach_scales(loaded))):
         say(f"{len(found)} quantised layers follow their scales")
-    if config.eps_mode == "relative" and not linear.quantised_layers(loaded):
+    if config.eps_mode == "relative" and not quantised_layers(loaded):
         raise UserError(
             "eps_mode=relative: no layer of this model is quantised by zoft; set bits=4 or bits=8"
         )
@@ -133,7 +125,7 @@ def refuse_pattern(config: Config, method: Method) -> None:
 
 def run_tokenizer(config: Config) -> Any:
     """The tokenizer alone, without loading weights."""
-    return models.load_tokenizer(config.model, config.trust_remote_code)
+    return load_tokenizer(config.model, config.trust_remote_code)
 
 
 def encode_examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[list[Example], list[Example]]:
@@ -185,9 +177,7 @@ def resolve_precision(config: Config, loaded: nn.Module, names: Sequence[str]) -
 def refuse_unquantised(config: Config, loaded: nn.Module) -> None:
     """Raise UserError where a recipe of quantised models would be another one's run of a plain model, and for keys that do
     nothing to one."""
-    if config.save_dequantised and not (
-        linear.quantised_layers(loaded) or other_libraries.other_layers(loaded)
-    ):
+    if config.save_dequantised and not (quantised_layers(loaded) or other_layers(loaded)):
         raise UserError(
             "save_dequantised=true: no layer of this model is quantised; set bits=4, or leave it out"
         )

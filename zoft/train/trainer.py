@@ -18,8 +18,7 @@ from zoft.method.estimators.named import estimator_of
 from zoft.method.updates import lr_at, make_update
 from zoft.noise.spec import Update
 from zoft.objectives.losses import Batch, losses, mean_loss
-from zoft.parallel import world
-from zoft.parallel.world import ALONE, STOP
+from zoft.parallel.world import ALONE, STOP, this_world
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.inplace import InPlace
 from zoft.probe.rows import Unfit
@@ -88,7 +87,7 @@ class Trainer:
         self.probes = self.estimator.probes(settings.q, settings.eps)  # [P]
         self.eps = torch.tensor(settings.eps, dtype=torch.float64)
         self.state = torch.tensor(self.estimator.state, dtype=torch.float64)
-        self.world = world.this_world()
+        self.world = this_world()
 
     def step(self) -> dict[str, Any] | None:
         """Update θ once, from the losses of the estimator's probes; returns the step's metrics, or None while they are on

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from zoft.config.schema import ADAPTERS, Config
+from zoft.config.schema import Config
 from zoft.errors import UserError
 from zoft.models.adapters import start as adapter_start
 from zoft.models.adapters.kept_in_place import adapter_folder, complete, lora_pairs, plain_shapes

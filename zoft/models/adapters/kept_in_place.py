@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from zoft.errors import UserError
-from zoft.models import checkpoint
-from zoft.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from zoft.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
 from zoft.models.fingerprint import raw_bytes
 from zoft.models.load import PACKAGED
-from zoft.models.quant import linear, other_libraries
-from zoft.models.quant.linear import QuantLinear
+from zoft.models.quant import linear
+from zoft.models.quant.linear import QuantLinear, quantised_layers
+from zoft.models.quant.other_libraries import other_layers
 
 if TYPE_CHECKING:
     from zoft.config.schema import Config
@@ -35,7 +35,7 @@ FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 @contextmanager
 def plain_shapes(model: nn.Module) -> Iterator[None]:
     """For the time of a call of peft: nn.Linear and Conv1D, of no memory, where the model's quantised layers are."""
-    held = linear.quantised_layers(model)
+    held = quantised_layers(model)
     for name, layer in held.items():
         shape = (layer.out_features, layer.in_features)[:: -1 if layer.transposed else 1]
         put(model, name, linear.plain(layer, torch.zeros((), device=layer.codes.device).expand(shape)))
@@ -67,7 +67,7 @@ def adapter_folder(config: Config) -> Path | None:
     if config.model in PACKAGED or not (own / FILES[0]).is_file():
         if not config.adapter:
             return None
-        checkpoint.check_adapter(config.adapter, place := Path(config.adapter).expanduser())
+        check_adapter(config.adapter, place := Path(config.adapter).expanduser())
         return place
     if config.adapter or config.train in ("lora", "prefix", "prompt"):
         key = f"adapter={config.adapter}" if config.adapter else f"train={config.train}"
@@ -79,7 +79,7 @@ def adapter_folder(config: Config) -> Path | None:
 
 def folder_fingerprint(folder: Path) -> str:
     """Hash of what a saved adapter adds to a model: its tensors, and how often they count."""
-    settings = checkpoint.check_adapter(str(folder), folder)
+    settings = check_adapter(str(folder), folder)
     h = hashlib.blake2b(digest_size=16)
     counts = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
     h.update(json.dumps({k: settings.get(k) for k in counts}, sort_keys=True).encode())
@@ -103,7 +103,7 @@ def tensors(data: bytes) -> dict[str, Tensor]:
 
 def adapter_files(folder: Path) -> dict[str, bytes]:
     """The adapter as it is written beside the codes that a run saves; its base is then the model that it lies in."""
-    settings = checkpoint.check_adapter(str(folder), folder) | {"base_model_name_or_path": None}
+    settings = check_adapter(str(folder), folder) | {"base_model_name_or_path": None}
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
     return {FILES[0]: text.encode(), FILES[1]: (folder / FILES[1]).read_bytes()}
 
@@ -156,7 +156,7 @@ def changes(model: Any, dequantise: bool) -> dict[str, Tensor] | None:
     found = lora_pairs(model)
     if not found:
         return {}
-    codes = other_libraries.other_layers(model) or (linear.quantised_layers(model) and not dequantise)
+    codes = other_layers(model) or (quantised_layers(model) and not dequantise)
     readers: dict[int, int] = {}
     for m in model.modules():
         for p in m.parameters(recurse=False):

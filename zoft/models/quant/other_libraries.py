@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zoft.errors import UserError
-from zoft.models.quant import linear as quant
-from zoft.models.quant.linear import Scales
+from zoft.models.quant.linear import Scales, dequantise_layers
 
 NUDGE = 1.5  # what one scale is multiplied with to see whether the layer follows
 TOLERANCE = 0.05  # of what it does to the output, which may have 16 bits
@@ -226,7 +225,7 @@ def plain_form(model: Any, keep: bool = False) -> Iterator[None]:
 
 def dequantise_other_layers(model: nn.Module) -> None:
     """Put plain layers with the dequantised weights, in fp32, where quantised ones are, whoever made them."""
-    quant.dequantise_layers(model)
+    dequantise_layers(model)
     with plain_form(model, keep=True):
         pass
 
