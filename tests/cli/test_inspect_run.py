@@ -210,7 +210,7 @@ def test_no_run_is_one_line(tmp_path):
 
 def test_a_run_in_use_by_another_process_is_read(tmp_path):
     code = (
-        "import sys, time; from zoft.ledger import Ledger, Record\n"
+        "import sys, time; from zoft.ledger.log import Ledger, Record\n"
         "ledger = Ledger.create(sys.argv[1], {'seed': 1})\n"
         "for i in range(10**9):\n"
         "    ledger.append(Record(i, (0.5,), 1.0, (1.0, 2.0)))\n"

@@ -354,7 +354,7 @@ def test_one_writer_at_a_time_and_readers_any_time(tmp_path):
         assert len(read_ledger(path).records) == 1
         with pytest.raises(UserError, match="another process is writing this run"):
             Ledger.open(path)
-        code = f"from zoft.ledger import Ledger; Ledger.open({str(path)!r})"
+        code = f"from zoft.ledger.log import Ledger; Ledger.open({str(path)!r})"
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert "another process is writing this run" in other.stderr
         ledger.append(step(1))
@@ -368,7 +368,7 @@ def test_one_writer_at_a_time_and_readers_any_time(tmp_path):
 def test_a_killed_writer_loses_nothing_it_had_appended(tmp_path):
     """kill -9 while it writes, its own count of the steps done on stdout: the file has at least those."""
     code = (
-        "import sys; from zoft.ledger import Ledger, Record\n"
+        "import sys; from zoft.ledger.log import Ledger, Record\n"
         "ledger = Ledger.create(sys.argv[1], {'seed': 1})\n"
         "for i in range(10**9):\n"
         "    ledger.append(Record(i, (0.5, -0.5), 1.0, (1.0, 2.0, 3.0, 4.0)))\n"

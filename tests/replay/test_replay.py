@@ -357,12 +357,13 @@ def test_a_large_model_is_written_in_shards_that_transformers_loads(tmp_path):
 MEMORY = """
 import sys
 from pathlib import Path
-from zoft import console, verbs
+from zoft import console
+from zoft.cli.replay import replay_run_folder
 small, large, out = sys.argv[1:]
-verbs.replay(small, Path(out) / "small", **{})  # whatever is imported, compiled and kept
+replay_run_folder(small, Path(out) / "small", **{})  # whatever is imported, compiled and kept
 before = console.peak_memory_gb()
 for how in ({}, {"denoise": True}):
-    verbs.replay(large, Path(out) / str(len(how)), **how)
+    replay_run_folder(large, Path(out) / str(len(how)), **how)
 print(console.peak_memory_gb() - before)
 """
 

@@ -3,7 +3,7 @@
 Everything that depends on the estimator (forwards, ledger rows, the captured step, several processes, replay) asks the
 value below. A new estimator is one file:
 
-    from zoft.estimators.estimator import Estimator, Probe
+    from zoft.method.estimators.estimator import Estimator, Probe
 
     def probes(q, eps):
         return [Probe(0, 0.0)] + [Probe(k, eps) for k in range(q)]
