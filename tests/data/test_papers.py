@@ -27,6 +27,7 @@ from zoft.evaluation import evaluate
 from zoft.method.configured import compose
 from zoft.objectives import losses, objectives
 from zoft.train import parts
+from zoft.train.resolve import with_objective
 
 DATA = Path(__file__).parents[1] / "data" / "tasks"
 GOLDEN = json.loads((DATA / "golden.json").read_text(encoding="utf-8"))
@@ -603,7 +604,7 @@ def test_objectives_that_rows_with_candidates_of_their_own_may_have(smollm):
     model = llama(len(smollm))
     table = evaluate.scores(model, [replace(e, objective="choice") for e in examples])
     for name in ("choice", "accuracy"):
-        assert objectives.resolve_objective(replace(config, objective=name), data).objective == name
+        assert with_objective(replace(config, objective=name), data).objective == name
         aim = objectives.Goal(name) if name == "choice" else objectives.Goal(name, objectives.accuracy)
         sums, _ = aim.forward(model, losses.collate(aim.examples(examples)))
         hits = [int(row.argmax() == g["gold"]) for row, g in zip(table, GOLDEN["copa"])]
@@ -611,11 +612,11 @@ def test_objectives_that_rows_with_candidates_of_their_own_may_have(smollm):
         np.testing.assert_allclose(sums.numpy(), slow if name == "choice" else -np.array(hits), rtol=1e-9)
     for name in ("accuracy", "macro_f1"):
         with pytest.raises(UserError, match="several right candidates"):
-            objectives.resolve_objective(replace(config, objective=name), tasks.load_task(settings("record")))
+            with_objective(replace(config, objective=name), tasks.load_task(settings("record")))
     with pytest.raises(UserError, match="no candidates"):
-        objectives.resolve_objective(replace(config, objective="choice"), tasks.load_task(settings("squad")))
+        with_objective(replace(config, objective="choice"), tasks.load_task(settings("squad")))
     with pytest.raises(UserError, match="objective=f1: .* fills a mask"):
-        objectives.resolve_objective(replace(config, objective="f1"), tasks.load_task(settings("sst2-mlm")))
+        with_objective(replace(config, objective="f1"), tasks.load_task(settings("sst2-mlm")))
 
 
 def test_a_model_of_the_other_kind_is_refused(tmp_path):

@@ -22,8 +22,7 @@ from zoft.method.configured import load_run
 from zoft.method.estimators.estimator import Estimator, Probe, rows_of
 from zoft.objectives.losses import losses
 from zoft.parallel.world import probe_grid
-from zoft.run import preflight
-from zoft.train import header
+from zoft.train import header, resolve
 
 
 def moving_baseline(losses, q, eps, state):
@@ -256,10 +255,10 @@ def config(**keys):
 
 def test_a_budget_of_forwards(capsys):
     assert (
-        preflight.allowed_steps(config(q=3, estimator="one_sided", max_forwards=100)).steps == 6
+        resolve.allowed_steps(config(q=3, estimator="one_sided", max_forwards=100)).steps == 6
     )  # of 16 each
     with pytest.raises(UserError, match="a step takes 16"):
-        preflight.allowed_steps(config(q=3, estimator="one_sided", max_forwards=15))
+        resolve.allowed_steps(config(q=3, estimator="one_sided", max_forwards=15))
 
 
 def test_an_odd_number_of_probes_is_not_cut_in_two():

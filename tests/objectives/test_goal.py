@@ -22,6 +22,7 @@ from zoft.train import axis as setup_axis
 from zoft.train import batches
 from zoft.train import build as setup_trainer
 from zoft.train import parts as setup
+from zoft.train.resolve import with_objective
 
 WORDS = (" no", " yes", "ab")
 ASKED = ("accuracy", "macro_f1", "exact_match", "f1", "reward")
@@ -76,7 +77,7 @@ def build(tmp_path, objective, *, name="ledger", model=None, made=None, reward=V
     config = Config(model="tiny", task=Task(name="local"), objective=objective, threads=1,
                     **{**defaults, **texts, **keys})  # fmt: skip
     data = data_of(made)
-    config = objectives.resolve_objective(config, data)
+    config = with_objective(config, data)
     if objective == "reward":
         (tmp_path / "mine.py").write_text(reward, encoding="utf-8")
         config.reward = f"{tmp_path}/mine.py:vowels"
@@ -248,9 +249,7 @@ def test_lm_on_a_task_of_candidates_trains_the_gold_ones_tokens(tmp_path):
 
 def test_objectives_that_a_task_cannot_have_are_refused():
     def resolve(objective, data):
-        return objectives.resolve_objective(
-            Config(model="m", task=Task(name="local"), objective=objective), data
-        )
+        return with_objective(Config(model="m", task=Task(name="local"), objective=objective), data)
 
     text = data_of([{**r, "candidates": [" no"], "gold": 0} for r in rows()], "lm")
     for objective in ("choice", "accuracy", "macro_f1"):

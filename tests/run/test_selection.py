@@ -12,8 +12,8 @@ from zoft.data import tasks
 from zoft.errors import UserError
 from zoft.evaluation.best_by import fields_of_best, metrics_of_task
 from zoft.method.configured import compose
-from zoft.objectives import objectives
 from zoft.run import selection
+from zoft.train.resolve import with_objective
 
 BASE = compose("mezo/reviews", ["early_stop=2"])
 
@@ -129,7 +129,7 @@ def test_the_metrics_foretold_are_those_of_an_evaluation(place, monkeypatch, wor
     ]
     config = compose(None, words[1:])
     data = tasks.load_task(config.task)
-    told = metrics_of_task(objectives.resolve_objective(config, data), data)
+    told = metrics_of_task(with_objective(config, data), data)
     zoft(*words)
     out = config.output_dir
     before = json.loads((place / out / "metrics.jsonl").read_text().splitlines()[0])["eval"]

@@ -96,7 +96,8 @@ def run_baseline(config: Config, ask: Ask) -> dict[str, Any]:
     from zoft.models import load
     from zoft.models.load import find_model
     from zoft.run.guards import explain_memory
-    from zoft.run.preflight import absolute_paths, claim_folder
+    from zoft.run.preflight import claim_folder
+    from zoft.train.resolve import absolute_paths
 
     folder = Path(str(config.output_dir))
     _require(ask.method)

@@ -185,14 +185,15 @@ def evaluate_config(
     from zoft.data.encode import rows_of
     from zoft.evaluation import evaluate
     from zoft.evaluation.evaluate import bootstrap, judge_model
-    from zoft.objectives.objectives import make_objective, resolve_objective, reward_of
+    from zoft.objectives.objectives import make_objective, reward_of
     from zoft.train.parts import encode_examples
+    from zoft.train.resolve import with_objective
 
     with explain_memory(config):
         writes = config.objective in GENERATED and (config.objective, config.reward) != ("reward", None)
         mine = reward_of(config)
         data = tasks.load_task(config.task)
-        config = resolve_objective(config, data) if writes else config
+        config = with_objective(config, data) if writes else config
         config, model, tokenizer = load_evaluated(config, adapter)
         train, held_out = encode_examples(config, tokenizer, data)
         refuse_other_kind(config.model, model, held_out[0].masked)

@@ -367,7 +367,7 @@ def estimate(
     resolved = compose(config, _with(overrides, recipe))
     from zoft import console
     from zoft.run.estimate import estimate_run, estimate_text
-    from zoft.run.preflight import allowed_steps
+    from zoft.train.resolve import allowed_steps
 
     found = estimate_run(allowed_steps(resolved))
     typer.echo(json.dumps(console.finite(found)) if as_json else estimate_text(found))

@@ -95,8 +95,8 @@ class Goal:
         return {} if self.texts is None else self.texts.evaluate(model, context, rows)
 
 
-def resolve_objective(config: Config, data: TaskData) -> Config:
-    """The config with its objective named. Raises UserError for one that this task's rows cannot have."""
+def objective_keys(config: Config, data: TaskData) -> dict[str, Any]:
+    """Return the config's objective by name, and the keys that follow from it. Raises UserError for one that this task's rows cannot have."""
     name = data.objective if config.objective == "auto" else config.objective
     rows = [*data.train, *data.eval]
     if name in ("choice", "accuracy", "macro_f1") and min(len(r["candidates"]) for r in rows) < 2:
@@ -131,8 +131,8 @@ def resolve_objective(config: Config, data: TaskData) -> Config:
             file=sys.stderr,
         )
     if name in GENERATED:
-        config = replace(config, probes_per_forward=1, cache_frozen=False)
-    return replace(config, objective=name)
+        return {"objective": name, "probes_per_forward": 1, "cache_frozen": False}
+    return {"objective": name}
 
 
 def reward_of(config: Config) -> Reward | None:

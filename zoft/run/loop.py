@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -15,8 +14,9 @@ from zoft.folder import write
 from zoft.method.estimators.named import forwards_per_step
 from zoft.replay.saved_model import folder_name, save_run_model
 from zoft.run.guards import Watch, watch_cores
-from zoft.run.session import Presence, Session, as_begun, steps_of
+from zoft.run.session import Presence, Session, steps_of
 from zoft.run.stops import due_at, next_stop
+from zoft.train.resolve import as_begun, with_group
 
 if TYPE_CHECKING:
     from zoft.train.trainer import Trainer
@@ -77,9 +77,9 @@ def fit(
         if world.rank == 0:
             folder.look()
         if trainer.settings.probes_per_forward != s.config.probes_per_forward:  # a batch could not be stacked
-            s.config = dataclasses.replace(s.config, probes_per_forward=trainer.settings.probes_per_forward)
+            s.config = with_group(s.config, trainer.settings.probes_per_forward)
             if world.rank == 0:  # on resume, too, for the same bits
-                write(s.folder / "config.yaml", to_yaml(as_begun(s)))
+                write(s.folder / "config.yaml", to_yaml(as_begun(s.config, s.folder)))
         if world.size == 1:  # else all stop after the same step, by trainer.halted
             s.stop.check()
 

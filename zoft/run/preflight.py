@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -11,8 +10,6 @@ from zoft.config.schema import GENERATED, Config
 from zoft.errors import UserError
 from zoft.folder import ASKED, refuse_unwritable
 from zoft.method.configured import again
-from zoft.method.estimators.named import forwards_per_step
-from zoft.method.recipes import is_page
 from zoft.parallel.launch import process_place
 from zoft.run.tracker import require_tracker
 
@@ -89,46 +86,6 @@ def refuse_reward(config: Config, resume: str | Path | None, *, must: bool = Tru
         from zoft.objectives import reward as rewards
 
         rewards.look(config.reward)
-
-
-def allowed_steps(config: Config) -> Config:
-    """The config with as many steps as `max_forwards` allows. Raises UserError if it allows none."""
-    if config.max_forwards is None:
-        return config
-    each = forwards_per_step(config)
-    steps = min(config.steps, config.max_forwards // each)
-    if not steps:
-        raise UserError(
-            f"max_forwards={config.max_forwards}: a step takes {each}; allow more, or lower q or batch_size"
-        )
-    if steps < config.steps:
-        print(f"max_forwards={config.max_forwards}: {steps} steps of {each} forwards", file=sys.stderr)
-    for name in ("warmup", "snapshot_every"):
-        if getattr(config, name) > steps:
-            raise UserError(
-                f"{name}={getattr(config, name):g}: more than the {steps} steps that max_forwards allows"
-            )
-    return dataclasses.replace(config, steps=steps)
-
-
-def absolute_paths(config: Config) -> Config:
-    """Paths made absolute, so that a run resumes from any folder."""
-
-    def fixed(text: str | None) -> str | None:
-        return str(Path(text).expanduser().resolve()) if text and Path(text).expanduser().exists() else text
-
-    from zoft.models.load import PACKAGED
-
-    task = dataclasses.replace(config.task, train=fixed(config.task.train), eval=fixed(config.task.eval))
-    model = config.model if config.model in PACKAGED else str(fixed(config.model))
-    reward = config.reward
-    if reward is not None:
-        place, _, function = reward.rpartition(":")
-        reward = f"{fixed(place)}:{function}"
-    recipe = str(fixed(config.recipe)) if is_page(config.recipe) else config.recipe
-    return dataclasses.replace(
-        config, recipe=recipe, model=model, adapter=fixed(config.adapter), task=task, reward=reward
-    )
 
 
 def check_elastic(config: Config) -> None:

@@ -20,15 +20,11 @@ from zoft.folder import write
 from zoft.run.preflight import claim_folder
 from zoft.run.tracker import Tracker
 from zoft.signals import Stop, listening
-from zoft.yaml_files import yaml_tree
 
 if TYPE_CHECKING:
     from zoft.ledger.log import Ledger
 
 LOOK_SECONDS = 1.0  # between looks whether the folder is still there
-
-# What another number of processes resolves anew where it was `auto`: no weight depends on it beyond rounding.
-ELSEWHERE = ("threads", "hold_probe")
 
 
 @dataclass
@@ -92,37 +88,6 @@ def steps_of(ledger: Ledger, config: Config) -> list[dict[str, Any]]:
 
     probes = estimator_of(config).probes(config.q, config.eps)
     return [metrics_of(record, probes) for record in ledger.records]
-
-
-def resolved_anew(config: Config, resume: str | Path | None) -> Config:
-    """Of a resumed run, what was `auto` and decides no weight is `auto` again where another number of processes goes on:
-    each has its share of this machine. What config.yaml was given by hand since stays."""
-    from zoft.parallel.world import this_world
-
-    world = this_world()
-    path = Path(resume or "") / "env.json"
-
-    def began() -> dict[str, Any]:
-        with suppress(OSError, ValueError, RecursionError):
-            found = json.loads(path.read_bytes())
-            if isinstance(found, dict) and isinstance(found.get("auto"), dict):
-                return found
-        return {}
-
-    found = world.told(began) if resume else {}
-    if found.get("processes", world.size) == world.size:
-        return config
-    now: dict[str, Any] = {
-        k: "auto" for k in ELSEWHERE if k in found["auto"] and found["auto"][k] == getattr(config, k)
-    }
-    return dataclasses.replace(config, **now)
-
-
-def as_begun(s: Session) -> Config:
-    """A run's config with those keys as its config.yaml has them that another number of processes resolves for itself."""
-    path = s.folder / "config.yaml"
-    tree = yaml_tree(path) if path.is_file() else {}
-    return dataclasses.replace(s.config, **{k: tree[k] for k in ELSEWHERE if k in tree})
 
 
 class Presence:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -17,15 +16,13 @@ from zoft.parallel.launch import process_place
 from zoft.replay.saved_model import read_result
 from zoft.run.guards import explain_memory
 from zoft.run.preflight import (
-    absolute_paths,
-    allowed_steps,
     check_elastic,
     claim_folder,
     first_look,
     refuse_reward,
 )
-from zoft.run.session import resolved_anew
 from zoft.signals import listening
+from zoft.train.resolve import settled
 
 if TYPE_CHECKING:
     from zoft.data.example import Example
@@ -48,9 +45,6 @@ def train_run(config: Config, *, resume: str | Path | None = None, dry_run: bool
     folder = str(resume or config.output_dir)
     if config.elastic:
         check_elastic(config)
-        config = dataclasses.replace(
-            config, probes_per_forward=1
-        )  # a pair of a probe and a batch is a forward
     elif config.listen != "127.0.0.1:0":
         raise UserError(f"listen={config.listen}: is for elastic=true; leave it out")
     writes = process_place()[0] == 0  # of several processes, one does
@@ -66,7 +60,7 @@ def train_run(config: Config, *, resume: str | Path | None = None, dry_run: bool
         from zoft.parallel.world import joined_processes
 
         with joined_processes(config, folder):
-            return _trained(allowed_steps(absolute_paths(resolved_anew(config, resume))), resume, dry_run)
+            return _trained(settled(config, resume), resume, dry_run)
 
 
 def _trained(config: Config, resume: str | Path | None, dry_run: bool) -> dict[str, Any]:

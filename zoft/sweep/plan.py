@@ -97,7 +97,7 @@ def plan(config: str | None, overrides: Sequence[str], *, search: str = "") -> P
 
 def _besides(configs: Sequence[Config]) -> tuple[str, ...]:
     """What a resumed run must be told on the command line again; the same for all jobs."""
-    from zoft.run.preflight import absolute_paths
+    from zoft.train.resolve import absolute_paths
 
     if len({c.reward for c in configs}) > 1:
         raise UserError("reward: a sweep has one reward; make a sweep of each")
@@ -196,7 +196,7 @@ def _look(found: Sequence[Config]) -> None:
 
 def write_down(made: Plan, names: Sequence[str]) -> None:
     """Make the folders of jobs, each with its config.yaml, and add them to the plan on disk."""
-    from zoft.run.preflight import absolute_paths
+    from zoft.train.resolve import absolute_paths
 
     for name in names:
         config, _ = made.jobs[name]

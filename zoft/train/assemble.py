@@ -20,7 +20,7 @@ from zoft.evaluation.best_by import refuse_best_by
 from zoft.method.method import Method
 from zoft.method.recipes import method_of
 from zoft.method.space import Trained, adopt, train_names
-from zoft.objectives.objectives import Goal, make_objective, resolve_objective, reward_of
+from zoft.objectives.objectives import Goal, make_objective, reward_of
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.inplace import InPlace
 from zoft.train.axis import make_axis, placed_axis
@@ -33,6 +33,7 @@ from zoft.train.parts import (
     resolve_device,
     resolve_precision,
 )
+from zoft.train.resolve import with_objective
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def assemble(config: Config, folder: str | Path | None = None) -> Parts:
     method = method_of(config.recipe)
     config = resolve_device(config)
     data = tasks.load_task(config.task)
-    config, reward = resolve_objective(config, data), reward_of(config)
+    config, reward = with_objective(config, data), reward_of(config)
     refuse_best_by(config, data)
     refuse_pattern(config, method)
     model, tokenizer, base = load_run_model(config, folder)
