@@ -27,7 +27,8 @@ def compat():
 def pytest_collection_modifyitems(items):
     chosen = set(compat())
     for item in items:
-        names = {item.path.name, f"{item.path.name}::{getattr(item, 'originalname', item.name)}"}
+        file = item.path.relative_to(COMPAT.parent).as_posix()
+        names = {file, f"{file}::{getattr(item, 'originalname', item.name)}"}
         if chosen & names and not {"slow", "slurm"} & {*item.keywords}:
             item.add_marker(pytest.mark.compat)
     if any("gpu" in item.keywords for item in items):

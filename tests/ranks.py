@@ -56,12 +56,12 @@ def _child(place, args, rank, size, port, log, hook):
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-    from zoft.cli import main
+    from zoft.cli.main import main
 
     if hook is not None:
         hook(rank)
     sys.argv = ["zoft", *args]
-    main.main()
+    main()
 
 
 def zoft(place: Path, *args: str, size: int = 1, hook=None, timeout: float = 240) -> list[int]:

@@ -42,7 +42,7 @@ def test_nothing_stands_beside_zoft(installed):
     names = {p.name for p in installed.iterdir()}
     (info,) = [n for n in names if n.endswith(".dist-info")]
     assert names == {"zoft", info}
-    assert "zoft = zoft.cli.main:main" in (installed / info / "entry_points.txt").read_text()
+    assert "zoft = zoft.cli:main" in (installed / info / "entry_points.txt").read_text()
     assert (installed / info / "licenses" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
 
 
@@ -91,21 +91,10 @@ def test_light_files_import_nothing_heavy_at_the_top():
         "peft",
     }
     for name in (
-        "__init__",
-        "__main__",
-        "cli",
-        "config",
-        "compose",
-        "console",
-        "tracking",
-        "run",
-        "preflight",
-        "recipe",
-        "session",
-        "env",
-        "models",
-        "errors",
-    ):
+        "__init__", "__main__", "console", "env", "errors", "cli/main", "cli/app", "config/schema", "config/compose",
+        "method/method", "method/recipes", "method/configured", "method/estimators/named", "method/rules", "models/load",
+        "train/resolve", "run/start", "run/loop", "run/preflight", "run/session", "run/tracker",
+    ):  # fmt: skip
         tree = ast.parse((ROOT / "zoft" / f"{name}.py").read_text())
         for node in tree.body:  # imports inside functions and under TYPE_CHECKING are not at the top
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []

@@ -234,7 +234,7 @@ def test_light_verbs_import_nothing_heavy(args):
 
     typer reads a whole number (`--nproc 2`) with pydantic where that is installed: 0.05 s."""
     code = (
-        "import sys; from zoft.cli import app\n"
+        "import sys; from zoft.cli.main import app\n"
         f"try: app({args!r})\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'numba', 'numpy', 'pandas', 'datasets', 'wandb', 'rich'}\n"

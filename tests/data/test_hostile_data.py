@@ -241,7 +241,7 @@ def test_a_missing_file_is_refused_before_anything_heavy_loads(place):
     import sys
 
     code = (
-        "import sys; from zoft.cli import main\n"
+        "import sys; from zoft.cli.main import main\n"
         "try: main()\n"
         "finally: print('HEAVY', sorted({'torch', 'transformers', 'numba', 'datasets'} & set(sys.modules)))"
     )

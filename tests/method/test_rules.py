@@ -21,7 +21,7 @@ from zoft.config.digest import digests
 from zoft.config.schema import Config
 from zoft.errors import UserError
 from zoft.ledger import log as ledger
-from zoft.method import rules, space
+from zoft.method import advice, rules, space
 from zoft.method.configured import compose, load_run
 from zoft.method.rules import RULES, Rule
 from zoft.method.space import Trained
@@ -29,7 +29,7 @@ from zoft.method.updates import advance_trained, make_update
 from zoft.noise import noise, reference
 from zoft.noise.spec import PART, Mask, Update, key, philox
 from zoft.replay import snapshot
-from zoft.run import estimate, guards
+from zoft.run import estimate
 from zoft.run.start import train_run
 from zoft.train import header
 from zoft.train.header import agree
@@ -328,7 +328,9 @@ def test_headers_of_plain_runs_say_nothing_new():
     assert "update" not in digests(plain) and "update" in digests(dataclasses.replace(plain, update="sign"))
     assert "reward" not in digests(plain) and "clip" in digests(plain)  # null is a value like any other
     found = header.header_of(plain, "base", [])
-    assert "update" not in found and header.with_plan(plain, found) == plain
+    assert "update" not in found and header.with_plan(plain, found) == dataclasses.replace(
+        plain, estimator="two_sided", update="sgd"
+    )
     found = header.header_of(dataclasses.replace(plain, update="adam"), "base", [])
     assert header.with_plan(plain, found).update == "adam"
     agree(found, {"base": "base"}, "run")
@@ -382,7 +384,7 @@ def test_a_private_rule_needs_no_name(tmp_path):
 @pytest.mark.parametrize(
     "keys, words",
     [
-        (["update=adamw"], ["update=adamw: use sgd, sign, adam", "did you mean adam?"]),
+        (["update=adamw"], ["update=adamw: use auto, sgd, sign, adam", "did you mean adam?"]),
         (["update=sign", "momentum=0.9"], ["momentum=0.9", "update=sgd, not sign", "leave one of them out"]),
         (["update=adam", "perturb=inplace"], ["update=adam", "perturb=inplace", "use perturb=probes"]),
         (["update=adam", "denoise_every=5"], ["denoise_every=5", "update=adam", "leave it out"]),
@@ -409,7 +411,7 @@ def test_advice_and_estimate(place):  # noqa: F811
     said = {}
     for name in ("sgd", "sign", "adam"):
         config = configured(place, "none", f"update={name}", "lr=10", "noise=rademacher")
-        said[name] = guards.at_start(config, trained)
+        said[name] = advice.advice_at_start(config, trained)
         found = estimate.estimate_run(config)
         assert found["state_bytes"] == {"sgd": 0, "sign": 0, "adam": 8 * found["trained"]}[name]
         assert found["trained"] == numbers
@@ -419,7 +421,7 @@ def test_advice_and_estimate(place):  # noqa: F811
         "is far above" in said["sgd"][0] and not said["sign"]
     )  # nobody has searched the size of a sign's step
     assert "this is momentum divided by one number" in said["adam"][0] and "8 bytes" in said["adam"][0]
-    assert not guards.at_start(configured(place, "none", "update=adam", "train=norms"), trained)
+    assert not advice.advice_at_start(configured(place, "none", "update=adam", "train=norms"), trained)
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------

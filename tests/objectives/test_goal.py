@@ -17,7 +17,7 @@ from zoft.errors import UserError
 from zoft.ledger.log import Ledger, read_ledger
 from zoft.method import space
 from zoft.noise import noise
-from zoft.objectives import metrics, objectives
+from zoft.objectives import losses, metrics, objectives
 from zoft.train import axis as setup_axis
 from zoft.train import batches
 from zoft.train import build as setup_trainer
@@ -222,9 +222,7 @@ def test_microbatches_are_one_batch(tmp_path, objective):
             return [objectives.Prompts(sum((p.picks for p in parts), ()))]
         picks = [i for p in batches.picked(two.config, len(two.made), two.next) for i in p]
         data = data_of(two.made)
-        return [
-            objectives.objective.collate([encode(two.made, tiny.tokenizer(), data, 32)[i] for i in picks])
-        ]
+        return [losses.collate([encode(two.made, tiny.tokenizer(), data, 32)[i] for i in picks])]
 
     for trainer in (one, two):
         trainer.step()

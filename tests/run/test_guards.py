@@ -254,7 +254,7 @@ def test_a_run_that_runs_out_of_memory_says_what_to_lower(tmp_path):
     code = (
         "import resource, sys, re\n"
         "import torch, transformers, zoft.replay.live, zoft.train.build, zoft.run.estimate\n"
-        "from zoft.cli import app\n"
+        "from zoft.cli.main import app\n"
         "size = 1024 * int(re.search(r'VmSize:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
         "resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 30), -1))\n"
         "app(['train', '--config', 'mine.yaml'])\n"

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from zoft.config.schema import GENERATED, Config
 from zoft.errors import UserError, writing
 from zoft.method.configured import compose, load_run
-from zoft.objectives.text import writer
 from zoft.replay.saved_model import folder_name, metrics_table
 from zoft.run.guards import explain_memory
 from zoft.run.preflight import refuse_reward
@@ -186,6 +185,7 @@ def evaluate_config(
     from zoft.evaluation import evaluate
     from zoft.evaluation.evaluate import bootstrap, judge_model
     from zoft.objectives.objectives import make_objective, reward_of
+    from zoft.objectives.text import writer
     from zoft.train.parts import encode_examples
     from zoft.train.resolve import with_objective
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zoft.config.schema import Config
+from zoft.method.recipes import method_of
 
 if TYPE_CHECKING:
     from zoft.method.space import Trained
@@ -33,12 +34,10 @@ PREFIX = Known("prefixes", (1e-3, 1e-1), (1e-1, 1e-1), 2.5e5, 30)
 FAR_BELOW, FAR_EPS = 0.1, 10.0  # a tenth of the lowest lr wastes time
 
 
-def known_settings(config: Config, trained: Sequence[Trained]) -> Known | None:
+def known_settings(config: Config) -> Known | None:
     """What is known of training what this config trains; None: nothing."""
     # Prompts, and the scales of a quantisation, are in no grid of that paper.
-    if config.train in ("prompt", "scales") or any(
-        getattr(t.param, "logged", None) is not None for t in trained
-    ):
+    if method_of(config.recipe).space.quantised or config.train in ("prompt", "scales"):
         return None
     return {"lora": LORA, "prefix": PREFIX}.get(config.train, WEIGHTS)
 
@@ -56,7 +55,7 @@ def lr_range(config: Config, k: Known, numbers: int) -> tuple[float, float]:
 
 def advice_at_start(config: Config, trained: Sequence[Trained]) -> list[str]:
     """A line for each of lr and eps that is far outside of what is known to work, and for what is slow or moves nothing."""
-    k, lines = known_settings(config, trained), []
+    k, lines = known_settings(config), []
     if config.lr == 0:
         lines.append("lr=0: no step will change a weight")
     if config.device.startswith("cuda") and config.compute == "fp32":  # a GGUF file's weights load as fp32

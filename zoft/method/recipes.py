@@ -23,7 +23,7 @@ def names() -> list[str]:
 
 def is_page(recipe: str) -> bool:
     """Say whether a recipe is named by the path of a page, which runs code, and not by a packaged name."""
-    return recipe.endswith(".py") or "/" in recipe
+    return recipe.endswith(".py")
 
 
 def method_of(recipe: str) -> Method:

@@ -78,7 +78,7 @@ class Watch:
         return [line] if new else []
 
     def _diverged(self) -> str:
-        c, k = self.config, known_settings(self.config, self.trained)
+        c, k = self.config, known_settings(self.config)
         text = (
             f"the loss has been above its start for {self.above} steps ({_median(self.first):.3g} → "
             f"{_median(self.last):.3g}, medians of {self.window}): start again with a lower lr than {c.lr:g}"

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoft.config.schema import Config
-from zoft.config.yaml_files import yaml_tree
 from zoft.errors import UserError
 from zoft.method.estimators.named import forwards_per_step
 from zoft.method.recipes import is_page
+from zoft.yaml_files import yaml_tree
 
 if TYPE_CHECKING:
     from zoft.data.tasks import TaskData
