@@ -20,6 +20,8 @@ from zoft.errors import UserError
 from zoft.ledger.log import Ledger, read_ledger
 from zoft.method.configured import load_run
 from zoft.method.estimators.estimator import Estimator, Probe, rows_of
+from zoft.method.method import settle
+from zoft.method.recipes import method_of
 from zoft.objectives.losses import losses
 from zoft.parallel.world import probe_grid
 from zoft.train import header, resolve
@@ -250,7 +252,8 @@ def test_estimate_counts_the_forwards(place, monkeypatch):
 
 
 def config(**keys):
-    return check_config(Config(model="m", task=Task(name="x"), **{"batch_size": 4, **keys}))
+    made = check_config(Config(model="m", task=Task(name="x"), **{"batch_size": 4, **keys}))
+    return settle(made, method_of(made.recipe), {})
 
 
 def test_a_budget_of_forwards(capsys):

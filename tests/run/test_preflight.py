@@ -36,7 +36,7 @@ WITHOUT_TORCH = """
 import json, sys
 sys.modules["torch"] = sys.modules["transformers"] = None  # importing them fails
 from typer.testing import CliRunner
-from zoft.cli import app
+from zoft.cli.main import app
 said = [CliRunner().invoke(app, words) for words in json.loads(sys.argv[1])]
 print(json.dumps([[done.exit_code, done.stderr] for done in said]))
 """

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from zoft.config.schema import Config
 from zoft.method.recipes import method_of
+from zoft.method.rules import rule_of
 
 if TYPE_CHECKING:
     from zoft.method.space import Trained
@@ -64,18 +65,15 @@ def advice_at_start(config: Config, trained: Sequence[Trained]) -> list[str]:
         return lines
     numbers = sum(t.stored.numel() for t in trained)
     low, high = lr_range(config, k, numbers)
-    if (
-        any(t.rule is not None and t.rule.name == "adam" for t in trained)
-        and config.train == "all"
-        and config.q == 1
-    ):
+    rule = rule_of(config)
+    if rule and rule.name == "adam" and config.train == "all" and config.q == 1:
         exactly = "" if config.noise == "rademacher" else "nearly "
         lines.append(
             f"update=adam: with q=1 and train=all this is {exactly}momentum divided by one number, and its moments take "
             f"{8 * numbers / 1e9:.2g} GB (8 bytes per trained number); for small trained sets, or a large q"
         )
     # With meazo or an update rule, lr is the size of a step; nobody has searched that.
-    sized = config.meazo or any(t.rule is not None for t in trained)
+    sized = config.meazo or rule
     if config.lr and not sized and not FAR_BELOW * low <= config.lr <= k.far * high:
         lines.append(
             f"lr={config.lr:g} is far {'above' if config.lr > high else 'below'} what is known to work: "

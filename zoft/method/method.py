@@ -108,7 +108,8 @@ def _check_space(config: Config, method: Method) -> None:
             f"train={train}: recipe={method.name} trains {_either(space.only)}; use recipe={other}"
         )
     if train in space.never:
-        raise UserError(f"train={train}: recipe={method.name} does not train it; use recipe=lora_zo")
+        what = "a model's own tensors" if space.train == "all" else space.train
+        raise UserError(f"train={train}: recipe={method.name} trains {what}; use recipe=lora_zo")
 
 
 def _either(words: tuple[str, ...]) -> str:

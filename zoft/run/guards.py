@@ -83,7 +83,7 @@ class Watch:
             f"the loss has been above its start for {self.above} steps ({_median(self.first):.3g} → "
             f"{_median(self.last):.3g}, medians of {self.window}): start again with a lower lr than {c.lr:g}"
         )
-        if k is None or c.meazo or c.update != "sgd":
+        if k is None or c.meazo or rule_of(c):
             return text
         low, high = lr_range(c, k, sum(t.stored.numel() for t in self.trained))
         here = "" if (low, high) == k.lr else f", which means {low:.1g} to {high:.1g} here"
