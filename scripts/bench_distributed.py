@@ -59,8 +59,8 @@ def cell(args: argparse.Namespace, name: str, how: str, batch: int, tokens: int)
             trainer = setup_trainer.build_trainer_of(config, model, axis, rows, ledger)
             # Of as many steps on every process, however fast each is.
             found = parts.timed(trainer, ledger, args.device, 1e9, args.steps)
-            fingerprints = world.everyone(distributed.weights_digest(trained))
-            ledgers = world.everyone(list(ledger.records[-1].losses))
+            fingerprints = world.all_gather(distributed.weights_digest(trained))
+            ledgers = world.all_gather(list(ledger.records[-1].losses))
             found |= {
                 "batch": whole,
                 "all_steps": len(ledger.records),

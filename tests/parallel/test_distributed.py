@@ -253,7 +253,7 @@ def test_digest_sees_one_bit_and_an_exchange(dtype):
 
 
 def test_alone_nothing_is_said_or_sent():
-    assert world.this_world().size == 1 and world.this_world().told(lambda: 3) == 3
+    assert world.this_world().size == 1 and world.this_world().broadcast(lambda: 3) == 3
 
 
 @pytest.mark.slow

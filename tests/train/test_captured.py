@@ -38,7 +38,7 @@ class Ahead(CapturedTrainer):
         self.shapes = {}
 
     def exchange(self, totals, alone):
-        totals, self.wishes = self.plain(totals, alone)
+        totals, self.flags = self.plain(totals, alone)
         return totals, torch.zeros((), dtype=torch.int64)
 
     def step(self):
@@ -49,14 +49,14 @@ class Ahead(CapturedTrainer):
             self._alone(t, "so does another process of this run")
         if self.world.rank == 1 and t % 7 == 0:
             self._land_all()
-        self.wishes = 0
+        self.flags = 0
         values = self.bend(t, self.losses_at(t, self.probes, self.batches(t)))
         change = updates.make_update(t, s.seed, self.estimate(values)[0], lr=s.lr)
         good = all(map(torch.isfinite, map(torch.tensor, values)))
         if good:
             self.axis.commit(Update(t, s.seed, change.multipliers, 1.0))
         rows = rows_of(values, self.probes)
-        record = torch.tensor([*rows, *change.multipliers, good, int(self.wishes)], dtype=torch.float64)
+        record = torch.tensor([*rows, *change.multipliers, good, int(self.flags)], dtype=torch.float64)
         self.flight.append((t, s.lr, record, Done()))
         self.next = t + 1
         return self._land() if len(self.flight) > BEHIND else None

@@ -73,10 +73,10 @@ class World:
         return batch[shard * n // self.shards : (shard + 1) * n // self.shards]
 
     def exchange(self, mine: Tensor, alone: bool = False) -> tuple[Tensor, Tensor]:
-        """This process's totals fp64 [m, K], sums and a count -> (those of all probes [parts·m, K], wishes int64 []).
+        """This process's totals fp64 [m, K], sums and a count -> (those of all probes [parts·m, K], flags int64 []).
 
         Shards are added up in their order, on each process alike. The last column is a count, whole and never negative: its
-        sign carries the wish STOP (a signal, or an error, of this process), a half more the wish ALONE (it runs one probe
+        sign carries the flag STOP (a signal, or an error, of this process), a half more the flag ALONE (it runs one probe
         a forward, and so shall all). Where `mine` is on a GPU nothing waits for it.
         """
         count = mine[:, -1:] + 0.5 * alone
@@ -93,22 +93,22 @@ class World:
                 dist.all_gather(list(gathered), mine)
         counts = gathered[..., -1]
         asked = (torch.signbit(counts) & ~counts.isnan()).any()
-        wishes = asked * STOP + (counts.abs().frac() == 0.5).any() * ALONE
+        flags = asked * STOP + (counts.abs().frac() == 0.5).any() * ALONE
         counts.abs_().floor_()
         grid = gathered.view(self.parts, self.shards, *mine.shape)
         total = grid[:, 0].clone()
         for shard in range(1, self.shards):
             total += grid[:, shard]
-        return total.flatten(0, 1), wishes
+        return total.flatten(0, 1), flags
 
-    def told(self, make: Callable[[], T]) -> T:
+    def broadcast(self, make: Callable[[], T]) -> T:
         """What rank 0's make() gives, on all processes; as JSON has it."""
         if self.size == 1:
             return make()
         text = json.dumps(make()).encode() if self.rank == 0 else b""
         return json.loads(self._from_first(text))
 
-    def everyone(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Each process's value, in the order of ranks, as JSON has them."""
         if self.size == 1:
             return [value]
@@ -157,7 +157,7 @@ class World:
         """Raise UserError, on every process, where their weights differ. trained: with all updates in."""
         if self.size == 1:
             return
-        seen = self.everyone(weights_digest(trained))
+        seen = self.all_gather(weights_digest(trained))
         if any(x != seen[0] for x in seen):
             values = ", ".join(f"rank {r} has {x}" for r, x in enumerate(seen))
             raise UserError(
@@ -165,13 +165,13 @@ class World:
                 f"not of one kind; steps since the last check are not to be trusted; start again, or lower check_every={step}"
             )
 
-    def least(self, value: int) -> int:
+    def minimum(self, value: int) -> int:
         """The least of all processes' values."""
-        return min(self.everyone(value))
+        return min(self.all_gather(value))
 
     def all(self, value: bool) -> bool:
         """Whether all processes say so: what one cannot do, none does."""
-        return all(self.everyone(bool(value)))
+        return all(self.all_gather(bool(value)))
 
 
 _current = [World()]
@@ -270,7 +270,7 @@ def joined_processes(config: Config, folder: str) -> Iterator[World]:
             stack.enter_context(redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
         meet(rank, size)
         world = World(rank, size, parts, shards, local_size, folder)
-        world.cuda = all_on_gpu(config, world.everyone(cuda))
+        world.cuda = all_on_gpu(config, world.all_gather(cuda))
         if world.cuda:
             connect(world)
         _current.append(world)

@@ -24,7 +24,7 @@ from zoft.replay import tensors
 from zoft.replay.base_weights import Base, base_of, find_base
 from zoft.replay.live import live
 from zoft.replay.saved_model import model_card_of
-from zoft.replay.tensors import requested, told_by_result
+from zoft.replay.tensors import requested, result_and_facts
 from zoft.train.header import dtype_name
 from zoft.train.parts import load_run_model, resolve_device, said_before
 
@@ -58,7 +58,7 @@ def export_merged(config: Config, folder: Path, out: Path, dtype: str = "auto") 
         agree(logits(model), own, out)
     dequantise_other_layers(model)
     plain = logits(widened(model, None))
-    result, facts = told_by_result(config, folder, log, tensors.Ask())
+    result, facts = result_and_facts(config, folder, log, tensors.Ask())
     word = config.save_dtype if dtype == "auto" else dtype
     kept = model.checkpoint_dtype if word == "auto" else space.DTYPES[word]
     with whole_folder(out) as draft:
@@ -94,7 +94,7 @@ def export_adapter(config: Config, folder: Path, out: Path) -> str:
     config, log = requested(resolve_device(config), folder, tensors.Ask())
     config = replace(config, compute="fp32")  # so that the two differ by nothing but the adapter
     model, tokenizer, config = live(config, folder, log)
-    result, facts = told_by_result(config, folder, log, tensors.Ask())
+    result, facts = result_and_facts(config, folder, log, tensors.Ask())
     trained = adopt(model, list(log.header["trained"]))
     if adapter_fingerprint(trained) == log.header["adapter"]:
         raise UserError(f"{folder}: its adapter is as it started: {len(log.records)} steps have not moved it")

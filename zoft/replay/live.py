@@ -13,7 +13,7 @@ from zoft.models.adapters.kept_in_place import adapter_folder
 from zoft.replay import tensors
 from zoft.replay.saved_model import save_run_model
 from zoft.replay.snapshot import load_snapshot, newest_snapshot
-from zoft.replay.tensors import denoise, replay_tensors, requested, told_by_result
+from zoft.replay.tensors import denoise, replay_tensors, requested, result_and_facts
 from zoft.train import parts
 from zoft.train.assemble import assemble_again
 from zoft.train.parts import resolve_device, trainer_settings
@@ -30,7 +30,7 @@ def replay_run(config: Config, folder: Path, out: Path, ask: tensors.Ask) -> int
         return replay_tensors(config, folder, out, ask)
     config, log = requested(resolve_device(config), folder, ask)
     model, tokenizer, config = live(config, folder, log)
-    result, facts = told_by_result(config, folder, log, ask)
+    result, facts = result_and_facts(config, folder, log, ask)
     save_run_model(config, model, tokenizer, out, result, **facts)
     return len(log.records)
 

@@ -110,7 +110,7 @@ def replay_tensors(config: Config, folder: Path, out: Path, ask: Ask) -> int:
     base = find_base(config, log.header["base"], str(folder))
     dtype = base.model.checkpoint_dtype if config.save_dtype == "auto" else space.DTYPES[config.save_dtype]
     found = start(folder, log, ask)
-    result, facts = told_by_result(config, folder, log, ask)
+    result, facts = result_and_facts(config, folder, log, ask)
     tokenizer, text = base.tokenizer(), model_card_of(config, result, **facts)
     with progress(log, found[0] if found else 0) as did:
         made = weights(config, base, log, found, did)
@@ -127,7 +127,9 @@ def replay_tensors(config: Config, folder: Path, out: Path, ask: Ask) -> int:
     return len(log.records)
 
 
-def told_by_result(config: Config, folder: Path, log: Log, ask: Ask) -> tuple[dict[str, Any], dict[str, str]]:
+def result_and_facts(
+    config: Config, folder: Path, log: Log, ask: Ask
+) -> tuple[dict[str, Any], dict[str, str]]:
     """(the run's result, where this is the model that it ended with, else nothing; what else a card should say)."""
     steps = len(log.records)
     if steps == config.steps and not (ask.exact or ask.denoise):

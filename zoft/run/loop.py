@@ -48,11 +48,11 @@ def fit(
     from zoft.signals import Stopped
 
     config, t, world = s.config, s.tracker, this_world()
-    known, past = world.told(lambda: before(s.folder))
+    known, past = world.broadcast(lambda: before(s.folder))
     evals: dict[int, dict[str, Any]] = dict(known)
 
     def scored(step: int) -> dict[str, Any]:
-        return world.told(
+        return world.broadcast(
             lambda: score_step(config, evals, step, evaluate, dev)
         )  # by rank 0; the others wait
 
@@ -99,7 +99,7 @@ def fit(
                 t.note(take_snapshot(s.folder, s.ledger, trainer.axis.trained))
                 prune_snapshots(s.folder, config, s.ledger.events, evals)
         if {"snapshot", "denoise"} & {*due_at(config, step)}:
-            world.told(lambda: None)  # however long it takes: a wait for losses has an end
+            world.broadcast(lambda: None)  # however long it takes: a wait for losses has an end
 
     world.check(trainer.next, trainer.axis.trained)
     at_stop(trainer.next)
@@ -123,11 +123,11 @@ def fit(
     several: dict[str, Any] = {"processes": world.size, "wire_bytes": world.sent} if world.size > 1 else {}
     last = trainer.next
     if not has_test_metrics(evals[last]):  # an early end, judged on the dev set so far
-        evals[last] = {**world.told(evaluate), **evals[last]}
+        evals[last] = {**world.broadcast(evaluate), **evals[last]}
         t.evaluation(last, evals[last])
     chosen = best_step(config, evals) if config.save_best else last
     if not has_test_metrics(evals[chosen]):
-        back = world.told(lambda: look_back(config, s.folder, chosen, trainer.axis.trained, evaluate))
+        back = world.broadcast(lambda: look_back(config, s.folder, chosen, trainer.axis.trained, evaluate))
         evals[chosen] = {**back, **evals[chosen]}
     if last < config.steps:
         several["stopped_early"] = True

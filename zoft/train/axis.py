@@ -93,7 +93,7 @@ def make_axis(
 
     if auto and group > 1 and isinstance(made, ProbeAxis):
         room = memory_left(config.device) // 2
-        group = this_world().least(grouped(config, loaded, made, train, room))
+        group = this_world().minimum(grouped(config, loaded, made, train, room))
         config = replace(config, probes_per_forward=group)
 
     def clean() -> torch.Tensor:
@@ -122,7 +122,7 @@ def agreed(found: Found) -> Found:
     """Of several processes, what one of them found for all: probes share a forward everywhere or nowhere. The two of a direction,
     run in two ways, would differ by rounding that is not theirs; and config.yaml says one thing for the run."""
     world = this_world()
-    seen = world.everyone([found.stacked, found.note])
+    seen = world.all_gather([found.stacked, found.note])
     if all(stacked for stacked, _ in seen):
         return found
     rank, note = next((r, note) for r, (stacked, note) in enumerate(seen) if not stacked)

@@ -143,9 +143,9 @@ class CapturedTrainer(Trainer):
         if self.world.size > 1:
             control = self.axis.control
             mine = control.totals[self.world.probes(len(control.probes))]
-            totals, wishes = self.world.exchange(mine, self.settings.probes_per_forward == 1)
+            totals, flags = self.world.exchange(mine, self.settings.probes_per_forward == 1)
             control.totals.copy_(totals)
-            control.record[-1].copy_(wishes)
+            control.record[-1].copy_(flags)
             control.close()
 
     def _land(self) -> dict[str, Any] | None:
@@ -154,11 +154,11 @@ class CapturedTrainer(Trainer):
         done.synchronize()
         s, q = self.settings, self.settings.q
         values, good = tuple(record[: 2 * q].tolist()), bool(record[3 * q])
-        wishes = int(record[3 * q + 1])
+        flags = int(record[3 * q + 1])
         # Others land this step earlier or later; all have sent this many when the last one knows.
-        if wishes & STOP and self.halt_at is None:
+        if flags & STOP and self.halt_at is None:
             self.halt_at = t + BEHIND + 1
-        if wishes & ALONE and self.alone_at is None and s.probes_per_forward > 1:
+        if flags & ALONE and self.alone_at is None and s.probes_per_forward > 1:
             self.alone_at = t + BEHIND + 1
         multipliers = tuple(record[2 * q : 3 * q].tolist()) if good else (0.0,) * q
         decay = make_update(t, s.seed, (), lr=lr, weight_decay=s.weight_decay).decay if good else 1.0

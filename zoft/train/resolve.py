@@ -53,7 +53,7 @@ def resolved_anew(config: Config, resume: str | Path | None) -> Config:
                 return found
         return {}
 
-    found = world.told(began) if resume else {}
+    found = world.broadcast(began) if resume else {}
     if found.get("processes", world.size) == world.size:
         return config
     now: dict[str, Any] = {

@@ -125,9 +125,9 @@ class Trainer:
         self.axis.settle()
         totals = torch.cat(parts)  # [len(mine), K]
         if self.world.size > 1:
-            totals, wishes = self.world.exchange(totals, self.settings.probes_per_forward == 1)
-            self.halted = self.halted or bool(int(wishes) & STOP)
-            if int(wishes) & ALONE:
+            totals, flags = self.world.exchange(totals, self.settings.probes_per_forward == 1)
+            self.halted = self.halted or bool(int(flags) & STOP)
+            if int(flags) & ALONE:
                 self.alone(step, "so does another process of this run")
         return self.value(totals).tolist()
 
