@@ -49,7 +49,10 @@ def by_hand(name, losses, q, eps):
     at = dict(zip(ESTIMATORS[name].probes(q, eps), map(np.float64, losses), strict=True))
     if name == "two_sided":
         return [(at[Probe(k, eps)] - at[Probe(k, -eps)]) / (2.0 * eps * q) for k in range(q)]
-    return [(at[Probe(k, eps)] - at[Probe(0, 0.0)]) / (eps * q) for k in range(q)]
+    differences = [at[Probe(k, eps)] - at[Probe(0, 0.0)] for k in range(q)]
+    if name == "normalised":
+        return [d / (q * np.std([at[Probe(k, eps)] for k in range(q)])) for d in differences]
+    return [d / (eps * q) for d in differences]
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -58,7 +61,13 @@ def test_coefficients_are_those_of_a_loop_to_the_bit(name, q):
     e, rng = ESTIMATORS[name], np.random.default_rng(q)
     for eps in (1e-3, 3e-2, 0.1):
         losses = rng.normal(2.0, 0.1, e.count(q)).tolist()
-        assert found(e, losses, q, eps)[0] == by_hand(name, losses, q, eps)
+        got = found(e, losses, q, eps)[0]
+        if not e.sized:
+            assert got == by_hand(name, losses, q, eps)
+        elif q > 1:  # NumPy adds up in another order
+            assert got == pytest.approx(by_hand(name, losses, q, eps), rel=1e-13)
+        else:
+            assert not np.isfinite(got).any()  # one loss has no spread: the step would be skipped
         assert len(e.probes(q, eps)) == e.count(q)
 
 

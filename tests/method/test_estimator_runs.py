@@ -44,6 +44,7 @@ KINDS = {
     "one_sided": {"estimator": "one_sided"},
     "one_sided, meazo, clip": {"estimator": "one_sided", "meazo": 0.9, "clip": 2.0},
     "meazo": {"meazo": 0.9},
+    "normalised": {"estimator": "normalised"},
     "moving": {"estimator": MOVING, "lr": 1e-4},
 }
 

@@ -177,8 +177,9 @@ class Config:
     estimator: str = key(
         "auto",
         "how a step's losses become its update: two_sided (the loss at θ ± eps·z of each direction, 2q forwards), one_sided "
-        "(at θ + eps·z of each and once at θ, q + 1 forwards; wants a smaller eps); auto: the recipe's, two_sided",
-        one_of=("auto", "two_sided", "one_sided"),
+        "(at θ + eps·z of each and once at θ, q + 1 forwards; wants a smaller eps), normalised (one_sided over the spread of "
+        "the step's losses, q of 2 or more; lr is then the size of a step); auto: the recipe's, two_sided",
+        one_of=("auto", "two_sided", "one_sided", "normalised"),
     )
     clip: float | None = key(
         None,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zoft.config.schema import Config
+from zoft.method.estimators.named import estimator_of
 from zoft.method.recipes import method_of
 from zoft.method.rules import rule_of
 
@@ -72,8 +73,8 @@ def advice_at_start(config: Config, trained: Sequence[Trained]) -> list[str]:
             f"update=adam: with q=1 and train=all this is {exactly}momentum divided by one number, and its moments take "
             f"{8 * numbers / 1e9:.2g} GB (8 bytes per trained number); for small trained sets, or a large q"
         )
-    # With meazo or an update rule, lr is the size of a step; nobody has searched that.
-    sized = config.meazo or rule
+    # With meazo, a normalised estimate or an update rule, lr is the size of a step; nobody has searched that.
+    sized = estimator_of(config).sized or rule
     if config.lr and not sized and not FAR_BELOW * low <= config.lr <= k.far * high:
         lines.append(
             f"lr={config.lr:g} is far {'above' if config.lr > high else 'below'} what is known to work: "

@@ -12,6 +12,7 @@ from zoft.config.check import check_config
 from zoft.config.compose import assign, group_tree, parsed, typed
 from zoft.config.schema import Config
 from zoft.errors import UserError
+from zoft.method.estimators.named import check_estimator
 from zoft.method.method import settle
 from zoft.method.recipes import is_page, method_of, owners
 from zoft.method.rules import check_update
@@ -47,6 +48,7 @@ def strict(tree: dict[str, Any], default_output: str = "run") -> Config:
     files.known(tree)
     page = method_of(str(tree.get("recipe") or "mezo"))
     made = settle(check_config(typed(tree, page.filled)), page, owners())
+    check_estimator(made)
     check_update(made)
     if made.output_dir is not None:
         made.output_dir = str(Path(made.output_dir).expanduser())

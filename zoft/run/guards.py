@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from zoft.config.schema import GENERATED, NO_GRADIENT, Config
 from zoft.errors import UserError, is_memory
 from zoft.method.advice import known_settings, lr_range, paper_range
+from zoft.method.estimators.named import estimator_of
 from zoft.method.rules import rule_of
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class Watch:
             f"the loss has been above its start for {self.above} steps ({_median(self.first):.3g} → "
             f"{_median(self.last):.3g}, medians of {self.window}): start again with a lower lr than {c.lr:g}"
         )
-        if k is None or c.meazo or rule_of(c):
+        if k is None or estimator_of(c).sized or rule_of(c):
             return text
         low, high = lr_range(c, k, sum(t.stored.numel() for t in self.trained))
         here = "" if (low, high) == k.lr else f", which means {low:.1g} to {high:.1g} here"

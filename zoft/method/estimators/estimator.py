@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zoft.errors import UserError
@@ -46,6 +46,7 @@ class Estimator:
     coefficients(losses, q, eps, state) -> (c [q], the new state [S]).
     count(q) -> P, without building the probes.
     state: the numbers that the state begins with; () has none.
+    sized: the loss's scale cancels in c, so that lr is the size of a step.
 
     losses is fp64 [P], eps fp64 [], the state fp64 [S]: tensors on one device, CPU or GPU alike. On a GPU the call is
     captured in a CUDA graph: no `.item()`, no branch on a value, no tensor made from Python numbers but by `new_full` and
@@ -62,6 +63,7 @@ class Estimator:
     coefficients: Callable[..., Any]
     count: Callable[[int], int]
     state: tuple[float, ...] = ()
+    sized: bool = False
 
     def run(self, losses: Tensor, q: int, eps: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Return (coefficients [q], the new state [S]) from losses fp64 [P], eps fp64 [] and the state fp64 [S]."""
@@ -92,7 +94,7 @@ def clipped(estimator: Estimator, clip: float | None) -> Estimator:
         c = c.clamp(-clip / q, clip / q)
         return (c, *new) if state else c
 
-    return Estimator(estimator.name, estimator.probes, coefficients, estimator.count, estimator.state)
+    return replace(estimator, coefficients=coefficients)
 
 
 def total(x: Tensor) -> Tensor:

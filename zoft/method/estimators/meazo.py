@@ -25,8 +25,9 @@ def meazo(base: Estimator, beta: float, clip: float | None = None) -> Estimator:
 
     Raises UserError for a base that has a state of its own.
     """
-    if base.state:
-        raise UserError(f"meazo={beta:g}: estimator={base.name} has a state of its own; leave meazo out")
+    if base.state or base.sized:
+        has = "a state" if base.state else "a scale"
+        raise UserError(f"meazo={beta:g}: estimator={base.name} has {has} of its own; leave meazo out")
 
     def coefficients(losses: Tensor, q: int, eps: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         c = base.coefficients(losses, q, eps)  # [q]
@@ -37,4 +38,4 @@ def meazo(base: Estimator, beta: float, clip: float | None = None) -> Estimator:
             c = c.clamp(-clip / q, clip / q)
         return c / ((new[0] / (1.0 - new[1])).sqrt() + ZETA), new
 
-    return Estimator(base.name, base.probes, coefficients, base.count, (0.0, 1.0))
+    return Estimator(base.name, base.probes, coefficients, base.count, (0.0, 1.0), sized=True)

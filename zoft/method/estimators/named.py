@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from zoft.errors import UserError
 from zoft.method.estimators.estimator import Estimator, clipped
 from zoft.method.estimators.meazo import meazo
+from zoft.method.estimators.normalised import NORMALISED
 from zoft.method.estimators.one_sided import ONE_SIDED
 from zoft.method.estimators.two_sided import TWO_SIDED
 from zoft.method.recipes import method_of
 
-ESTIMATORS = {e.name: e for e in (TWO_SIDED, ONE_SIDED)}
+ESTIMATORS = {e.name: e for e in (TWO_SIDED, ONE_SIDED, NORMALISED)}
 
 
 def estimator_of(config: Any) -> Estimator:
@@ -28,6 +30,20 @@ def base_estimator(config: Any) -> Estimator:
     if asked == "auto":
         asked = method_of(config.recipe).estimator
     return asked if isinstance(asked, Estimator) else ESTIMATORS[asked]
+
+
+def check_estimator(config: Any) -> None:
+    """Refuse what a config's estimator does not go with. Raises UserError."""
+    used = estimator_of(config)
+    if used.name == NORMALISED.name:
+        if config.q < 2:
+            raise UserError(
+                f"q={config.q}: estimator=normalised needs the spread of several losses; use q=2 or more"
+            )
+        if config.clip is not None:
+            raise UserError(
+                f"clip={config.clip:g}: estimator=normalised has no projected gradient to limit; leave it out"
+            )
 
 
 def probes_per_step(config: Any) -> int:
