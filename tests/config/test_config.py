@@ -354,9 +354,15 @@ def test_keys_are_documented_and_reachable():
 @pytest.mark.parametrize(
     "words,says",
     [
-        (["estimator=normalised"], "q=1: estimator=normalised needs the spread of several losses; use q=2 or more"),
+        (
+            ["estimator=normalised"],
+            "q=1: estimator=normalised needs the spread of several losses; use q=2 or more",
+        ),
         (["estimator=normalised", "q=4", "clip=1"], "clip=1: estimator=normalised has no projected gradient"),
-        (["estimator=normalised", "q=4", "meazo=0.9"], "meazo=0.9: estimator=normalised has a scale of its own"),
+        (
+            ["estimator=normalised", "q=4", "meazo=0.9"],
+            "meazo=0.9: estimator=normalised has a scale of its own",
+        ),
     ],
 )
 def test_what_a_normalised_estimate_does_not_go_with(words, says):

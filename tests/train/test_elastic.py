@@ -179,7 +179,13 @@ def test_records_travel_as_the_ledger_keeps_them():
 
 @pytest.mark.parametrize(
     "key,value",
-    [("perturb", "inplace"), ("denoise_every", 5), ("probes_per_forward", 2), ("parallel", "data")],
+    [
+        ("perturb", "inplace"),
+        ("denoise_every", 5),
+        ("probes_per_forward", 2),
+        ("parallel", "data"),
+        ("recipe", "mine.py"),
+    ],
 )
 def test_what_elastic_runs_cannot_have(key, value):
     with pytest.raises(UserError, match=f"elastic=true.*{key}"):

@@ -10,6 +10,7 @@ from zoft.config.schema import GENERATED, Config
 from zoft.errors import UserError
 from zoft.folder import ASKED, refuse_unwritable
 from zoft.method.configured import again
+from zoft.method.recipes import is_page
 from zoft.parallel.launch import process_place
 from zoft.run.tracker import require_tracker
 
@@ -93,6 +94,10 @@ def check_elastic(config: Config) -> None:
     if process_place()[1] > 1:
         raise UserError(
             "elastic=true: torchrun starts all again where one dies; use `zoft train --nproc N` and `zoft join`"
+        )
+    if is_page(config.recipe):  # a worker would run whatever page it is told of
+        raise UserError(
+            f"elastic=true: recipe={config.recipe} is a page of your own; use `zoft train --nproc N`"
         )
     if config.perturb == "inplace":
         raise UserError("elastic=true: perturb=inplace moves weights as it probes; use perturb=probes")
