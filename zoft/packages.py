@@ -10,6 +10,15 @@ from pathlib import Path
 from zoft.errors import UserError
 
 
+def zoft_command(*arguments: str) -> list[str]:
+    """Return the command that runs `zoft` with these arguments, in this Python and from this source tree.
+
+    It imports nothing from the folder that it is started in, where `python -m zoft` would: files there may be a stranger's.
+    """
+    code = "import sys; sys.path[0] = sys.argv.pop(1); from zoft.cli import main; main()"
+    return [sys.executable, "-c", code, str(Path(__file__).resolve().parents[1]), *arguments]
+
+
 def install(requirement: str) -> str:
     """The command that installs a requirement for the Python that runs; one without pip, as uv makes it, is told to uv."""
     python = shlex.quote(sys.executable)

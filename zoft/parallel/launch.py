@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from zoft.errors import UserError
+from zoft.packages import zoft_command
 from zoft.signals import RESUME, SIGNALS, way_on
 
 PATIENCE = 15.0  # seconds between the end of one process that failed and the end of the others
@@ -55,7 +56,7 @@ def start_processes(count: int, args: Sequence[str], folder: str) -> int:
               "MASTER_PORT": str(port), "ZOFT_PARENT": str(os.getpid())}  # fmt: skip
     if sys.platform.startswith("linux"):  # whatever this machine's name resolves to
         common.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    command = [sys.executable, "-m", "zoft", *args]
+    command = zoft_command(*args)
     said = [tempfile.TemporaryFile() for _ in range(count)]
     # A session of their own: Ctrl-C in a terminal reaches this process, which passes it on.
     children: list[Any] = [
@@ -99,9 +100,9 @@ def start_processes(count: int, args: Sequence[str], folder: str) -> int:
 def start_elastic(count: int, args: Sequence[str], folder: str) -> int:
     """Run `zoft ARGS` and count − 1 workers that join it; the run's exit code. Workers may die, and none is replaced."""
     env = {**os.environ, "ZOFT_PARENT": str(os.getpid())}
-    zoft, invitation = [sys.executable, "-m", "zoft"], Path(folder) / "join.json"
+    invitation = Path(folder) / "join.json"
     old = invitation.read_bytes() if invitation.exists() else b""  # of a run that was killed, or goes on
-    children = [subprocess.Popen([*zoft, *args], env=env, start_new_session=True)]
+    children = [subprocess.Popen(zoft_command(*args), env=env, start_new_session=True)]
     with _forwarding(children[:1]):  # it sends the workers home
         while children[0].poll() is None and (not invitation.exists() or invitation.read_bytes() == old):
             time.sleep(0.05)
@@ -109,7 +110,9 @@ def start_elastic(count: int, args: Sequence[str], folder: str) -> int:
         quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         for _ in range(count - 1 if children[0].poll() is None else 0):
             children.append(
-                subprocess.Popen([*zoft, "join", folder, *remote], env=env, start_new_session=True, **quiet)
+                subprocess.Popen(
+                    zoft_command("join", folder, *remote), env=env, start_new_session=True, **quiet
+                )
             )
         code = children[0].wait()
         _end(children)

@@ -15,7 +15,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 from zoft.errors import writing
 from zoft.folder import write
+from zoft.packages import zoft_command
 from zoft.signals import RESUME
 
 # done: has a result; running: its lock is held; stopped: began and may go on; pending: never began.
@@ -86,12 +86,6 @@ def hold(folder: Path) -> int | None:
     return None
 
 
-def command(*arguments: str) -> list[str]:
-    """`zoft` with these arguments, in this Python and of this source tree, whatever folder it is started in."""
-    code = "import sys; sys.path[0] = sys.argv.pop(1); from zoft.cli import main; main()"
-    return [sys.executable, "-c", code, str(Path(__file__).resolve().parents[2]), *arguments]
-
-
 def start(
     folder: Path,
     *,
@@ -117,7 +111,7 @@ def start(
         write(folder / "job.json", json.dumps(facts))
         with writing(folder / "job.log"), (folder / "job.log").open("ab") as log:
             process = subprocess.Popen(
-                command("train", "--resume", str(folder), *extra),
+                zoft_command("train", "--resume", str(folder), *extra),
                 env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 pass_fds=[lock], start_new_session=True, preexec_fn=_die_with_parent if die_with_me else None,
             )  # fmt: skip

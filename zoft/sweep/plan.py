@@ -19,10 +19,11 @@ from zoft.errors import UserError, writing
 from zoft.folder import refuse_unwritable, write
 from zoft.method.configured import compose
 from zoft.method.recipes import is_page
+from zoft.packages import zoft_command
 from zoft.signals import RESUME
 from zoft.sweep import job
 from zoft.sweep.grammar import CONFIG, Dimension, configs, product, split
-from zoft.sweep.job import STATES, command, job_state
+from zoft.sweep.job import STATES, job_state
 
 PLAN = "sweep.json"
 JOBS_MAX = 10_000
@@ -286,7 +287,7 @@ def in_background(root: Path, arguments: Sequence[str]) -> str:
         root.mkdir(parents=True, exist_ok=True)
         with (root / "sweep.log").open("ab") as log:
             process = subprocess.Popen(
-                command("sweep", *arguments), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                zoft_command("sweep", *arguments), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
     return (
