@@ -290,12 +290,26 @@ def joined_processes(config: Config, folder: str) -> Iterator[World]:
             _current.pop()
 
 
+def meeting_store(size: int) -> dist.TCPStore | None:
+    """Return rank 0's store on the socket that `zoft train --nproc` has opened on this machine alone; None without one.
+
+    torch's own listens on every interface, and whoever connects may read and write it.
+    """
+    fd = os.environ.pop("ZOFT_MEETING", None)  # it is used once
+    if fd is None:
+        return None
+    port = int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(
+        "127.0.0.1", port, size, True, MEETING, master_listen_fd=int(fd), use_libuv=False
+    )  # fmt: skip
+
+
 def meet(rank: int, size: int) -> None:
     """Make the process group that everything but a GPU's losses goes by. Raises UserError where they do not find each other."""
     where = [f"{name}={os.environ.get(name, '')}" for name in ("MASTER_ADDR", "MASTER_PORT")]
     try:
         with quiet():
-            store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=MEETING))
+            store = meeting_store(size) or next(dist.rendezvous("env://", rank, size, timeout=MEETING))[0]
             dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=WAITING)
     except (RuntimeError, ValueError, OSError) as error:
         said, time = " ".join(str(error).split()), f"{MEETING.total_seconds():.0f} s"
