@@ -129,6 +129,13 @@ def test_the_surface():
     assert found == SURFACE
 
 
+@pytest.mark.parametrize("module", ["zoft", "zoft.cli"])  # torchrun -m zoft.cli
+def test_both_modules_run(module):
+    command = [sys.executable, "-m", module, "--version"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run(command, capture_output=True, text=True, env=env).stdout.startswith("zoft ")
+
+
 def test_help_and_version():
     for flag in ("--help", "-h"):
         result = invoke(flag)

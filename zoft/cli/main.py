@@ -417,7 +417,3 @@ def _flat(value: Any) -> str:
 def main() -> None:
     """The console script."""
     sys.exit(app())
-
-
-if __name__ == "__main__":  # torchrun -m zoft.cli.main
-    main()
