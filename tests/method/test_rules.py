@@ -369,7 +369,7 @@ def test_a_private_rule_needs_no_name(tmp_path):
     exec(text.partition("```python\n")[2].partition("```")[0], shown)
     model = tiny.llama(tie=True)
     trainer = build(tmp_path, model, storage="bf16", lr=1e-3, steps=6)
-    shown["attach_rule"](trainer.axis.trained, shown["LION"])
+    rules.attach_rule(trainer.axis.trained, shown["LION"])
     begun = weights(model)
     trainer.run()
     again = build(tmp_path, tiny.llama(tie=True), name="other", storage="bf16")
