@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,11 @@ from pathlib import Path
 import pytest
 import tiny
 from safetensors import safe_open
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from zoft.cli.main import app
+from zoft.method import recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 DOC = (ROOT / "docs" / "your_own_method.md").read_text(encoding="utf-8")
@@ -31,11 +37,13 @@ def place(tmp_path):
 
 
 def zoft(place, *words, code=0):
-    done = subprocess.run(
-        [sys.executable, "-m", "zoft", *words], cwd=place, env=ENV, capture_output=True, text=True
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    """Run a verb in this process, as a new one that has read no page yet; returns all that it says."""
+    recipes._own.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        done = CliRunner().invoke(app, list(words))
+    assert done.exit_code == code, (words, done.output, done.stderr, done.exception)
+    return done.output + done.stderr
 
 
 def weights(folder):
@@ -81,6 +89,25 @@ def test_a_killed_run_goes_on_with_the_same_bits(place):
     assert (place / "whole" / "ledger").read_bytes()[-320:] == (place / "cut" / "ledger").read_bytes()[-320:]
 
 
+def test_the_rule_of_the_page_on_updates_trains_resumes_and_is_replayed(place):
+    text = (ROOT / "docs" / "updates.md").read_text(encoding="utf-8")
+    (place / "lion.py").write_text(re.findall(r"```python\n(.*?)```", text, re.S)[0], encoding="utf-8")
+    words = ["--config", "mine.yaml", "--recipe", "lion.py", "storage=bf16", "lr=1e-3"]
+    zoft(place, "train", *words, "output_dir=whole")
+    zoft(place, "replay", "whole", "--recipe", "lion.py", "--out", "replayed")
+    assert same(weights(place / "whole" / "model"), weights(place / "replayed"))
+    cut = (
+        place / "cut"
+    )  # as a kill after seven steps leaves it: the snapshot at step 5 is there, the one at 10 is not known
+    shutil.copytree(place / "whole", cut, ignore=shutil.ignore_patterns("model", "result.json", "replayed"))
+    data = (cut / "ledger").read_bytes()
+    start = 20 + int.from_bytes(data[12:16], "little")
+    (cut / "ledger").write_bytes(data[: start + 32 * (7 + 1)])  # seven steps and the snapshot's event
+    zoft(place, "train", "--resume", "cut", "--recipe", "lion.py")
+    assert same(weights(place / "whole" / "model"), weights(cut / "model"))
+    assert (cut / "ledger").read_bytes() == data
+
+
 def test_other_verbs_and_refusals(place):
     assert "q: 4" in zoft(place, "validate", *SMALL)
     assert "q: 2" in zoft(place, "validate", *SMALL, "q=2")  # what the command line sets wins over the page
@@ -98,10 +125,6 @@ def test_other_verbs_and_refusals(place):
 
 
 def test_the_commands_of_the_page_are_those_of_zoft():
-    from typer.main import get_command
-
-    from zoft.cli.main import app
-
     verbs = get_command(app).commands
     for line in COMMANDS.strip().splitlines():
         name, verb, *words = line.split()

@@ -119,7 +119,9 @@ class Task:
 class Config:
     """A run. Short names, one level, `task` being the only group with keys of its own."""
 
-    recipe: str = key("mezo", "the method: a file of recipes/, or on the command line a page of your own (--recipe FILE.py)")
+    recipe: str = key(
+        "mezo", "the method: a file of recipes/, or on the command line a page of your own (--recipe FILE.py)"
+    )
     model: str = key("", "a name of configs/model, a folder, a .gguf file, or a Hub id")
     task: Task = field(default_factory=Task, metadata={"doc": "a name of configs/task; its keys are task.…"})
     train: str = key(
