@@ -208,7 +208,7 @@ def totals(
     """(Σ log p over each candidate's tokens, their number): [n, C] fp64 each, -inf and 0 where there is no candidate.
 
     Single-token candidates have logits for log p: a constant an example apart. What rows share is computed once, where
-    that pays and the model's cache gives the same scores as rows of their own (shared.py); a line says where it does not.
+    that pays and the model's cache gives the same scores as rows of their own (prefix_cache.py); a line says where it does not.
     """
     most = max(len(e.completions) for e in examples)
 

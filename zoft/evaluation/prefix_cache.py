@@ -172,7 +172,7 @@ def cached_tokens(model: nn.Module, example: Example, context: Context = None) -
 
 
 def _mean(total: Tensor, count: Tensor) -> Tensor:
-    """Scores as objective.scores gives them, on the CPU."""
+    """Scores as losses.scores gives them, on the CPU."""
     return (total / count.clamp(min=1)).masked_fill(count == 0, -torch.inf).double().cpu()
 
 

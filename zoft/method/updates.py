@@ -57,7 +57,7 @@ def make_update(
 
     multipliers[k] = fl32(-lr·c_k), decay = fl32(1 - lr·weight_decay): computed in float64, rounded once.
     ruled: an update rule takes the step, with lr itself, and multipliers[k] = fl32(-c_k).
-    A multiplier can overflow: ask `estimators.estimator.finite(update.multipliers)` and skip the step if not.
+    A multiplier can overflow: ask `estimator.finite(update.multipliers)` and skip the step if not.
     lr·weight_decay below 3e-8 rounds to no decay at all: `decay_is_lost` tells.
     Source: Malladi et al. 2023 (MeZO), algorithm 1; decay decoupled as in its code and in AdamW.
     """

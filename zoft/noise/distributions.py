@@ -8,7 +8,7 @@ _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _LOW = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
-GAUSSIAN, RADEMACHER = 0, 1  # noise.KINDS; here, as kept machine code is named after this file's text
+GAUSSIAN, RADEMACHER = 0, 1  # spec.KINDS; here, as kept machine code is named after this file's text
 
 
 @jit
@@ -95,7 +95,7 @@ def _fill_rademacher(z, words, n):
 def _noise(z, words, base, n, tid, k0, k1, kind):
     """z[i - base] for i in [base, base + n), base a multiple of 128; z is filled up to the next multiple of 128.
 
-    kind: a code of noise.KINDS.
+    kind: a code of spec.KINDS.
     """
     blocks = (n + 127) // 128  # whole vectors, no loop tails
     if kind == GAUSSIAN:

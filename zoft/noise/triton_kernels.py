@@ -74,7 +74,7 @@ def _key(keys, k):
 
 @triton.jit
 def _noise(base, tid, keys, k, KIND: tl.constexpr, LANES: tl.constexpr):
-    """z of the 8·LANES elements from base (a multiple of 128) on, fp32; key k of keys int32 [., 2]; KIND of noise.KINDS."""
+    """z of the 8·LANES elements from base (a multiple of 128) on, fp32; key k of keys int32 [., 2]; KIND of spec.KINDS."""
     k0, k1 = _key(keys, k)
     if KIND == GAUSSIAN:
         w0, w1, w2, w3 = _words((base >> 3) + tl.arange(0, LANES), tid, 0, k0, k1)

@@ -1,6 +1,6 @@
 """What a run minimises, by name: one number a probe, from numbers a row that add up over all of a step's rows.
 
-choice, lm: losses of the rows, as objective.py has them. The others have no gradient; minimised is minus
+choice, lm: losses of the rows, as losses.py has them. The others have no gradient; minimised is minus
 
     accuracy      the share of rows whose candidate of highest score is the gold one
     macro_f1      the mean F1 over labels; hits, predictions and golds of each add up over a step's microbatches

@@ -59,7 +59,7 @@ class FrozenPrefix:
         self._undo: list[Callable[[], Any]] = []
 
     def install(self) -> None:
-        self.model.__dict__["keeps_rows"] = self  # a forward needs whole rows: see shared.py, generate.py
+        self.model.__dict__["keeps_rows"] = self  # a forward needs whole rows: see prefix_cache.py, text.py
         for block in self.blocks[: self.first]:
             own = {k: v for k, v in block.__dict__.items() if k == "forward"}
             self._undo += [partial(block.__dict__.update, own), partial(block.__dict__.pop, "forward")]

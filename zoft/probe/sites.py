@@ -72,7 +72,7 @@ def find(
     """Sites of `model` for the trained tensors, watched and calibrated on two batches.
 
     run(batch) is one plain forward. small has n rows; double has 2n: those of small, then n others with the
-    same mask. lift: see layout.compare. Returns Found; promotion is repeated until every site's calls are understood.
+    same mask. lift: see rows.compare. Returns Found; promotion is repeated until every site's calls are understood.
     """
     with torch.no_grad():
         run(

@@ -38,7 +38,7 @@ def replay_run(config: Config, folder: Path, out: Path, ask: tensors.Ask) -> int
 def live(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
     """(the model as the run has it after the log's steps, its tokenizer, the config): all of it in memory.
 
-    config, log: from replay.asked. Raises UserError for another base.
+    config, log: from tensors.requested. Raises UserError for another base.
     """
     again = assemble_again(config, folder, log.header)
     trainer = Trainer(again.model, again.axis, lambda step: [], None, trainer_settings(again.config))

@@ -259,7 +259,7 @@ class Tensors:
 
 
 def advance(t: Trained, updates: Sequence[Update], config: Config, did: Callable[[int], None]) -> None:
-    """update.advance in slices: as large as small tensors want, whose plans cost more than their noise."""
+    """updates.advance_trained in slices: as large as small tensors want, whose plans cost more than their noise."""
     least, most = AT_ONCE
     size = min(most, max(least, 1 << (WORK // max(1, t.stored.numel())).bit_length()))
     for i in range(0, len(updates), size):

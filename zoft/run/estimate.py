@@ -104,7 +104,7 @@ def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[
     few = batch.tokens is not None  # of the output matrix only the candidates' rows are made
     scratch = 0 if inplace else _scratch(model, names, compute, min(probes, 2), few)
     if config.train in ADAPTERS and not inplace:
-        # device.Pack, in 32 and 16 bits
+        # cuda.axis.Pack, in 32 and 16 bits
         packed = config.train == "lora" and config.device.startswith("cuda") and rule_of(config) is None
         scratch = trained * (6 * each if packed else 4 * probes)
     if config.objective in GENERATED:
@@ -162,7 +162,7 @@ def _held(config: Config, model: nn.Module, names: Sequence[str], compute: torch
 def weights(
     model: nn.Module, names: Sequence[str], storage: str, compute: str, *, uniform: bool = False
 ) -> dict[str, int]:
-    """Bytes of a model's tensors by dtype, once space.place has given each its precision."""
+    """Bytes of a model's tensors by dtype, once space.place_in_precision has given each its precision."""
     chosen = set(names)
     store = space.DTYPES[storage]
     one_dim = store if uniform or store == torch.float64 else torch.float32

@@ -33,7 +33,7 @@ def _close(
     BLOCK: tl.constexpr,
     STATE: tl.constexpr,
 ):
-    """Coefficients → multipliers of the next passes, and the step's record: update.make_update on the device.
+    """Coefficients → multipliers of the next passes, and the step's record: updates.make_update on the device.
 
     losses fp64 [P]; coefficients fp64 [Q]; rows int32 [2Q], of losses, as the ledger has them; rates fp64 [2] (lr, decay);
     new fp64 [STATE], which replaces state if the step is finite; master: its first Q + 2 become the multipliers, the decay
