@@ -124,6 +124,46 @@ def test_other_verbs_and_refusals(place):
     assert "no_such.py" in zoft(place, "validate", "--config", "mine.yaml", "--recipe", "no_such.py", code=2)
 
 
+WRONG = {  # what is put in place of a part of the page -> what its refusal says
+    "raises": ("mean = losses.mean()", "raise ValueError('boom')", "ValueError: boom; mend the page"),
+    "no state": ("/ (eps * q), new", "/ (eps * q)", "its estimator fails on made-up numbers: ValueError"),
+    "a number": ("return (losses - baseline) / (eps * q), new", "return 1.0, new", "TypeError"),
+    "too few": ("/ (eps * q), new", "[:1] / (eps * q), new", "1 coefficients"),
+    "count": ("count=lambda q: q", "count=lambda q: q + 1", "probes gives 4 points and count says 5"),
+    "directions": ("Probe(k, eps)", "Probe(k + 1, eps)", "directions [1, 2, 3, 4], not 0 to 3"),
+    "name": ('Estimator("moving"', 'Estimator("two_sided"', "is named two_sided as a packaged one is"),
+    "unknown": ("estimator=MOVING", 'estimator="movin"', "METHOD has estimator='movin'; use two_sided"),
+    "key": ('"lr": 1e-4', '"lrr": 1e-4', "METHOD names lrr, which is no key; did you mean lr?"),
+    "field": ("estimator=MOVING", "estimater=MOVING", "unexpected keyword argument 'estimater'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_mistake_in_a_page_is_one_line_before_anything_is_written(place, case):
+    part, instead, says = WRONG[case]
+    assert part in PAGE
+    (place / "moving.py").write_text(PAGE.replace(part, instead), encoding="utf-8")
+    said = zoft(place, "train", *SMALL, "output_dir=none", code=2)
+    assert says in said and "moving.py" in said and said.strip().splitlines()[-1].startswith("error: "), said
+    assert not (place / "none").exists()
+
+
+def test_a_page_moved_elsewhere_goes_on_and_verifies(place):
+    zoft(place, "train", *SMALL, "steps=3", "snapshot_every=0", "output_dir=run")
+    assert "config: config.yaml is what the run was begun with" in zoft(place, "ledger", "run", "--verify")
+    assert "estimator moving" in zoft(place, "ledger", "run")
+    (place / "elsewhere").mkdir()
+    (place / "moving.py").rename(place / "elsewhere" / "other.py")
+    (place / "run" / "result.json").unlink()
+    zoft(place, "train", "--resume", "run", "--recipe", "elsewhere/other.py")
+
+
+def test_the_best_config_of_a_sweep_is_used_with_the_page(place):
+    words = ["steps=2", "snapshot_every=0", "lr=1e-4,1e-5", "output_dir=s", "--jobs", "1"]
+    zoft(place, "sweep", *SMALL, *words)
+    assert "lr:" in zoft(place, "validate", "--config", "s/best.yaml", "--recipe", "moving.py")
+
+
 def test_the_commands_of_the_page_are_those_of_zoft():
     verbs = get_command(app).commands
     for line in COMMANDS.strip().splitlines():

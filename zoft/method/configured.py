@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,16 @@ def compose(config: str | None, overrides: Sequence[str] = ()) -> Config:
     return made
 
 
-def strict(tree: dict[str, Any], default_output: str = "run") -> Config:
-    """Return a plain tree of keys as a Config: its recipe's defaults filled in, unknown keys, types and ranges checked."""
+def strict(
+    tree: dict[str, Any], default_output: str = "run", keys_of: Mapping[str, str] | None = None
+) -> Config:
+    """Return a plain tree of keys as a Config: its recipe's defaults filled in, unknown keys, types and ranges checked.
+
+    keys_of: key -> the recipe that it belongs to, for others to refuse it; None: as the packaged recipes say.
+    """
     files.known(tree)
     page = method_of(str(tree.get("recipe") or "mezo"))
-    made = settle(check_config(typed(tree, page.filled)), page, owners())
+    made = settle(check_config(typed(tree, page.filled)), page, owners() if keys_of is None else keys_of)
     check_estimator(made)
     check_update(made)
     if made.output_dir is not None:
@@ -72,14 +77,15 @@ def load_run(run: str | Path, overrides: Sequence[str] = (), *, trains: bool = T
         raise UserError(f"{run}: its model brings code; put trust_remote_code=true on the command line again")
     tree.pop("reward", None)  # it runs code; who trains on names it again (`again`)
     page, named = str(tree.get("recipe", "")), dict(assigned).get("recipe")
+    mine: dict[str, str] | None = None
     if is_page(page) and named is None:
         if trains:
             raise UserError(f"{run}: its recipe runs code; name it again, --recipe {page}")
-        tree["recipe"] = "mezo"
+        tree["recipe"], mine = "mezo", {}
     elif named is not None and not is_page(page):
         raise UserError(f"--recipe {named}: {run} is a run of recipe={page}, which is packaged; leave it out")
     assign(tree, assigned, None)
-    return strict(tree)
+    return strict(tree, keys_of=mine)
 
 
 def again(run: str | Path) -> UserError:

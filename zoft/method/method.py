@@ -103,10 +103,10 @@ def _check_space(config: Config, method: Method) -> None:
     """Refuse a trained space that the method does not have."""
     space, train = method.space, config.train
     if space.only and not any(re.fullmatch(pattern, train) for pattern in space.only):
-        other = "lora_zo" if train in ADAPTERS else "mezo"
-        raise UserError(
-            f"train={train}: recipe={method.name} trains {_either(space.only)}; use recipe={other}"
-        )
+        fix = f"recipe={'lora_zo' if train in ADAPTERS else 'mezo'}"
+        if method.digest and space.train in space.only:
+            fix = f"train={space.train}"
+        raise UserError(f"train={train}: recipe={method.name} trains {_either(space.only)}; use {fix}")
     if train in space.never:
         what = "a model's own tensors" if space.train == "all" else space.train
         raise UserError(f"train={train}: recipe={method.name} trains {what}; use recipe=lora_zo")

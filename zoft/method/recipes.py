@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from zoft.config.compose import packaged
+from zoft.config.schema import fields
 from zoft.errors import UserError, nearest
 from zoft.method.method import Method
 
@@ -72,6 +73,21 @@ def _own(place: str) -> Method:
     if not isinstance(made, Method):
         what = "no METHOD" if made is None else f"a METHOD that is a {type(made).__name__}, not a Method"
         raise UserError(f"--recipe {place}: has {what}; write METHOD = Method(...)")
+    if unknown := next((k for k in (*made.defaults, *made.keys) if k not in fields()), None):
+        near = nearest(unknown, fields())
+        raise UserError(
+            f"--recipe {place}: METHOD names {unknown}, which is no key{f'; did you mean {near}?' if near else ''}"
+        )
+    for what in ("estimator", "update"):
+        word, known = getattr(made, what), fields()[what].metadata["one_of"]
+        if isinstance(word, str) and word not in known:
+            raise UserError(
+                f"--recipe {place}: METHOD has {what}={word!r}; use {', '.join(known[1:])}, or a value of your own"
+            )
+        if not isinstance(word, str) and word.name in known:
+            raise UserError(
+                f"--recipe {place}: its {what} is named {word.name} as a packaged one is; give it another name"
+            )
     return replace(made, name=path.stem, digest=f"blake2b:{digest}")
 
 

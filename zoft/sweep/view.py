@@ -233,6 +233,8 @@ def copyable(config: Mapping[str, Any], top: Mapping[str, Any], goal: Mapping[st
     tree["task"] = {
         k: v for k, v in config["task"].items() if v not in (None, {}, known[f"task.{k}"].default)
     }
+    if str(tree.get("recipe", "")).endswith(".py"):  # a file names no page: --recipe does
+        del tree["recipe"]
     metric, word = goal["metric"], "lowest" if goal["direction"] == "minimize" else "highest"
     return f"# {word} {metric} {_shown(top['after'][metric])}, of {top['name']}\n{dump(tree)}"
 

@@ -20,6 +20,7 @@ from zoft.evaluation.best_by import refuse_best_by
 from zoft.method.method import Method
 from zoft.method.recipes import method_of
 from zoft.method.space import Trained, adopt, train_names
+from zoft.method.trial import try_page
 from zoft.objectives.objectives import Goal, make_objective, reward_of
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.inplace import InPlace
@@ -65,6 +66,7 @@ def assemble(config: Config, folder: str | Path | None = None) -> Parts:
     config: checked. folder: of a run that goes on. Raises UserError for a mistake, one in the data before weights load.
     """
     method = method_of(config.recipe)
+    try_page(config, method)
     config = resolve_device(config)
     data = tasks.load_task(config.task)
     config, reward = with_objective(config, data), reward_of(config)
