@@ -22,7 +22,7 @@ CONTEXT.set_forkserver_preload(
 def make_place(folder: Path, **settings) -> Path:
     """A folder with a tiny model, data, and mine.yaml."""
     keys = {"steps": 50, "batch_size": 4, "lr": 1e-3, "max_length": 32, "momentum": 0.5, "threads": 1, "storage": "bf16",
-            "probes_per_forward": 1, **settings}  # fmt: skip
+            "probes_per_forward": 1, "device": "cpu", **settings}  # fmt: skip
     return tiny.place(folder, "".join(f"{k}: {v}\n" for k, v in keys.items()))
 
 

@@ -152,6 +152,7 @@ CASES = [
     (tiny.llama, examples, {"lr": 0.0, "weight_decay": 0.1}),
     (tiny.llama, examples, {"q": 3, "clip": 0.3, "meazo": 0.9}),
     (tiny.llama, examples, {"q": 3, "estimator": "one_sided"}),
+    (tiny.llama, examples, {"q": 4, "estimator": "normalised"}),
     (
         tiny.opt,
         texts,
