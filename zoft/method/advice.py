@@ -37,7 +37,7 @@ FAR_BELOW, FAR_EPS = 0.1, 10.0  # a tenth of the lowest lr wastes time
 
 
 def known_settings(config: Config) -> Known | None:
-    """What is known of training what this config trains; None: nothing."""
+    """Return what is known of training what this config trains; None where nothing is."""
     # Prompts, and the scales of a quantisation, are in no grid of that paper.
     if method_of(config.recipe).space.quantised or config.train in ("prompt", "scales"):
         return None

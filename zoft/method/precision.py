@@ -1,4 +1,4 @@
-"""Whether a probe survives rounding: the realised direction of every trained tensor."""
+"""Measure whether a probe survives rounding: the realised direction of every trained tensor."""
 
 from __future__ import annotations
 

@@ -233,7 +233,7 @@ def _cast(param: nn.Parameter, dtype: torch.dtype) -> None:
 
 
 def _shared(x: torch.Tensor) -> bool:
-    """Whether others use the memory of x, a parameter's data: more hold it than hold that of a new one."""
+    """Say whether others use the memory of x, a parameter's data: more hold it than hold that of a new one."""
     count = getattr(torch._C, "_storage_Use_Count", None)
     if count is None:
         return True

@@ -69,7 +69,7 @@ def make_update(
 
 
 def decay_is_lost(lr: float, weight_decay: float) -> bool:
-    """Whether a weight decay that was asked for rounds away: fl32(1 - lr·weight_decay) = 1."""
+    """Say whether a weight decay that was asked for rounds away: fl32(1 - lr·weight_decay) = 1."""
     return lr > 0 and weight_decay > 0 and float(np.float32(1.0 - lr * weight_decay)) == 1.0
 
 

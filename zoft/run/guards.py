@@ -60,7 +60,10 @@ class Watch:
         step = metrics["step"]
         if metrics["skipped"]:
             limit = f"max_skipped={self.config.max_skipped} in a row stop the run"
-            return self._once("skip", f"step {step}: the loss is not finite, the step is skipped; {limit}")
+            return self._once(
+                "skip",
+                f"step {step}: the loss, or the update from it, is not finite; the step is skipped; {limit}",
+            )
         self.zeros = self.zeros + 1 if metrics["projected_gradient"] == 0 else 0
         lines = self._once("zero", self._stuck(metrics["loss"])) if self.zeros >= ZERO_STEPS else []
         if len(self.first) < self.window:

@@ -39,7 +39,7 @@ from zoft.train.resolve import with_objective
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of.
+    """Hold what a run is made of.
 
     config: resolved. trained: the tensors that are really trained. header: of the ledger. train, held_out, dev: rows as
     token ids, scored: the training rows as the objective scores them.
@@ -91,7 +91,7 @@ def assemble(config: Config, folder: str | Path | None = None) -> Parts:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """What a run's weights are rebuilt with: no data, and an axis that only applies updates."""
+    """Hold what a run's weights are rebuilt with: no data, and an axis that only applies updates."""
 
     config: Config
     model: nn.Module

@@ -1,4 +1,4 @@
-"""What a config and its axis come to: the run's trainer, or the plan of a dry run."""
+"""Build the trainer of an assembled run, or the plan of a dry run."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def build_trainer_of(
 def mask_is_idle(
     config: Config, loaded: nn.Module, made: ProbeAxis | InPlace, train: Sequence[Example]
 ) -> bool:
-    """Whether padding on the right changes nothing, as in a causal model: then attention needs no mask."""
+    """Say whether padding on the right changes nothing, as in a causal model: then attention needs no mask."""
     by_length = sorted(train, key=lambda e: e.length)
     batch = collate([by_length[0], by_length[-1]]).to(config.device)
     with made.clean(batch.rows):

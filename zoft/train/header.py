@@ -1,4 +1,4 @@
-"""What a ledger's header says of a run: what replay needs beside the base, and how the run was made."""
+"""Make and compare a ledger's header: what replay needs beside the base, and how the run was made."""
 
 from __future__ import annotations
 

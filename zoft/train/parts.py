@@ -143,7 +143,7 @@ def encode_examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[lis
 
 
 def reading(tokenizer: Any, data: TaskData) -> list[str]:
-    """What was recognised in the user's own data, and how it is written for the model; none where templates say."""
+    """Say what was recognised in the user's own data, and how it is written for the model; none where templates say."""
     if not data.reading:
         return []
     return [data.reading, how(tokenizer, data)]
@@ -189,7 +189,7 @@ def refuse_unquantised(config: Config, loaded: nn.Module) -> None:
 
 
 def trainer_settings(config: Config) -> Settings:
-    """What the trainer needs of a resolved config."""
+    """Return what the trainer needs of a resolved config."""
     names = Settings.__dataclass_fields__
     known = {k: v for k, v in asdict(config).items() if k in names}
     return Settings(**known | {"estimator": base_estimator(config)})
@@ -206,7 +206,7 @@ def say(text: str) -> None:
 
 @contextmanager
 def said_before() -> Iterator[None]:
-    """What is set up in this context, to compare with, has been told of already."""
+    """Keep quiet about what is set up in this context: the reader has been told of it already."""
     global _silent
     was, _silent = _silent, True
     try:

@@ -26,7 +26,7 @@ from zoft.probe.rows import Unfit
 
 @dataclass(frozen=True)
 class Settings:
-    """What a step needs to know; lr and eps as in the papers, warmup in steps (or a share of them, below 1).
+    """Hold what a step needs to know: lr and eps as in the papers, warmup in steps (or a share of them, below 1).
 
     estimator: a name (estimators.named), or a value of the user's own.
     """
