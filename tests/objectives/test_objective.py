@@ -443,8 +443,9 @@ def test_project_equals_full_logits_on_every_causal_architecture(monkeypatch):
     for name in shrink.KINDS["causal"]:
         try:
             model = shrink.model("causal", name).requires_grad_(False)
+            model(**losses.collate(single, pad=4).inputs)
         except Exception:
-            continue  # the installed transformers cannot build it this small
+            continue  # the installed transformers cannot build it this small, or it reads more than tokens
         seen += 1
         for examples in (single, multi):
             batch = losses.collate(examples, pad=4)
@@ -454,4 +455,4 @@ def test_project_equals_full_logits_on_every_causal_architecture(monkeypatch):
             got = project(model, batch.inputs, batch.positions, batch.tokens)
             if not torch.allclose(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item()):
                 wrong.append(name)
-    assert seen > 100 and not wrong
+    assert seen > 180 and not wrong
