@@ -1,6 +1,6 @@
 """The keys of a run: their types, defaults, one line of documentation each, and the values they may take.
 
-Nothing here imports more than the standard library; `zoft.config.compose` builds a Config from YAML and `key=value`, and
+Nothing here imports more than the standard library; `zoft.config.compose` reads YAML and `key=value`, `zoft.method.configured` makes a Config of them, and
 `zoft.config.check` refuses values that do not go together.
 """
 

@@ -5,7 +5,7 @@ Whoever trains, joins a run or rebuilds one starts here. After `assemble` nobody
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from zoft.data import tasks
 from zoft.data.example import Example
 from zoft.data.tasks import TaskData
 from zoft.evaluation.best_by import refuse_best_by
-from zoft.method.method import Method
 from zoft.method.recipes import method_of
 from zoft.method.space import Trained, adopt, train_names
 from zoft.method.trial import try_page
@@ -46,7 +45,6 @@ class Parts:
     """
 
     config: Config
-    method: Method
     data: TaskData
     model: nn.Module
     tokenizer: Any
@@ -83,7 +81,7 @@ def assemble(config: Config, folder: str | Path | None = None) -> Parts:
     config, trained, axis = make_axis(config, model, adopt(model, names), scored)
     header = header_of(config, base, trained, train) | objective.header()
     return Parts(
-        config=config, method=method, data=data, model=model, tokenizer=tokenizer, objective=objective, train=train,
+        config=config, data=data, model=model, tokenizer=tokenizer, objective=objective, train=train,
         held_out=held_out, dev=dev_examples(config, tokenizer, data), scored=scored, trained=trained, axis=axis,
         header=header,
     )  # fmt: skip
@@ -108,8 +106,7 @@ def assemble_again(config: Config, folder: Path, header: Mapping[str, Any]) -> R
 
     model, tokenizer, found = load_run_model(config, folder)
     agree(header, {"base": found}, folder)
-    names: Sequence[str] = list(header["trained"])
-    config, trained, axis = placed_axis(config, model, adopt(model, list(names)))
+    config, trained, axis = placed_axis(config, model, adopt(model, list(header["trained"])))
     if "adapter" in header and config.storage == header["storage"]:
         agree(header, {"adapter": adapter_fingerprint(trained)}, folder)
     return Rebuilt(config, model, tokenizer, axis)

@@ -36,7 +36,7 @@ def build_trainer_of(
     config: Config, loaded: nn.Module, made: ProbeAxis | InPlace, train: Sequence[Example], ledger: Ledger,
     goal: Goal | None = None,
 ) -> Trainer:  # fmt: skip
-    """Build a trainer of parts that were put together by hand; see `trainer`."""
+    """Build a trainer of parts that were put together by hand; see `build_trainer`."""
     goal = goal or Goal(train[0].objective)
     for line in advice_at_start(config, made.trained) if ledger.last_step < 0 else ():
         say(line)
