@@ -20,9 +20,10 @@ from zoft.errors import UserError
 from zoft.ledger.check import refuse_unsound
 from zoft.ledger.log import Event, Log, read_ledger, updates_of
 from zoft.method import space
+from zoft.method.blocks import Turn
 from zoft.method.estimators.named import estimator_of
 from zoft.method.masks import mask_tensor
-from zoft.method.rules import attach_rule, rule_of
+from zoft.method.rules import attach_rule, rule_of, rule_words
 from zoft.method.space import FP16_MAX, Trained, adopt_tensor, frozen_dtype
 from zoft.method.updates import advance_trained
 from zoft.models.safetensors_writer import write_shards
@@ -75,9 +76,9 @@ def requested(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
             raise UserError(
                 f"{word}: {folder} has an adapter in place, which the sum over the ledger leaves out"
             )
-        if rule := rule_of(config):
+        if ruled := rule_words(config):
             raise UserError(
-                f"{word}: {folder} was trained with update={rule.name}, so base and ledger give no plain sum"
+                f"{word}: {folder} was trained with {ruled}, so base and ledger give no plain sum"
             )
         if config.mask == "magnitude" and config.sparsity:
             raise UserError(
@@ -233,8 +234,11 @@ class Tensors:
         return t
 
     def _of(self, name: str, theta: Tensor, dtype: torch.dtype) -> Trained:
+        c = self.config
         t = adopt_tensor(name, nn.Parameter(theta.to(dtype), requires_grad=False))
-        mask_tensor(t, self.config.mask, self.config.sparsity, self.config.seed)
+        mask_tensor(t, c.mask, c.sparsity, c.seed, c.mask_every)
+        if turns := self.log.header.get("turns"):
+            t.turn = Turn(self.config.blocks, max(turns.values()) + 1, turns[name])
         t.floor = self.log.header.get("floors", {}).get(name)
         attach_rule([t], rule_of(self.config))
         return t

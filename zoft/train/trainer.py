@@ -8,12 +8,21 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from zoft.errors import UserError
 from zoft.ledger.log import Ledger, Record, update_of
-from zoft.method.estimators.estimator import Estimator, Probe, finite, losses_of, projected_gradient, rows_of
+from zoft.method.estimators.estimator import (
+    Estimator,
+    Probe,
+    SecondRound,
+    finite,
+    losses_of,
+    projected_gradient,
+    rows_of,
+)
 from zoft.method.estimators.named import estimator_of
 from zoft.method.updates import lr_at, make_update
 from zoft.noise.spec import Update
@@ -28,7 +37,7 @@ from zoft.probe.rows import Unfit
 class Settings:
     """Hold what a step needs to know: lr and eps as in the papers, warmup in steps (or a share of them, below 1).
 
-    estimator: a name (estimators.named), or a value of the user's own.
+    estimator: a name (estimators.named), or a value of the user's own. update: a name; only conservative changes a step's probes.
     """
 
     seed: int
@@ -43,6 +52,7 @@ class Settings:
     probes_per_forward: int = 2
     clip: float | None = None
     meazo: float = 0.0
+    update: str = "auto"
     max_skipped: int = 20
 
 
@@ -96,13 +106,17 @@ class Trainer:
         θ ← θ - lr·(Σ_k c_k·z_k + weight_decay·θ),  c = estimator.coefficients(losses)
         """
         s, t = self.settings, self.next
-        losses = self.losses_at(t, self.probes, self.batches(t))  # [P]
+        batches = self.batches(t)
+        losses = self.losses_at(t, self.probes, batches)  # [P]
         coefficients, state = self.estimate(losses)  # [q], [S]
         lr = lr_at(t, lr=s.lr, steps=s.steps, schedule=s.schedule, warmup=s.warmup)
         ruled = self.axis.trained[0].rule is not None
         change = make_update(t, s.seed, coefficients, lr=lr, weight_decay=s.weight_decay, ruled=ruled)
         # A multiplier may overflow fp32 where its losses do not.
         good = finite([*losses, *change.multipliers])
+        if good and self.estimator.second is not None:
+            change = self.asked_again(self.estimator.second, change, batches)
+            good = finite(change.multipliers)
         if not good:
             change = Update(t, s.seed, (0.0,) * s.q)
         rows = rows_of(losses, self.probes)  # [2q]
@@ -112,6 +126,13 @@ class Trainer:
             self.state.copy_(state)
         self.next = t + 1
         return metrics
+
+    def asked_again(self, second: SecondRound, change: Update, batches: Sequence[Batch]) -> Update:
+        """Return a step's update with the multipliers that a second round of probes chooses."""
+        losses = self.losses_at(change.step, second.probes(change.multipliers), batches)
+        chosen = np.asarray(second.choose(losses, change.multipliers), np.float32)  # [q]
+        assert len(chosen) == len(change.multipliers), (len(chosen), second.name)
+        return replace(change, multipliers=tuple(chosen.tolist()))
 
     @torch.no_grad()
     def losses_at(self, step: int, probes: Sequence[Probe], batches: Sequence[Batch]) -> list[float]:

@@ -37,6 +37,24 @@ class Probe(NamedTuple):
 
 
 @dataclass(frozen=True)
+class SecondRound:
+    """How a step asks for losses again, once it has its multipliers, before it takes them.
+
+    probes(multipliers) -> the second round's R evaluation points, from the step's multipliers [q] (fp32 values, lr inside).
+    choose(losses, multipliers) -> the multipliers [q] that the step takes; losses [R] in the order of the points, on the same
+    batch, NaN and infinities among them. The ledger keeps what it returns, rounded to fp32.
+    count(q) -> R, without building the points.
+
+    It runs on the CPU, in plain Python: on a GPU a step with a second round is not captured.
+    """
+
+    name: str
+    probes: Callable[[Sequence[float]], list[Probe]]
+    choose: Callable[[Sequence[float], Sequence[float]], Sequence[float]]
+    count: Callable[[int], int]
+
+
+@dataclass(frozen=True)
 class Estimator:
     """How the losses of a step's probes become one coefficient per direction: Σ_k c_k·z_k estimates the gradient.
 
@@ -47,6 +65,7 @@ class Estimator:
     count(q) -> P, without building the probes.
     state: the numbers that the state begins with; () has none.
     sized: the loss's scale cancels in c, so that lr is the size of a step.
+    second: a second round of probes, from the first one's result; None: the step is made of the first alone.
 
     losses is fp64 [P], eps fp64 [], the state fp64 [S]: tensors on one device, CPU or GPU alike. On a GPU the call is
     captured in a CUDA graph: no `.item()`, no branch on a value, no tensor made from Python numbers but by `new_full` and
@@ -64,6 +83,7 @@ class Estimator:
     count: Callable[[int], int]
     state: tuple[float, ...] = ()
     sized: bool = False
+    second: SecondRound | None = None
 
     def run(self, losses: Tensor, q: int, eps: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Return (coefficients [q], the new state [S]) from losses fp64 [P], eps fp64 [] and the state fp64 [S]."""

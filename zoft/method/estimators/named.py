@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from zoft.errors import UserError
+from zoft.method.estimators.conservative import CONSERVATIVE
 from zoft.method.estimators.estimator import Estimator, clipped
 from zoft.method.estimators.meazo import meazo
 from zoft.method.estimators.normalised import NORMALISED
@@ -16,8 +18,10 @@ ESTIMATORS = {e.name: e for e in (TWO_SIDED, ONE_SIDED, NORMALISED)}
 
 
 def estimator_of(config: Any) -> Estimator:
-    """Return the estimator of a Config (or of a trainer's Settings): `estimator`, under `clip` and `meazo`."""
+    """Return the estimator of a Config (or of a trainer's Settings): `estimator`, under `clip`, `meazo` and update=conservative."""
     base = base_estimator(config)
+    if config.update == CONSERVATIVE.name:
+        base = replace(base, second=CONSERVATIVE)
     return meazo(base, config.meazo, config.clip) if config.meazo else clipped(base, config.clip)
 
 
@@ -35,6 +39,8 @@ def base_estimator(config: Any) -> Estimator:
 def check_estimator(config: Any) -> None:
     """Refuse what a config's estimator does not go with. Raises UserError."""
     used = estimator_of(config)
+    if used.second is not None:
+        _check_second(config, used)
     if used.name == NORMALISED.name:
         if config.q < 2:
             raise UserError(
@@ -46,11 +52,44 @@ def check_estimator(config: Any) -> None:
             )
 
 
+def _check_second(config: Any, used: Estimator) -> None:
+    """Refuse what does not go with a second round of probes."""
+    second = used.second
+    assert second is not None
+    what = f"update={second.name}" if second is CONSERVATIVE else f"estimator={used.name}"
+    if second is CONSERVATIVE and config.q > 1:
+        raise UserError(
+            f"q={config.q}: {what} compares points along one direction, and a step of several goes along their sum, where no "
+            "probe lies; use q=1"
+        )
+    refused = (
+        ("weight_decay", config.weight_decay, 0, "it compares losses without the decay"),
+        ("anchor", config.anchor, 0, "it compares losses without the pull"),
+        ("momentum", config.momentum, 0, "it compares losses without the buffer"),
+        ("perturb", config.perturb == "inplace", False, "its moves do not follow from the ledger; use perturb=probes"),
+        ("elastic", config.elastic, False, "workers know the first round's probes only"),
+        ("parallel", config.parallel in ("probes", "2d"), False, "its second round has other probes; use parallel=data"),
+    )  # fmt: skip
+    for name, value, idle, why in refused:
+        if value != idle:
+            shown = getattr(config, name)
+            shown = f"{shown:g}" if isinstance(shown, float) else str(shown).lower()
+            fix = "" if "use " in why else "; leave one of them out"
+            raise UserError(f"{name}={shown}: does not go with {what}: {why}{fix}")
+
+
 def probes_per_step(config: Any) -> int:
-    """Return the number of probes of a config's step."""
+    """Return the number of probes of a config's step, a second round aside."""
     return estimator_of(config).count(config.q)
 
 
+def second_probes(config: Any) -> int:
+    """Return the number of probes of a config's second round; 0 without one."""
+    second = estimator_of(config).second
+    return second.count(config.q) if second else 0
+
+
 def forwards_per_step(config: Any) -> int:
-    """Return how many forwards (examples × probes) a config's step counts."""
-    return probes_per_step(config) * config.batch_size * config.accumulate
+    """Return how many forwards (examples × probes) a config's step counts, its second round included."""
+    probes = probes_per_step(config) + second_probes(config)
+    return probes * config.batch_size * config.accumulate
