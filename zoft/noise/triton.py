@@ -74,8 +74,8 @@ def plan_of(
     values: list[float] = []
     restores = any(u.restore for u in updates)
     for u in updates:
-        last = len(u.multipliers) - 1
-        keys += [key(u.seed, u.step, last if u.is_nothing else k) for k in range(directions)]
+        own = u.keys(noise)
+        keys += [own[-1]] * directions if u.is_nothing else own
         values += [0.0] * directions if u.is_nothing else u.multipliers
     keys += [key(u.seed, u.step, 0) for u in updates]
     keys += [key(seed, step, direction) for direction, _ in probes]

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoft.errors import UserError
 from zoft.method.estimators.estimator import Probe
 from zoft.method.space import Trained
+from zoft.noise.spec import RADEMACHER
 from zoft.probe import sites
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.rows import LIFT, leaves
@@ -37,6 +38,7 @@ def find_sites(
     small: Any,
     double: Any,
     eps: float,
+    kind: str = RADEMACHER,
 ) -> Found:
     """Sites that have passed the proof on this model, in the precision it was loaded in.
 
@@ -57,13 +59,13 @@ def find_sites(
     found = sites.find(model, trained, run, small, double, lift=True)
     if found.stacked and not why:
         for candidate in _candidates(model, trained, found, run, small, double):
-            failure = prove(model, trained, candidate, run, double, eps)
+            failure = prove(model, trained, candidate, run, double, eps, kind)
             if not failure:
                 return candidate
             why = why or failure
     if found.stacked or why:
         found = Found(found.sites, False, f"one probe a forward: {why}", found.unread)
-    failure = prove(model, trained, found, run, double, eps)
+    failure = prove(model, trained, found, run, double, eps, kind)
     if failure:
         raise UserError(f"perturb=probes: {failure}; use perturb=inplace")
     return found
@@ -99,6 +101,7 @@ def prove(
     run: Callable[[Any], torch.Tensor],
     batch: Any,
     eps: float,
+    kind: str = RADEMACHER,
 ) -> str:
     """Check the sites; returns "" or what is wrong.
 
@@ -106,7 +109,7 @@ def prove(
     tensor's own place, the losses must be finite. Stacked losses must equal these up to what stacking equal
     probes rounds differently, a difference that is small against those between the probes.
     """
-    axis = _Guarded(live(trained, found), found.sites, seed=0, kind="rademacher")
+    axis = _Guarded(live(trained, found), found.sites, seed=0, kind=kind)
     axis.scratch_bytes = (
         0  # as much as this batch's forward takes: of an output matrix, perhaps, a few rows only
     )
@@ -197,6 +200,10 @@ class _Guarded(ProbeAxis):
     def gathered(self, *args: Any) -> torch.Tensor:
         with self._making():
             return super().gathered(*args)
+
+    def plain_product(self, *args: Any) -> torch.Tensor:
+        with self._making():
+            return super().plain_product(*args)
 
     @contextmanager
     def _making(self) -> Iterator[None]:

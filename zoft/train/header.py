@@ -17,7 +17,7 @@ from zoft.config.schema import ADAPTERS, Config, fields
 from zoft.data.example import Example
 from zoft.errors import UserError
 from zoft.method import space
-from zoft.method.estimators.named import ESTIMATORS, estimator_of
+from zoft.method.estimators.named import ESTIMATORS, estimator_of, examples_per_step
 from zoft.method.recipes import method_of
 from zoft.method.rules import update_name
 from zoft.method.space import Trained
@@ -65,6 +65,8 @@ def header_of(
         known["estimator"] = name
     if (name := update_name(config)) not in LATER["update"]:
         known["update"] = name
+    if config.directions == "example":
+        known["examples"] = examples_per_step(config)
     known |= {k: value for k in OWN if (value := getattr(config, k)) not in LATER[k]}
     if turns := {t.name: t.turn.mine for t in trained if t.turn is not None}:
         known["turns"] = turns
@@ -115,6 +117,7 @@ def with_plan(config: Config, found: Mapping[str, Any]) -> Config:
         **plan,
         estimator=named if named in ESTIMATORS else "auto",
         update=ruled if ruled in fields()["update"].metadata["one_of"] else "auto",
+        directions="example" if "examples" in found else "shared",
     )
 
 

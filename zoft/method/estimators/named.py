@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from zoft.config.schema import GENERATED
 from zoft.errors import UserError
 from zoft.method.estimators.conservative import CONSERVATIVE
-from zoft.method.estimators.estimator import Estimator, clipped
+from zoft.method.estimators.estimator import Estimator, clipped, per_example
 from zoft.method.estimators.meazo import meazo
 from zoft.method.estimators.normalised import NORMALISED
 from zoft.method.estimators.one_sided import ONE_SIDED
@@ -18,11 +19,19 @@ ESTIMATORS = {e.name: e for e in (TWO_SIDED, ONE_SIDED, NORMALISED)}
 
 
 def estimator_of(config: Any) -> Estimator:
-    """Return the estimator of a Config (or of a trainer's Settings): `estimator`, under `clip`, `meazo` and update=conservative."""
+    """Return the estimator of a Config (or of a trainer's Settings): `estimator`, under `directions`, `clip`, `meazo` and
+    update=conservative."""
     base = base_estimator(config)
     if config.update == CONSERVATIVE.name:
         base = replace(base, second=CONSERVATIVE)
+    if config.directions == "example":
+        return clipped(per_example(base, examples_per_step(config)), config.clip)
     return meazo(base, config.meazo, config.clip) if config.meazo else clipped(base, config.clip)
+
+
+def examples_per_step(config: Any) -> int:
+    """Return how many examples a config's step sees."""
+    return config.batch_size * config.accumulate
 
 
 def base_estimator(config: Any) -> Estimator:
@@ -38,9 +47,11 @@ def base_estimator(config: Any) -> Estimator:
 
 def check_estimator(config: Any) -> None:
     """Refuse what a config's estimator does not go with. Raises UserError."""
-    used = estimator_of(config)
-    if used.second is not None:
-        _check_second(config, used)
+    used = base_estimator(config)
+    if config.directions == "example":
+        _check_per_example(config, used)
+    if estimator_of(config).second is not None:
+        _check_second(config, estimator_of(config))
     if used.name == NORMALISED.name:
         if config.q < 2:
             raise UserError(
@@ -63,6 +74,7 @@ def _check_second(config: Any, used: Estimator) -> None:
             "probe lies; use q=1"
         )
     refused = (
+        ("directions", config.directions == "example", False, "it compares points of a whole batch; use directions=shared"),
         ("weight_decay", config.weight_decay, 0, "it compares losses without the decay"),
         ("anchor", config.anchor, 0, "it compares losses without the pull"),
         ("momentum", config.momentum, 0, "it compares losses without the buffer"),
@@ -78,9 +90,22 @@ def _check_second(config: Any, used: Estimator) -> None:
             raise UserError(f"{name}={shown}: does not go with {what}: {why}{fix}")
 
 
+def _check_per_example(config: Any, base: Estimator) -> None:
+    """Refuse what goes with no directions of each example's own."""
+    fix = "use directions=shared"
+    if base.name != TWO_SIDED.name:
+        raise UserError(f"estimator={base.name}: directions=example has two_sided losses; {fix}")
+    if config.meazo:
+        raise UserError(f"meazo={config.meazo:g}: directions=example has no state of the kind; {fix}")
+    if config.perturb == "inplace":
+        raise UserError(f"perturb=inplace: one move of the weights serves all examples of a step; {fix}")
+    if config.objective in ("macro_f1", *GENERATED):
+        raise UserError(f"objective={config.objective}: it is no sum over examples scored together; {fix}")
+
+
 def probes_per_step(config: Any) -> int:
-    """Return the number of probes of a config's step, a second round aside."""
-    return estimator_of(config).count(config.q)
+    """Return how many probes each example of a config's step is scored at, a second round aside."""
+    return base_estimator(config).count(config.q)
 
 
 def second_probes(config: Any) -> int:
@@ -91,5 +116,4 @@ def second_probes(config: Any) -> int:
 
 def forwards_per_step(config: Any) -> int:
     """Return how many forwards (examples × probes) a config's step counts, its second round included."""
-    probes = probes_per_step(config) + second_probes(config)
-    return probes * config.batch_size * config.accumulate
+    return (probes_per_step(config) + second_probes(config)) * examples_per_step(config)
