@@ -208,10 +208,15 @@ class Config:
         "auto",
         "how a step moves the weights: by lr times the estimate (sgd), by lr against its sign (sign), or as Adam does, with "
         "two fp32 moments for each trained number (adam), lr being the size of a step with these two; conservative: to the best of "
-        "θ and θ ± lr times the estimate on the same batch, 3 more forwards; auto is the recipe's own (sgd)",
-        one_of=("auto", "sgd", "sign", "adam", "conservative"),
+        "θ and θ ± lr times the estimate on the same batch, 3 more forwards; momentum: with the directions of past steps drawn again, for noise that is cheap to draw; auto is the recipe's own (sgd)",
+        one_of=("auto", "sgd", "sign", "adam", "momentum", "conservative"),
     )
-    momentum: float = key(0.0, "update=sgd: 0 keeps no buffer", least=0, below=1)
+    momentum: float = key(
+        0.0,
+        "what each step keeps of the one before: update=sgd has a buffer for each trained number (0: none), update=momentum has none",
+        least=0,
+        below=1,
+    )
     eps: float = key(
         1e-3,
         "probe size: the loss is asked at θ ± eps·z; not set: lora 1e-2, prefix 1e-1, prompt 1e-2",

@@ -116,7 +116,7 @@ def is_sized(config: Any) -> bool:
 
 
 def update_name(config: Any) -> str:
-    """Return the name of a config's update: its rule's, or which of the fused passes' it is (sgd, conservative)."""
+    """Return the name of a config's update: its rule's, or which of the fused passes' it is (sgd, momentum, conservative)."""
     rule = rule_of(config)
     return rule.name if rule else "sgd" if config.update == "auto" else config.update
 

@@ -18,6 +18,7 @@ from zoft.errors import UserError
 from zoft.evaluation.evaluate import room_of
 from zoft.method import space
 from zoft.method.estimators.named import probes_per_step, second_probes
+from zoft.method.momentum import buffer_beta, window, window_beta
 from zoft.method.rules import rule_of, rule_words
 from zoft.method.space import train_names
 from zoft.models import footprint
@@ -119,7 +120,7 @@ def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[
             f"objective={config.objective}: seconds_per_step is that of the prompts alone; each of up to {config.max_new_tokens} "
             "tokens takes a small forward more, and its keys and values some memory"
         )
-    momentum = (8 if compute == torch.float64 else 4) * trained if config.momentum else 0
+    momentum = (8 if compute == torch.float64 else 4) * trained if buffer_beta(config) else 0
     base = _stored(model, names, config, inplace) if config.anchor else 0
     rule = rule_of(config)
     state = len(rule.state) * (8 if config.storage == "fp64" else 4) * trained if rule else 0
@@ -140,6 +141,8 @@ def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[
     flops = usual * share * (each + second_probes(config)) / probes * config.accumulate
     flops += usual * (1 - share) / probes / config.batch_size * _met(config, rows) / config.steps
     passes = each if inplace else config.q
+    if beta := window_beta(config):
+        passes += config.q * window(beta)  # drawn again, a pass each at most
     seconds = flops / speed["flops"] + passes * trained / speed["noise"]
     # Each denoising draws all directions from the start again.
     redrawn = sum(t for t in range(config.steps + 1) if "denoise" in due_at(config, t))

@@ -15,6 +15,7 @@ from zoft.config.schema import GENERATED, NO_GRADIENT, Config
 from zoft.errors import UserError, is_memory
 from zoft.method.advice import known_settings, lr_range, paper_range
 from zoft.method.estimators.named import estimator_of
+from zoft.method.momentum import buffer_beta
 from zoft.method.rules import is_sized, rule_of
 
 if TYPE_CHECKING:
@@ -220,7 +221,7 @@ def _lower(config: Config) -> str:
         ways.append("probes_per_forward to 1")
     if config.storage in ("auto", "fp32", "fp64"):
         ways.append("storage to fp16")
-    if config.momentum:
+    if buffer_beta(config):
         ways.append("momentum to 0")
     if (rule := rule_of(config)) and rule.state:
         ways.append("update to sgd or sign")

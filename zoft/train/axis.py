@@ -20,6 +20,7 @@ from zoft.method.blocks import give_turns
 from zoft.method.estimators.named import estimator_of, probes_per_step
 from zoft.method.estimators.two_sided import TWO_SIDED
 from zoft.method.masks import mask_tensors
+from zoft.method.momentum import MOMENTUM, buffer_beta
 from zoft.method.precision import weak_directions
 from zoft.method.rules import attach_rule, rule_of, rule_words
 from zoft.method.space import Trained, place_in_precision
@@ -156,7 +157,7 @@ def placed_axis(
         say(line)
     refuse_denoise(config, trained)
     attach_rule(trained, rule_of(config))
-    common: dict[str, Any] = {"seed": config.seed, "kind": drawn(config), "beta": config.momentum}
+    common: dict[str, Any] = {"seed": config.seed, "kind": drawn(config), "beta": buffer_beta(config)}
     probes = estimator_of(config).probes(config.q, config.eps)
     fed: dict[str, Any] = common | {"q": config.q, "eps": config.eps}
     captured = config.device.startswith("cuda") and config.storage != "fp64" and not why_eager(config)
@@ -184,6 +185,8 @@ def why_eager(config: Config) -> str:
         return f"{ruled} has no kernel"
     if (used := estimator_of(config)).second:
         return f"{used.second.name} asks for a second round of losses that depends on the first"
+    if config.update == MOMENTUM:
+        return f"update={MOMENTUM} has the directions of many steps in one"
     if config.blocks != "all":
         return f"blocks={config.blocks} moves other tensors at each step"
     if config.mask_every:

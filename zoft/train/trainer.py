@@ -24,6 +24,7 @@ from zoft.method.estimators.estimator import (
     rows_of,
 )
 from zoft.method.estimators.named import estimator_of
+from zoft.method.momentum import Window, window_beta
 from zoft.method.updates import lr_at, make_update
 from zoft.noise.spec import Update
 from zoft.objectives.losses import Batch, losses, mean_loss
@@ -37,7 +38,8 @@ from zoft.probe.rows import Unfit
 class Settings:
     """Hold what a step needs to know: lr and eps as in the papers, warmup in steps (or a share of them, below 1).
 
-    estimator: a name (estimators.named), or a value of the user's own. update: a name; only conservative changes a step's probes.
+    estimator: a name (estimators.named), or a value of the user's own. update, momentum: a
+    step is other than plain here with update=conservative and update=momentum alone.
     """
 
     seed: int
@@ -56,6 +58,7 @@ class Settings:
     clip: float | None = None
     meazo: float = 0.0
     update: str = "auto"
+    momentum: float = 0.0
     max_skipped: int = 20
 
 
@@ -100,6 +103,7 @@ class Trainer:
         self.probes = self.estimator.probes(settings.q, settings.eps)  # [P]
         self.eps = torch.tensor(settings.eps, dtype=torch.float64)
         self.state = torch.tensor(self.estimator.state, dtype=torch.float64)
+        self.window = Window(window_beta(settings))
         self.world = this_world()
 
     def step(self) -> dict[str, Any] | None:
@@ -126,10 +130,14 @@ class Trainer:
         rows = rows_of(losses, self.probes)  # [2q]
         metrics = self.write_down(Record(t, change.multipliers, change.decay, rows, not good, lr))
         if good:  # the step is now a fact; the next reader of each tensor applies it
-            self.axis.commit(change)
+            self.commit(change)
             self.state.copy_(state)
         self.next = t + 1
         return metrics
+
+    def commit(self, change: Update) -> None:
+        """Hand a step's update, as the ledger has it, to the weights, with past steps' directions where momentum has them."""
+        self.axis.commit(self.window.take(change))
 
     def asked_again(self, second: SecondRound, change: Update, batches: Sequence[Batch]) -> Update:
         """Return a step's update with the multipliers that a second round of probes chooses."""
@@ -256,6 +264,8 @@ class Trainer:
         """Go on from weights that have the first `step` of these records in them already (a snapshot's)."""
         assert self.next == 0, f"skip to {step} after {self.next} steps"
         for record in records[:step]:
+            if not record.skipped:
+                self.window.take(update_of(record, self.settings.seed))
             self.pass_by(record)
 
     def pass_by(self, record: Record) -> None:
@@ -271,7 +281,7 @@ class Trainer:
         for record in records:
             self.axis.repeat_step(record.step, self.probes)
             if not record.skipped:
-                self.axis.commit(update_of(record, self.settings.seed))
+                self.commit(update_of(record, self.settings.seed))
             self.pass_by(record)
             on_step(record.step)
         self.axis.flush()

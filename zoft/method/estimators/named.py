@@ -14,6 +14,7 @@ from zoft.method.estimators.normalised import NORMALISED
 from zoft.method.estimators.one_sided import ONE_SIDED
 from zoft.method.estimators.two_sided import TWO_SIDED
 from zoft.method.recipes import method_of
+from zoft.method.rules import rule_of
 
 ESTIMATORS = {e.name: e for e in (TWO_SIDED, ONE_SIDED, NORMALISED)}
 
@@ -73,7 +74,9 @@ def _check_second(config: Any, used: Estimator) -> None:
             f"q={config.q}: {what} compares points along one direction, and a step of several goes along their sum, where no "
             "probe lies; use q=1"
         )
+    ruled = rule_of(config) is not None
     refused = (
+        ("update", ruled and not config.anchor, False, "it compares plain steps"),
         ("directions", config.directions == "example", False, "it compares points of a whole batch; use directions=shared"),
         ("weight_decay", config.weight_decay, 0, "it compares losses without the decay"),
         ("anchor", config.anchor, 0, "it compares losses without the pull"),
