@@ -59,7 +59,9 @@ from typing import NamedTuple
 
 VERSION = 1  # of the specification above; a ledger can only be replayed under its own
 GAUSSIAN, RADEMACHER, RANK1 = "gaussian", "rademacher", "rank1"
-FLIPPED = 4  # added to the code of a kind whose one draw the step's directions share, each with signs of its own
+FLIPPED = (
+    4  # added to the code of a kind whose one draw the step's directions share, each with signs of its own
+)
 # The codes by which kernels know what z is drawn from.
 KINDS = {GAUSSIAN: 0, RADEMACHER: 1, RANK1: 2, "gaussian_flipped": 4, "rademacher_flipped": 5}
 SHARED = 0xFFFFFFFF  # the direction whose noise the directions of a flipped kind share
@@ -110,11 +112,14 @@ class Update:
         given = len(self.steps), len(self.directions)
         assert given in ((0, 0), (len(self.multipliers),) * 2), (given, len(self.multipliers))
 
-    def keys(self, noise: str) -> list[tuple[int, ...]]:
-        """Return the keys (`keys_of`) of its directions, in the order of its multipliers."""
+    def where(self) -> list[tuple[int, int]]:
+        """Return (step, direction) of each multiplier."""
         n = len(self.multipliers)
-        where = zip(self.steps or (self.step,) * n, self.directions or range(n))
-        return [keys_of(self.seed, step, k, noise) for step, k in where]
+        return list(zip(self.steps or (self.step,) * n, self.directions or range(n)))
+
+    def keys(self) -> list[tuple[int, int]]:
+        """Return the Philox key of each multiplier's direction."""
+        return [key(self.seed, step, k) for step, k in self.where()]
 
     @property
     def is_noop(self) -> bool:

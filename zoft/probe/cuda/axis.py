@@ -22,14 +22,14 @@ from zoft.method.estimators.two_sided import TWO_SIDED
 from zoft.method.precision import cosine
 from zoft.method.space import Trained
 from zoft.models.quant.linear import QuantLinear
-from zoft.noise.spec import Update
-from zoft.noise.triton import PROBES_MAX, launch, launch_rows, launch_small, table_of
+from zoft.noise.spec import COLUMNS, FLIPPED, KINDS, ROWS, Update
+from zoft.noise.triton import PROBES_MAX, launch, launch_rows, launch_small, signs, table_of
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.cuda import norms
 from zoft.probe.cuda.buffers import Control
 from zoft.probe.cuda.norms import norm
 from zoft.probe.lora_forward import lora
-from zoft.probe.scratch import part, start
+from zoft.probe.scratch import in_slabs, part, slab_rows, start
 from zoft.probe.site_forwards import conv1d, fast, linear
 from zoft.probe.sites import Site
 
@@ -66,9 +66,15 @@ class DeviceAxis(ProbeAxis):
     ) -> None:  # fmt: skip
         super().__init__(trained, sites, seed=seed, kind=kind, beta=beta)
         self.flat_device = device = self.trained[0].stored.device
-        self.control = Control(probes or TWO_SIDED.probes(q, eps), q, eps, beta, seed, device)
+        asked = probes or TWO_SIDED.probes(q, eps)
+        directions = len({p.direction for p in asked if p.scale})
+        self.control = Control(asked, directions, eps, beta, seed, device)
+        self.control.flipped = bool(KINDS[kind] & FLIPPED)
         self.live = False
         self.ahead = False  # a step broke off after the update before it had reached every tensor
+        self._index = {p: i for i, p in enumerate(self.control.probes)}
+        self.where: list[int] = []  # of this forward's probes, their places among the step's
+        self._indices: dict[tuple[int, ...], Tensor] = {}
         self._done: set[int] = set()  # tensors that have the pending update, in the step under way
         pairs = {t.id for s in self.sites if fast(s) is lora for t in s.trained}
         small = [
@@ -148,19 +154,20 @@ class DeviceAxis(ProbeAxis):
             return
         if t.id in self.small:
             pack = self.small[t.id][0]
-            plan = self.control.plan(0, 0, True, pack.decays)
+            plan = self.control.plan([], True, pack.decays)
             launch_small(pack.theta, pack.table, None, plan, self.kind, pack.momentum)
             self._done |= pack.ids
         else:
-            plan = self.control.plan(0, 0, True, t.decays)
-            launch(t.stored, t.id, None, plan, self.kind, t.momentum, floor=t.floor, mask=t.mask)
+            plan = self.control.plan([], True, t.decays)
+            where: dict[str, Any] = {"floor": t.floor, "mask": t.mask, "width": t.width}
+            launch(t.stored, t.id, None, plan, self.kind, t.momentum, **where)
             self._done.add(t.id)
 
     @contextmanager
     def at(self, step: int, probes: Sequence[Probe], rows: int) -> Iterator[None]:
         with super().at(step, probes, rows):
             if self.live:
-                self.offset = self.control.probes.index(probes[0])
+                self.where = [self._index[p] for p in probes]
                 for pack in self.packs:
                     for i in range(0, len(probes), PROBES_MAX):
                         self._probe(pack, i, min(i + PROBES_MAX, len(probes)))
@@ -168,12 +175,14 @@ class DeviceAxis(ProbeAxis):
 
     def _probe(self, pack: Pack, start: int, end: int) -> None:
         """Probes start to end of this forward of all of a pack's tensors, after the pending update if they lack it."""
-        plan = self.control.plan(self.offset + start, end - start, not self._done & pack.ids, pack.decays)
+        plan = self.control.plan(self.where[start:end], not self._done & pack.ids, pack.decays)
         narrow = None if pack.narrow is None else pack.narrow[start:end]
         launch_small(pack.theta, pack.table, pack.out[start:end], plan, self.kind, pack.momentum, narrow)
         self._done |= pack.ids
 
-    offset = 0  # index of this forward's first probe among the step's
+    def _which(self, first: int, count: int) -> list[int]:
+        """The places among the step's probes of some of those that the site under way runs at."""
+        return self.where[self.first + first : self.first + first + count]
 
     def perturbed(self, tensors: list[Trained], group: list[Probe], first: int) -> list[Tensor]:
         if not self.live:
@@ -194,12 +203,10 @@ class DeviceAxis(ProbeAxis):
     ) -> None:
         if not self.live:
             return super()._fill(t, out, group, first, rows)
-        plan = self.control.plan(
-            self.offset + self.first + first, len(group), t.id not in self._done, t.decays
-        )
+        plan = self.control.plan(self._which(first, len(group)), t.id not in self._done, t.decays)
         launch(
             part(t.stored, rows), t.id, out, plan, self.kind, None if t.momentum is None else part(t.momentum, rows),
-            start=start(t.stored, rows), floor=t.floor, mask=t.mask,
+            start=start(t.stored, rows), floor=t.floor, mask=t.mask, width=t.width,
         )  # fmt: skip
 
     def _mark(self, t: Trained) -> None:
@@ -212,8 +219,72 @@ class DeviceAxis(ProbeAxis):
             return super().gathered(t, rows, group, first)
         self._catch_up(t)
         out = torch.empty(*rows.shape, t.stored.shape[1], dtype=t.compute, device=t.stored.device)
-        plan = self.control.plan(self.offset + self.first + first, len(group), False, False)
-        launch_rows(t.stored, t.id, rows.reshape(-1), out.flatten(0, 1), plan, self.kind, mask=t.mask)
+        plan = self.control.plan(self._which(first, len(group)), False, False)
+        launch_rows(
+            t.stored, t.id, rows.reshape(-1), out.flatten(0, 1), plan, self.kind, mask=t.mask, width=t.width
+        )
+        return out
+
+    def plain_product(self, t: Trained, x: Tensor, transposed: bool) -> Tensor:
+        if not self.live:
+            return super().plain_product(t, x, transposed)
+        if t.stored.dtype == t.compute:
+            self._catch_up(t)
+            return x @ (t.stored.T if transposed else t.stored)
+        plan = self.control.clean(t.id not in self._done, t.decays)
+        where: dict[str, Any] = {"floor": t.floor, "mask": t.mask, "width": t.width}
+        slabs = [slice(None)]
+        if transposed and in_slabs(t):
+            step = slab_rows(t)
+            slabs = [slice(i, min(i + step, len(t.stored))) for i in range(0, len(t.stored), step)]
+        parts = []
+        for rows in slabs:
+            theta = part(t.stored, rows)
+            momentum = None if t.momentum is None else part(t.momentum, rows)
+            w = self._room(theta.numel() * t.compute.itemsize)[: theta.numel() * t.compute.itemsize]
+            w = w.view(t.compute).view(1, *theta.shape)
+            launch(theta, t.id, w, plan, self.kind, momentum, start=start(t.stored, rows), **where)
+            parts.append(x @ (w[0].T if transposed else w[0]))
+        self._done.add(t.id)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def scales_of(self, probes: Sequence[Probe], like: Tensor) -> Tensor:
+        if not self.live:
+            return super().scales_of(probes, like)
+        plan = self.control.plan(self._which(0, len(probes)), False, False)
+        return plan.values[: len(probes)].to(like.dtype)
+
+    def signs_of(self, t: Trained, probes: Sequence[Probe], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if not self.live:
+            return super().signs_of(t, probes, dtype)
+        plan = self.control.plan(self._which(0, len(probes)), False, False)
+        which = [p.direction for p in probes]
+        own = list(dict.fromkeys(which))
+        m, n = t.stored.shape
+        a, b = (torch.empty(len(own), size, dtype=dtype, device=t.stored.device) for size in (m, n))
+        # The first probes of all directions stand at the front where probes are p-major, as an example's are.
+        front = which[: len(own)] == own
+        keys = plan.keys[: len(own)] if front else plan.keys[self._places([which.index(k) for k in own])]
+        for out, purpose in ((a, ROWS), (b, COLUMNS)):
+            signs(out, t.id, purpose, keys)
+        if len(own) < len(which):
+            places = self._places([own.index(k) for k in which])
+            a, b = a.index_select(0, places), b.index_select(0, places)
+        return a, b
+
+    def _places(self, places: Sequence[int]) -> Tensor:
+        """Indices on the device; made once, since nothing may be copied from the CPU while a step is captured."""
+        key = tuple(places)
+        if key not in self._indices:
+            self._indices[key] = torch.tensor(key, device=self.flat_device)
+        return self._indices[key]
+
+    def shared_noise(self, t: Trained) -> Tensor:
+        if not self.live:
+            return super().shared_noise(t)
+        base = self.kind.removesuffix("_flipped")
+        out = torch.empty_like(t.stored, dtype=t.compute)
+        launch(None, t.id, out.view(1, -1), self.control.shared(), base)
         return out
 
     def shortcut(self, site: Site) -> Callable | None:
