@@ -811,9 +811,35 @@ def test_works_where_no_compiled_code_can_be_kept(tmp_path):
 
 
 def test_the_codes_of_kinds_are_those_of_the_specification():
-    assert {GAUSSIAN: distributions.GAUSSIAN, RADEMACHER: distributions.RADEMACHER, RANK1: distributions.RANK1} == {
-        k: c for k, c in spec.KINDS.items() if c < spec.FLIPPED
-    }
+    assert {
+        GAUSSIAN: distributions.GAUSSIAN,
+        RADEMACHER: distributions.RADEMACHER,
+        RANK1: distributions.RANK1,
+    } == {k: c for k, c in spec.KINDS.items() if c < spec.FLIPPED}
     assert all(spec.KINDS[f"{k}_flipped"] == c + spec.FLIPPED for k, c in spec.KINDS.items() if c < 2)
     ours = distributions.FLIPPED, distributions.ROWS, distributions.COLUMNS
     assert ours == (spec.FLIPPED, spec.ROWS, spec.COLUMNS)
+
+
+def test_a_change_to_anything_that_compiled_code_is_made_of_changes_its_name():
+    """What the kernels and what they call take from other files of zoft is all in the digest."""
+    hashed = {module.__name__ for module in kernels.COMPILED}
+    for module in (kernels, *kernels.COMPILED):
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            assert not (isinstance(node, ast.Import) and any(a.name.startswith("zoft") for a in node.names))
+            if isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith("zoft")):
+                assert node.module in hashed or {f"{node.module}.{a.name}" for a in node.names} <= hashed
+
+
+@pytest.mark.slow
+def test_kept_code_does_not_outlive_a_change_to_what_it_calls(tmp_path):
+    """numba keeps `run`, and looks for changes in kernels.py alone; what changes here is in another file."""
+    shutil.copytree(ROOT / "zoft", tmp_path / "zoft", ignore=shutil.ignore_patterns("__pycache__"))
+    called = tmp_path / "zoft" / "noise" / "distributions.py"
+    text, plain = called.read_text(), digest(tmp_path)
+    assert plain == digest()
+    assert text.count("return -s, c") == 1
+    called.write_text(text.replace("return -s, c", "return c, -s"))
+    assert digest(tmp_path) != plain
+    called.write_text(text)
+    assert digest(tmp_path) == plain

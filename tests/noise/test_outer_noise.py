@@ -10,7 +10,12 @@ from zoft.noise.spec import GAUSSIAN_BOUND, Update
 
 KINDS = ("rank1", "gaussian_flipped", "rademacher_flipped")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-SHAPES = ((16, 16), (37, 129), (5, 2500), (300, 17))  # rows within, across and beyond the 2,048 elements worked on at once
+SHAPES = (
+    (16, 16),
+    (37, 129),
+    (5, 2500),
+    (300, 17),
+)  # rows within, across and beyond the 2,048 elements worked on at once
 SEED, STEP, TID = 0x1234_5678_9ABC, 7, 0xDEADBEEF
 
 
@@ -41,7 +46,10 @@ def test_known_signs():
     words = [twin.philox((0, 0, 1, purpose), twin.key(1, 2, 3))[0] for purpose in (4, 5)]
     for found, word in zip((a[0], b[0]), words):
         assert found.tolist() == [1.0 if int(word) >> i & 1 else -1.0 for i in range(len(found))]
-    assert torch.equal(a[0][:, None] * b[0], noise.direction((16, 20), 1, seed=1, step=2, direction=3, noise="rank1", width=20))
+    assert torch.equal(
+        a[0][:, None] * b[0],
+        noise.direction((16, 20), 1, seed=1, step=2, direction=3, noise="rank1", width=20),
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -52,7 +52,9 @@ def test_each_example_has_its_own_directions(name, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name, eps", [("opt", 1e-6), ("gpt2", 1e-6), ("llama-tied", 2e-4)])  # Llama's norms are fp32
+@pytest.mark.parametrize(
+    "name, eps", [("opt", 1e-6), ("gpt2", 1e-6), ("llama-tied", 2e-4)]
+)  # Llama's norms are fp32
 def test_the_slope_of_a_probe_is_the_gradient_along_its_direction(name, eps, kind):
     b = batch()
     made = make(wide(name), b, kind=kind)
@@ -87,6 +89,8 @@ def test_signs_of_rank_1_are_unbiased():
     assert abs(float((slopes**2).mean() / g.square().sum()) - 1) < 0.1
 
 
-@pytest.mark.parametrize("shape, width", [((16, 16), 16), ((15, 400), 0), ((400, 15), 0), ((64,), 0), ((2, 8, 32), 32)])
+@pytest.mark.parametrize(
+    "shape, width", [((16, 16), 16), ((15, 400), 0), ((400, 15), 0), ((64,), 0), ((2, 8, 32), 32)]
+)
 def test_which_tensors_are_matrices(shape, width):
     assert noise.width_of(shape) == width

@@ -21,7 +21,9 @@ def texts(n=8, seed=3):
     rng = np.random.default_rng(seed)
     out = []
     for i in range(n):
-        context, rest = (tuple(int(t) for t in rng.integers(3, tiny.VOCAB, k)) for k in (3 + i % 3, 2 + i % 4))
+        context, rest = (
+            tuple(int(t) for t in rng.integers(3, tiny.VOCAB, k)) for k in (3 + i % 3, 2 + i % 4)
+        )
         out.append(Example((context,), (rest,), 0, "lm", False))
     return out
 
@@ -32,7 +34,9 @@ def ragged(n=8, seed=4):
     out = []
     for i in range(n):
         context, count = tuple(int(t) for t in rng.integers(3, tiny.VOCAB, 4)), 2 + i % 2
-        candidates = tuple(tuple(int(t) for t in rng.integers(3, tiny.VOCAB, 1 + (i + c) % 3)) for c in range(count))
+        candidates = tuple(
+            tuple(int(t) for t in rng.integers(3, tiny.VOCAB, 1 + (i + c) % 3)) for c in range(count)
+        )
         out.append(Example((context,) * count, candidates, 0, "choice", False))
     return out
 
@@ -47,7 +51,15 @@ def test_each_coefficient_is_that_of_an_example_moved_along_its_own_direction(tm
     rows, q = DATA[data](8), 2
     model = tiny.llama(tie=True).double()
     untouched = copy.deepcopy(model)
-    how = {"directions": "example", "kind": kind, "storage": "fp64", "compute": "fp64", "q": q, "eps": EPS, "lr": 1.0}
+    how = {
+        "directions": "example",
+        "kind": kind,
+        "storage": "fp64",
+        "compute": "fp64",
+        "q": q,
+        "eps": EPS,
+        "lr": 1.0,
+    }
     trainer = build(tmp_path, model, data=rows, batch_size=4, accumulate=2, **how)
     batches = trainer.batches(0)
     trained, drawn = trainer.axis.trained, trainer.axis.kind
@@ -59,7 +71,9 @@ def test_each_coefficient_is_that_of_an_example_moved_along_its_own_direction(tm
         other = copy.deepcopy(untouched)
         for t in trained:
             where = {"seed": 7, "step": 0, "direction": direction, "dtype": torch.float64, "width": t.width}
-            other.get_parameter(t.name).data.add_(scale * noise.direction(t.stored.shape, t.id, noise=drawn, **where))
+            other.get_parameter(t.name).data.add_(
+                scale * noise.direction(t.stored.shape, t.id, noise=drawn, **where)
+            )
         found = [torch.stack(losses(other, b)) for b in batches]
         return torch.cat(found, 1)  # [2, 8]: sums and counts of all examples
 
@@ -74,7 +88,9 @@ def test_each_coefficient_is_that_of_an_example_moved_along_its_own_direction(tm
 def test_rank_1_probes_groups_alike(tmp_path):
     found = []
     for group in (1, 2, 6):
-        trainer = build(tmp_path, tiny.gemma2(), name=f"g{group}", q=3, probes_per_forward=group, kind="rank1")
+        trainer = build(
+            tmp_path, tiny.gemma2(), name=f"g{group}", q=3, probes_per_forward=group, kind="rank1"
+        )
         trainer.step()
         found.append(trainer.ledger.records[0].losses)
     np.testing.assert_allclose(found[1:], np.array([found[0]] * 2), rtol=2e-6)
@@ -130,7 +146,9 @@ def test_mean_of_many_estimates_is_the_gradient(tmp_path):
         c, _ = trainer.estimate(found)
         for k, value in enumerate(c):
             z = [
-                noise.direction(t.stored.shape, t.id, seed=7, step=step, direction=k, noise="rank1", width=t.width)
+                noise.direction(
+                    t.stored.shape, t.id, seed=7, step=step, direction=k, noise="rank1", width=t.width
+                )
                 for t in trainer.axis.trained
             ]
             g += value * torch.cat([x.flatten() for x in z]).double() / 400

@@ -97,7 +97,7 @@ def train_forward_gradient(
         loss, slope = directional_derivative(model, trained, v, at(step))
         if not abs(loss) + abs(slope) < float("inf"):
             raise UserError(
-                f"lr={config.lr:g}: the loss is {loss} at step {step}; start again with a lower lr"
+                f"lr={config.lr:g}: the loss is {loss} at step {step}, its slope {slope}; start again with a lower lr"
             )
         lr = lr_at(step, lr=config.lr, steps=config.steps, schedule=config.schedule, warmup=config.warmup)
         for t, part in zip(trained, v, strict=True):

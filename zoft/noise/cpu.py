@@ -143,7 +143,7 @@ def _plan(
     keys, values, groups = [], [], []
     counts = [1 if u.is_nothing else len(u.multipliers) for u in updates]
     for u, count in zip(updates, counts):  # of NOTHING the last direction alone
-        keys += u.keys(noise)[-count:] if count else []
+        keys += [keys_of(u.seed, s, k, noise) for s, k in u.where()][-count:] if count else []
         values += [m + 0.0 for m in u.multipliers][-count:] if count else []
     for (which, silent), group in groupby(probes, lambda probe: (probe[0], probe[1] == 0)):
         scales = [scale + 0.0 for _, scale in group]

@@ -11,7 +11,9 @@ _32 = np.uint64(32)
 # spec.KINDS and its purposes; here, as kept machine code is named after this file's text
 GAUSSIAN, RADEMACHER, RANK1, FLIPPED = 0, 1, 2, 4
 ROWS, COLUMNS = 4, 5
-SIGNS = 2048 + 256  # room for the column signs of a stretch of elements that does not begin at a multiple of 128
+SIGNS = (
+    2048 + 256
+)  # room for the column signs of a stretch of elements that does not begin at a multiple of 128
 
 
 @jit

@@ -63,8 +63,7 @@ def summed(u: Update, n: int, tid: int, noise: str, start: int, like: Tensor, wi
     """Return Σ_k multipliers[k]·z_k of n elements from `start` on, in the order of directions; like's dtype, [n]."""
     zero = torch.full((n,), -0.0, device=like.device)  # fp32: what z is added to without a change
     z, total = torch.empty(1, n, device=like.device), zero.to(like.dtype)
-    for k, multiplier in enumerate(u.multipliers):
-        step, direction = (u.steps[k], u.directions[k]) if u.steps else (u.step, k)
+    for k, (multiplier, (step, direction)) in enumerate(zip(u.multipliers, u.where())):
         perturb(
             zero, tid, z, [(direction, 1.0)], seed=u.seed, step=step, noise=noise, start=start, width=width
         )

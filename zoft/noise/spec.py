@@ -124,11 +124,14 @@ class Update:
         given = len(self.steps), len(self.directions)
         assert given in ((0, 0), (len(self.multipliers),) * 2), (given, len(self.multipliers))
 
-    def keys(self, noise: str) -> list[tuple[int, ...]]:
-        """Return the keys (`keys_of`) of its directions, in the order of its multipliers."""
+    def where(self) -> list[tuple[int, int]]:
+        """Return (step, direction) of each multiplier."""
         n = len(self.multipliers)
-        where = zip(self.steps or (self.step,) * n, self.directions or range(n))
-        return [keys_of(self.seed, step, k, noise) for step, k in where]
+        return list(zip(self.steps or (self.step,) * n, self.directions or range(n)))
+
+    def keys(self) -> list[tuple[int, int]]:
+        """Return the Philox key of each multiplier's direction."""
+        return [key(self.seed, step, k) for step, k in self.where()]
 
     @property
     def is_noop(self) -> bool:

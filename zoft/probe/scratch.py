@@ -17,6 +17,7 @@ from zoft.models.quant.linear import QuantLinear
 from zoft.noise import noise
 from zoft.noise.noise import outer_signs
 from zoft.noise.spec import PART, SHARED, Update, key
+from zoft.probe.outer_forward import outer_product
 from zoft.probe.sites import Site
 
 PENDING_MAX = 64  # a tensor that no forward reads is brought up to date at least this often
@@ -194,6 +195,12 @@ class Scratch:
         return out
 
     # ---- what outer_forward asks for
+
+    def outer(
+        self, weight: Trained, bias: Trained | None, plain_bias: Any, xs: torch.Tensor, transposed: bool
+    ) -> torch.Tensor | None:
+        """Return `outer_product`, or None where making each probe's weights costs less."""
+        return outer_product(self, weight, bias, plain_bias, xs, transposed)
 
     def plain_product(self, t: Trained, x: torch.Tensor, transposed: bool) -> torch.Tensor:
         """Return x @ θᵀ (transposed), or x @ θ: a matrix at θ itself, with all updates in. x: [n, in], in its compute dtype."""

@@ -48,11 +48,11 @@ def base_estimator(config: Any) -> Estimator:
 
 def check_estimator(config: Any) -> None:
     """Refuse what a config's estimator does not go with. Raises UserError."""
-    used = base_estimator(config)
     if config.directions == "example":
-        _check_per_example(config, used)
-    if estimator_of(config).second is not None:
-        _check_second(config, estimator_of(config))
+        _check_per_example(config, base_estimator(config))
+    used = estimator_of(config)
+    if used.second is not None:
+        _check_second(config, used)
     if used.name == NORMALISED.name:
         if config.q < 2:
             raise UserError(
