@@ -84,5 +84,7 @@ def test_it_learns_and_scores_on_the_way():
 
 
 def test_what_diverges_stops_in_one_line():
-    with pytest.raises(UserError, match="lr=1e[+]37: the loss is .* at step 1, its slope nan; start again with a lower lr"):
+    with pytest.raises(
+        UserError, match="lr=1e[+]37: the loss is .* at step 1, its slope nan; start again with a lower lr"
+    ):
         train_forward_gradient(config(steps=5, lr=1e37), tiny.llama(), None, examples(), examples(), None)

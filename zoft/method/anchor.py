@@ -16,8 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -28,6 +26,8 @@ Step = Callable[["Tensor", "Tensor", dict[str, Any], float], "Tensor"]
 
 def anchored(step: Step, strength: float) -> Step:
     """Return a rule's step that pulls θ towards the base first; strength: λ."""
+
+    import numpy as np  # here, as configs are read without it
 
     def pulled(theta: Tensor, g: Tensor, state: dict[str, Any], lr: float) -> Tensor:
         with np.errstate(over="ignore"):

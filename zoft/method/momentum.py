@@ -18,8 +18,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from zoft.errors import UserError
 from zoft.noise.spec import GAUSSIAN, Update
 
@@ -40,6 +38,8 @@ def reweighted(recent: Sequence[Update], beta: float) -> Update:
 
     recent: plain updates as the ledger has them, oldest first, at most `window(beta)` of them.
     """
+    import numpy as np  # here, as configs are read without it
+
     now = recent[-1]
     multipliers: list[float] = []
     steps: list[int] = []
