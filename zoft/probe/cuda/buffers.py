@@ -148,15 +148,15 @@ class Control:
         """The plan of these entries of the words that `upload` makes, and of master."""
         what = (*keys, -1, *values)
         if what not in self.plans:
-            start, end = self.used, self.used + len(values)
-            assert end <= _ROOM, (start, len(values))
+            start, end = self.used, self.used + max(len(keys), len(values))
+            assert end <= _ROOM, (start, len(keys), len(values))
             assert not torch.cuda.is_current_stream_capturing(), f"plan {what} was not met while warming up"
             self.which[start : start + len(keys)] = keys
-            self.pick[start:end] = torch.tensor(values)
+            self.pick[start : start + len(values)] = torch.tensor(values)
             self.used = end
             restores = len(values) > updates * q + updates + len(probes) + 1
             self.plans[what] = Plan(
-                self.keys[start : start + len(keys)], self.values[start:end], updates, q * updates, len(probes),
+                self.keys[start : start + len(keys)], self.values[start : start + len(values)], updates, q * updates, len(probes),
                 *shape_of(probes), restores,
             )  # fmt: skip
             if self.step is not None:
