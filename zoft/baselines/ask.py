@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 DEMOS = 32  # as in the papers (arXiv 2305.17333)
+# Methods that train with gradients; the second and third train LoRA pairs.
+WITH_GRADIENTS = ("first-order", "first-order-lora", "checkpointed-lora")
+ON_PAIRS = WITH_GRADIENTS[1:]
 
 
 @dataclass(frozen=True)

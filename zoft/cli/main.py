@@ -212,7 +212,7 @@ def baseline(
         typer.Option(
             "--method",
             "-m",
-            help="zero-shot, icl, calibrated, sfc, linear-probe, first-order, first-order-lora.",
+            help="zero-shot, icl, calibrated, sfc, linear-probe, first-order, first-order-lora, checkpointed-lora.",
         ),
     ] = "zero-shot",
     demos: Annotated[int | None, typer.Option(min=1, help="Demonstrations of icl; default: 32.")] = None,
