@@ -1,12 +1,16 @@
 """Forward gradients: the slope against autograd and against MeZO's, steps against a loop by hand, and learning."""
 
+import json
+
 import numpy as np
 import pytest
 import tiny
 import torch
 from test_trainer import build, examples, fp64
+from typer.testing import CliRunner
 
 from zoft.baselines.forward_gradient import directional_derivative, train_forward_gradient
+from zoft.cli.main import app
 from zoft.config.schema import Config
 from zoft.errors import UserError
 from zoft.method.space import adopt, train_names
@@ -88,3 +92,23 @@ def test_what_diverges_stops_in_one_line():
         UserError, match="lr=1e[+]37: the loss is .* at step 1, its slope nan; start again with a lower lr"
     ):
         train_forward_gradient(config(steps=5, lr=1e37), tiny.llama(), None, examples(), examples(), None)
+
+
+def test_the_verb(tmp_path, monkeypatch):
+    tiny.place(tmp_path, "steps: 6\nbatch_size: 4\nmax_length: 32\nthreads: 1\nlr: 1e-3\ndevice: cpu\n")
+    monkeypatch.chdir(tmp_path)
+    words = ["baseline", "--config", "mine.yaml", "-m", "forward-gradient"]
+    done = CliRunner().invoke(app, [*words, "eval_every=2", "train=last-1", "output_dir=out"])
+    assert done.exit_code == 0, (done.output, done.stderr)
+    found = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (found["method"], found["steps"], found["forwards"]) == ("forward-gradient", 6, 2 * 6 * 4)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 2, 4, 6]
+    for key, says in (
+        ("train=lora", "use train=all"),
+        ("q=2", "does nothing"),
+        ("save_model=false", "does nothing"),
+    ):
+        done = CliRunner().invoke(app, [*words, key, "output_dir=other"])
+        assert isinstance(done.exception, UserError) or done.exit_code == 2
+        assert says in done.output + done.stderr + str(done.exception)
