@@ -215,6 +215,11 @@ def test_estimate_knows_them(place, monkeypatch):  # noqa: F811
     assert found("update=conservative")["flops_per_step"] / plain["flops_per_step"] == pytest.approx(2.5)
     keys = ["update=momentum", "momentum=0.9", "noise=rademacher"]
     assert found(*keys)["momentum_bytes"] == 0 < found("momentum=0.9")["momentum_bytes"]
+    noisy = plain["seconds_per_step"] - plain["flops_per_step"] / 1e9
+    third = found("blocks=random")["seconds_per_step"] - plain["flops_per_step"] / 1e9
+    assert third == pytest.approx(noisy / 3)
+    with pytest.raises(UserError, match="lies in one block"):
+        found("blocks=random", r"train=layers\.1\.")
     more = found(*keys)["seconds_per_step"] - found("noise=rademacher")["seconds_per_step"]
     assert more == pytest.approx(66 * plain["trained"] / 1e8)
 

@@ -58,22 +58,32 @@ def give_turns(model: nn.Module, trained: Sequence[Trained], order: str) -> list
     """
     if order == "all":
         return []
+    places, outside = places_of(model, [t.name for t in trained], order)
+    count = 1 + max(places.values())
+    for t in trained:
+        t.turn = Turn(order, count, places[t.name])
+    note = ", what lies outside of the stack being the last" if outside else ""
+    return [f"blocks={order}: each step moves one of {count} blocks{note}"]
+
+
+def places_of(model: nn.Module, names: Sequence[str], order: str) -> tuple[dict[str, int], bool]:
+    """Return (the block of each tensor, counted from 0, and whether the last one lies outside of the stack).
+
+    Raises UserError as `give_turns` does.
+    """
     from zoft.models.kind import blocks_of
 
     try:
         prefix, blocks = blocks_of(model)
     except UserError:
         raise UserError(f"blocks={order}: this model has no stack of blocks; use blocks=all") from None
-    lies = {t.name: _index(t.name, prefix, len(blocks)) for t in trained}
+    lies = {name: _index(name, prefix, len(blocks)) for name in names}
     found = sorted({*lies.values()})
     if len(found) < 2:
         raise UserError(
             f"blocks={order}: all that is trained lies in one block; use blocks=all, or train more"
         )
-    for t in trained:
-        t.turn = Turn(order, len(found), found.index(lies[t.name]))
-    outside = ", what lies outside of the stack being the last" if len(blocks) in found else ""
-    return [f"blocks={order}: each step moves one of {len(found)} blocks{outside}"]
+    return {name: found.index(i) for name, i in lies.items()}, len(blocks) in found
 
 
 def _index(name: str, prefix: str, count: int) -> int:

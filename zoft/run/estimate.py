@@ -17,6 +17,7 @@ from zoft.data.example import Example
 from zoft.errors import UserError
 from zoft.evaluation.evaluate import room_of
 from zoft.method import space
+from zoft.method.blocks import places_of
 from zoft.method.estimators.named import probes_per_step, second_probes
 from zoft.method.momentum import buffer_beta, window, window_beta
 from zoft.method.rules import rule_of, rule_words
@@ -140,7 +141,9 @@ def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[
     usual = train.flops * _usual_width(config, rows)
     flops = usual * share * (each + second_probes(config)) / probes * config.accumulate
     flops += usual * (1 - share) / probes / config.batch_size * _met(config, rows) / config.steps
-    passes = each if inplace else config.q
+    passes = float(each if inplace else config.q)
+    if config.blocks != "all":  # what a step leaves alone gets no noise
+        passes /= 1 + max(places_of(model, names, config.blocks)[0].values())
     if beta := window_beta(config):
         passes += config.q * window(beta)  # drawn again, a pass each at most
     seconds = flops / speed["flops"] + passes * trained / speed["noise"]
