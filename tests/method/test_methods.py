@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_trainer import build, fp64, same_bits, weights, z
+from test_trainer import build, examples, fp64, same_bits, weights, z
 
 from zoft.errors import UserError
 from zoft.ledger.log import Ledger
@@ -24,7 +24,7 @@ from zoft.method.updates import advance_trained, make_update
 from zoft.noise import noise, reference
 from zoft.noise.noise import moving
 from zoft.noise.spec import Mask, Update
-from zoft.objectives.losses import losses
+from zoft.objectives.losses import collate, losses
 
 SEED, TID = 11, 77
 
@@ -277,6 +277,18 @@ def test_rank_1_products_are_silent_out_of_turn(tmp_path):
         )
     (a, b, c), silent = found
     assert len({a, b, c}) == 3 and silent == pytest.approx([c] * 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rank1"])
+def test_directions_of_each_example_are_silent_out_of_turn(tmp_path, kind):
+    trainer = build(tmp_path, tiny.llama(), kind=kind, directions="example", eps=0.05)
+    trainer.batches = lambda step: [collate(examples()[:4], even=True)]
+    for own in (True, False):
+        for t in trainer.axis.trained:
+            t.turn = Turn("cyclic", 2, 0 if own else 1)
+        found = trainer.own_losses_at(0, trainer.probes, trainer.batches(0))
+        plus, minus = found[:4], found[4:]
+        assert (plus == pytest.approx(minus, rel=1e-6)) != own
 
 
 def test_one_block_is_refused():
