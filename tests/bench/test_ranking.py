@@ -28,7 +28,7 @@ FILE = {
     "tasks": {"words": {}, "short": {"task.max_words": 4, "max_length": 24}},
     "forwards": 160,
     "lr_forwards": 80,
-    "lr_factors": [0.5, 1, 4],
+    "lr_factors": [1, 4],
     "seeds": [1, 2],
     "reach": {"words": 0.3},
     "frame": {
@@ -125,7 +125,7 @@ def test_forwards_are_equal_and_counted_by_hand(ranked):
         found = [r for f, r in results(root, "words", row).items() if "part=" not in f.name]
         assert [(r["steps"], r["forwards"]) for r in found] == [(steps, steps * each)] * 2
         assert float(record(rows, "words", row)["forwards"]) == 160
-    assert record(rows, "words", "mezo")["search_forwards"] == "240"
+    assert record(rows, "words", "mezo")["search_forwards"] == "160"
     assert record(rows, "words", "normalised q 4")["search_forwards"] == "0"
     assert float(record(rows, "words", "AdamW")["backwards"]) == 40
 
@@ -139,7 +139,7 @@ def test_the_lr_is_the_one_with_the_least_late_training_loss_of_another_seed(ran
             assert (config["seed"], config["steps"], config["eval_limit"]) == (0, 5, 1)
             late[config["lr"]] = losses(folder)[-1]  # a fifth of 5 steps
         base = float(FILE["rows"][row]["lr"])
-        assert set(late) == {base / 2, base, base * 4}
+        assert set(late) == {base, base * 4}
         chosen = float(record(rows, "words", row)["lr"])
         assert chosen == min(late, key=late.get)
         runs = [f for f in results(root, "words", row) if "part=" not in f.name]
@@ -167,7 +167,7 @@ def test_a_failure_is_a_row_with_its_reason(ranked):
     _, shown, rows = ranked
     found = record(rows, "words", "wrong")
     assert found["mean"] == "" and found["finished"] == "0" and found["planned"] == "2"
-    assert found["failures"].count("nothing_of_that_name") == 3  # of each lr; no lr is left for the seeds
+    assert found["failures"].count("nothing_of_that_name") == 2  # of each lr; no lr is left for the seeds
     assert "Failures:" in shown.stdout and "| wrong |" in shown.stdout
 
 
@@ -209,8 +209,8 @@ def test_nothing_finished_is_run_again_and_failures_are_tried_once_more(ranked, 
     plan = invoke("--dry-run").stdout
     shown = invoke("--tasks", "words")
     assert {p: p.stat().st_mtime_ns for p in root.glob("*/result.json")} == before
-    assert shown.stderr.count("failed words, wrong") == 3 and "done" not in shown.stderr
-    assert f"{2 * (5 + 2 * 5 + 2 + 5)} runs" in plan
+    assert shown.stderr.count("failed words, wrong") == 2 and "done" not in shown.stderr
+    assert f"{2 * (5 + 2 * 4 + 2 + 4)} runs" in plan
     few = invoke("--only", "mezo,untrained", "--tasks", "words", "--seeds", "1").stdout
     assert "| mezo |" in few and "lora" not in few and "short" not in few
     with (root / "table.csv").open() as file:
@@ -218,6 +218,7 @@ def test_nothing_finished_is_run_again_and_failures_are_tried_once_more(ranked, 
     assert only["finished"] == "1" and only["lr"] == record(rows, "words", "mezo")["lr"]
 
 
+@pytest.mark.slow
 def test_killed_with_its_workers_it_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     """--jobs 2 is killed while runs are under way; the same command in one process ends as one that never stopped."""
     rows = {"mezo": FILE["rows"]["mezo"], "one": {"estimator": "one_sided", "lr": 1e-3}}

@@ -110,15 +110,15 @@ def measure_gradient(config: Config, folder: Path, draws: int) -> dict[str, Any]
             for m, x in zip(mean, step):
                 m += x / draws
     again, _ = gradient(parts.model, tensors, batches, parts.objective)
-    assert float(again) == float(loss), (
-        f"the weights moved: loss {float(loss)} before, {float(again)} after {draws} steps"
+    assert again.item() == loss.item(), (
+        f"the weights moved: loss {loss.item()} before, {again.item()} after {draws} steps"
     )
     slope, curvature = fmean(slopes), fmean(curvatures)
     result: dict[str, Any] = {
         "cosine": _dot(g, mean) / (length * math.sqrt(_dot(mean, mean))), "step_cosine": fmean(cosines),
         "slope": slope, "slope_error": stdev(slopes) / math.sqrt(draws),
         "curvature": curvature, "curvature_error": stdev(curvatures) / math.sqrt(draws),
-        "efficiency": slope**2 / curvature if curvature > 0 else None, "gradient_norm": length, "loss": float(loss),
+        "efficiency": slope**2 / curvature if curvature > 0 else None, "gradient_norm": length, "loss": loss.item(),
         "draws": draws, "forwards": draws * forwards_per_step(config), "before": {}, "after": {},
         "train_seconds": round(time.monotonic() - began, 3),
         "peak_memory_gb": round(peak_memory_gb(config.device), 2), "output_dir": str(folder),

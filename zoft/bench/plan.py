@@ -228,26 +228,36 @@ def _entry(
     plain = compose(config, _words(keys))
     rates = [float(f"{plain.lr * float(f):.6g}") for f in sorted(map(float, factors))]
 
-    def job(part: str, forwards: int, lr: float, seed: int, **more: Any) -> Job:
+    def jobs(part: str, forwards: int, seeds: Sequence[int], **more: Any) -> dict[float, list[Job]]:
+        """Return {lr: a job per seed}; the config is composed once, for neither lr nor seed changes what is allowed."""
         steps = forwards // forwards_per_step(plain)
         if not steps:
             raise UserError(f"{forwards} forwards: a step takes {forwards_per_step(plain)}; allow more")
-        every = math.ceil(steps / tree["evaluations"]) if part == "run" else 0
-        own = {"lr": lr, "seed": seed, "steps": steps, "eval_every": every, "save_model": False, **more}
+        own = {"seed": seeds[0], "steps": steps, "save_model": False, **more}
         found = compose(config, _words(keys | own))
-        values = place | ({"part": part} if part != "run" else {}) | {"lr": as_text(lr), "seed": str(seed)}
-        return _job(part, found, values, root)
+        values = place | ({"part": part} if part != "run" else {})
+        return {
+            lr: [
+                _job(
+                    part, dataclasses.replace(found, lr=lr, seed=seed),
+                    {**values, "lr": as_text(lr), "seed": str(seed)}, root,
+                )
+                for seed in seeds
+            ]
+            for lr in rates
+        }  # fmt: skip
 
     def measured() -> Job:
         found = compose(config, _words(keys | {"seed": tree["lr_seed"], "save_model": False}))
         values = place | {"part": "gradient", "draws": str(tree["draws"])}
         return dataclasses.replace(_job("gradient", found, values, root), draws=tree["draws"])
 
-    search = {
-        lr: job("search", tree["lr_forwards"], lr, tree["lr_seed"], eval_limit=1)
-        for lr in (rates if len(rates) > 1 else ())
-    }
-    runs = {lr: [job("run", tree["forwards"], lr, seed) for seed in seeds] for lr in rates}
+    steps = tree["forwards"] // forwards_per_step(plain)
+    runs = jobs("run", tree["forwards"], seeds, eval_every=math.ceil(steps / tree["evaluations"]))
+    search = {}
+    if len(rates) > 1:
+        found = jobs("search", tree["lr_forwards"], [tree["lr_seed"]], eval_every=0, eval_limit=1)
+        search = {lr: job for lr, (job,) in found.items()}
     return Entry(task, row, search, runs, gradient=measured() if gradient else None)
 
 
