@@ -280,7 +280,7 @@ def test_a_kept_model_is_handed_out_as_copies(tmp_path):
         ({"rowz": {}}, [], "rowz: no key of a bench file; did you mean rows?"),
         ({"seeds": []}, [], "seeds: a bench file needs it"),
         ({"seeds": [0, 1]}, [], "lr_seed=0"),
-        ({"forwards": 3}, [], "3 forwards: a step takes 16"),
+        ({"forwards": 3}, [], "forwards=3: a step takes 16"),
         ({"rows": {"x": {"nois": "rademacher"}}}, [], "row x, task words: unknown key nois"),
         ({"rows": {"x": {"noise": "rank9"}}}, [], "row x, task words: noise=rank9"),
         ({"rows": {"x": {"steps": 3}}}, [], "steps: the bench says it"),

@@ -232,7 +232,8 @@ def _entry(
         """Return {lr: a job per seed}; the config is composed once, for neither lr nor seed changes what is allowed."""
         steps = forwards // forwards_per_step(plain)
         if not steps:
-            raise UserError(f"{forwards} forwards: a step takes {forwards_per_step(plain)}; allow more")
+            name = "lr_forwards" if part == "search" else "forwards"
+            raise UserError(f"{name}={forwards}: a step takes {forwards_per_step(plain)}; allow more")
         own = {"seed": seeds[0], "steps": steps, "save_model": False, **more}
         found = compose(config, _words(keys | own))
         values = place | ({"part": part} if part != "run" else {})
