@@ -260,7 +260,7 @@ def config_for(args: Any, rows: int, perturb: str, dtype: str) -> Config:
     """A run's config as `zoft train` would have it, everything that is not asked for at its default."""
     inplace = perturb == "inplace"  # the model runs on its stored weights
     return Config(
-        model="random", task=Task(name="random"), train=args.train, lr=1e-7, eps=1e-3, noise=args.noise, q=args.q,
+        model="random", task=Task(name="random"), train=args.train, lr=1e-7, eps=1e-3, noise=args.noise, q=args.q, directions=args.directions,
         steps=1 << 20, batch_size=rows, device=args.device, perturb=perturb,
         mask="none" if inplace and args.mask == "magnitude" else args.mask, storage=dtype if inplace else args.storage, compute=dtype if inplace else args.compute,
         probes_per_forward=1 if inplace else args.probes_per_forward,

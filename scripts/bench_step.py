@@ -262,7 +262,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="of the model; auto: bf16 on a GPU, fp32 on a CPU",
     )
     parser.add_argument("--probes-per-forward", default="auto", help="auto or a number")
-    parser.add_argument("--noise", default="gaussian", choices=("gaussian", "rademacher"))
+    parser.add_argument("--noise", default="gaussian", choices=("gaussian", "rademacher", "rank1"))
+    parser.add_argument("--directions", default="shared", choices=("shared", "example"))
     parser.add_argument(
         "--mask", default="none", choices=("none", "magnitude", "random"), help="Sparse-MeZO's, sparsity 0.75"
     )
@@ -314,7 +315,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     copy = rows[-1].get("copy_bytes_per_s", 0) / 1e12
     print(
-        f"{hardware}; {packages}; copy {copy:.3g} TB/s; {args.dtype} model, storage {args.storage}, compute {args.compute}, {args.noise}, q {args.q}, train {args.train}"
+        f"{hardware}; {packages}; copy {copy:.3g} TB/s; {args.dtype} model, storage {args.storage}, compute {args.compute}, {args.noise}, directions {args.directions}, q {args.q}, train {args.train}"
     )
     print(f"`{found['command']}`\n\nMilliseconds a step.\n\n{tables(rows, args.q)}")
     if args.plot:

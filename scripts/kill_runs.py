@@ -30,6 +30,10 @@ STEPS = 150
 VARIANTS = {
     f"{storage}-{'momentum' if beta else 'plain'}-{noise}": [f"storage={storage}", f"momentum={beta}", f"noise={noise}"]
     for storage, beta, noise in product(("fp32", "fp16"), (0.0, 0.9), ("gaussian", "rademacher"))
+} | {
+    "rank1": ["storage=fp16", "noise=rank1"],
+    "example-gaussian": ["storage=fp16", "directions=example", "q=2"],
+    "example-rank1": ["noise=rank1", "directions=example", "momentum=0.9"],
 }  # fmt: skip
 TASK = {
     "name": "local",

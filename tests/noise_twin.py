@@ -55,9 +55,15 @@ def gaussian_pair(word):
     return r * math.cos(angle), r * math.sin(angle)
 
 
-def z(index, tid, key, noise):
-    """Direction noise of the elements with these indices: fp64 [n]."""
+def z(index, tid, key, noise, width=0, shared=None):
+    """Direction noise of the elements with these indices: fp64 [n]. shared: the key of what flipped directions share."""
     index = np.asarray(index)
+    if noise.endswith("_flipped"):
+        return z(index, tid, shared, noise.removesuffix("_flipped")) * z(index, tid, key, "rank1", width)
+    if noise == "rank1":
+        if not width:
+            return z(index, tid, key, "rademacher")
+        return sign(index // width, tid, 4, key) * sign(index % width, tid, 5, key)
     if noise == "rademacher":
         words = _words(index, 128, tid, 0, key)
         return np.array(
@@ -65,6 +71,12 @@ def z(index, tid, key, noise):
         )
     words = _words(index, 8, tid, 0, key)
     return np.array([gaussian_pair(int(w[i % 8 // 2]))[i % 2] for i, w in zip(index, words)])
+
+
+def sign(places, tid, purpose, key):
+    """The signs of a matrix's rows or columns, by their purpose: fp64 [n]."""
+    words = _words(places, 128, tid, purpose, key)
+    return np.array([1.0 if int(w[i % 128 // 32]) >> (i % 32) & 1 else -1.0 for i, w in zip(places, words)])
 
 
 def rounding_bits(index, tid, key):

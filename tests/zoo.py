@@ -10,6 +10,7 @@ import transformers as hf
 from zoft.method import space
 from zoft.method.estimators.estimator import Probe
 from zoft.noise import noise
+from zoft.noise.spec import GAUSSIAN, RADEMACHER
 from zoft.probe import proof
 from zoft.probe.axis import ProbeAxis
 
@@ -68,15 +69,14 @@ def losses(model, b):
 @torch.no_grad()
 def twin(untouched, trained, b, probes, kind="gaussian", run=losses):
     """[P, rows]: an untouched copy of the model, θ + s·z written into its weights, run plainly."""
-    ids = {t.name: t.id for t in trained}
+    ids = {t.name: (t.id, t.width) for t in trained}
     rows = []
     for p in probes:
         model = copy.deepcopy(untouched)
         for name, param in model.named_parameters():
             if name in ids:
-                z = noise.direction(
-                    param.shape, ids[name], seed=SEED, step=STEP, direction=p.direction, noise=kind
-                )
+                (tid, width), where = ids[name], {"seed": SEED, "step": STEP, "direction": p.direction}
+                z = noise.direction(param.shape, tid, noise=kind, width=width, **where)
                 wide = torch.promote_types(param.dtype, torch.float32)
                 param.data = (param.data.to(wide) + p.scale * z.to(wide)).to(param.dtype)
         rows.append(run(model, b))
@@ -113,7 +113,8 @@ def make(model, b, train="all", run=losses, kind="gaussian"):
     untouched = copy.deepcopy(model)
     names = train if isinstance(train, list) else space.train_names(model, train)
     trained = space.adopt(model, names)
-    found = proof.find_sites(model, trained, lambda x: run(model, x), b.first(b.rows // 2), b, EPS)
+    small, seen = b.first(b.rows // 2), RADEMACHER if kind == GAUSSIAN else kind
+    found = proof.find_sites(model, trained, lambda x: run(model, x), small, b, EPS, seen)
     live = proof.live(trained, found)
     return Made(model, untouched, live, found, ProbeAxis(live, found.sites, seed=SEED, kind=kind), run)
 

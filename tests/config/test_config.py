@@ -358,6 +358,16 @@ def test_keys_are_documented_and_reachable():
     "words,says",
     [
         (
+            ["directions=example", "estimator=one_sided"],
+            "estimator=one_sided: directions=example has two_sided losses; use directions=shared",
+        ),
+        (["directions=example", "meazo=0.9"], "meazo=0.9: directions=example has no state of the kind"),
+        (
+            ["directions=example", "perturb=inplace"],
+            "perturb=inplace: one move of the weights serves all examples",
+        ),
+        (["directions=example", "objective=macro_f1"], "objective=macro_f1: it is no sum over examples"),
+        (
             ["estimator=normalised"],
             "q=1: estimator=normalised needs the spread of several losses; use q=2 or more",
         ),

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from zoft.noise import cpu, distributions, kernels, noise, spec, storage
-from zoft.noise.spec import GAUSSIAN, GAUSSIAN_BOUND, NOTHING, RADEMACHER, Mask, Update, tensor_id
+from zoft.noise.spec import GAUSSIAN, GAUSSIAN_BOUND, NOTHING, RADEMACHER, RANK1, Mask, Update, tensor_id
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIZES = (1, 3, 4, 127, 129, 1000, 2049, 4200)
@@ -811,7 +811,14 @@ def test_works_where_no_compiled_code_can_be_kept(tmp_path):
 
 
 def test_the_codes_of_kinds_are_those_of_the_specification():
-    assert noise.KINDS == {GAUSSIAN: distributions.GAUSSIAN, RADEMACHER: distributions.RADEMACHER}
+    assert {
+        GAUSSIAN: distributions.GAUSSIAN,
+        RADEMACHER: distributions.RADEMACHER,
+        RANK1: distributions.RANK1,
+    } == {k: c for k, c in spec.KINDS.items() if c < spec.FLIPPED}
+    assert all(spec.KINDS[f"{k}_flipped"] == c + spec.FLIPPED for k, c in spec.KINDS.items() if c < 2)
+    ours = distributions.FLIPPED, distributions.ROWS, distributions.COLUMNS
+    assert ours == (spec.FLIPPED, spec.ROWS, spec.COLUMNS)
 
 
 def test_a_change_to_anything_that_compiled_code_is_made_of_changes_its_name():

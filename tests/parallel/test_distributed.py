@@ -64,6 +64,20 @@ def test_directions_over_two_processes(place):
     assert json.loads((place / "q-two" / "result.json").read_text())["wire_bytes"] == 10 * 3 * 16
 
 
+@pytest.mark.parametrize("kind", ["gaussian", "rank1"])
+def test_a_direction_per_example_over_two_processes(place, kind):
+    """Probes dealt out: the bits of one process. Examples dealt out: each process asks its own about their directions."""
+    keys = ["steps=10", "accumulate=2", "directions=example", f"noise={kind}", "save_model=false"]
+    names = [f"{kind}-{how}" for how in ("one", "probes", "data")]
+    assert ranks.zoft(place, f"output_dir={names[0]}", *keys) == [0]
+    assert ranks.zoft(place, f"output_dir={names[1]}", "parallel=probes", *keys, size=2) == [0, 0]
+    assert (place / names[1] / "ledger").read_bytes() == (place / names[0] / "ledger").read_bytes()
+    assert ranks.zoft(place, f"output_dir={names[2]}", "parallel=data", "lr=0", *keys, size=2) == [0, 0]
+    first = losses(place / names[0])[0], losses(place / names[2])[0]
+    assert len(first[0]) == 2 * 8 and len(np.unique(first[0])) == 16
+    np.testing.assert_allclose(first[1], first[0], rtol=2e-5)
+
+
 @pytest.mark.parametrize(
     "how,size,keys", [("data", 2, []), ("data", 3, ["batch_size=4"]), ("2d", 4, ["q=1"])]
 )

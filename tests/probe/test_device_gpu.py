@@ -14,6 +14,7 @@ from zoft.method import masks, space
 from zoft.method.estimators.named import estimator_of
 from zoft.models.adapters import attach
 from zoft.models.quant import linear
+from zoft.noise.spec import GAUSSIAN, RADEMACHER, noise_of
 from zoft.objectives.losses import collate, losses
 from zoft.probe import proof, rows
 from zoft.probe.axis import ProbeAxis
@@ -60,14 +61,19 @@ def build(
 
     model = make().cuda()
     group = {"probes_per_forward": 1} if inplace else {}
-    settings = Settings(**{"seed": 7, "steps": 12, "lr": 1e-3, "eps": 1e-3, **group, **settings})
+    known = {"seed": 7, "steps": 12, "lr": 1e-3, "eps": 1e-3, "batch_size": 4, "accumulate": accumulate}
+    settings = Settings(**{**known, **group, **settings})
+    kind, even = noise_of(kind, settings.directions), settings.directions == "example"
     trained = space.adopt(model, space.train_names(model, train))
     small, double = (b.to("cuda") for b in calibration(data))
     common = {"seed": settings.seed, "kind": kind, "beta": beta}
     if inplace:
         space.place_in_precision(model, trained, storage, storage, uniform=True)
     else:
-        found = proof.find_sites(model, trained, lambda b: losses(model, b)[0], small, double, settings.eps)
+        proved = RADEMACHER if kind == GAUSSIAN else kind
+        found = proof.find_sites(
+            model, trained, lambda b: losses(model, b)[0], small, double, settings.eps, proved
+        )
         assert found.stacked, found.note
         trained = proof.live(trained, found)
         space.place_in_precision(model, trained, storage, compute)
@@ -97,7 +103,7 @@ def build(
     def batches(step):
         picks = batch_indices(step, n=len(data), batch_size=4, accumulate=accumulate, seed=7)
         # In the shapes that captured steps have: other widths round differently.
-        return [bucket(collate([data[i] for i in p])).to("cuda") for p in picks]
+        return [bucket(collate([data[i] for i in p], even=even), even).to("cuda") for p in picks]
 
     ledger = Ledger.create(path, {"seed": settings.seed})
     if how in ("plain", "host"):
@@ -181,6 +187,29 @@ CASES = [
     (tiny.opt, texts, {"mask": "magnitude", "storage": "bf16", "beta": 0.9, "q": 2}),
     (tiny.gpt2, examples, {"mask": "random", "storage": "fp32", "compute": "fp32"}),
     (tiny.llama, examples, {"mask": "random", "inplace": True, "storage": "bf16"}),
+    (tiny.llama, examples, {"kind": "rank1"}),
+    (tiny.opt, texts, {"kind": "rank1", "q": 3, "probes_per_forward": 6, "beta": 0.9, "weight_decay": 0.1}),
+    (lambda: tiny.llama(tie=True), texts, {"kind": "rank1", "storage": "bf16", "accumulate": 2}),
+    (
+        tiny.gpt2,
+        examples,
+        {"kind": "rank1", "storage": "fp32", "compute": "fp32", "estimator": "one_sided", "q": 2},
+    ),
+    (tiny.llama, examples, {"kind": "rank1", "mask": "magnitude"}),
+    (tiny.llama, texts, {"kind": "rank1", "inplace": True, "storage": "bf16"}),
+    (tiny.llama, examples, {"directions": "example"}),
+    (tiny.opt, texts, {"directions": "example", "kind": "rank1", "accumulate": 2, "weight_decay": 0.1}),
+    (
+        tiny.gpt2,
+        texts,
+        {"directions": "example", "kind": "rademacher", "q": 2, "storage": "fp32", "compute": "fp32"},
+    ),
+    (
+        lambda: tiny.llama(tie=True),
+        examples,
+        {"directions": "example", "kind": "rank1", "probes_per_forward": 1, "beta": 0.9},
+    ),
+    (lambda: adapted("lora"), examples, {**PAIRS, "directions": "example", "q": 2}),
 ]
 
 
@@ -250,6 +279,9 @@ def test_against_the_plain_probe_axis(tmp_path, storage, compute):
         (False, {"estimator": "one_sided", "q": 3}),
         (False, {"estimator": "one_sided", "q": 3, "meazo": 0.9}),
         (False, {"estimator": MOVING, "q": 3}),
+        (False, {"kind": "rank1"}),
+        (False, {"kind": "rank1", "directions": "example"}),
+        (False, {"directions": "example"}),
     ],
 )
 def test_resume_and_replay_end_with_the_same_bits(tmp_path, inplace, more):

@@ -18,7 +18,11 @@ FREE = ("model", "adapter", "output_dir", "device", "threads", "parallel", "elas
         "task.null_prompt")  # fmt: skip
 
 # Keys that came later. Ledgers of runs that have them at these values lack them, as older ledgers do.
-LATER: dict[str, tuple] = {"estimator": ("auto", "two_sided"), "update": ("auto", "sgd")}
+LATER: dict[str, tuple] = {
+    "estimator": ("auto", "two_sided"),
+    "update": ("auto", "sgd"),
+    "directions": ("shared",),
+}
 
 
 def digests(config: Config) -> dict[str, str]:

@@ -212,7 +212,18 @@ class Config:
         above=0,
         most=1000,
     )
-    noise: str = key("gaussian", "distribution of z", one_of=("gaussian", "rademacher"))
+    noise: str = key(
+        "gaussian",
+        "what z is drawn from: gaussian, rademacher (signs), or rank1 (signs a bᵀ of rank 1 for each matrix, which no "
+        "scratch copy of the weights is made for)",
+        one_of=("gaussian", "rademacher", "rank1"),
+    )
+    directions: str = key(
+        "shared",
+        "shared: all examples of a step are asked about the same directions; example: each about its own, at no more "
+        "forwards (of gaussian and rademacher noise one draw serves all of a step, its signs flipped for each example)",
+        one_of=("shared", "example"),
+    )
     mask: str = key(
         "auto",
         "recipe=sparse_mezo: which numbers of each matrix move: those that are small in the base (magnitude; auto), as "

@@ -37,10 +37,13 @@ def header_faults(header: Mapping[str, Any], records: Sequence[Record] = ()) -> 
     if not header.get("trained", True):
         wrong.append("its header's trained is empty")
     wrong += value_faults(header)
-    q = header.get("q", 1)
-    other = next((r for r in records if len(r.multipliers) != q), None)
+    q, examples = header.get("q", 1), header.get("examples", 1)
+    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
+        return [*wrong, f"its header has examples={examples!r}"]
+    other = next((r for r in records if len(r.multipliers) != q * examples), None)
     if other:
-        wrong.append(f"step {other.step} has {len(other.multipliers)} directions, its header q={q}")
+        has = f"q={q}" if examples == 1 else f"q={q} for each of {examples} examples"
+        wrong.append(f"step {other.step} has {len(other.multipliers)} directions, its header {has}")
     return wrong + trained_faults(header.get("trained", {}))
 
 

@@ -40,7 +40,7 @@ class Method:
     """
 
     space: Space = Space()
-    directions: tuple[str, ...] = ("gaussian", "rademacher")
+    directions: tuple[str, ...] = ("gaussian", "rademacher", "rank1")
     mask: str = "none"
     estimator: Any = "two_sided"
     update: Any = "sgd"

@@ -27,9 +27,9 @@ def cosine(t: Trained, eps: float, seed: int, kind: str, dtype: torch.dtype) -> 
     """cos(fl(θ + eps·z) − θ, z) of one tensor, fl to dtype; over the elements that its mask lets move."""
     theta = t.stored.flatten()[:SAMPLE]
     out = torch.empty(1, *theta.shape, dtype=dtype, device=theta.device)
-    noise.perturb(theta, t.id, out, [(0, eps)], seed=seed, step=0, noise=kind)
+    noise.perturb(theta, t.id, out, [(0, eps)], seed=seed, step=0, noise=kind, width=t.width)
     z = noise.direction(
-        theta.shape, t.id, seed=seed, step=0, direction=0, noise=kind, device=theta.device
+        theta.shape, t.id, seed=seed, step=0, direction=0, noise=kind, device=theta.device, width=t.width
     ).double()
     moved = out[0].double() - theta.double()
     if t.mask is not None:

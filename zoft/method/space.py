@@ -15,6 +15,7 @@ from zoft.errors import UserError
 from zoft.method.rules import Rule
 from zoft.models.kind import ADDED, after, blocks_of, own_name
 from zoft.models.quant.linear import FLOOR, Scales
+from zoft.noise.noise import width_of
 from zoft.noise.spec import Mask, tensor_id
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,6 +38,7 @@ class Trained:
     momentum: torch.Tensor | None = None  # fp32 (fp64 for fp64 storage), like stored
     floor: float | None = None  # no update brings an element below it
     mask: Mask | None = None  # which elements move; None: all
+    width: int = 0  # by which it is a matrix for rank1 and flipped noise; 0: signs per element
     rule: Rule | None = None  # how an update moves it; None: by the fused pass
     state: dict[str, torch.Tensor] = field(default_factory=dict)  # the rule's buffers, and "t", int64 [1]
 
@@ -133,7 +135,9 @@ def adopt_tensor(name: str, param: nn.Parameter) -> Trained:
     param.data = param.data.contiguous()
     decays = param.ndim > 1 and not _no_decay(name)
     floor = FLOOR if isinstance(param, Scales) and not param.logged else None
-    return Trained(name, param, param.data, param.dtype, tensor_id(name), decays, floor=floor)
+    # Adapters and scales are small: signs per element cost nothing there and have less variance.
+    width = 0 if isinstance(param, Scales) or ADDED.search(name) else width_of(param.shape)
+    return Trained(name, param, param.data, param.dtype, tensor_id(name), decays, floor=floor, width=width)
 
 
 def adopt(model: nn.Module, names: list[str]) -> list[Trained]:

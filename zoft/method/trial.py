@@ -10,7 +10,7 @@ import torch
 from zoft.config.schema import Config
 from zoft.errors import UserError
 from zoft.method.estimators.estimator import Estimator
-from zoft.method.estimators.named import estimator_of
+from zoft.method.estimators.named import base_estimator
 from zoft.method.method import Method
 from zoft.method.rules import Rule, rule_of
 
@@ -25,7 +25,7 @@ def try_page(config: Config, method: Method) -> None:
     if not method.digest:
         return
     with _named(config, "estimator"):
-        _try_estimator(estimator_of(config), config.q, config.eps)
+        _try_estimator(base_estimator(config), config.q, config.eps)
     if rule := rule_of(config):
         with _named(config, "update rule"):
             _try_rule(rule)

@@ -126,7 +126,7 @@ def advance_trained(trained: Trained, updates: Sequence[Update], noise: str, bet
     if todo:
         advance_tensor(
             trained.stored, trained.id, todo, noise, momentum=trained.momentum, beta=beta, floor=trained.floor,
-            mask=trained.mask,
+            mask=trained.mask, width=trained.width,
         )  # fmt: skip
     mark_advanced(trained, updates)
 
@@ -143,7 +143,7 @@ def _by_rule(trained: Trained, updates: Sequence[Update], noise: str) -> None:
             trained.state["t"] += 1
             reference.advance(
                 trained.stored, trained.id, u, noise, rule.step, state, count=int(trained.state["t"]),
-                floor=trained.floor, mask=trained.mask,
+                floor=trained.floor, mask=trained.mask, width=trained.width,
             )  # fmt: skip
             mark_advanced(trained, [u])
     mark_advanced(trained, updates)

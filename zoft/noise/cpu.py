@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zoft.noise import kernels
 from zoft.noise.kernels import run_rows
-from zoft.noise.spec import KINDS, Mask, Update, key
+from zoft.noise.spec import KINDS, Mask, Update, key, keys_of
 from zoft.noise.storage import BF16, FP16, FP32, FP64, ZERO
 
 _CODES = {
@@ -44,11 +44,12 @@ def perturb(
     first: int = 0,
     floor: float | None = None,
     mask: Mask | None = None,
+    width: int = 0,
 ) -> None:
     """`zoft.noise.perturb` of a CPU tensor whose first element is number `first`. updates: without no-ops."""
     code, n = _CODES[theta.dtype], theta.numel()
     work = np.float64 if code == FP64 else np.float32
-    plan = _plan(updates, probes, seed, step, work)
+    plan = _plan(updates, probes, seed, step, work, noise)
     address, kind = _address(theta, first), KINDS[noise]
     buffer = _NONE if momentum is None else _address(momentum, first)
     target, out_code = (_NONE, 0) if out is None else (np.uint64(out.data_ptr()), _CODES[out.dtype])
@@ -56,7 +57,9 @@ def perturb(
 
     def piece(start: int, end: int) -> None:
         shape = (out_code, n, start)
-        kernels.run(address, code, first + start, first + end, tid, kind, buffer, rules, plan, target, shape)
+        kernels.run(
+            address, code, first + start, first + end, tid, kind, width, buffer, rules, plan, target, shape
+        )
 
     _spread(piece, n, _PIECE)
 
@@ -73,35 +76,45 @@ def gather(
     noise: str,
     start: int = 0,
     mask: Mask | None = None,
+    width: int = 0,
 ) -> None:
     """`zoft.noise.gather` of a CPU tensor whose first element is number `start`."""
-    code, out_code, width = _CODES[theta.dtype], _CODES[out.dtype], out.numel() // len(rows)
+    code, out_code, size = _CODES[theta.dtype], _CODES[out.dtype], out.numel() // len(rows)
     index = rows.numpy()
     if index.min() < 0 or index.max() >= len(theta):
         raise IndexError(f"rows [{index.min()}, {index.max()}] of a tensor that has {len(theta)}")
     work = np.float64 if code == FP64 else np.float32
-    plan, rules = _plan((), ((direction, scale),), seed, step, work), _rules(0.0, None, mask)
+    plan, rules = _plan((), ((direction, scale),), seed, step, work, noise), _rules(0.0, None, mask)
     source, target, kind = _address(theta, start), np.uint64(out.data_ptr()), KINDS[noise]
 
     def piece(first: int, last: int) -> None:
-        run_rows(source, code, index, first, last, width, start, tid, kind, rules, plan, target, out_code)
+        run_rows(
+            source, code, index, first, last, size, start, tid, kind, width, rules, plan, target, out_code
+        )
 
-    _spread(piece, len(rows), -(-_PIECE // width))
+    _spread(piece, len(rows), -(-_PIECE // size))
 
 
-def direction(out: Tensor, tid: int, seed: int, step: int, direction: int, noise: str) -> None:
+def direction(
+    out: Tensor, tid: int, seed: int, step: int, direction: int, noise: str, width: int = 0
+) -> None:
     """`zoft.noise.direction` into a CPU tensor."""
     code, n, kind = _CODES[out.dtype], out.numel(), KINDS[noise]
-    plan = _plan((), ((direction, 1.0),), seed, step, np.float32)
+    plan = _plan((), ((direction, 1.0),), seed, step, np.float32, noise)
     target = np.uint64(out.data_ptr())
 
     rules = _rules(0.0, None, None)
 
     def piece(start: int, end: int) -> None:
         shape = (code, n, start)
-        kernels.run(_NONE, ZERO, start, end, tid, kind, _NONE, rules, plan, target, shape)
+        kernels.run(_NONE, ZERO, start, end, tid, kind, width, _NONE, rules, plan, target, shape)
 
     _spread(piece, n, _PIECE)
+
+
+def signs(out: Tensor, tid: int, purpose: int, keys: np.ndarray) -> None:
+    """Row or column signs of rank1 into out [D, n], for D keys uint32 [D, 2]."""
+    kernels.signs(out.numpy(), tid, purpose, keys)
 
 
 def _address(tensor: Tensor, first: int) -> np.uint64:
@@ -124,22 +137,22 @@ def _rules(beta: float, floor: float | None, mask: Mask | None):
     maxsize=64
 )  # one step's plan serves all its tensors, and making it costs as much as a small tensor's noise
 def _plan(
-    updates: tuple[Update, ...], probes: tuple[tuple[int, float], ...], seed: int, step: int, work: type
-):
+    updates: tuple[Update, ...], probes: tuple[tuple[int, float], ...], seed: int, step: int, work: type, noise: str
+):  # fmt: skip
     """What `kernels.run` takes as its plan. Zeros lose their sign: equal plans must be the same plan."""
     keys, values, groups = [], [], []
     counts = [1 if u.is_nothing else len(u.multipliers) for u in updates]
     for u, count in zip(updates, counts):  # of NOTHING the last direction alone
-        keys += [key(u.seed, u.step, k) for k in range(len(u.multipliers))][-count:] if count else []
+        keys += [keys_of(u.seed, s, k, noise) for s, k in u.where()][-count:] if count else []
         values += [m + 0.0 for m in u.multipliers][-count:] if count else []
     for (which, silent), group in groupby(probes, lambda probe: (probe[0], probe[1] == 0)):
         scales = [scale + 0.0 for _, scale in group]
-        keys.append(key(seed, step, which))
+        keys.append(keys_of(seed, step, which, noise))
         values += scales
         groups.append(-len(scales) if silent else len(scales))
     return (
         np.array(counts, np.int64),
-        np.array(keys, np.uint32).reshape(-1, 2),
+        np.array(keys, np.uint32).reshape(-1, len(keys_of(0, 0, 0, noise))),
         np.array(values, work),
         np.array([u.decay + 0.0 for u in updates], work),
         np.array([u.restore + 0.0 for u in updates], work),

@@ -8,7 +8,12 @@ _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 _LOW = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
-GAUSSIAN, RADEMACHER = 0, 1  # spec.KINDS; here, as kept machine code is named after this file's text
+# spec.KINDS and its purposes; here, as kept machine code is named after this file's text
+GAUSSIAN, RADEMACHER, RANK1, FLIPPED = 0, 1, 2, 4
+ROWS, COLUMNS = 4, 5
+SIGNS = (
+    2048 + 256
+)  # room for the column signs of a stretch of elements that does not begin at a multiple of 128
 
 
 @jit
@@ -107,10 +112,70 @@ def _noise(z, words, base, n, tid, k0, k1, kind):
 
 
 @jit
-def draw(z, words, base, n, tid, keys, k, last, kind):
-    """Noise of keys[k], unless z holds it already as that of keys[last] (-1: it holds none); returns k."""
-    if last < 0 or keys[k, 0] != keys[last, 0] or keys[k, 1] != keys[last, 1]:
+def signs_at(z, words, start, n, tid, purpose, k0, k1):
+    """The signs of places [start, start + n), start a multiple of 128; z is filled up to the next multiple of 128."""
+    blocks = (n + 127) // 128
+    philox(words, start // 128, blocks, tid, purpose, k0, k1)
+    _fill_rademacher(z, words.view(np.uint32), 4 * blocks)
+
+
+@jit
+def _times_sign(z, columns, sign, n):
+    for i in range(n):
+        z[i] = sign * columns[i]
+
+
+@jit
+def _outer(z, words, columns, base, n, width, tid, k0, k1):
+    """a_r·b_j of the elements [base, base + n) of a matrix of that width into z; columns: scratch [SIGNS]."""
+    first, end, block = 0, 0, -1  # the columns whose signs are held, and which 128 rows' words are
+    w0, w1 = np.uint64(0), np.uint64(0)
+    row_words = np.empty(2, np.uint64)
+    lo = base
+    while lo < base + n:
+        row = lo // width
+        column = lo - row * width
+        m = min(width - column, base + n - lo)
+        if column < first or column + m > end:
+            first = column - column % 128
+            end = column + m
+            signs_at(columns, words, first, end - first, tid, COLUMNS, k0, k1)
+        if row // 128 != block:
+            block = row // 128
+            philox(row_words, block, 1, tid, ROWS, k0, k1)
+            w0, w1 = row_words[0], row_words[1]
+        half = w0 if row % 128 < 64 else w1
+        sign = np.float32(np.int32((half >> np.uint64(row % 64)) & np.uint64(1)) * 2 - 1)
+        _times_sign(z[lo - base :], columns[column - first :], sign, m)
+        lo += m
+
+
+@jit
+def _times(z, u, n):
+    for i in range(n):
+        z[i] = u[i] * z[i]
+
+
+@jit
+def draw(z, words, base, n, tid, keys, k, last, kind, width, aux):
+    """Noise of keys[k], unless z holds it already as that of keys[last] (-1: it holds none); returns k.
+
+    width: of the tensor as a matrix, 0: it is none. aux: scratch fp32 [2, SIGNS], which between calls on one stretch holds
+    what directions of a flipped kind share.
+    """
+    if last >= 0 and keys[k, 0] == keys[last, 0] and keys[k, 1] == keys[last, 1]:
+        return k
+    flipped = kind & FLIPPED
+    if flipped and (last < 0 or keys[k, 2] != keys[last, 2] or keys[k, 3] != keys[last, 3]):
+        _noise(aux[0], words, base, n, tid, keys[k, 2], keys[k, 3], kind - FLIPPED)
+    if kind != RANK1 and not flipped:
         _noise(z, words, base, n, tid, keys[k, 0], keys[k, 1], kind)
+    elif width > 0:
+        _outer(z, words, aux[1], base, n, width, tid, keys[k, 0], keys[k, 1])
+    else:
+        _noise(z, words, base, n, tid, keys[k, 0], keys[k, 1], RADEMACHER)
+    if flipped:
+        _times(z, aux[0], n)
     return k
 
 

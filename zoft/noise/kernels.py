@@ -12,7 +12,7 @@ import numba
 import numpy as np
 
 from zoft.noise import distributions, intrinsics, storage
-from zoft.noise.distributions import draw, halves
+from zoft.noise.distributions import SIGNS, draw, halves, signs_at
 from zoft.noise.intrinsics import jit
 from zoft.noise.storage import BF16, FP16, FP32, FP64, load, store, store_stochastic
 
@@ -120,20 +120,21 @@ def _copy(a, b, n):
 
 
 @_entry
-def run(theta, code, start, end, tid, kind, momentum, rules, plan, out, shape):
+def run(theta, code, start, end, tid, kind, width, momentum, rules, plan, out, shape):
     """Elements [start, end) of one tensor: pending updates in order, then every probe.
 
-    theta, momentum, out: uint64 addresses (momentum 0: none). rules fp64 [7]: beta, floor (-inf: none), of the mask its
+    kind, width: as `draw` takes them. theta, momentum, out: uint64 addresses (momentum 0: none). rules fp64 [7]: beta, floor (-inf: none), of the mask its
     kind, threshold, share and the two words of its key. The plan's arrays of floats have the work dtype.
     plan (counts, keys, values, decays, restores, rounding, probes):
-        counts int64 [U] the directions of each update; keys uint32 [Σ counts + G, 2] of those directions, then of the
-        probe groups; values [Σ counts + P] the multipliers, then the scales of the probes; decays [U]
+        counts int64 [U] the directions of each update; keys uint32 [Σ counts + G, 2 or 4] of those directions, then of the
+        probe groups (spec.keys_of); values [Σ counts + P] the multipliers, then the scales of the probes; decays [U]
         (NOTHING: a restore alone); restores [U], along the last direction; rounding uint32 [U, 2] keys; probes int64
         [G] the consecutive probes that share a direction (negative: the same without noise).
     shape: out's storage code, elements between two probes' rows, place of element `start` in a row.
     """
     counts, keys, values, decays, restores, rounding, probes = plan
-    words = np.empty(CHUNK // 4, np.uint64)
+    words = np.empty(CHUNK // 4 + 4, np.uint64)
+    aux = np.empty((2, SIGNS), np.float32)
     bits = words.view(np.uint16)
     z = np.empty(CHUNK, np.float32)
     a, s, m = np.empty(CHUNK, values.dtype), np.empty(CHUNK, values.dtype), np.empty(CHUNK, values.dtype)
@@ -162,7 +163,7 @@ def run(theta, code, start, end, tid, kind, momentum, rules, plan, out, shape):
             if counts[u] == 0:
                 s[:n] = -0.0  # an empty sum leaves the signs of zeros alone
             for d in range(counts[u]):
-                last = draw(z, words, base, n + skip, tid, keys, k, last, kind)
+                last = draw(z, words, base, n + skip, tid, keys, k, last, kind, width, aux)
                 if d == 0:
                     _scaled(s, values[k], z[skip:], n)
                 else:
@@ -200,7 +201,7 @@ def run(theta, code, start, end, tid, kind, momentum, rules, plan, out, shape):
         p, v = 0, k
         for g in range(len(probes)):
             if probes[g] > 0:
-                last = draw(z, words, base, n + skip, tid, keys, k, last, kind)
+                last = draw(z, words, base, n + skip, tid, keys, k, last, kind, width, aux)
             for _ in range(abs(probes[g])):
                 at = p * stride + origin + lo - start
                 if probes[g] > 0:
@@ -218,21 +219,35 @@ def run(theta, code, start, end, tid, kind, momentum, rules, plan, out, shape):
 
 
 @_entry
-def run_rows(theta, code, rows, first, last, width, origin, tid, kind, rules, plan, out, out_code):
-    """out[n] = θ[rows[n]] + scale·z[rows[n]] for first <= n < last; a row is `width` consecutive elements, row 0
+def signs(out, tid, purpose, keys):
+    """out[d, i] = the sign of place i for keys[d], fp32 [D, n]: a tensor's rows or columns, by the purpose."""
+    n = out.shape[1]
+    z, words = np.empty(CHUNK, np.float32), np.empty(CHUNK // 64, np.uint64)
+    for d in range(out.shape[0]):
+        for lo in range(0, n, CHUNK):
+            m = min(CHUNK, n - lo)
+            signs_at(z, words, lo, m, tid, purpose, keys[d, 0], keys[d, 1])
+            for i in range(m):
+                out[d, lo + i] = z[i]
+
+
+@_entry
+def run_rows(theta, code, rows, first, last, size, origin, tid, kind, width, rules, plan, out, out_code):
+    """out[n] = θ[rows[n]] + scale·z[rows[n]] for first <= n < last; a row is `size` consecutive elements, row 0
     begins with element `origin`."""
     for n in range(first, last):
-        start = origin + rows[n] * width
+        start = origin + rows[n] * size
         run(
             theta,
             code,
             start,
-            start + width,
+            start + size,
             tid,
             kind,
+            width,
             np.uint64(0),
             rules,
             plan,
             out,
-            (out_code, width, n * width),
+            (out_code, size, n * size),
         )

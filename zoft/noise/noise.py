@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from zoft.noise.spec import KINDS, NOTHING, PART, RADEMACHER, Mask, Probes, Update
+from zoft.noise.spec import COLUMNS, KINDS, NOTHING, OUTER_MIN, PART, RADEMACHER, ROWS, Mask, Probes, Update
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,7 @@ def advance(
     start: int = 0,
     floor: float | None = None,
     mask: Mask | None = None,
+    width: int = 0,
 ) -> None:
     """Apply updates to θ in place, in order, in one pass over memory.
 
@@ -34,8 +35,10 @@ def advance(
     start: theta and momentum are a contiguous part of the tensor, from this element on, a multiple of PART: the
     bits are those of the whole. floor: what an update brings θ below is set to it, before it is rounded.
     mask: of the tensor; by magnitude it goes with no restore, for what θ is elsewhere says nothing of θ.
+    width: of the tensor as a matrix (`width_of`), which rank1 and flipped noise ask for; 0: it is none.
     """
     more: dict[str, Any] = {"momentum": momentum, "beta": beta, "start": start, "floor": floor, "mask": mask}
+    more["width"] = width
     perturb(theta, tid, None, (), seed=0, step=0, noise=noise, updates=updates, **more)
 
 
@@ -54,6 +57,7 @@ def perturb(
     start: int = 0,
     floor: float | None = None,
     mask: Mask | None = None,
+    width: int = 0,
 ) -> None:
     """Apply updates to θ as `advance` does, then write every probe of it, in one pass over memory.
 
@@ -89,7 +93,7 @@ def perturb(
     if theta.numel() and (live or probes):
         backend = _backend(theta.device.type)
         backend.perturb(
-            theta, tid, out, tuple(probes), seed, step, noise, live, momentum, beta, start, floor, mask
+            theta, tid, out, tuple(probes), seed, step, noise, live, momentum, beta, start, floor, mask, width
         )
 
 
@@ -115,13 +119,14 @@ def gather(
     noise: str,
     start: int = 0,
     mask: Mask | None = None,
+    width: int = 0,
 ) -> None:
     """Rows of one probe, with noise made for these rows only.
 
     out[n] = cast(θ[rows[n]] + scale·z[rows[n]])
 
     theta: contiguous [R, ...]; rows: int64 [N], each in [0, R); out: contiguous [N, ...]. IndexError for other rows on
-    a CPU; a GPU does not look. start, mask: as in `advance`.
+    a CPU; a GPU does not look. start, mask, width: as in `advance`.
     """
     assert noise in KINDS, noise
     assert theta.is_contiguous() and out.is_contiguous() and rows.ndim == 1, (
@@ -134,7 +139,7 @@ def gather(
     assert start >= 0 and start % PART == 0, start
     if out.numel():
         _backend(theta.device.type).gather(
-            theta, tid, rows.contiguous(), out, direction, scale, seed, step, noise, start, mask
+            theta, tid, rows.contiguous(), out, direction, scale, seed, step, noise, start, mask, width
         )
 
 
@@ -148,15 +153,45 @@ def direction(
     noise: str,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    width: int = 0,
 ) -> Tensor:
-    """z itself: a new tensor of that shape, device and dtype (None: fp32)."""
+    """z itself: a new tensor of that shape, device and dtype (None: fp32). width: as in `advance`."""
     import torch
 
     assert noise in KINDS, noise
     out = torch.empty(tuple(shape), dtype=dtype or torch.float32, device=device)
     if out.numel():
-        _backend(out.device.type).direction(out, tid, seed, step, direction, noise)
+        _backend(out.device.type).direction(out, tid, seed, step, direction, noise, width)
     return out
+
+
+def outer_signs(
+    rows: int, columns: int, tid: int, keys: Sequence[tuple[int, int]], device: str | torch.device = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Return a [D, rows] and b [D, columns], fp32: the signs of rank1 of each of D keys (spec.key) for one matrix."""
+    import numpy as np
+    import torch
+
+    words = np.array(keys, np.uint32).reshape(-1, 2)
+    a, b = (torch.empty(len(keys), n, device=device) for n in (rows, columns))
+    backend = _backend(a.device.type)
+    backend.signs(a, tid, ROWS, words)
+    backend.signs(b, tid, COLUMNS, words)
+    return a, b
+
+
+def width_of(shape: Sequence[int]) -> int:
+    """Return the width by which a tensor of this shape is a matrix for rank1 noise, or 0 if it is none.
+
+    The last dimension, of a tensor with OUTER_MIN rows and columns at least. For a narrow matrix, signs per element cost
+    nothing and have less variance.
+    """
+    import math
+
+    if len(shape) < 2:
+        return 0
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    return columns if min(rows, columns) >= OUTER_MIN else 0
 
 
 def moving(theta: Tensor, tid: int, mask: Mask | None, start: int = 0) -> Tensor:

@@ -59,12 +59,14 @@ def drawn(theta: Tensor, tid: int, mask: Mask, start: int) -> Tensor:
     return halves(start, theta.numel(), tid, 2, key(mask.seed, 0, 0), theta.device) < mask.share
 
 
-def summed(u: Update, n: int, tid: int, noise: str, start: int, like: Tensor) -> Tensor:
+def summed(u: Update, n: int, tid: int, noise: str, start: int, like: Tensor, width: int = 0) -> Tensor:
     """Return Σ_k multipliers[k]·z_k of n elements from `start` on, in the order of directions; like's dtype, [n]."""
     zero = torch.full((n,), -0.0, device=like.device)  # fp32: what z is added to without a change
     z, total = torch.empty(1, n, device=like.device), zero.to(like.dtype)
-    for k, multiplier in enumerate(u.multipliers):
-        perturb(zero, tid, z, [(k, 1.0)], seed=u.seed, step=u.step, noise=noise, start=start)
+    for k, (multiplier, (step, direction)) in enumerate(zip(u.multipliers, u.where())):
+        perturb(
+            zero, tid, z, [(direction, 1.0)], seed=u.seed, step=step, noise=noise, start=start, width=width
+        )
         product = z[0].to(like.dtype) * (multiplier + 0.0)  # a multiplier of -0 counts as +0
         total = product if k == 0 else total + product
     return total
@@ -82,6 +84,7 @@ def advance(
     count: int = 1,
     floor: float | None = None,
     mask: Mask | None = None,
+    width: int = 0,
 ) -> None:
     """Apply one update to θ in place by any rule: θ ← round(max(step(decay·θ, g, state, lr), floor)), g = -Σ m_k·z_k.
 
@@ -89,7 +92,7 @@ def advance(
     same order. An element that the mask leaves out keeps its bits, and its g is 0. With lr 0 and without decay θ is
     not written at all; state is.
 
-    theta: contiguous. state: buffers of its shape. step gets contiguous parts of all of them, [n] each, may change
+    theta: contiguous. width: as in `noise.advance`. state: buffers of its shape. step gets contiguous parts of all of them, [n] each, may change
     those of the state in place or put others in their places, and returns the new θ. In its state, "t" is `count`,
     the number of this update, from 1.
     """
@@ -99,7 +102,7 @@ def advance(
     for start in range(0, flat.numel(), CHUNK):
         old = flat[start : start + CHUNK]
         n, a = old.numel(), old.to(work, copy=True)
-        g = summed(u, n, tid, noise, start, a).neg_()
+        g = summed(u, n, tid, noise, start, a, width).neg_()
         keep = None if mask is None else drawn(old, tid, mask, start)
         if keep is not None:
             g.masked_fill_(~keep, 0.0)

@@ -15,6 +15,12 @@ Specification
         3e-5 of it and P(|z| > 4) by 1.7e-3, the distribution function within 6.1e-7 of the normal one. 65,536 angles,
         0.0055° apart; 65,536 radii, 2.5e-5 apart at 1 but 0.23 at the far end: 4.85, 4.62, 4.51, …
     rademacher (purpose 0): c = i // 128, bit i mod 32 of word (i mod 128) // 32; set: +1, clear: -1. Exact.
+    rank1: a tensor of a given width n (its last dimension, `width`) is a matrix of rows r = i // n and columns j = i mod n;
+        z = a_r·b_j. a is drawn like rademacher with purpose 4 and r for i, b with purpose 5 and j for i. A tensor of width 0
+        has no such form: its z is rademacher's. Entries are uncorrelated with variance 1, so that to first order the estimate
+        is dense noise's; E|(gᵀz)z|² is (m + 2)(n + 2)|g|², where dense noise has (mn + 2)|g|².
+    gaussian_flipped, rademacher_flipped: z = u∘s, u the gaussian or rademacher noise of direction SHARED of the step, which
+        all of its directions have in common, s the direction's own rank1. So one draw serves many uncorrelated directions.
     rounding (purpose 1, key of direction 0): c = i // 8, half-word i mod 8, low halves first: 16 bits r.
         to bf16: add r to the fp32 bits and drop the lower 16.
         to fp16: s = fl(x + sign(x)·(r >> 3)·2⁻¹³·ulp(x)), ulp(x) = 2^(max(e, -14) - 10), e the exponent of |x|, fl to fp32
@@ -52,8 +58,15 @@ from functools import lru_cache
 from typing import NamedTuple
 
 VERSION = 1  # of the specification above; a ledger can only be replayed under its own
-GAUSSIAN, RADEMACHER = "gaussian", "rademacher"
-KINDS = {GAUSSIAN: 0, RADEMACHER: 1}  # the codes by which kernels know what z is drawn from
+GAUSSIAN, RADEMACHER, RANK1 = "gaussian", "rademacher", "rank1"
+FLIPPED = (
+    4  # added to the code of a kind whose one draw the step's directions share, each with signs of its own
+)
+# The codes by which kernels know what z is drawn from.
+KINDS = {GAUSSIAN: 0, RADEMACHER: 1, RANK1: 2, "gaussian_flipped": 4, "rademacher_flipped": 5}
+SHARED = 0xFFFFFFFF  # the direction whose noise the directions of a flipped kind share
+ROWS, COLUMNS = 4, 5  # purposes: the signs of a matrix's rows and columns
+OUTER_MIN = 16  # rows and columns that a matrix has at least for rank1: the variance of less is above 1.27 times dense noise's
 NOTHING = -1.0  # a decay that says: no update at all, though a restore may come with it
 PART = 128  # elements that one counter serves at most: a part of a tensor starts at a multiple
 # |z - exact z| stays below, absolute:
@@ -81,6 +94,8 @@ class Update:
     multipliers: fp32 values, one a direction; decay: fp32 value; seed, step: which directions. restore: the scale, fp32,
     by which the last direction's z is added to θ first (in-place probing); with decay NOTHING that is all there is.
     lr: fp32 value, read by update rules alone (`reference.advance`), whose multipliers do not have it inside.
+    steps, directions: where the sum is over the directions of other steps, too, each multiplier's own; () means this step,
+    and the directions 0, 1, … of it. The rounding is that of `step` in any case.
     """
 
     step: int
@@ -89,9 +104,22 @@ class Update:
     decay: float = 1.0
     restore: float = 0.0
     lr: float = 0.0
+    steps: tuple[int, ...] = ()
+    directions: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.multipliers or not self.restore, "restore: along no direction"
+        given = len(self.steps), len(self.directions)
+        assert given in ((0, 0), (len(self.multipliers),) * 2), (given, len(self.multipliers))
+
+    def where(self) -> list[tuple[int, int]]:
+        """Return (step, direction) of each multiplier."""
+        n = len(self.multipliers)
+        return list(zip(self.steps or (self.step,) * n, self.directions or range(n)))
+
+    def keys(self) -> list[tuple[int, int]]:
+        """Return the Philox key of each multiplier's direction."""
+        return [key(self.seed, step, k) for step, k in self.where()]
 
     @property
     def is_noop(self) -> bool:
@@ -126,6 +154,17 @@ def key(seed: int, step: int, direction: int) -> tuple[int, int]:
     return philox(
         (step & _MASK, step >> 32 & _MASK, direction, 0x7A6F6674), (seed & _MASK, seed >> 32 & _MASK)
     )[:2]
+
+
+def keys_of(seed: int, step: int, direction: int, noise: str) -> tuple[int, ...]:
+    """Return the Philox keys of a direction, two words each: its own and, of a flipped kind, the shared one's after it."""
+    own = key(seed, step, direction)
+    return own + key(seed, step, SHARED) if KINDS[noise] & FLIPPED else own
+
+
+def noise_of(kind: str, directions: str) -> str:
+    """Return the noise that a step's directions have: `kind` itself, or flipped where each example has a direction."""
+    return f"{kind}_flipped" if directions == "example" and kind != RANK1 else kind
 
 
 def tensor_id(name: str) -> int:

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zoft.noise.spec import KINDS, PART, Mask, Probes, Update, key
-from zoft.noise.triton_kernels import ALL, CHOSEN, SMALL, _pass, _pass_small, _rows
+from zoft.noise.spec import FLIPPED, KINDS, PART, SHARED, Mask, Probes, Update, key
+from zoft.noise.triton_kernels import ALL, CHOSEN, SMALL, _pass, _pass_small, _rows, _sign_vectors, _signs
 
 PROBES_MAX = 16  # probes that one launch unrolls
 _LANES = 128  # of 8 elements each: what one program of 2 warps works on
@@ -36,7 +36,8 @@ _OPTIONS_SMALL = {"num_warps": 1, "enable_fp_fusion": False}
 class Plan:
     """What a launch reads from the device, and what of it is fixed in the compiled kernel.
 
-    keys: int32 [U·Q + U + P, 2], of the updates' directions, their rounding, the probes.
+    keys: int32 [U·Q + U + P, 2], of the updates' directions, their rounding, the probes; [U + 1] more of what the directions of
+    each update, and those of the probes, share under a flipped kind.
     values: work dtype [U·Q + U + P + 1], multipliers, decays, scales, beta; [U] more where there are restores.
     fresh, silent: bit p says that probe p draws anew, or has scale 0.
     """
@@ -66,7 +67,7 @@ def shape_of(probes: Probes) -> tuple[int, int]:
 @lru_cache(maxsize=64)  # one upload a step serves all its tensors
 def plan_of(
     updates: tuple[Update, ...], probes: tuple[tuple[int, float], ...], seed: int, step: int, beta: float, wide: bool,
-    device: torch.device,
+    device: torch.device, flipped: bool = False,
 ) -> Plan:  # fmt: skip
     """The plan of these updates (all of one number of directions, moves aside) and probes, uploaded."""
     directions = max((1 if u.is_nothing else len(u.multipliers) for u in updates), default=0)
@@ -74,11 +75,14 @@ def plan_of(
     values: list[float] = []
     restores = any(u.restore for u in updates)
     for u in updates:
-        last = len(u.multipliers) - 1
-        keys += [key(u.seed, u.step, last if u.is_nothing else k) for k in range(directions)]
+        own = u.keys()
+        keys += [own[-1]] * directions if u.is_nothing else own
         values += [0.0] * directions if u.is_nothing else u.multipliers
     keys += [key(u.seed, u.step, 0) for u in updates]
     keys += [key(seed, step, direction) for direction, _ in probes]
+    if flipped:
+        assert not any(u.steps for u in updates), "flipped directions of several steps in one update"
+        keys += [key(u.seed, u.step, SHARED) for u in updates] + [key(seed, step, SHARED)]
     values += [u.decay for u in updates] + [scale for _, scale in probes] + [beta]
     values += [u.restore for u in updates] if restores else []
     keys_host = torch.from_numpy(np.array(keys or [(0, 0)], np.uint32).view(np.int32))
@@ -106,11 +110,11 @@ def _upload(host: Tensor, device: torch.device) -> Tensor:
 
 def launch(
     theta: Tensor | None, tid: int, out: Tensor | None, plan: Plan, noise: str, momentum: Tensor | None = None,
-    start: int = 0, floor: float | None = None, mask: Mask | None = None,
+    start: int = 0, floor: float | None = None, mask: Mask | None = None, width: int = 0,
 ) -> None:  # fmt: skip
     """θ (None: zeros) through a plan: updates in place, then its probes into out [P, *theta.shape].
 
-    start: θ (and momentum) is a contiguous part of the tensor, from this element on, a multiple of PART. floor, mask:
+    start: θ (and momentum) is a contiguous part of the tensor, from this element on, a multiple of PART. floor, mask, width:
     the tensor's.
     """
     assert start % PART == 0, start
@@ -118,15 +122,39 @@ def launch(
     assert some is not None
     n = some.numel() if theta is not None else some.numel() // plan.probes
     in_place = theta is not None and out is not None and out.data_ptr() == theta.data_ptr()
+    width = width if KINDS[noise] > 1 else 0
     with _on(some):
+        signs, groups = sign_words(plan, tid, -(-(start + n) // width), width) if width else (plan.keys, 1)
         _pass[(triton.cdiv(n, 8 * _LANES),)](
             some, momentum if momentum is not None else some, out if out is not None else some,
-            plan.keys, plan.values, n, start, _signed(tid), plan.updates, plan.directions,
+            plan.keys, plan.values, signs, signs.shape[-1], n, start, _signed(tid), plan.updates, plan.directions,
             **_mask(mask), PARTIAL=start != 0, WORK=tl.float64 if some.dtype == torch.float64 and theta is not None else tl.float32,
             HAS_THETA=theta is not None, HAS_UPDATES=plan.updates > 0, ONE=_one(plan), RESTORE=plan.restores, HAS_MOMENTUM=momentum is not None,
             WRITE_THETA=not in_place, STOCHASTIC=some.dtype in (torch.float16, torch.bfloat16),
             BF16=some.dtype == torch.bfloat16, PROBES=plan.probes, FRESH=plan.fresh, SILENT=plan.silent,
-            NARROW=out is not None and out.itemsize == 2, KIND=KINDS[noise], LANES=_LANES, FLOOR=floor, **_OPTIONS,
+            NARROW=out is not None and out.itemsize == 2, KIND=KINDS[noise], WIDTH=width, GROUPS=groups, LANES=_LANES, FLOOR=floor, **_OPTIONS,
+        )  # fmt: skip
+
+
+def sign_words(plan: Plan, tid: int, rows: int, columns: int) -> tuple[Tensor, int]:
+    """Return (the signs of a matrix for all directions of a plan, int32 [J, rows + columns], words an update takes)."""
+    groups = max(1, -(-plan.directions // 32))
+    words = plan.updates * groups + -(-plan.probes // 32)
+    signs = torch.empty(words, rows + columns, dtype=torch.int32, device=plan.keys.device)
+    _signs[(triton.cdiv(rows, 128) + triton.cdiv(columns, 128), words)](
+        signs, plan.keys, rows, columns, _signed(tid), plan.updates, plan.directions, GROUPS=groups, PROBES=plan.probes,
+        num_warps=1,
+    )  # fmt: skip
+    return signs, groups
+
+
+def signs(out: Tensor, tid: int, purpose: int, keys: np.ndarray | Tensor) -> None:
+    """Row or column signs of rank1 into out [D, n], of any float dtype, for D keys: uint32 [D, 2], or int32 on the device."""
+    if isinstance(keys, np.ndarray):
+        keys = _upload(torch.from_numpy(keys.view(np.int32)), out.device)
+    with _on(out):
+        _sign_vectors[(triton.cdiv(out.shape[1], 128), len(out))](
+            out, keys, out.shape[1], _signed(tid), PURPOSE=purpose, num_warps=1
         )  # fmt: skip
 
 
@@ -165,17 +193,20 @@ def launch_small(
 
 def launch_rows(
     theta: Tensor, tid: int, rows: Tensor, out: Tensor, plan: Plan, noise: str, start: int = 0,
-    mask: Mask | None = None,
+    mask: Mask | None = None, width: int = 0,
 ) -> None:  # fmt: skip
     """out[n] = cast(θ[rows[n]] + scale·z[rows[n]]), rows [P·N] probe-major; rows are not checked. plan: no updates."""
-    width = out.numel() // len(rows)
-    lanes = min(_LANES, max(16, triton.next_power_of_2(triton.cdiv(width + 127, 8))))
+    size = out.numel() // len(rows)
+    lanes = min(_LANES, max(16, triton.next_power_of_2(triton.cdiv(size + 127, 8))))
+    width = width if KINDS[noise] > 1 else 0
     assert plan.updates == 0 and len(rows) % plan.probes == 0, (plan.updates, len(rows), plan.probes)
     with _on(theta):
-        _rows[(len(rows), triton.cdiv(width + 127, 8 * lanes))](
-            theta, rows, out, plan.keys, plan.values, width, start, len(rows) // plan.probes, _signed(tid), **_mask(mask),
+        signs = sign_words(plan, tid, -(-(start + theta.numel()) // width), width)[0] if width else plan.keys
+        _rows[(len(rows), triton.cdiv(size + 127, 8 * lanes))](
+            theta, rows, out, plan.keys, plan.values, signs, signs.shape[-1], size, start, len(rows) // plan.probes,
+            plan.probes, _signed(tid), **_mask(mask),
             WORK=tl.float64 if theta.dtype == torch.float64 else tl.float32,
-            SILENT=plan.silent == (1 << plan.probes) - 1, NARROW=out.itemsize == 2, KIND=KINDS[noise], LANES=lanes,
+            SILENT=plan.silent == (1 << plan.probes) - 1, NARROW=out.itemsize == 2, KIND=KINDS[noise], WIDTH=width, LANES=lanes,
             **(_OPTIONS if lanes == _LANES else _OPTIONS_SMALL),
         )  # fmt: skip
 
@@ -183,19 +214,19 @@ def launch_rows(
 def perturb(
     theta: Tensor, tid: int, out: Tensor | None, probes: tuple[tuple[int, float], ...], seed: int, step: int, noise: str,
     updates: tuple[Update, ...], momentum: Tensor | None, beta: float, start: int = 0, floor: float | None = None,
-    mask: Mask | None = None,
+    mask: Mask | None = None, width: int = 0,
 ) -> None:  # fmt: skip
     """`zoft.noise.perturb` of a CUDA tensor. More than PROBES_MAX probes take more launches."""
-    wide = theta.dtype == torch.float64
-    runs, where = _alike(updates), (start, floor, mask)
+    wide, flipped = theta.dtype == torch.float64, bool(KINDS[noise] & FLIPPED)
+    runs, where = _alike(updates), (start, floor, mask, width)
     for early in runs[:-1]:
-        plan = plan_of(early, (), seed, step, beta, wide, theta.device)
+        plan = plan_of(early, (), seed, step, beta, wide, theta.device, flipped)
         launch(theta, tid, None, plan, noise, momentum, *where)
     last = runs[-1] if runs else ()
     rows = None if out is None else out.view(len(probes), theta.numel())
     for first in range(0, max(1, len(probes)), PROBES_MAX):
         some = probes[first : first + PROBES_MAX]
-        plan = plan_of(() if first else last, some, seed, step, beta, wide, theta.device)
+        plan = plan_of(() if first else last, some, seed, step, beta, wide, theta.device, flipped)
         part = None if rows is None else rows[first : first + len(some)]
         launch(theta, tid, part, plan, noise, momentum, *where)
 
@@ -215,15 +246,13 @@ def _alike(updates: tuple[Update, ...]) -> list[tuple[Update, ...]]:
     return runs
 
 
-def direction(out: Tensor, tid: int, seed: int, step: int, direction: int, noise: str) -> None:
+def direction(
+    out: Tensor, tid: int, seed: int, step: int, direction: int, noise: str, width: int = 0
+) -> None:
     """`zoft.noise.direction` into a CUDA tensor."""
-    launch(
-        None,
-        tid,
-        out.view(1, -1),
-        plan_of((), ((direction, 1.0),), seed, step, 0.0, False, out.device),
-        noise,
-    )
+    flipped = bool(KINDS[noise] & FLIPPED)
+    plan = plan_of((), ((direction, 1.0),), seed, step, 0.0, False, out.device, flipped)
+    launch(None, tid, out.view(1, -1), plan, noise, width=width)
 
 
 def gather(
@@ -238,10 +267,12 @@ def gather(
     noise: str,
     start: int = 0,
     mask: Mask | None = None,
+    width: int = 0,
 ) -> None:
     """`zoft.noise.gather` of a CUDA tensor; rows are not checked."""
-    plan = plan_of((), ((direction, scale),), seed, step, 0.0, theta.dtype == torch.float64, theta.device)
-    launch_rows(theta, tid, rows, out, plan, noise, start, mask)
+    wide, flipped = theta.dtype == torch.float64, bool(KINDS[noise] & FLIPPED)
+    plan = plan_of((), ((direction, scale),), seed, step, 0.0, wide, theta.device, flipped)
+    launch_rows(theta, tid, rows, out, plan, noise, start, mask, width)
 
 
 def _one(plan: Plan) -> int:

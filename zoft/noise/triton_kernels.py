@@ -11,14 +11,20 @@ import os
 import triton
 import triton.language as tl
 
+from zoft.noise.spec import COLUMNS as _COLUMNS
+from zoft.noise.spec import FLIPPED as _FLIPPED
 from zoft.noise.spec import GAUSSIAN as _GAUSSIAN
 from zoft.noise.spec import KINDS as _KINDS
 from zoft.noise.spec import NOTHING as _NOTHING
 from zoft.noise.spec import RADEMACHER as _RADEMACHER
+from zoft.noise.spec import RANK1 as _RANK1
+from zoft.noise.spec import ROWS as _ROWS
 
 _PLAIN = ["tid", "threshold", "share", "mask0", "mask1"]  # arguments whose values no kernel is compiled for
 NOTHING = tl.constexpr(_NOTHING)
 GAUSSIAN, RADEMACHER = tl.constexpr(_KINDS[_GAUSSIAN]), tl.constexpr(_KINDS[_RADEMACHER])
+RANK1, FLIPPED = tl.constexpr(_KINDS[_RANK1]), tl.constexpr(_FLIPPED)
+ROWS, COLUMNS = tl.constexpr(_ROWS), tl.constexpr(_COLUMNS)
 ALL, SMALL, CHOSEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # kinds of mask, as in kernels.py
 # Triton's interpreter knows no assembly: there the same functions, exact, stand in for the hardware's.
 _HARDWARE = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") != "1")
@@ -73,8 +79,8 @@ def _key(keys, k):
 
 
 @triton.jit
-def _noise(base, tid, keys, k, KIND: tl.constexpr, LANES: tl.constexpr):
-    """z of the 8·LANES elements from base (a multiple of 128) on, fp32; key k of keys int32 [., 2]; KIND of spec.KINDS."""
+def _dense(base, tid, keys, k, KIND: tl.constexpr, LANES: tl.constexpr):
+    """z of the 8·LANES elements from base (a multiple of 128) on, fp32; key k of keys int32 [., 2]; gaussian or rademacher."""
     k0, k1 = _key(keys, k)
     if KIND == GAUSSIAN:
         w0, w1, w2, w3 = _words((base >> 3) + tl.arange(0, LANES), tid, 0, k0, k1)
@@ -91,6 +97,93 @@ def _noise(base, tid, keys, k, KIND: tl.constexpr, LANES: tl.constexpr):
         bits = tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
         spread = (bits[:, None] >> tl.arange(0, 32).to(tl.uint32)[None, :]) & 1
         return tl.reshape(spread.to(tl.float32) * 2.0 - 1.0, [8 * LANES])
+
+
+@triton.jit
+def _noise(
+    base, tid, keys, k, shared, signs, j, bit, total, KIND: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """z of the 8·LANES elements from base (a multiple of 128) on, fp32; key k of keys int32 [., 2]; KIND of spec.KINDS.
+
+    shared: of a flipped kind, the key of what directions share. WIDTH: of the tensor as a matrix, 0: it is none. signs int32
+    [J, total] (`_signs`): bit `bit` of word [j, r] is row r's sign, of word [j, total - WIDTH + i] column i's.
+    """
+    if KIND < 2:
+        return _dense(base, tid, keys, k, KIND, LANES)
+    if WIDTH > 0:
+        at = base + tl.arange(0, 8 * LANES)
+        row = at // WIDTH
+        column = at - row * WIDTH + (total - WIDTH)
+        here = signs + j * total
+        # Past the tensor's end any word will do: nothing of it is stored.
+        differ = tl.load(here + tl.minimum(row, total - WIDTH - 1)) ^ tl.load(here + column)
+        z = 1.0 - ((differ >> bit) & 1).to(tl.float32) * 2.0
+    else:
+        z = _dense(base, tid, keys, k, RADEMACHER, LANES)
+    if KIND >= FLIPPED:
+        z = _dense(base, tid, keys, shared, KIND - FLIPPED, LANES) * z
+    return z
+
+
+@triton.jit
+def _signs(
+    signs,  # int32 [J, rows + columns]
+    keys,
+    rows,
+    columns,
+    tid,
+    U,
+    Q,
+    GROUPS: tl.constexpr,  # words that the Q directions of an update take
+    PROBES: tl.constexpr,
+):
+    """Program (i, j): the signs of 128 rows, or of 128 columns, of the (up to 32) directions of word j, a bit each."""
+    i, j = tl.program_id(0), tl.program_id(1)
+    blocks = tl.cdiv(rows, 128)
+    tid = tid.to(tl.uint32, bitcast=True)
+    first = tl.where(j < U * GROUPS, (j // GROUPS) * Q + (j % GROUPS) * 32, U * Q + U + (j - U * GROUPS) * 32)
+    left = tl.where(j < U * GROUPS, Q - (j % GROUPS) * 32, PROBES - (j - U * GROUPS) * 32)
+    block = tl.where(i < blocks, i, i - blocks)
+    word = tl.arange(0, 4)
+    counter = (word * 0 + block).to(tl.int64)
+    found = tl.zeros([4, 32], tl.uint32)
+    shift = tl.zeros([1], tl.uint32)
+    for d in range(tl.minimum(left, 32)):
+        k0, k1 = _key(keys, first + d)
+        if i < blocks:
+            w0, w1, w2, w3 = _words(counter, tid, ROWS, k0, k1)
+        else:
+            w0, w1, w2, w3 = _words(counter, tid, COLUMNS, k0, k1)
+        w = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
+        bits = (w[:, None] >> tl.arange(0, 32).to(tl.uint32)[None, :]) & 1
+        found = found | (bits << shift)
+        shift += 1
+    place = block * 128 + word[:, None] * 32 + tl.arange(0, 32)[None, :]
+    size = tl.where(i < blocks, rows, columns)
+    start = tl.where(i < blocks, 0, rows)
+    at = signs + j.to(tl.int64) * (rows + columns) + start + place
+    tl.store(at, found.to(tl.int32, bitcast=True), mask=place < size)
+
+
+@triton.jit
+def _sign_vectors(
+    out,  # [D, n]
+    keys,  # int32 [D, 2]
+    n,
+    tid,
+    PURPOSE: tl.constexpr,
+):
+    """Program (i, d): the signs of 128 places for direction d."""
+    i, d = tl.program_id(0), tl.program_id(1)
+    k0, k1 = _key(keys, d)
+    tid = tid.to(tl.uint32, bitcast=True)
+    word = tl.arange(0, 4)
+    w0, w1, w2, w3 = _words((word * 0 + i).to(tl.int64), tid, PURPOSE, k0, k1)
+    w = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
+    bits = (w[:, None] >> tl.arange(0, 32).to(tl.uint32)[None, :]) & 1
+    place = i * 128 + word[:, None] * 32 + tl.arange(0, 32)[None, :]
+    z = bits.to(tl.float32) * 2.0 - 1.0
+    tl.store(out + d.to(tl.int64) * n + place, z.to(out.dtype.element_ty), mask=place < n)
 
 
 @triton.jit
@@ -158,11 +251,11 @@ def _restored(a, z, scale):
 
 @triton.jit
 def _moved(
-    a, base, tid, keys, k, scale, keep, MASK: tl.constexpr,
-    STOCHASTIC: tl.constexpr, BF16: tl.constexpr, KIND: tl.constexpr, LANES: tl.constexpr,
+    a, base, tid, keys, k, shared, signs, j, bit, total, scale, keep, MASK: tl.constexpr,
+    STOCHASTIC: tl.constexpr, BF16: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """θ after a move by scale along key k; a mask by magnitude goes with no move."""
-    z = _noise(base, tid, keys, k, KIND, LANES).to(a.dtype)
+    z = _noise(base, tid, keys, k, shared, signs, j, bit, total, KIND, WIDTH, LANES).to(a.dtype)
     b = a + scale * z
     if STOCHASTIC:
         b = _round_nearest(b, BF16)
@@ -201,9 +294,10 @@ def _step(
 
 @triton.jit
 def _updated(
-    a, m, base, tid, keys, values, U, Q, keep, threshold,
+    a, m, base, tid, keys, values, signs, total, U, Q, keep, threshold,
     PROBES: tl.constexpr, ONE: tl.constexpr, RESTORE: tl.constexpr, MASK: tl.constexpr, MOMENTUM: tl.constexpr,
-    STOCHASTIC: tl.constexpr, BF16: tl.constexpr, KIND: tl.constexpr, LANES: tl.constexpr, FLOOR: tl.constexpr,
+    STOCHASTIC: tl.constexpr, BF16: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
+    LANES: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
     """θ (and momentum) after U updates of Q directions each; one whose multipliers are all 0 changes nothing, unless
     there is momentum; one whose decay is NOTHING changes nothing at all: but their restores are done.
@@ -213,16 +307,17 @@ def _updated(
     """
     restores = values + U * Q + U + PROBES + 1
     beta = tl.load(restores - 1)
+    shared = U * Q + U + PROBES  # keys: of what each update's directions share
     if ONE:
         decay = tl.load(values + ONE)
         live = MOMENTUM | (decay != 1)
         for k in tl.static_range(ONE):
             live = live | (tl.load(values + k) != 0)
         if live & (decay != NOTHING):
-            z = _noise(base, tid, keys, 0, KIND, LANES).to(a.dtype)
+            z = _noise(base, tid, keys, 0, shared, signs, 0, 0, total, KIND, WIDTH, LANES).to(a.dtype)
             s = tl.load(values) * z
             for k in tl.static_range(1, ONE):
-                z = _noise(base, tid, keys, k, KIND, LANES).to(a.dtype)
+                z = _noise(base, tid, keys, k, shared, signs, 0, k, total, KIND, WIDTH, LANES).to(a.dtype)
                 s = s + tl.load(values + k) * z
             a, m = _step(
                 a, m, s, z, 0, base, tid, keys, ONE, decay, beta, restores, keep, threshold,
@@ -232,7 +327,10 @@ def _updated(
             if RESTORE:
                 if tl.load(restores) != 0:
                     back = tl.load(restores)
-                    a = _moved(a, base, tid, keys, ONE - 1, back, keep, MASK, STOCHASTIC, BF16, KIND, LANES)
+                    a = _moved(
+                        a, base, tid, keys, ONE - 1, shared, signs, 0, ONE - 1, total, back, keep,
+                        MASK, STOCHASTIC, BF16, KIND, WIDTH, LANES,
+                    )  # fmt: skip
     else:
         for u in range(U):
             decay = tl.load(values + U * Q + u)
@@ -243,7 +341,10 @@ def _updated(
                 s = _nothing(a)
                 z = s
                 for k in range(Q):
-                    z = _noise(base, tid, keys, u * Q + k, KIND, LANES).to(a.dtype)
+                    j, bit = u * GROUPS + k // 32, k % 32
+                    z = _noise(
+                        base, tid, keys, u * Q + k, shared + u, signs, j, bit, total, KIND, WIDTH, LANES
+                    ).to(a.dtype)
                     product = tl.load(values + u * Q + k) * z
                     s = tl.where(k == 0, product, s + product)
                 a, m = _step(
@@ -254,7 +355,11 @@ def _updated(
                 if RESTORE:
                     if tl.load(restores + u) != 0:
                         last, back = u * Q + Q - 1, tl.load(restores + u)
-                        a = _moved(a, base, tid, keys, last, back, keep, MASK, STOCHASTIC, BF16, KIND, LANES)
+                        j, bit = u * GROUPS + (Q - 1) // 32, (Q - 1) % 32
+                        a = _moved(
+                            a, base, tid, keys, last, shared + u, signs, j, bit, total, back, keep,
+                            MASK, STOCHASTIC, BF16, KIND, WIDTH, LANES,
+                        )  # fmt: skip
     return a, m
 
 
@@ -263,8 +368,10 @@ def _pass(
     theta,  # or none
     momentum,  # or none
     out,  # [PROBES, n], or none
-    keys,  # int32 [U·Q + U + PROBES, 2]: of directions, rounding, probes
+    keys,  # int32 [U·Q + U + PROBES (+ U + 1), 2]: of directions, rounding, probes, what directions share
     values,  # of the work dtype [U·Q + U + PROBES + 1 (+ U)]: multipliers, decays, scales, beta, restores
+    signs,  # int32 [J, total] (`_signs`), or none
+    total,
     n,
     start,  # index of theta's first element in its tensor, a multiple of 128
     tid,  # int32, the bits of the tensor's id
@@ -290,6 +397,8 @@ def _pass(
     SILENT: tl.constexpr,  # bit p: probe p needs no noise
     NARROW: tl.constexpr,  # out has 16 bits
     KIND: tl.constexpr,
+    WIDTH: tl.constexpr,  # of θ as a matrix, for rank1 and flipped kinds; 0: none
+    GROUPS: tl.constexpr,  # words of signs that an update's directions take
     LANES: tl.constexpr,
     FLOOR: tl.constexpr = None,  # no update brings θ below it
 ):
@@ -311,8 +420,8 @@ def _pass(
         if HAS_MOMENTUM:
             m = tl.load(momentum + at, mask=inside, other=0.0)
         a, m = _updated(
-            a, m, base, tid, keys, values, U, Q, keep, threshold,
-            PROBES, ONE, RESTORE, MASK, HAS_MOMENTUM, STOCHASTIC, BF16, KIND, LANES, FLOOR,
+            a, m, base, tid, keys, values, signs, total, U, Q, keep, threshold,
+            PROBES, ONE, RESTORE, MASK, HAS_MOMENTUM, STOCHASTIC, BF16, KIND, WIDTH, GROUPS, LANES, FLOOR,
         )  # fmt: skip
         if HAS_MOMENTUM:
             tl.store(momentum + at, m, mask=inside)
@@ -323,7 +432,8 @@ def _pass(
     z = tl.zeros([8 * LANES], tl.float32)
     for p in tl.static_range(PROBES):
         if (FRESH >> p) & 1:
-            z = _noise(base, tid, keys, U * Q + U + p, KIND, LANES)
+            k, shared, j = U * Q + U + p, 2 * U + U * Q + PROBES, U * GROUPS + p // 32
+            z = _noise(base, tid, keys, k, shared, signs, j, p % 32, total, KIND, WIDTH, LANES)
         if (SILENT >> p) & 1:
             probe = a
         else:
@@ -371,8 +481,8 @@ def _pass_small(
         if HAS_MOMENTUM:
             m = tl.load(momentum + at, mask=inside, other=0.0)
         a, m = _updated(
-            a, m, base, tid, keys, values, U, Q, inside, 0.0,
-            PROBES, ONE, RESTORE, ALL, HAS_MOMENTUM, False, False, KIND, LANES, None,
+            a, m, base, tid, keys, values, keys, 0, U, Q, inside, 0.0,
+            PROBES, ONE, RESTORE, ALL, HAS_MOMENTUM, False, False, KIND, 0, 1, LANES, None,
         )  # fmt: skip
         if HAS_MOMENTUM:
             tl.store(momentum + at, m, mask=inside)
@@ -380,7 +490,8 @@ def _pass_small(
     z = tl.zeros([8 * LANES], tl.float32)
     for p in tl.static_range(PROBES):
         if (FRESH >> p) & 1:
-            z = _noise(base, tid, keys, U * Q + U + p, KIND, LANES)
+            k, shared = U * Q + U + p, 2 * U + U * Q + PROBES
+            z = _noise(base, tid, keys, k, shared, keys, 0, 0, 0, KIND, 0, LANES)
         if (SILENT >> p) & 1:
             probe = a
         else:
@@ -395,11 +506,14 @@ def _rows(
     theta,
     rows,  # int64 [PROBES·per_probe]
     out,  # [PROBES·per_probe, width]
-    keys,  # int32 [PROBES, 2]
+    keys,  # int32 [PROBES (+ 1), 2], of probes and of what they share
     values,  # [PROBES]: scales
+    signs,  # int32 [J, total] (`_signs`), or none
+    total,
     width,
     origin,  # index of theta's first element in its tensor
     per_probe,
+    probes,
     tid,
     threshold,
     share,
@@ -410,6 +524,7 @@ def _rows(
     SILENT: tl.constexpr,
     NARROW: tl.constexpr,
     KIND: tl.constexpr,
+    WIDTH: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Program (n, j): out[n] = θ[rows[n]] + scale·z[rows[n]], the j-th stretch that starts at a multiple of 128."""
@@ -423,7 +538,8 @@ def _rows(
     if not SILENT:
         p = row // per_probe
         tid = tid.to(tl.uint32, bitcast=True)
-        z = _noise(base, tid, keys, p, KIND, LANES)
+        bit = (p % 32).to(tl.int32)
+        z = _noise(base, tid, keys, p, probes, signs, p // 32, bit, total, KIND, WIDTH, LANES)
         a = probe
         probe = a + tl.load(values + p) * z.to(WORK)
         if MASK:

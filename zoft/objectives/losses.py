@@ -86,13 +86,13 @@ class Batch:
         return replace(self, inputs={k: v.to(device) for k, v in self.inputs.items()}, **moved)
 
 
-def collate(examples: Sequence[Example], pad: int = 0) -> Batch:
+def collate(examples: Sequence[Example], pad: int = 0, even: bool = False) -> Batch:
     """Put examples into one right-padded batch.
 
     One row an example where all candidates are single tokens after one context; else one row a candidate;
     with the "lm" objective one row an example, its gold completion, of which `scored` tokens count.
-    examples: E of one objective. pad: the id written into padding, which the mask hides. Returns a Batch on
-    the CPU.
+    examples: E of one objective. pad: the id written into padding, which the mask hides. even: all examples have as many
+    rows and scored positions: those of a shorter one are repeated, and count for nothing. Returns a Batch on the CPU.
     """
     objective = examples[0].objective
     assert all(e.objective == objective for e in examples), "a batch has one objective"
@@ -112,18 +112,21 @@ def collate(examples: Sequence[Example], pad: int = 0) -> Batch:
             rows.append(context + completion[:-1] + e.after)
             said = zip(range(len(context) - 1, len(context) + len(completion) - 1), completion)
             spans.append(list(said if e.scored is None else compress(said, e.scored)))
+    extra: list[int] = [0] * len(rows)  # scored once more at the end of each row, for nothing
+    if even:
+        rows, spans, owners, extra = _evened(rows, spans, owners)
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad)
     mask = torch.zeros((len(rows), width), dtype=torch.int64)
     positions: list[int] = []
     targets: list[int] = []
     starts: list[int] = []
-    for r, (row, span) in enumerate(zip(rows, spans)):
+    for r, (row, span, more) in enumerate(zip(rows, spans, extra, strict=True)):
         ids[r, : len(row)] = torch.tensor(row)
         mask[r, : len(row)] = 1
         starts.append(len(positions))
-        positions += [r * width + at for at, _ in span]
-        targets += [token for _, token in span]
+        positions += [r * width + at for at, _ in span] + [r * width] * more
+        targets += [token for _, token in span] + [0] * more
     deep = max(map(len, spans))
     slots = torch.full((len(examples), max(map(len, owners)), deep), -1)
     for i, owned in enumerate(owners):
@@ -133,6 +136,26 @@ def collate(examples: Sequence[Example], pad: int = 0) -> Batch:
     gold = torch.tensor([0 if objective == "lm" else e.gold for e in examples])
     inputs = {"input_ids": ids, "attention_mask": mask}
     return Batch(inputs, torch.tensor(positions), torch.tensor(targets), slots, gold, objective, tokens)
+
+
+def _evened(rows: list, spans: list, owners: list[list[int]]) -> tuple[list, list, list, list]:
+    """Return (rows, spans, owners, extra) in which every example has as many rows and scored positions.
+
+    A short example's last row is repeated with no span, and `extra` positions of its last row have no slot.
+    """
+    most = max(map(len, owners))
+    scored = [sum(len(spans[r]) for r in owned) for owned in owners]
+    all_rows: list = []
+    all_spans: list = []
+    all_owners: list[list[int]] = []
+    extra: list[int] = []
+    for owned, n in zip(owners, scored):
+        start, idle = len(all_rows), most - len(owned)
+        all_owners.append(list(range(start, start + len(owned))))
+        all_rows += [rows[r] for r in owned] + [rows[owned[-1]]] * idle
+        all_spans += [spans[r] for r in owned] + [[]] * idle
+        extra += [0] * (most - 1) + [max(scored) - n]
+    return all_rows, all_spans, all_owners, extra
 
 
 def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -101,7 +101,7 @@ class InPlace:
             if not t.decays:
                 todo = [u if u.is_nothing else replace(u, decay=1.0) for u in todo]
             where: dict[str, Any] = {"noise": self.kind, "momentum": t.momentum, "beta": self.beta}
-            where |= {"floor": t.floor, "mask": t.mask}
+            where |= {"floor": t.floor, "mask": t.mask, "width": t.width}
             if todo and todo[-1].is_nothing:  # a move that ends a pass is written like a probe
                 *todo, end = todo
                 probe = (len(end.multipliers) - 1, end.restore)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoft.errors import UserError
 from zoft.method.estimators.estimator import Probe
 from zoft.method.space import Trained
+from zoft.noise.spec import RADEMACHER
 from zoft.probe import sites
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.rows import LIFT, leaves
@@ -24,6 +25,9 @@ from zoft.probe.sites import Found, promote, rerouted
 # their losses are still too close, all are moved further out.
 _PROBES = ((0, 16.0), (0, -8.0), (1, 4.0), (1, -12.0))
 _FURTHER = (1.0, 8.0, 64.0, 512.0)
+# Products over the rows of all probes round otherwise than over those of one, and a model that is thrown far off its weights
+# makes much of that: these begin nearer.
+_NEARER = (1 / 64, 1 / 8)
 # Largest difference of a loss, stacked against alone, that may be called rounding: of what other row counts do.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 # What a forward that cannot be stacked may throw.
@@ -37,6 +41,7 @@ def find_sites(
     small: Any,
     double: Any,
     eps: float,
+    kind: str = RADEMACHER,
 ) -> Found:
     """Sites that have passed the proof on this model, in the precision it was loaded in.
 
@@ -57,13 +62,13 @@ def find_sites(
     found = sites.find(model, trained, run, small, double, lift=True)
     if found.stacked and not why:
         for candidate in _candidates(model, trained, found, run, small, double):
-            failure = prove(model, trained, candidate, run, double, eps)
+            failure = prove(model, trained, candidate, run, double, eps, kind)
             if not failure:
                 return candidate
             why = why or failure
     if found.stacked or why:
         found = Found(found.sites, False, f"one probe a forward: {why}", found.unread)
-    failure = prove(model, trained, found, run, double, eps)
+    failure = prove(model, trained, found, run, double, eps, kind)
     if failure:
         raise UserError(f"perturb=probes: {failure}; use perturb=inplace")
     return found
@@ -99,6 +104,7 @@ def prove(
     run: Callable[[Any], torch.Tensor],
     batch: Any,
     eps: float,
+    kind: str = RADEMACHER,
 ) -> str:
     """Check the sites; returns "" or what is wrong.
 
@@ -106,7 +112,7 @@ def prove(
     tensor's own place, the losses must be finite. Stacked losses must equal these up to what stacking equal
     probes rounds differently, a difference that is small against those between the probes.
     """
-    axis = _Guarded(live(trained, found), found.sites, seed=0, kind="rademacher")
+    axis = _Guarded(live(trained, found), found.sites, seed=0, kind=kind)
     axis.scratch_bytes = (
         0  # as much as this batch's forward takes: of an output matrix, perhaps, a few rows only
     )
@@ -127,13 +133,18 @@ def _prove(
 ) -> str:
     cap = _cap(model, trained)
     alone = stacked = equal = torch.zeros(0)
-    for further in _FURTHER:
+    outer = axis.kind != RADEMACHER
+    for further in (*_NEARER, *_FURTHER) if outer else _FURTHER:
         probes = [Probe(d, s * eps * further) for d, s in _PROBES]
         try:
             alone = torch.stack([_losses(axis, found, run, batch, [p]) for p in probes])  # [P, E]
         except _BREAKS as error:
             return f"a forward breaks where a trained tensor's own place holds NaN ({_first_line(error)})"
-        leak = _watched_leak(model, axis, found, run, batch) if further == 1.0 else ""
+        leak = (
+            _watched_leak(model, axis, found, run, batch)
+            if further == (_NEARER if outer else _FURTHER)[0]
+            else ""
+        )
         if leak:
             return leak
         if not torch.isfinite(alone).all():
@@ -197,6 +208,10 @@ class _Guarded(ProbeAxis):
     def gathered(self, *args: Any) -> torch.Tensor:
         with self._making():
             return super().gathered(*args)
+
+    def plain_product(self, *args: Any) -> torch.Tensor:
+        with self._making():
+            return super().plain_product(*args)
 
     @contextmanager
     def _making(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from zoft.method.space import Trained
 from zoft.method.updates import advance_trained, mark_advanced, pending_updates
 from zoft.models.quant.linear import QuantLinear
 from zoft.noise import noise
-from zoft.noise.spec import PART, Update
+from zoft.noise.noise import outer_signs
+from zoft.noise.spec import PART, SHARED, Update, key
+from zoft.probe.outer_forward import outer_product
 from zoft.probe.sites import Site
 
 PENDING_MAX = 64  # a tensor that no forward reads is brought up to date at least this often
@@ -171,7 +174,7 @@ class Scratch:
         noise.perturb(
             part(t.stored, rows), t.id, out, group, seed=self.seed, step=self.step, noise=self.kind, updates=updates,
             momentum=None if t.momentum is None else part(t.momentum, rows), beta=self.beta,
-            start=start(t.stored, rows), floor=t.floor, mask=t.mask,
+            start=start(t.stored, rows), floor=t.floor, mask=t.mask, width=t.width,
         )  # fmt: skip
 
     def _mark(self, t: Trained) -> None:
@@ -185,9 +188,56 @@ class Scratch:
         advance_trained(t, self.updates, self.kind, self.beta)
         out = torch.empty(*rows.shape, t.stored.shape[1], dtype=t.compute, device=t.stored.device)
         where: dict[str, Any] = {"seed": self.seed, "step": self.step, "noise": self.kind, "mask": t.mask}
+        where["width"] = t.width
         for i, probe in enumerate(group):
             noise.gather(t.stored, t.id, rows[i].contiguous(), out[i], *probe, **where)
         return out
+
+    # ---- what outer_forward asks for
+
+    def outer(
+        self, weight: Trained, bias: Trained | None, plain_bias: Any, xs: torch.Tensor, transposed: bool
+    ) -> torch.Tensor | None:
+        """Return `outer_product`, or None where making each probe's weights costs less."""
+        return outer_product(self, weight, bias, plain_bias, xs, transposed)
+
+    def plain_product(self, t: Trained, x: torch.Tensor, transposed: bool) -> torch.Tensor:
+        """Return x @ θᵀ (transposed), or x @ θ: a matrix at θ itself, with all updates in. x: [n, in], in its compute dtype."""
+        if t.stored.dtype == t.compute and not self._holding:
+            advance_trained(t, self.updates, self.kind, self.beta)
+            return x @ (t.stored.T if transposed else t.stored)
+        if transposed and in_slabs(t):
+            y = x.new_empty(len(x), len(t.stored))
+            with closing(self.slabs(t, list(CLEAN), 0)) as slabs:
+                for rows, w in slabs:
+                    y[:, rows] = x @ w[0].T
+            return y
+        (w,) = self.perturbed([t], list(CLEAN), 0)  # [1, *shape]: converted, in scratch
+        return x @ (w[0].T if transposed else w[0])
+
+    def scales_of(self, probes: Sequence[Probe], like: torch.Tensor) -> torch.Tensor:
+        """Return the scales of probes [P], like's dtype and device."""
+        return like.new_tensor([p.scale for p in probes])
+
+    def signs_of(
+        self, t: Trained, probes: Sequence[Probe], dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the signs of a matrix's rows [P, m] and columns [P, n] at each probe."""
+        which = [p.direction for p in probes]
+        own = list(dict.fromkeys(which))  # the two probes of a direction have the same
+        keys = [key(self.seed, self.step, k) for k in own]
+        m, n = t.stored.shape
+        a, b = outer_signs(m, n, t.id, keys, t.stored.device)
+        if len(own) < len(which):
+            places = torch.tensor([own.index(k) for k in which], device=a.device)
+            a, b = a[places], b[places]
+        return a.to(dtype), b.to(dtype)
+
+    def shared_noise(self, t: Trained) -> torch.Tensor:
+        """Return the noise that a step's flipped directions share, of a tensor's shape, in its compute dtype."""
+        base = self.kind.removesuffix("_flipped")
+        where: dict[str, Any] = {"seed": self.seed, "step": self.step, "direction": SHARED, "noise": base}
+        return noise.direction(t.stored.shape, t.id, device=t.stored.device, dtype=t.compute, **where)
 
     def scratch_held(self) -> int:
         """Bytes of scratch that are allocated now."""

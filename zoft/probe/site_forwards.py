@@ -16,6 +16,7 @@ from zoft.method.space import Trained
 from zoft.models.quant import linear as quant
 from zoft.models.quant.linear import QuantLinear, fused
 from zoft.probe.lora_forward import lora, pair
+from zoft.probe.outer_forward import is_outer
 from zoft.probe.rows import COUNT, LIFT, NO_ROWS, ONE, PLAIN, Call, Unfit
 from zoft.probe.scratch import Scratch, in_slabs, nbytes, slab_rows
 from zoft.probe.sites import Site
@@ -214,6 +215,10 @@ def _product(
     bias = next((t for t in site.trained if t.param is module.bias), None)
     xs = x.reshape(len(axis.probes), -1, x.shape[-1])  # [P, n, in]
     y = None
+    if weight is not None and tokens is None and is_outer(weight, axis.kind):
+        y = axis.outer(weight, bias, module.bias if bias is None else None, xs, transposed)
+        if y is not None:
+            return y.view(*x.shape[:-1], -1)
     if weight is not None and tokens is None and transposed and in_slabs(weight):
         return _in_slabs(axis, weight, bias, module, xs).view(*x.shape[:-1], -1)
     for first, group in axis.groups():

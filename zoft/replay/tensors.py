@@ -34,6 +34,7 @@ from zoft.replay.saved_model import model_card_of, read_result
 from zoft.replay.snapshot import newest_snapshot
 from zoft.train import header as headers
 from zoft.train import parts
+from zoft.train.axis import drawn
 from zoft.train.header import page_of, with_plan
 from zoft.train.parts import resolve_device
 
@@ -247,7 +248,7 @@ class Tensors:
         c, todo = self.config, {u.step: u for u in self.updates}
         probes = estimator_of(c).probes(c.q, c.eps)
         before = t.momentum
-        axis = InPlace([t], seed=c.seed, kind=c.noise, beta=c.momentum)  # with a buffer of its own
+        axis = InPlace([t], seed=c.seed, kind=drawn(c), beta=c.momentum)  # with a buffer of its own
         if before is not None and t.momentum is not None:
             t.momentum.copy_(before)
         for record in self.log.records[t.step :]:
@@ -264,7 +265,7 @@ def advance(t: Trained, updates: Sequence[Update], config: Config, did: Callable
     size = min(most, max(least, 1 << (WORK // max(1, t.stored.numel())).bit_length()))
     for i in range(0, len(updates), size):
         some = updates[i : i + size]
-        advance_trained(t, some, config.noise, config.momentum)
+        advance_trained(t, some, drawn(config), config.momentum)
         did(len(some) * t.stored.numel())
 
 

@@ -27,6 +27,7 @@ from zoft.models.adapters.attach import place_adapter
 from zoft.models.footprint import Live
 from zoft.models.head import head_of
 from zoft.models.kind import refuse_longer_rows, refuse_other_kind, trained_positions
+from zoft.noise.spec import GAUSSIAN, RADEMACHER, noise_of
 from zoft.objectives.losses import Batch, collate, losses
 from zoft.parallel.world import this_world
 from zoft.probe import proof
@@ -73,11 +74,15 @@ def make_axis(
         return losses(loaded, batch)[0]
 
     small, double = (b.to(config.device) for b in calibration(train))
-    found = agreed(proof.find_sites(loaded, trained, run, small, double, config.eps))
+    # Directions of rank 1 have forwards of their own to prove; those of other kinds are the same but for their numbers.
+    kind = RADEMACHER if drawn(config) == GAUSSIAN else drawn(config)
+    found = agreed(proof.find_sites(loaded, trained, run, small, double, config.eps, kind))
     for t in found.unread:
         say(f"{t.name}: no forward reads it; it is not trained")
     if found.note:
         say(found.note)
+    if config.directions == "example" and not found.stacked:
+        raise UserError(f"directions=example: {found.note}; use directions=shared")
     auto = config.probes_per_forward == "auto"
     wanted = 2 if auto else int(config.probes_per_forward)
     group = min(wanted, probes_per_step(config)) if found.stacked else 1
@@ -88,7 +93,7 @@ def make_axis(
         head = head_of(loaded)
         dense = [s for s in found.sites if s.module is not head or fast(s) is None]
         made.scratch_bytes = scratch_bytes(dense)
-    for line in weak_directions(trained, config.eps, seed=config.seed, kind=config.noise):
+    for line in weak_directions(trained, config.eps, seed=config.seed, kind=drawn(config)):
         say(line)
 
     if auto and group > 1 and isinstance(made, ProbeAxis):
@@ -101,6 +106,11 @@ def make_axis(
             return run(small)
 
     return held(cached(config, loaded, trained, train, clean), made), trained, made
+
+
+def drawn(config: Config) -> str:
+    """Return the noise (spec.KINDS) that a config's directions have."""
+    return noise_of(config.noise, config.directions)
 
 
 def calibration(train: Sequence[Example]) -> tuple[Batch, Batch]:
@@ -142,7 +152,7 @@ def placed_axis(
     refuse_denoise(config, trained)
     rule = rule_of(config)
     attach_rule(trained, rule)
-    common: dict[str, Any] = {"seed": config.seed, "kind": config.noise, "beta": config.momentum}
+    common: dict[str, Any] = {"seed": config.seed, "kind": drawn(config), "beta": config.momentum}
     probes = estimator_of(config).probes(config.q, config.eps)
     fed: dict[str, Any] = common | {"q": config.q, "eps": config.eps}
     captured = config.device.startswith("cuda") and config.storage != "fp64" and rule is None

@@ -18,11 +18,11 @@ PURPOSE = 0x64617461  # the last counter word; noise uses others
 
 def batches_of(config: Config, train: Sequence[Example]) -> Callable[[int], list[Batch]]:
     """step -> its batches, a pure function of the step; of several processes, this one's examples of each."""
-    mine = this_world().examples
+    mine, even = this_world().examples, config.directions == "example"
 
     def at(step: int) -> list[Batch]:
         return [
-            collate([train[i] for i in mine(picks)]).to(config.device)
+            collate([train[i] for i in mine(picks)], even=even).to(config.device)
             for picks in picked(config, len(train), step)
         ]
 

@@ -22,6 +22,7 @@ from zoft.parallel.world import this_world
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.inplace import InPlace
 from zoft.train.assemble import Parts
+from zoft.train.axis import drawn
 from zoft.train.batches import batches_of, picked
 from zoft.train.parts import say, trainer_settings
 from zoft.train.trainer import Trainer
@@ -99,7 +100,7 @@ def plan_run(parts: Parts) -> dict[str, Any]:
     for line in advice_at_start(config, trained):
         say(line)
     numbers = sum(t.stored.numel() for t in trained)
-    realised = realised_cosines(trained, config.eps, seed=config.seed, kind=config.noise)
+    realised = realised_cosines(trained, config.eps, seed=config.seed, kind=drawn(config))
     weakest = min(realised, key=lambda name: realised[name])
     total = count_numbers(parts.model)
     return {

@@ -80,7 +80,7 @@ class CapturedTrainer(Trainer):
         s = self.settings
         lr = lr_at(t, lr=s.lr, steps=s.steps, schedule=s.schedule, warmup=s.warmup)
         decay = make_update(t, s.seed, (), lr=lr, weight_decay=s.weight_decay).decay
-        batches = [bucket(b) for b in self.batches(t)]
+        batches = [bucket(b, self.estimator.per > 1) for b in self.batches(t)]
         try:
             self._send(batches, t, lr, decay)
         except Unfit as error:
@@ -93,7 +93,7 @@ class CapturedTrainer(Trainer):
         done.record()
         self.flight.append((t, lr, record, done))
         self.next = t + 1
-        self.forwards += len(self.probes) * sum(b.examples for b in batches)
+        self.forwards += len(self.probes) // self.estimator.per * sum(b.examples for b in batches)
         return self._land() if len(self.flight) > BEHIND else None
 
     def _alone(self, step: int, why: Unfit | str) -> None:
@@ -122,29 +122,48 @@ class CapturedTrainer(Trainer):
     @torch.no_grad()
     def _forward(self, batches: Sequence[Batch]) -> None:
         """What is captured: the step's losses at this process's probes; then, alone, its multipliers."""
-        control, group = self.axis.control, self.settings.probes_per_forward
-        mine = self.world.probes(len(control.probes))
+        control, group, per = self.axis.control, self.settings.probes_per_forward, self.estimator.per
+        mine = self.world.probes(len(control.probes) // per)
         with self.axis.stepping():
             control.totals.zero_()
             for i in range(mine.start, mine.stop, group):
-                here = control.probes[i : min(i + group, mine.stop)]
-                for batch in batches:
-                    with self.axis.at(0, here, batch.rows):
-                        sums, counts = self.forward(self.model, batch.repeat(len(here)))  # [P·E], [P·E]
-                    both = torch.stack([sums, counts], -1).view(len(here), -1, 2)
-                    control.totals[i : i + len(here)] += both.double().sum(1)
+                count = min(group, mine.stop - i)
+                for j, batch in enumerate(batches):
+                    if per > 1:
+                        self._own(i, count, j, batch)
+                        continue
+                    with self.axis.at(0, control.probes[i : i + count], batch.rows):
+                        sums, counts = self.forward(self.model, batch.repeat(count))  # [P·E], [P·E]
+                    both = torch.stack([sums, counts], -1).view(count, -1, 2)
+                    control.totals[i : i + count] += both.double().sum(1)
         if self.world.size == 1:
             control.close()
+
+    def _own(self, first: int, count: int, j: int, batch: Batch) -> None:
+        """The losses of microbatch j's examples, each at its own `count` probes (`Trainer.own_sums_at`), into the totals."""
+        control, n, each = self.axis.control, self.estimator.per, self.settings.batch_size
+        places = self.world.examples(range(j * each, (j + 1) * each))  # a range: they stand side by side
+        probes = [control.probes[p * n + e] for p in range(first, first + count) for e in places]
+        with self.axis.at(0, probes, batch.rows // batch.examples):
+            sums, counts = self.forward(self.model, batch.repeat(count))  # [P·E], [P·E]
+        both = torch.stack([sums, counts], -1).view(count, -1, 2).double()
+        totals = control.totals.view(-1, n, 2)
+        totals[first : first + count, places[0] : places[-1] + 1] = both
 
     @torch.no_grad()
     def _exchange(self) -> None:
         """With other processes: all losses, then the step's multipliers. Outside of the graph: each process captures its
         own shapes when it meets them, and a collective has to be met by all at once."""
         if self.world.size > 1:
-            control = self.axis.control
-            mine = control.totals[self.world.probes(len(control.probes))]
+            control, n = self.axis.control, self.estimator.per
+            count = len(control.probes) // n
+            mine = control.totals.view(count, n, 2)[self.world.probes(count)]
+            if n > 1:
+                mine = torch.cat([mine.flatten(1), mine[..., 1].sum(1, keepdim=True)], 1)  # [m, 2N + 1]
+            else:
+                mine = mine[:, 0]
             totals, flags = self.world.exchange(mine, self.settings.probes_per_forward == 1)
-            control.totals.copy_(totals)
+            control.totals.copy_(totals[:, : 2 * n].reshape(-1, 2))
             control.record[-1].copy_(flags)
             control.close()
 
@@ -152,7 +171,7 @@ class CapturedTrainer(Trainer):
         """Wait for the oldest step under way and write it down: from here on it is a fact. None where that stops the run."""
         t, lr, record, done = self.flight.popleft()
         done.synchronize()
-        s, q = self.settings, self.settings.q
+        s, q = self.settings, self.axis.control.q
         values, good = tuple(record[: 2 * q].tolist()), bool(record[3 * q])
         flags = int(record[3 * q + 1])
         # Others land this step earlier or later; all have sent this many when the last one knows.
@@ -276,8 +295,11 @@ class CapturedTrainer(Trainer):
     landed: list[dict[str, Any] | None] = []
 
 
-def bucket(batch: Batch) -> Batch:
-    """The batch padded to a width and a number of scored positions that other batches have too; same losses."""
+def bucket(batch: Batch, even: bool = False) -> Batch:
+    """The batch padded to a width and a number of scored positions that other batches have too; same losses.
+
+    even: each example has as many positions as any other, and keeps to that.
+    """
     rows, width = batch.inputs["input_ids"].shape
     wide = rounded(width, 8 if width <= 128 else 32)
     if wide != width:
@@ -286,14 +308,17 @@ def bucket(batch: Batch) -> Batch:
             batch, inputs=inputs, positions=batch.positions // width * wide + batch.positions % width
         )
     if batch.tokens is None:
-        scored, deep = batch.positions.numel(), batch.slots.shape[2]
-        n = rounded(scored, max(rows, 8))
+        parts, deep = batch.examples if even else 1, batch.slots.shape[2]
+        positions, targets = batch.positions.view(parts, -1), batch.targets.view(parts, -1)
+        scored = positions.shape[1]
+        n = rounded(scored, 8 if even else max(rows, 8))
+        slots = torch.where(batch.slots < 0, -1, batch.slots // scored * n + batch.slots % scored)
         batch = replace(
             batch,
             # Positions nobody's slot reads: the last one again, so that they stay in the order of the rows.
-            positions=torch.cat([batch.positions, batch.positions[-1:].expand(n - scored)]),
-            targets=torch.cat([batch.targets, batch.targets[-1:].expand(n - scored)]),
-            slots=nn.functional.pad(batch.slots, (0, rounded(deep, 4) - deep), value=-1),
+            positions=torch.cat([positions, positions[:, -1:].expand(-1, n - scored)], 1).flatten(),
+            targets=torch.cat([targets, targets[:, -1:].expand(-1, n - scored)], 1).flatten(),
+            slots=nn.functional.pad(slots, (0, rounded(deep, 4) - deep), value=-1),
         )
     return batch
 

@@ -17,7 +17,7 @@ from zoft.config.schema import ADAPTERS, Config
 from zoft.data.example import Example
 from zoft.errors import UserError
 from zoft.method import space
-from zoft.method.estimators.named import ESTIMATORS, estimator_of
+from zoft.method.estimators.named import ESTIMATORS, estimator_of, examples_per_step
 from zoft.method.recipes import method_of
 from zoft.method.rules import RULES, rule_of
 from zoft.method.space import Trained
@@ -63,6 +63,8 @@ def header_of(
         known["estimator"] = name
     if rule := rule_of(config):
         known["update"] = rule.name
+    if config.directions == "example":
+        known["examples"] = examples_per_step(config)
     if config.train in ADAPTERS:
         known["adapter"] = adapter_fingerprint(trained)
     found: dict[str, Any] = {
@@ -110,6 +112,7 @@ def with_plan(config: Config, found: Mapping[str, Any]) -> Config:
         **plan,
         estimator=named if named in ESTIMATORS else "auto",
         update=ruled if ruled in ("sgd", *RULES) else "auto",
+        directions="example" if "examples" in found else "shared",
     )
 
 

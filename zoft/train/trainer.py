@@ -37,6 +37,9 @@ class Settings:
     eps: float
     q: int = 1
     estimator: str | Estimator = "two_sided"
+    directions: str = "shared"
+    batch_size: int = 1
+    accumulate: int = 1
     schedule: str = "constant"
     warmup: float = 0.0
     weight_decay: float = 0.0
@@ -96,7 +99,8 @@ class Trainer:
         θ ← θ - lr·(Σ_k c_k·z_k + weight_decay·θ),  c = estimator.coefficients(losses)
         """
         s, t = self.settings, self.next
-        losses = self.losses_at(t, self.probes, self.batches(t))  # [P]
+        ask = self.losses_at if self.estimator.per == 1 else self.own_losses_at
+        losses = ask(t, self.probes, self.batches(t))  # [P]
         coefficients, state = self.estimate(losses)  # [q], [S]
         lr = lr_at(t, lr=s.lr, steps=s.steps, schedule=s.schedule, warmup=s.warmup)
         ruled = self.axis.trained[0].rule is not None
@@ -104,7 +108,7 @@ class Trainer:
         # A multiplier may overflow fp32 where its losses do not.
         good = finite([*losses, *change.multipliers])
         if not good:
-            change = Update(t, s.seed, (0.0,) * s.q)
+            change = Update(t, s.seed, (0.0,) * self.estimator.directions(s.q))
         rows = rows_of(losses, self.probes)  # [2q]
         metrics = self.write_down(Record(t, change.multipliers, change.decay, rows, not good, lr))
         if good:  # the step is now a fact; the next reader of each tensor applies it
@@ -123,13 +127,50 @@ class Trainer:
             here = mine[i : i + group]
             parts.append(reduce(torch.add, [self.sums_at(step, here, batch) for batch in batches]))
         self.axis.settle()
-        totals = torch.cat(parts)  # [len(mine), K]
+        return self.value(self.exchanged(step, torch.cat(parts))).tolist()
+
+    def exchanged(self, step: int, totals: torch.Tensor) -> torch.Tensor:
+        """Return the totals of all probes from this process's [m, K], the last column a count."""
         if self.world.size > 1:
             totals, flags = self.world.exchange(totals, self.settings.probes_per_forward == 1)
             self.halted = self.halted or bool(int(flags) & STOP)
             if int(flags) & ALONE:
                 self.alone(step, "so does another process of this run")
-        return self.value(totals).tolist()
+        return totals
+
+    @torch.no_grad()
+    def own_losses_at(self, step: int, probes: Sequence[Probe], batches: Sequence[Batch]) -> list[float]:
+        """Return the loss of each example at each of its own probes, [p·N + e]: N times its part of the step's mean.
+
+        l[p, e] = N·S[p, e] / Σ_e n[p, e], so that the mean over examples is the objective. probes: p-major, [P·N].
+        """
+        n, group = self.estimator.per, self.settings.probes_per_forward
+        count = len(probes) // n
+        mine = range(count)[self.world.probes(count)]
+        each = self.settings.batch_size
+        own = [[j * each + e for e in self.world.examples(range(each))] for j in range(len(batches))]
+        totals = torch.zeros(len(mine), n, 2, dtype=torch.float64)  # of other processes' examples: 0
+        for i in range(0, len(mine), group):
+            here = mine[i : i + group]
+            for places, batch in zip(own, batches, strict=True):
+                found = self.own_sums_at(step, [[probes[p * n + e] for e in places] for p in here], batch)
+                totals[i : i + len(here), places] = found
+        self.axis.settle()
+        flat = torch.cat([totals.flatten(1), totals[..., 1].sum(1, keepdim=True)], 1)  # [m, 2N + 1]
+        both = self.exchanged(step, flat)[:, :-1].view(count, n, 2)
+        return (both[..., 0] / both[..., 1].mean(1, keepdim=True)).flatten().tolist()
+
+    def own_sums_at(self, step: int, probes: Sequence[Sequence[Probe]], batch: Batch) -> torch.Tensor:
+        """Return [P, E, 2]: loss sum and count of each example of a batch at its own probe, probes [P][E].
+
+        To the axis each example is a batch of its own, with a probe of its own: that is all there is to it.
+        """
+        rows, rest = divmod(batch.rows, batch.examples)
+        assert not rest, f"{batch.rows} rows of {batch.examples} examples: an even batch has as many for each"
+        with self.axis.at(step, [p for some in probes for p in some], rows):
+            sums, counts = self.forward(self.model, batch.repeat(len(probes)))  # [P·E] each
+        self.forwards += batch.examples * len(probes)
+        return torch.stack([sums, counts], -1).view(len(probes), -1, 2).double().cpu()
 
     def sums_at(self, step: int, probes: Sequence[Probe], batch: Batch) -> torch.Tensor:
         """[P, K]: a batch's totals at each probe (K = 2: loss sum, count), from one forward.

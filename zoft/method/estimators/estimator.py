@@ -47,6 +47,8 @@ class Estimator:
     count(q) -> P, without building the probes.
     state: the numbers that the state begins with; () has none.
     sized: the loss's scale cancels in c, so that lr is the size of a step.
+    per: how many examples of a step have directions of their own (`per_example`); 1: all share theirs. Then there are
+    q·per directions, P counts the probes of all examples, and losses[p·per + e] is example e's at probe p.
 
     losses is fp64 [P], eps fp64 [], the state fp64 [S]: tensors on one device, CPU or GPU alike. On a GPU the call is
     captured in a CUDA graph: no `.item()`, no branch on a value, no tensor made from Python numbers but by `new_full` and
@@ -64,17 +66,23 @@ class Estimator:
     count: Callable[[int], int]
     state: tuple[float, ...] = ()
     sized: bool = False
+    per: int = 1
+
+    def directions(self, q: int) -> int:
+        """Return the number of directions of a step: what its update has a multiplier for."""
+        return q * self.per
 
     def run(self, losses: Tensor, q: int, eps: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (coefficients [q], the new state [S]) from losses fp64 [P], eps fp64 [] and the state fp64 [S]."""
+        """Return (coefficients [q·per], the new state [S]) from losses fp64 [P], eps fp64 [] and the state fp64 [S]."""
         assert len(losses) == self.count(q), f"{len(losses)} losses for {self.count(q)} probes"
         if self.state:
             c, state = self.coefficients(losses.float().double(), q, eps, state)
         else:
             c = self.coefficients(losses, q, eps)
-        if len(c) != q or len(state) != len(self.state):
+        wanted = self.directions(q)
+        if len(c) != wanted or len(state) != len(self.state):
             raise UserError(
-                f"estimator={self.name}: {len(c)} coefficients and {len(state)} numbers of state came of {q} directions and "
+                f"estimator={self.name}: {len(c)} coefficients and {len(state)} numbers of state came of {wanted} directions and "
                 f"{len(self.state)}; return one coefficient per direction, and as many numbers as the state begins with"
             )
         return c, state
@@ -95,6 +103,27 @@ def clipped(estimator: Estimator, clip: float | None) -> Estimator:
         return (c, *new) if state else c
 
     return replace(estimator, coefficients=coefficients)
+
+
+def per_example(base: Estimator, examples: int) -> Estimator:
+    """Return `base` with directions of each example's own: direction k·N + e is example e's k-th, N = examples.
+
+        c_{k,e} = base's coefficients of the losses of example e / N
+
+    Example e is asked about its own directions alone, so a step of N examples costs what one shared direction costs, and
+    its losses say N things instead of one. The loss of a step is the mean of its examples' losses.
+    Source: flipout (arXiv 1803.04386) for examples with perturbations of their own; GRZO.
+    """
+    n = examples
+
+    def probes(q: int, eps: float) -> list[Probe]:
+        return [Probe(p.direction * n + e, p.scale) for p in base.probes(q, eps) for e in range(n)]
+
+    def coefficients(losses: Tensor, q: int, eps: Tensor) -> Tensor:
+        own = base.coefficients(losses.view(base.count(q), n), q, eps)  # [q, N]
+        return own.flatten() / losses.new_full((), float(n))
+
+    return replace(base, probes=probes, coefficients=coefficients, count=lambda q: base.count(q) * n, per=n)
 
 
 def total(x: Tensor) -> Tensor:

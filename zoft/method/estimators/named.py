@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from zoft.config.schema import GENERATED
 from zoft.errors import UserError
-from zoft.method.estimators.estimator import Estimator, clipped
+from zoft.method.estimators.estimator import Estimator, clipped, per_example
 from zoft.method.estimators.meazo import meazo
 from zoft.method.estimators.normalised import NORMALISED
 from zoft.method.estimators.one_sided import ONE_SIDED
@@ -16,9 +17,16 @@ ESTIMATORS = {e.name: e for e in (TWO_SIDED, ONE_SIDED, NORMALISED)}
 
 
 def estimator_of(config: Any) -> Estimator:
-    """Return the estimator of a Config (or of a trainer's Settings): `estimator`, under `clip` and `meazo`."""
+    """Return the estimator of a Config (or of a trainer's Settings): `estimator`, under `directions`, `clip` and `meazo`."""
     base = base_estimator(config)
+    if config.directions == "example":
+        return clipped(per_example(base, examples_per_step(config)), config.clip)
     return meazo(base, config.meazo, config.clip) if config.meazo else clipped(base, config.clip)
+
+
+def examples_per_step(config: Any) -> int:
+    """Return how many examples a config's step sees."""
+    return config.batch_size * config.accumulate
 
 
 def base_estimator(config: Any) -> Estimator:
@@ -34,6 +42,8 @@ def base_estimator(config: Any) -> Estimator:
 
 def check_estimator(config: Any) -> None:
     """Refuse what a config's estimator does not go with. Raises UserError."""
+    if config.directions == "example":
+        _check_per_example(config, base_estimator(config))
     used = estimator_of(config)
     if used.name == NORMALISED.name:
         if config.q < 2:
@@ -46,11 +56,24 @@ def check_estimator(config: Any) -> None:
             )
 
 
+def _check_per_example(config: Any, base: Estimator) -> None:
+    """Refuse what goes with no directions of each example's own."""
+    fix = "use directions=shared"
+    if base.name != TWO_SIDED.name:
+        raise UserError(f"estimator={base.name}: directions=example has two_sided losses; {fix}")
+    if config.meazo:
+        raise UserError(f"meazo={config.meazo:g}: directions=example has no state of the kind; {fix}")
+    if config.perturb == "inplace":
+        raise UserError(f"perturb=inplace: one move of the weights serves all examples of a step; {fix}")
+    if config.objective in ("macro_f1", *GENERATED):
+        raise UserError(f"objective={config.objective}: it is no sum over examples scored together; {fix}")
+
+
 def probes_per_step(config: Any) -> int:
-    """Return the number of probes of a config's step."""
-    return estimator_of(config).count(config.q)
+    """Return how many probes each example of a config's step is scored at."""
+    return base_estimator(config).count(config.q)
 
 
 def forwards_per_step(config: Any) -> int:
     """Return how many forwards (examples × probes) a config's step counts."""
-    return probes_per_step(config) * config.batch_size * config.accumulate
+    return probes_per_step(config) * examples_per_step(config)

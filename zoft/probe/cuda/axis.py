@@ -21,15 +21,26 @@ from zoft.method.estimators.estimator import Probe
 from zoft.method.estimators.two_sided import TWO_SIDED
 from zoft.method.precision import cosine
 from zoft.method.space import Trained
+from zoft.method.updates import advance_trained
 from zoft.models.quant.linear import QuantLinear
-from zoft.noise.spec import Update
-from zoft.noise.triton import PROBES_MAX, launch, launch_rows, launch_small, table_of
+from zoft.noise.spec import COLUMNS, FLIPPED, KINDS, RANK1, ROWS, Update
+from zoft.noise.triton import (
+    PROBES_MAX,
+    launch,
+    launch_rows,
+    launch_small,
+    plan_of,
+    sign_words,
+    signs,
+    table_of,
+)
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.cuda import norms
 from zoft.probe.cuda.buffers import Control
 from zoft.probe.cuda.norms import norm
+from zoft.probe.cuda.outer import fused_product, pays
 from zoft.probe.lora_forward import lora
-from zoft.probe.scratch import part, start
+from zoft.probe.scratch import CLEAN, in_slabs, nbytes, part, slab_rows, start
 from zoft.probe.site_forwards import conv1d, fast, linear
 from zoft.probe.sites import Site
 
@@ -66,9 +77,15 @@ class DeviceAxis(ProbeAxis):
     ) -> None:  # fmt: skip
         super().__init__(trained, sites, seed=seed, kind=kind, beta=beta)
         self.flat_device = device = self.trained[0].stored.device
-        self.control = Control(probes or TWO_SIDED.probes(q, eps), q, eps, beta, seed, device)
+        asked = probes or TWO_SIDED.probes(q, eps)
+        directions = len({p.direction for p in asked if p.scale})
+        self.control = Control(asked, directions, eps, beta, seed, device)
+        self.control.flipped = bool(KINDS[kind] & FLIPPED)
         self.live = False
         self.ahead = False  # a step broke off after the update before it had reached every tensor
+        self._index = {p: i for i, p in enumerate(self.control.probes)}
+        self.where: list[int] = []  # of this forward's probes, their places among the step's
+        self._indices: dict[tuple, Tensor] = {}
         self._done: set[int] = set()  # tensors that have the pending update, in the step under way
         pairs = {t.id for s in self.sites if fast(s) is lora for t in s.trained}
         small = [
@@ -148,19 +165,20 @@ class DeviceAxis(ProbeAxis):
             return
         if t.id in self.small:
             pack = self.small[t.id][0]
-            plan = self.control.plan(0, 0, True, pack.decays)
+            plan = self.control.plan([], True, pack.decays)
             launch_small(pack.theta, pack.table, None, plan, self.kind, pack.momentum)
             self._done |= pack.ids
         else:
-            plan = self.control.plan(0, 0, True, t.decays)
-            launch(t.stored, t.id, None, plan, self.kind, t.momentum, floor=t.floor, mask=t.mask)
+            plan = self.control.plan([], True, t.decays)
+            where: dict[str, Any] = {"floor": t.floor, "mask": t.mask, "width": t.width}
+            launch(t.stored, t.id, None, plan, self.kind, t.momentum, **where)
             self._done.add(t.id)
 
     @contextmanager
     def at(self, step: int, probes: Sequence[Probe], rows: int) -> Iterator[None]:
         with super().at(step, probes, rows):
             if self.live:
-                self.offset = self.control.probes.index(probes[0])
+                self.where = [self._index[p] for p in probes]
                 for pack in self.packs:
                     for i in range(0, len(probes), PROBES_MAX):
                         self._probe(pack, i, min(i + PROBES_MAX, len(probes)))
@@ -168,12 +186,14 @@ class DeviceAxis(ProbeAxis):
 
     def _probe(self, pack: Pack, start: int, end: int) -> None:
         """Probes start to end of this forward of all of a pack's tensors, after the pending update if they lack it."""
-        plan = self.control.plan(self.offset + start, end - start, not self._done & pack.ids, pack.decays)
+        plan = self.control.plan(self.where[start:end], not self._done & pack.ids, pack.decays)
         narrow = None if pack.narrow is None else pack.narrow[start:end]
         launch_small(pack.theta, pack.table, pack.out[start:end], plan, self.kind, pack.momentum, narrow)
         self._done |= pack.ids
 
-    offset = 0  # index of this forward's first probe among the step's
+    def _which(self, first: int, count: int) -> list[int]:
+        """The places among the step's probes of some of those that the site under way runs at."""
+        return self.where[self.first + first : self.first + first + count]
 
     def perturbed(self, tensors: list[Trained], group: list[Probe], first: int) -> list[Tensor]:
         if not self.live:
@@ -194,12 +214,10 @@ class DeviceAxis(ProbeAxis):
     ) -> None:
         if not self.live:
             return super()._fill(t, out, group, first, rows)
-        plan = self.control.plan(
-            self.offset + self.first + first, len(group), t.id not in self._done, t.decays
-        )
+        plan = self.control.plan(self._which(first, len(group)), t.id not in self._done, t.decays)
         launch(
             part(t.stored, rows), t.id, out, plan, self.kind, None if t.momentum is None else part(t.momentum, rows),
-            start=start(t.stored, rows), floor=t.floor, mask=t.mask,
+            start=start(t.stored, rows), floor=t.floor, mask=t.mask, width=t.width,
         )  # fmt: skip
 
     def _mark(self, t: Trained) -> None:
@@ -212,8 +230,131 @@ class DeviceAxis(ProbeAxis):
             return super().gathered(t, rows, group, first)
         self._catch_up(t)
         out = torch.empty(*rows.shape, t.stored.shape[1], dtype=t.compute, device=t.stored.device)
-        plan = self.control.plan(self.offset + self.first + first, len(group), False, False)
-        launch_rows(t.stored, t.id, rows.reshape(-1), out.flatten(0, 1), plan, self.kind, mask=t.mask)
+        plan = self.control.plan(self._which(first, len(group)), False, False)
+        launch_rows(
+            t.stored, t.id, rows.reshape(-1), out.flatten(0, 1), plan, self.kind, mask=t.mask, width=t.width
+        )
+        return out
+
+    def outer(
+        self, weight: Trained, bias: Trained | None, plain_bias: Any, xs: Tensor, transposed: bool
+    ) -> Tensor | None:
+        if self.kind != RANK1 or self._holding:
+            return super().outer(weight, bias, plain_bias, xs, transposed)
+        m, n = weight.stored.shape
+        ins, outs = (n, m) if transposed else (m, n)
+        converted = weight.stored.dtype != weight.compute
+        unique = len({p.direction for p in self.probes})
+        if in_slabs(weight) or not pays(xs.shape[0] * xs.shape[1], ins, outs, max(unique, 2), converted):
+            # Of many directions even a few rows each are better off here than with weights of their own.
+            if in_slabs(weight) or unique <= 2:
+                return None
+        own = list(dict.fromkeys(p.direction for p in self.probes))
+        which = self._places([own.index(p.direction) for p in self.probes], torch.int32)
+        firsts = [next(i for i, p in enumerate(self.probes) if p.direction == d) for d in own]
+        if self.live:
+            plan = self.control.plan([self._which(i, 1)[0] for i in firsts], False, False)
+            scales = self.control.plan(self._which(0, len(self.probes)), False, False).values
+        else:
+            probes = tuple((self.probes[i].direction, self.probes[i].scale) for i in firsts)
+            plan = plan_of((), probes, self.seed, self.step, 0.0, False, weight.stored.device)
+            scales = torch.tensor([p.scale for p in self.probes], device=weight.stored.device)
+        words, _ = sign_words(plan, weight.id, m, n)
+        rows, columns = words[:, :m], words[:, m:]
+        inward, outward = (columns, rows) if transposed else (rows, columns)
+        w = self._plain(weight)
+        made = plain_bias[None] if bias is None and plain_bias is not None else None
+        if bias is not None:
+            # After W, which lies in scratch where it was converted.
+            made = self._beside(weight, bias)
+        return fused_product(xs, w.T if transposed else w, inward, outward, which, scales, made)
+
+    def _beside(self, weight: Trained, bias: Trained) -> Tensor:
+        """A bias at all probes [P, out], in scratch that W's is not touched by."""
+        used = self.used
+        self.used = used + nbytes(weight)
+        try:
+            made = self.perturbed([bias], list(self.probes), 0)[0]
+            return made.clone() if self.in_scratch(made) else made
+        finally:
+            self.used = used
+
+    def _plain(self, t: Trained) -> Tensor:
+        """A matrix at θ itself in its compute dtype, with all updates in."""
+        if t.stored.dtype == t.compute:
+            if self.live:
+                self._catch_up(t)
+            else:
+                advance_trained(t, self.updates, self.kind, self.beta)
+            return t.stored
+        if not self.live:
+            return self.perturbed([t], list(CLEAN), 0)[0][0]
+        plan = self.control.clean(t.id not in self._done, t.decays)
+        w = (
+            self._room(nbytes(t))[: t.stored.numel() * t.compute.itemsize]
+            .view(t.compute)
+            .view(1, *t.stored.shape)
+        )
+        launch(t.stored, t.id, w, plan, self.kind, t.momentum, floor=t.floor, mask=t.mask, width=t.width)
+        self._done.add(t.id)
+        return w[0]
+
+    def plain_product(self, t: Trained, x: Tensor, transposed: bool) -> Tensor:
+        if not self.live:
+            return super().plain_product(t, x, transposed)
+        if t.stored.dtype == t.compute or not (transposed and in_slabs(t)):
+            w = self._plain(t)
+            return x @ (w.T if transposed else w)
+        plan = self.control.clean(t.id not in self._done, t.decays)
+        where: dict[str, Any] = {"floor": t.floor, "mask": t.mask, "width": t.width}
+        step, parts = slab_rows(t), []
+        for rows in [slice(i, min(i + step, len(t.stored))) for i in range(0, len(t.stored), step)]:
+            theta = part(t.stored, rows)
+            momentum = None if t.momentum is None else part(t.momentum, rows)
+            w = self._room(theta.numel() * t.compute.itemsize)[: theta.numel() * t.compute.itemsize]
+            w = w.view(t.compute).view(1, *theta.shape)
+            launch(theta, t.id, w, plan, self.kind, momentum, start=start(t.stored, rows), **where)
+            parts.append(x @ w[0].T)
+        self._done.add(t.id)
+        return torch.cat(parts, -1)
+
+    def scales_of(self, probes: Sequence[Probe], like: Tensor) -> Tensor:
+        if not self.live:
+            return super().scales_of(probes, like)
+        plan = self.control.plan(self._which(0, len(probes)), False, False)
+        return plan.values[: len(probes)].to(like.dtype)
+
+    def signs_of(self, t: Trained, probes: Sequence[Probe], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if not self.live:
+            return super().signs_of(t, probes, dtype)
+        plan = self.control.plan(self._which(0, len(probes)), False, False)
+        which = [p.direction for p in probes]
+        own = list(dict.fromkeys(which))
+        m, n = t.stored.shape
+        a, b = (torch.empty(len(own), size, dtype=dtype, device=t.stored.device) for size in (m, n))
+        # The first probes of all directions stand at the front where probes are p-major, as an example's are.
+        front = which[: len(own)] == own
+        keys = plan.keys[: len(own)] if front else plan.keys[self._places([which.index(k) for k in own])]
+        for out, purpose in ((a, ROWS), (b, COLUMNS)):
+            signs(out, t.id, purpose, keys)
+        if len(own) < len(which):
+            places = self._places([own.index(k) for k in which])
+            a, b = a.index_select(0, places), b.index_select(0, places)
+        return a, b
+
+    def _places(self, places: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
+        """Indices on the device; made once, since nothing may be copied from the CPU while a step is captured."""
+        key = dtype, *places
+        if key not in self._indices:
+            self._indices[key] = torch.tensor(places, dtype=dtype, device=self.flat_device)
+        return self._indices[key]
+
+    def shared_noise(self, t: Trained) -> Tensor:
+        if not self.live:
+            return super().shared_noise(t)
+        base = self.kind.removesuffix("_flipped")
+        out = torch.empty_like(t.stored, dtype=t.compute)
+        launch(None, t.id, out.view(1, -1), self.control.shared(), base)
         return out
 
     def shortcut(self, site: Site) -> Callable | None:

@@ -15,7 +15,7 @@ from zoft.noise.triton import Plan, shape_of
 from zoft.noise.triton_kernels import NOTHING
 
 _SLOTS = 8  # uploads that may be on their way
-_ROOM = 4096  # entries of all plans together
+_ROOM = 1 << 14  # entries of all plans together
 
 
 @triton.jit
@@ -65,9 +65,9 @@ def _close(
 class Control:
     """The device buffers that a step's launches read, and the plans that are slices of them.
 
-    master fp32 [q + P + 8]: multipliers of the pending update, its decay, 1 (for tensors that do not decay; both NOTHING
+    q: the step's directions. master fp32 [q + P + 9]: multipliers of the pending update, its decay, 1 (for tensors that do not decay; both NOTHING
     where no update is pending), the P scales, beta; and for two-sided steps in place: the restore of the pending update (0 where
-    nothing is to be restored), then eps, -2·eps, 0 and NOTHING. Each plan has its own contiguous copy of the entries it
+    nothing is to be restored), then eps, -2·eps, 0, NOTHING and 1. Each plan has its own contiguous copy of the entries it
     needs, made at the start of a step.
     """
 
@@ -75,11 +75,12 @@ class Control:
         self, probes: Sequence[Probe], q: int, eps: float, beta: float, seed: int, device: torch.device
     ) -> None:
         self.q, self.seed = q, seed
+        self.flipped = False  # whether plans name the noise that directions share
         self.probes = list(probes)  # [P]
         self.at_beta = q + 2 + len(self.probes)  # of master; what steps in place read follows
         scales = [p.scale for p in self.probes]
         self.master = torch.tensor(
-            [0.0] * q + [NOTHING.value] * 2 + [*scales, beta, 0.0, eps, -2 * eps, 0.0, NOTHING.value],
+            [0.0] * q + [NOTHING.value] * 2 + [*scales, beta, 0.0, eps, -2 * eps, 0.0, NOTHING.value, 1.0],
             dtype=torch.float32,
             device=device,
         )
@@ -103,14 +104,31 @@ class Control:
             for _ in range(_SLOTS)
         ]
 
-    def plan(self, first: int, count: int, updates: bool, decays: bool) -> Plan:
-        """Probes first to first + count (of all P), after the pending update if `updates`."""
+    def plan(self, which: Sequence[int], updates: bool, decays: bool) -> Plan:
+        """The probes at these places among all P, after the pending update if `updates`."""
         q = self.q
         before = list(range(q + 1)) if updates else []  # previous directions, their rounding
-        keys = before + [q + 1 + first + p for p in range(count)]
+        keys = before + [q + 1 + p for p in which]
+        if self.flipped:
+            shared = q + 1 + len(self.probes)
+            keys += [shared] * int(updates) + [shared + 1]
         values = [*range(q), q if decays else q + 1] if updates else []
-        values += [q + 2 + first + p for p in range(count)] + [self.at_beta]
-        return self._plan(keys, values, int(updates), q, self.probes[first : first + count])
+        values += [q + 2 + p for p in which] + [self.at_beta]
+        return self._plan(keys, values, int(updates), q, [self.probes[p] for p in which])
+
+    def clean(self, updates: bool, decays: bool) -> Plan:
+        """θ itself, after the pending update if `updates`."""
+        q, zero = self.q, self.at_beta + 4
+        keys = [*range(q + 1), q + 1] if updates else [q + 1]
+        if self.flipped:
+            keys += [q + 1 + len(self.probes)] * (int(updates) + 1)
+        values = [*range(q), q if decays else q + 1] if updates else []
+        return self._plan(keys, [*values, zero, self.at_beta], int(updates), q, [Probe(0, 0.0)])
+
+    def shared(self) -> Plan:
+        """The noise that this step's directions share, at scale 1."""
+        q = self.q
+        return self._plan([q + 2 + len(self.probes)], [self.at_beta + 6, self.at_beta], 0, 0, [Probe(0, 1.0)])
 
     def move(self, k: int, sign: float, decays: bool) -> Plan:
         """In place, θ on to probe (k, sign) of two-sided steps: from the probe before it, with the update before the first
@@ -130,15 +148,15 @@ class Control:
         """The plan of these entries of the words that `upload` makes, and of master."""
         what = (*keys, -1, *values)
         if what not in self.plans:
-            start, end = self.used, self.used + len(values)
-            assert end <= _ROOM, (start, len(values))
+            start, end = self.used, self.used + max(len(keys), len(values))
+            assert end <= _ROOM, (start, len(keys), len(values))
             assert not torch.cuda.is_current_stream_capturing(), f"plan {what} was not met while warming up"
             self.which[start : start + len(keys)] = keys
-            self.pick[start:end] = torch.tensor(values)
+            self.pick[start : start + len(values)] = torch.tensor(values)
             self.used = end
             restores = len(values) > updates * q + updates + len(probes) + 1
             self.plans[what] = Plan(
-                self.keys[start : start + len(keys)], self.values[start:end], updates, q * updates, len(probes),
+                self.keys[start : start + len(keys)], self.values[start : start + len(values)], updates, q * updates, len(probes),
                 *shape_of(probes), restores,
             )  # fmt: skip
             if self.step is not None:
@@ -153,7 +171,8 @@ class Control:
         self.step = (step, lr, decay)
         before = [spec.key(self.seed, max(step - 1, 0), k) for k in range(self.q)]
         now = [spec.key(self.seed, step, p.direction) for p in self.probes]
-        words = np.array([*before, before[0], *now], np.uint32).view(np.int32)  # [q + 1 + P, 2]
+        shared = [spec.key(self.seed, s, spec.SHARED) for s in (max(step - 1, 0), step)]
+        words = np.array([*before, before[0], *now, *shared], np.uint32).view(np.int32)  # [q + 1 + P + 2, 2]
         keys, rates = self.staged[step % _SLOTS]
         keys.numpy()[: self.used] = words[self.which[: self.used]]
         rates[0], rates[1] = lr, decay
@@ -166,8 +185,12 @@ class Control:
 
     def close(self) -> None:
         """Make this step's totals the pending update and its record."""
-        losses = self.totals[:, 0] / self.totals[:, 1]  # [P]
-        coefficients, state = self.estimator.run(losses, self.q, self.eps, self.state)  # [q], [S]
+        per = self.estimator.per
+        sums, counts = self.totals.unbind(1)  # [P] each
+        if per > 1:  # an example's part of the step's mean, as in Trainer.own_losses_at
+            counts = counts.view(-1, per).mean(1, keepdim=True).expand(-1, per).flatten()
+        losses = sums / counts  # [P]
+        coefficients, state = self.estimator.run(losses, self.q // per, self.eps, self.state)  # [q], [S]
         _close[(1,)](
             losses, coefficients.contiguous(), self.rows, self.rates, state.contiguous(), self.state, self.master, self.record,
             self.q, self.at_beta + 1, BLOCK=triton.next_power_of_2(self.q), STATE=len(self.state), num_warps=1,

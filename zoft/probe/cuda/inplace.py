@@ -61,7 +61,9 @@ class DeviceInPlace(InPlace):
         (probe,) = probes
         for t in self.trained if probe != self.at_probe else ():
             plan = self.control.move(probe.direction, probe.scale, t.decays)
-            launch(t.stored, t.id, t.stored[None], plan, self.kind, t.momentum, floor=t.floor, mask=t.mask)
+            launch(
+                t.stored, t.id, t.stored[None], plan, self.kind, t.momentum, floor=t.floor, mask=t.mask, width=t.width
+            )  # fmt: skip
         self.at_probe = probe
         yield
 
