@@ -68,6 +68,8 @@ def run_bench_command(
                     lambda: table.write_tables(bench),
                 )  # fmt: skip
     except KeyboardInterrupt:
+        if asked.worker is None:
+            table.write_tables(bench)
         raise Interrupted(f"stopped; the same command goes on with {bench.root}") from None
     text = table.write_tables(bench)
     say(text.rstrip())
