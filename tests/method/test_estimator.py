@@ -201,7 +201,14 @@ def test_the_projected_gradient_of_a_record():
 
 def test_names():
     config = SimpleNamespace(
-        recipe="mezo", estimator="auto", clip=None, meazo=0.0, q=3, batch_size=4, accumulate=2
+        recipe="mezo",
+        estimator="auto",
+        directions="shared",
+        clip=None,
+        meazo=0.0,
+        q=3,
+        batch_size=4,
+        accumulate=2,
     )
     assert estimator_of(config) is TWO_SIDED and forwards_per_step(config) == 6 * 8
     config.estimator = "one_sided"
