@@ -156,6 +156,27 @@ def sweep(
     run_sweep_command(asked, _with(words, recipe), typer.echo)
 
 
+@app.command(cls=Verb, context_settings=_LOOSE)
+def bench(
+    overrides: Overrides = None,
+    config: Source = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="ROW", help="Only this row; repeatable.")] = None,
+    tasks: Annotated[str, typer.Option(metavar="A,B", help="Only these tasks.")] = "",
+    seeds: Annotated[int | None, typer.Option(help="The first so many of the file's seeds.")] = None,
+    jobs: Annotated[int, typer.Option(help="Processes that share the runs.")] = 1,
+    gradient: Annotated[
+        bool, typer.Option("--gradient", help="Also lay each row's steps beside the true gradient.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; run nothing.")] = False,
+    worker: Annotated[float | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Rank configs on tasks at equal forwards: zoft bench --config bench/estimators --tasks reviews --seeds 3."""
+    from zoft.bench.command import Asked, run_bench_command
+
+    asked = Asked(config, only or (), tasks, seeds, jobs, gradient, dry_run, worker)
+    run_bench_command(asked, overrides or [], typer.echo, lambda line: typer.echo(line, err=True))
+
+
 @app.command("eval", cls=Verb, context_settings=_LOOSE)
 def evaluate(
     args: Args = None,
@@ -320,20 +341,23 @@ def report(
 @app.command("ls", cls=Verb)
 def list_configs() -> None:
     """List the packaged configs."""
-    from zoft.config.compose import describe, names
+    from zoft.config.compose import BENCH, describe, names
 
-    for title, group in (("zoft train --config NAME", ""), ("model=NAME", "model"), ("task=NAME", "task")):
+    titles = {"zoft train --config NAME": "", "zoft bench --config NAME": BENCH, "model=NAME": "model",
+              "task=NAME": "task"}  # fmt: skip
+    for title, group in titles.items():
         typer.echo(title)
         for name in names(group):
-            typer.echo(f"  {name:20} {describe(f'{group}/{name}' if group else name)}")
+            whole = f"{group}/{name}" if group else name
+            typer.echo(f"  {whole if group == BENCH else name:20} {describe(whole)}")
 
 
 @app.command(cls=Verb)
 def cp(name: str, dest: str) -> None:
     """Copy a packaged config, to make it your own: zoft cp mezo/reviews my.yaml."""
-    from zoft.config.compose import GROUPS, names, nearest, packaged
+    from zoft.config.compose import BENCH, GROUPS, names, nearest, packaged
 
-    known = names() + [f"{group}/{n}" for group in GROUPS for n in names(group)]
+    known = names() + [f"{group}/{n}" for group in (*GROUPS, BENCH) for n in names(group)]
     if name not in known:
         near = nearest(name, known)
         raise UserError(
@@ -346,7 +370,8 @@ def cp(name: str, dest: str) -> None:
         raise UserError(f"{target} exists: choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(packaged("configs") / f"{name}.yaml", target)
-    typer.echo(f"{target}: zoft train --config {target}" if name in names() else str(target))
+    verb = "train" if name in names() else "bench" if name.startswith(f"{BENCH}/") else ""
+    typer.echo(f"{target}: zoft {verb} --config {target}" if verb else str(target))
 
 
 @app.command(cls=Verb, context_settings=_LOOSE)

@@ -17,6 +17,7 @@ from zoft.errors import UserError, nearest
 from zoft.yaml_files import calls, check_file, strict_yaml
 
 GROUPS = ("model", "task")
+BENCH = "bench"  # the folder of bench files, which hold rows of configs (zoft/bench/plan.py)
 _SWEEP = "one value expected; a list of values is a sweep: use zoft sweep, or quotes around the text"
 
 
@@ -27,12 +28,12 @@ def packaged(folder: str) -> Path:
 
 
 def names(group: str = "") -> list[str]:
-    """Packaged configs: whole experiments (mezo/reviews), or those of a group (model, task)."""
+    """Packaged configs: whole experiments (mezo/reviews), or those of a group (model, task, bench)."""
     root = packaged("configs")
     found = sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.glob("*/*.yaml"))
     if group:
         return [n.split("/", 1)[1] for n in found if n.startswith(f"{group}/")]
-    return [n for n in found if n.split("/")[0] not in GROUPS]
+    return [n for n in found if n.split("/")[0] not in (*GROUPS, BENCH)]
 
 
 def describe(name: str) -> str:
