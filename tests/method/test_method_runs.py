@@ -14,6 +14,7 @@ from zoft.cli import replay
 from zoft.config.digest import changed, digests
 from zoft.errors import UserError
 from zoft.ledger.log import read_ledger
+from zoft.method import advice
 from zoft.method.configured import compose, load_run
 from zoft.method.estimators.named import forwards_per_step
 from zoft.replay.snapshot import file_of
@@ -187,6 +188,13 @@ def test_refused_in_one_line(place, keys, words):  # noqa: F811
     with pytest.raises(UserError) as caught:
         compose(str(place / "mine.yaml"), [f"model={place / 'half'}", *keys])
     assert all(w in str(caught.value) for w in words) and "\n" not in str(caught.value), str(caught.value)
+
+
+def test_advice_on_candidates_that_round_away(place):  # noqa: F811
+    for compute, told in (("fp32", False), ("bf16", True)):
+        config = configured(place, "none", "update=conservative", f"compute={compute}")
+        lines = advice.advice_at_start(config, [])
+        assert any("lie lr·c from the weights" in line and "compute=fp32" in line for line in lines) == told
 
 
 def test_a_clip_that_the_recipe_sets_or_that_weighs_directions_is_no_mistake(place):  # noqa: F811

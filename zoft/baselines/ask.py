@@ -10,6 +10,7 @@ DEMOS = 32  # as in the papers (arXiv 2305.17333)
 WITH_GRADIENTS = ("first-order", "first-order-lora", "checkpointed-lora")
 ON_PAIRS = WITH_GRADIENTS[1:]
 FORWARD_GRADIENT = "forward-gradient"  # trains, with slopes along random directions in place of gradients
+TRAINING = (*WITH_GRADIENTS, FORWARD_GRADIENT)
 
 
 @dataclass(frozen=True)

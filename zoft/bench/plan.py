@@ -26,7 +26,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from zoft.baselines.ask import WITH_GRADIENTS, Ask
+from zoft.baselines.ask import TRAINING, WITH_GRADIENTS, Ask
 from zoft.baselines.methods import METHODS, baseline_settings, keys_of
 from zoft.config.compose import is_file, once_each, packaged
 from zoft.config.schema import Config, fields
@@ -47,7 +47,7 @@ DEFAULTS: dict[str, Any] = {
 # What the bench says itself, and what runs code, which a file may not ask for.
 OURS = ("steps", "max_forwards", "seed", "eval_every", "save_model")
 CODE = ("reward", "trust_remote_code")
-DRAWING = ("icl", "linear-probe", *WITH_GRADIENTS)  # methods that a seed changes
+DRAWING = ("icl", "linear-probe", *TRAINING)  # methods that a seed changes
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,9 @@ def _baselines(
     known, flat = keys_of(method), _flat(keys) | dict(said)
     shared = {k: v for k, v in flat.items() if k.partition(".")[0] in known}
     if method in WITH_GRADIENTS:
-        steps, mine["save_model"] = mine.get("steps"), False
+        mine["save_model"] = False
+    if method in TRAINING:
+        steps = mine.get("steps")
         if isinstance(steps, int):
             mine["eval_every"] = math.ceil(steps / tree["evaluations"])
     for seed in seeds if method in DRAWING else seeds[:1]:

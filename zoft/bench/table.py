@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from zoft.baselines.ask import WITH_GRADIENTS
+from zoft.baselines.ask import TRAINING, WITH_GRADIENTS
 from zoft.bench.plan import Bench, Entry, Job
 from zoft.bench.work import chosen_lr, finished, has_failed, late_loss, reason
 from zoft.console import logged, short
@@ -113,7 +113,7 @@ def _record(bench: Bench, entry: Entry, metric: str) -> dict[str, Any]:
 
 
 def _has_lr(job: Job) -> bool:
-    return job.ask is not None and job.ask.method in WITH_GRADIENTS
+    return job.ask is not None and job.ask.method in TRAINING
 
 
 def _mean(done: Sequence[tuple[Job, Mapping[str, Any]]], key: str) -> float | None:

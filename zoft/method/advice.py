@@ -62,6 +62,11 @@ def advice_at_start(config: Config, trained: Sequence[Trained]) -> list[str]:
         lines.append("lr=0: no step will change a weight")
     if config.device.startswith("cuda") and config.compute == "fp32":  # a GGUF file's weights load as fp32
         lines.append("compute=fp32: the GPU's tensor cores stand idle; compute=bf16 uses them")
+    if config.update == "conservative" and config.compute in ("bf16", "fp16"):
+        lines.append(
+            f"update=conservative: the points it compares lie lr·c from the weights, which compute={config.compute} may round away; "
+            "compute=fp32 keeps them apart"
+        )
     if k is None:
         return lines
     numbers = sum(t.stored.numel() for t in trained)
