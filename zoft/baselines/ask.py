@@ -9,6 +9,7 @@ DEMOS = 32  # as in the papers (arXiv 2305.17333)
 # Methods that train with gradients; the second and third train LoRA pairs.
 WITH_GRADIENTS = ("first-order", "first-order-lora", "checkpointed-lora")
 ON_PAIRS = WITH_GRADIENTS[1:]
+FORWARD_GRADIENT = "forward-gradient"  # trains, with slopes along random directions in place of gradients
 
 
 @dataclass(frozen=True)

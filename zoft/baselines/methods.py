@@ -2,7 +2,8 @@
 
 zero-shot: as it is. icl: after k demonstrations. calibrated: label bias taken off. sfc: surface forms taken off.
 linear-probe: logistic regression on last-token features. first-order, first-order-lora, checkpointed-lora: AdamW with
-gradients (first_order.py). None of this is part of the forward-only trainer, and it imports none of it.
+gradients (first_order.py). forward-gradient: MeZO's step with the exact slope (forward_gradient.py).
+None of this is part of the forward-only trainer, and it imports none of it.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zoft.baselines.ask import DEMOS, ON_PAIRS, WITH_GRADIENTS, Ask, adjusted
-from zoft.config.schema import LORA, Config
+from zoft.baselines.ask import DEMOS, FORWARD_GRADIENT, ON_PAIRS, WITH_GRADIENTS, Ask, adjusted
+from zoft.config.schema import ADAPTERS, LORA, Config
 from zoft.errors import UserError, nearest, writing
 from zoft.folder import ASKED
 from zoft.packages import missing
 from zoft.report.runs import ANY
 
-METHODS = ("zero-shot", "icl", "calibrated", "sfc", "linear-probe", *WITH_GRADIENTS)
+METHODS = ("zero-shot", "icl", "calibrated", "sfc", "linear-probe", *WITH_GRADIENTS, FORWARD_GRADIENT)
 GRADIENTS = (
     "lr",
     "steps",
@@ -67,6 +68,10 @@ def baseline_settings(
     for k in keys:
         if k.partition(".")[0] not in known:
             raise UserError(f"{k}: does nothing in a baseline of --method {method}; leave it out")
+    if method == FORWARD_GRADIENT and config.train in ADAPTERS:
+        raise UserError(
+            f"train={config.train}: --method {method} trains a model's own tensors; use train=all"
+        )
     if "output_dir" not in keys:
         stem = str(config.output_dir).removesuffix(f"-seed{config.seed}")
         name = "-".join([stem, *_others(config, keys), method, f"seed{config.seed}"])
@@ -79,6 +84,7 @@ def keys_of(method: str) -> tuple[str, ...]:
     return (
         ANY
         + (GRADIENTS if method in WITH_GRADIENTS else ())
+        + (("train", *(k for k in GRADIENTS if "save" not in k)) if method == FORWARD_GRADIENT else ())
         + (LORA if method in ON_PAIRS else ())
         + (("compute",) if method == "checkpointed-lora" else ())
     )
@@ -176,6 +182,10 @@ def _made(config: Config, ask: Ask, data: Any, model: Any, tokenizer: Any) -> di
         from zoft.baselines.linear_probe import fit_linear_probe
 
         return fit_linear_probe(model, train, held_out, len(data.choices), config.seed)
+    if ask.method == FORWARD_GRADIENT:
+        from zoft.baselines.forward_gradient import train_forward_gradient
+
+        return train_forward_gradient(config, model, tokenizer, train, held_out, write)
     from zoft.baselines.first_order import train_first_order
 
     checkpointed = ask.method == "checkpointed-lora"

@@ -135,7 +135,7 @@ def _serve(trainer: Trainer, line: Line, inbox: queue.Queue[tuple[dict | None, b
                 record = unpacked(data)
                 if record.step >= trainer.next:  # else the ledger that came first had it
                     if not record.skipped:
-                        trainer.axis.commit(update_of(record, trainer.settings.seed))
+                        trainer.commit(update_of(record, trainer.settings.seed))
                     trainer.pass_by(record)
                 if not joined:
                     line.send("at", step=trainer.next)

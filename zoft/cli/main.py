@@ -233,7 +233,8 @@ def baseline(
         typer.Option(
             "--method",
             "-m",
-            help="zero-shot, icl, calibrated, sfc, linear-probe, first-order, first-order-lora, checkpointed-lora.",
+            help="zero-shot, icl, calibrated, sfc, linear-probe, first-order, first-order-lora, checkpointed-lora, "
+            "forward-gradient.",
         ),
     ] = "zero-shot",
     demos: Annotated[int | None, typer.Option(min=1, help="Demonstrations of icl; default: 32.")] = None,

@@ -22,6 +22,9 @@ LATER: dict[str, tuple] = {
     "estimator": ("auto", "two_sided"),
     "update": ("auto", "sgd"),
     "directions": ("shared",),
+    "blocks": ("all",),
+    "mask_every": (0,),
+    "anchor": (0.0,),
 }
 
 

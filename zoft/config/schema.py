@@ -199,13 +199,24 @@ class Config:
         None, "stop at so many forwards (examples × probes): fewer steps than `steps` if need be", least=1
     )
     weight_decay: float = key(0.0, "decoupled decay, times lr, not for biases and norms", least=0)
+    anchor: float = key(
+        0.0,
+        "decay towards the weights that training began with, times lr, of all trained tensors; keeps a second copy of them",
+        least=0,
+    )
     update: str = key(
         "auto",
         "how a step moves the weights: by lr times the estimate (sgd), by lr against its sign (sign), or as Adam does, with "
-        "two fp32 moments for each trained number (adam); lr is the size of a step with the last two; auto is the recipe's own (sgd)",
-        one_of=("auto", "sgd", "sign", "adam"),
+        "two fp32 moments for each trained number (adam), lr being the size of a step with these two; conservative: to the best of "
+        "θ and θ ± lr times the estimate on the same batch, 3 more forwards; momentum: with the directions of past steps drawn again, for noise that is cheap to draw; auto is the recipe's own (sgd)",
+        one_of=("auto", "sgd", "sign", "adam", "momentum", "conservative"),
     )
-    momentum: float = key(0.0, "update=sgd: 0 keeps no buffer", least=0, below=1)
+    momentum: float = key(
+        0.0,
+        "what each step keeps of the one before: update=sgd has a buffer for each trained number (0: none), update=momentum has none",
+        least=0,
+        below=1,
+    )
     eps: float = key(
         1e-3,
         "probe size: the loss is asked at θ ± eps·z; not set: lora 1e-2, prefix 1e-1, prompt 1e-2",
@@ -232,6 +243,18 @@ class Config:
     )
     sparsity: float = key(
         0.75, "recipe=sparse_mezo: share of each matrix that stays as it is", least=0, below=1
+    )
+    mask_every: int = key(
+        0,
+        "recipe=sparse_mezo, mask=random: steps between new draws of which numbers move (1: each step anew); 0 draws once",
+        least=0,
+        below=1 << 32,
+    )
+    blocks: str = key(
+        "all",
+        "which trained tensors a step probes and moves: all, or those of one block of the model (tensors outside of its blocks "
+        "are one more), drawn for each step (random) or in turn (cyclic)",
+        one_of=("all", "random", "cyclic"),
     )
     q: int = key(
         1, "directions a step; `estimator` says at which points each is probed", least=1, most=1 << 16

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from zoft.config.schema import Config
 from zoft.method.estimators.named import estimator_of
 from zoft.method.recipes import method_of
-from zoft.method.rules import rule_of
+from zoft.method.rules import is_sized, rule_of
 
 if TYPE_CHECKING:
     from zoft.method.space import Trained
@@ -74,7 +74,7 @@ def advice_at_start(config: Config, trained: Sequence[Trained]) -> list[str]:
             f"{8 * numbers / 1e9:.2g} GB (8 bytes per trained number); for small trained sets, or a large q"
         )
     # With meazo, a normalised estimate or an update rule, lr is the size of a step; nobody has searched that.
-    sized = estimator_of(config).sized or rule
+    sized = estimator_of(config).sized or is_sized(config)
     if config.lr and not sized and not FAR_BELOW * low <= config.lr <= k.far * high:
         lines.append(
             f"lr={config.lr:g} is far {'above' if config.lr > high else 'below'} what is known to work: "

@@ -12,6 +12,7 @@ from torch import nn
 
 from zoft.config.schema import ADAPTERS
 from zoft.errors import UserError
+from zoft.method.blocks import Turn
 from zoft.method.rules import Rule
 from zoft.models.kind import ADDED, after, blocks_of, own_name
 from zoft.models.quant.linear import FLOOR, Scales
@@ -38,8 +39,10 @@ class Trained:
     momentum: torch.Tensor | None = None  # fp32 (fp64 for fp64 storage), like stored
     floor: float | None = None  # no update brings an element below it
     mask: Mask | None = None  # which elements move; None: all
+    turn: Turn | None = None  # the steps at which it moves; None: all
     width: int = 0  # by which it is a matrix for rank1 and flipped noise; 0: signs per element
     rule: Rule | None = None  # how an update moves it; None: by the fused pass
+    base: torch.Tensor | None = None  # θ₀, like stored, where steps are pulled towards it
     state: dict[str, torch.Tensor] = field(default_factory=dict)  # the rule's buffers, and "t", int64 [1]
 
     @property

@@ -33,6 +33,8 @@ Specification
         restore is 0; a = decay·a unless decay is 1; a = a + s; with a floor a = max(a, floor); θ = round(a).
         A multiplier of -0 counts as +0. A no-op (all multipliers 0, decay 1) writes nothing at all, unless there is a
         momentum buffer (and beta is not 0): then it coasts like any other update.
+        An update rule (reference.advance) stands in place of a + s, after decay; with an anchor of strength λ at θ₀ it begins
+        with a = a - fl32(lr·λ)·(a - θ₀), three roundings.
         decay NOTHING: no update, momentum included, whatever the multipliers.
         Of a no-op and of NOTHING the restore remains, if it is not 0: θ = nearest(θ + restore·z_last), nearest even in
         θ's dtype. z_last is the z of the last multiplier. In-place probing takes θ back with it, in the update's own
@@ -43,8 +45,9 @@ Specification
         by magnitude: |θ| <= threshold moves, θ as it is stored before the update, compared as it is. Several updates
         in one pass each look anew, probes look at θ after them all: the order of steps, whatever is fused. So the
         probes of a step and its update, which comes later and finds the same θ, have one mask.
-        at random (purpose 2, key(seed, 0, 0)): c = i // 8, half-word i mod 8, low halves first: 16 bits r; r < share
-        moves. The same at all steps; each tensor its own.
+        at random (purpose 2, key(seed, p, 0)): c = i // 8, half-word i mod 8, low halves first: 16 bits r; r < share
+        moves; each tensor its own. p, the period, is 0 at all steps, or step // every where it is drawn anew every
+        `every` steps: updates and probes have that of their own step, several updates in one pass each its own.
 
 [1] Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011. doi:10.1145/2063384.2063405
 """
@@ -77,11 +80,20 @@ Probes = Sequence[tuple[int, float]]
 
 
 class Mask(NamedTuple):
-    """Which elements of a tensor move: those with |θ| <= threshold (an fp32 value), or a fixed random share of 2¹⁶."""
+    """Which elements of a tensor move: those with |θ| <= threshold (an fp32 value), or a random share of 2¹⁶.
+
+    every: steps between draws of a random share; 0: it is drawn once. period: which draw.
+    """
 
     threshold: float | None = None
     seed: int = 0
     share: int = 0
+    every: int = 0
+    period: int = 0
+
+    def at(self, step: int) -> Mask:
+        """Return the mask of a step, which is drawn once."""
+        return self._replace(every=0, period=step // self.every) if self.every else self
 
 
 _MASK = 0xFFFFFFFF

@@ -77,7 +77,12 @@ def read(folder: Path) -> Run:
     result = read_result(folder)
     steps = int(result.get("steps", flat.get("steps", 0)))
     used = ESTIMATORS.get(str(flat.get("estimator")), TWO_SIDED)
-    each = used.count(int(flat.get("q", 1))) * int(flat.get("batch_size", 1)) * int(flat.get("accumulate", 1))
+    again = 3 if flat.get("update") == "conservative" else 0
+    each = (
+        (used.count(int(flat.get("q", 1))) + again)
+        * int(flat.get("batch_size", 1))
+        * int(flat.get("accumulate", 1))
+    )
     if result and steps:
         each = int(result["forwards"]) // steps
     return Run(

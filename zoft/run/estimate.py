@@ -17,8 +17,10 @@ from zoft.data.example import Example
 from zoft.errors import UserError
 from zoft.evaluation.evaluate import room_of
 from zoft.method import space
-from zoft.method.estimators.named import probes_per_step
-from zoft.method.rules import rule_of
+from zoft.method.blocks import places_of
+from zoft.method.estimators.named import probes_per_step, second_probes
+from zoft.method.momentum import buffer_beta, window, window_beta
+from zoft.method.rules import rule_of, rule_words
 from zoft.method.space import train_names
 from zoft.models import footprint
 from zoft.models.adapters.attach import attach_adapter, load_adapter
@@ -34,6 +36,7 @@ from zoft.objectives.losses import Batch, collate, losses
 from zoft.probe.frozen_blocks import FROZEN_BYTES, frozen_blocks
 from zoft.probe.scratch import SLAB
 from zoft.run.stops import due_at
+from zoft.train.axis import group_of, memory_left
 from zoft.train.batches import batch_indices
 from zoft.train.parts import refuse_unquantised, resolve_device, resolve_precision, run_tokenizer
 
@@ -48,12 +51,12 @@ WORKSPACES = 2 * (32 << 20)
 def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[str, Any]:
     """Bytes and seconds of a run with this config.
 
-    peak = weights + momentum or state + scratch + workspaces + kept frozen outputs + max(activations of a training, an evaluation forward)
+    peak = weights + momentum or state + base (anchor) + scratch + workspaces + kept frozen outputs + max(activations of a training, an evaluation forward)
     seconds a step = flops of its forwards ÷ rate of a matrix product + trained numbers ÷ rate of noise
 
     rows: training examples (None: the config's data; where that cannot be read, rows of max_length); the longest
     says the memory, the usual batch the time. Rates are measured here, on config.device. Returns {weights: {dtype:
-    bytes}, weights_bytes, momentum_bytes, state_bytes, scratch_bytes, frozen_bytes, activation_bytes, evaluation_bytes,
+    bytes}, weights_bytes, momentum_bytes, state_bytes, base_bytes, scratch_bytes, frozen_bytes, activation_bytes, evaluation_bytes,
     peak_bytes, seconds_per_step, seconds, parameters, trained, rows, tokens, adamw: {peak_bytes, seconds_per_step},
     lora: {the same}, config: {resolved storage, compute, perturb, probes_per_forward, device, steps}, notes: [str]}.
     Raises UserError as a run would.
@@ -94,6 +97,11 @@ def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[
     each = probes_per_step(config)
     probes = 1 if inplace else min(2 if auto else int(config.probes_per_forward), each)
     batch = collate([longest] * config.batch_size)
+    if (
+        auto and probes > 1 and config.objective not in GENERATED
+    ):  # as a run's start finds, if all can be stacked
+        alone = max(1, _forward(model, batch, notes).activations)
+        probes = group_of(config, alone, max(0, memory_left(config.device) - total) // 2)
     train = _forward(model, batch.repeat(probes), notes)
     rows_each = batch.rows // config.batch_size
     held_out = collate(
@@ -113,32 +121,37 @@ def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[
             f"objective={config.objective}: seconds_per_step is that of the prompts alone; each of up to {config.max_new_tokens} "
             "tokens takes a small forward more, and its keys and values some memory"
         )
-    momentum = (8 if compute == torch.float64 else 4) * trained if config.momentum else 0
+    momentum = (8 if compute == torch.float64 else 4) * trained if buffer_beta(config) else 0
+    base = _stored(model, names, config, inplace) if config.anchor else 0
     rule = rule_of(config)
     state = len(rule.state) * (8 if config.storage == "fp64" else 4) * trained if rule else 0
     if rule:
         notes.append(
-            f"update={rule.name}: its passes are plain tensor operations, slower than what seconds_per_step counts"
+            f"{rule_words(config)}: its passes are plain tensor operations, slower than what seconds_per_step counts"
         )
     frozen, share = _frozen(config, model, names, rows, tested)
     spaces = WORKSPACES if config.device.startswith("cuda") else 0
     peak = max(
-        load, total + momentum + state + scratch + spaces + frozen + max(train.activations, evaluation)
+        load, total + momentum + state + base + scratch + spaces + frozen + max(train.activations, evaluation)
     )
 
     speed = rates(
         config.device, compute, batch.inputs["input_ids"].numel() * probes, _width(model), config.noise
     )
     usual = train.flops * _usual_width(config, rows)
-    flops = usual * share * math.ceil(each / probes) * config.accumulate
+    flops = usual * share * (each + second_probes(config)) / probes * config.accumulate
     flops += usual * (1 - share) / probes / config.batch_size * _met(config, rows) / config.steps
-    passes = each if inplace else config.q
+    passes = float(each if inplace else config.q)
+    if config.blocks != "all":  # what a step leaves alone gets no noise
+        passes /= 1 + max(places_of(model, names, config.blocks)[0].values())
+    if beta := window_beta(config):
+        passes += config.q * window(beta)  # drawn again, a pass each at most
     seconds = flops / speed["flops"] + passes * trained / speed["noise"]
     # Each denoising draws all directions from the start again.
     redrawn = sum(t for t in range(config.steps + 1) if "denoise" in due_at(config, t))
     denoising = redrawn * config.q * trained / speed["noise"]
     return {
-        "weights": sizes, "weights_bytes": total, "momentum_bytes": momentum, "state_bytes": state, "scratch_bytes": scratch, "frozen_bytes": frozen,
+        "weights": sizes, "weights_bytes": total, "momentum_bytes": momentum, "state_bytes": state, "base_bytes": base, "scratch_bytes": scratch, "frozen_bytes": frozen,
         "activation_bytes": train.activations, "evaluation_bytes": evaluation, "peak_bytes": peak,
         "seconds_per_step": seconds, "seconds": seconds * config.steps + denoising, "denoising_seconds": denoising,
         "flops_per_step": flops, "rates": speed,
@@ -179,6 +192,16 @@ def weights(
     for b in model.buffers():
         sizes[str(b.dtype).removeprefix("torch.")] += b.numel() * b.element_size()
     return dict(sizes)
+
+
+def _stored(model: nn.Module, names: Sequence[str], config: Config, uniform: bool) -> int:
+    """Bytes of a second copy of the trained tensors, as they are stored."""
+    one = nn.Module()
+    for i, (n, p) in enumerate(model.named_parameters()):
+        if n in set(names):
+            one.register_parameter(str(i), p)
+    own = [n for n, _ in one.named_parameters()]
+    return sum(weights(one, own, config.storage, config.compute, uniform=uniform).values())
 
 
 def _examples(config: Config) -> tuple[list[Example], int | None, str]:
@@ -338,6 +361,7 @@ def estimate_text(found: dict[str, Any]) -> str:
         f"{'weights':30}{_gb(found['weights_bytes'])}   ({shares})",
         *([f"{'momentum':30}{_gb(found['momentum_bytes'])}"] if found["momentum_bytes"] else []),
         *([f"{'moments of the update rule':30}{_gb(found['state_bytes'])}"] if found["state_bytes"] else []),
+        *([f"{'base, for anchor':30}{_gb(found['base_bytes'])}"] if found["base_bytes"] else []),
         f"{'scratch for probes':30}{_gb(found['scratch_bytes'])}",
         *([f"{'frozen outputs, kept':30}{_gb(found['frozen_bytes'])}"] if found["frozen_bytes"] else []),
         f"{'activations, training':30}{_gb(found['activation_bytes'])}",

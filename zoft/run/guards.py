@@ -15,7 +15,8 @@ from zoft.config.schema import GENERATED, NO_GRADIENT, Config
 from zoft.errors import UserError, is_memory
 from zoft.method.advice import known_settings, lr_range, paper_range
 from zoft.method.estimators.named import estimator_of
-from zoft.method.rules import rule_of
+from zoft.method.momentum import buffer_beta
+from zoft.method.rules import is_sized, rule_of
 
 if TYPE_CHECKING:
     from zoft.method.space import Trained
@@ -87,7 +88,7 @@ class Watch:
             f"the loss has been above its start for {self.above} steps ({_median(self.first):.3g} → "
             f"{_median(self.last):.3g}, medians of {self.window}): start again with a lower lr than {c.lr:g}"
         )
-        if k is None or estimator_of(c).sized or rule_of(c):
+        if k is None or estimator_of(c).sized or is_sized(c):
             return text
         low, high = lr_range(c, k, sum(t.stored.numel() for t in self.trained))
         here = "" if (low, high) == k.lr else f", which means {low:.1g} to {high:.1g} here"
@@ -205,7 +206,7 @@ def _lower(config: Config) -> str:
         from zoft.run.estimate import estimate_run
 
         found = estimate_run(config)
-        names = ("weights", "momentum", "state", "scratch", "frozen", "activation", "evaluation")
+        names = ("weights", "momentum", "state", "base", "scratch", "frozen", "activation", "evaluation")
         parts = {name: found[f"{name}_bytes"] for name in names}
         shown = ", ".join(f"{name} {size / 1e9:.2g}" for name, size in parts.items() if size >= 5e6)
         figures = f"the estimate is {found['peak_bytes'] / 1e9:.3g} GB ({shown}); "
@@ -220,10 +221,12 @@ def _lower(config: Config) -> str:
         ways.append("probes_per_forward to 1")
     if config.storage in ("auto", "fp32", "fp64"):
         ways.append("storage to fp16")
-    if config.momentum:
+    if buffer_beta(config):
         ways.append("momentum to 0")
     if (rule := rule_of(config)) and rule.state:
         ways.append("update to sgd or sign")
+    if config.anchor:
+        ways.append("anchor to 0")
     if parts.get("frozen", 0) >= 5e6:
         ways.append("cache_frozen to false")
     return f"{figures}lower {', '.join(ways)}"

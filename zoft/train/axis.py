@@ -16,11 +16,13 @@ from zoft.data.example import Example
 from zoft.errors import UserError
 from zoft.evaluation.evaluate import CALIBRATION, spread
 from zoft.method import space
+from zoft.method.blocks import give_turns
 from zoft.method.estimators.named import estimator_of, probes_per_step
 from zoft.method.estimators.two_sided import TWO_SIDED
 from zoft.method.masks import mask_tensors
+from zoft.method.momentum import MOMENTUM, buffer_beta
 from zoft.method.precision import weak_directions
-from zoft.method.rules import attach_rule, rule_of
+from zoft.method.rules import attach_rule, rule_of, rule_words
 from zoft.method.space import Trained, place_in_precision
 from zoft.method.updates import decay_is_lost
 from zoft.models.adapters.attach import place_adapter
@@ -147,15 +149,18 @@ def placed_axis(
     place_in_precision(loaded, trained, config.storage, config.compute, uniform=inplace)
     if config.train in ADAPTERS:
         place_adapter(trained, space.DTYPES[config.compute])
-    for line in mask_tensors(trained, config.mask, config.sparsity, config.seed):  # θ is the base, as stored
+    for line in mask_tensors(
+        trained, config.mask, config.sparsity, config.seed, config.mask_every
+    ):  # θ is the base, as stored
+        say(line)
+    for line in give_turns(loaded, trained, config.blocks):
         say(line)
     refuse_denoise(config, trained)
-    rule = rule_of(config)
-    attach_rule(trained, rule)
-    common: dict[str, Any] = {"seed": config.seed, "kind": drawn(config), "beta": config.momentum}
+    attach_rule(trained, rule_of(config))
+    common: dict[str, Any] = {"seed": config.seed, "kind": drawn(config), "beta": buffer_beta(config)}
     probes = estimator_of(config).probes(config.q, config.eps)
     fed: dict[str, Any] = common | {"q": config.q, "eps": config.eps}
-    captured = config.device.startswith("cuda") and config.storage != "fp64" and rule is None
+    captured = config.device.startswith("cuda") and config.storage != "fp64" and not why_eager(config)
     if inplace:
         config = replace(config, probes_per_forward=1)
         if captured and probes == TWO_SIDED.probes(config.q, config.eps):  # the only cycle that is captured
@@ -172,6 +177,21 @@ def placed_axis(
             DeviceAxis(trained, sites, compute=space.DTYPES[config.compute], probes=probes, **fed),
         )
     return config, trained, ProbeAxis(trained, sites, **common)
+
+
+def why_eager(config: Config) -> str:
+    """Say why a config's steps cannot be captured as CUDA graphs; "" where its method lets them be."""
+    if ruled := rule_words(config):
+        return f"{ruled} has no kernel"
+    if (used := estimator_of(config)).second:
+        return f"{used.second.name} asks for a second round of losses that depends on the first"
+    if config.update == MOMENTUM:
+        return f"update={MOMENTUM} has the directions of many steps in one"
+    if config.blocks != "all":
+        return f"blocks={config.blocks} moves other tensors at each step"
+    if config.mask_every:
+        return f"mask_every={config.mask_every} moves other numbers at other steps"
+    return ""
 
 
 def refuse_denoise(config: Config, trained: Sequence[Trained]) -> None:
@@ -205,6 +225,11 @@ def grouped(config: Config, loaded: nn.Module, made: ProbeAxis, train: Sequence[
     with made.clean(batch.rows), Live(kept, count=False) as live:
         losses(loaded, batch)
     each = max(1, live.most - made.scratch_held())  # the scratch was allocated meanwhile
+    return group_of(config, each, room)
+
+
+def group_of(config: Config, each: int, room: int) -> int:
+    """Return how many of a step's probes share a forward, if a probe's activations take `each` bytes and `room` has them."""
     probes = probes_per_step(config)
     shared = (
         probes // config.q if probes % config.q == 0 else 1

@@ -22,7 +22,7 @@ from zoft.parallel.world import this_world
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.inplace import InPlace
 from zoft.train.assemble import Parts
-from zoft.train.axis import drawn
+from zoft.train.axis import drawn, why_eager
 from zoft.train.batches import batches_of, picked
 from zoft.train.parts import say, trainer_settings
 from zoft.train.trainer import Trainer
@@ -62,7 +62,10 @@ def build_trainer_of(
             mine = this_world().examples
             return [Prompts(tuple(mine(picks))) for picks in picked(config, len(train), step)]
 
-    eager = goal.texts is not None or goal.value is not mean_loss or made.trained[0].rule is not None
+    why = why_eager(config)
+    if why and config.device.startswith("cuda"):
+        say(f"steps are not captured as CUDA graphs: {why}")
+    eager = goal.texts is not None or goal.value is not mean_loss or bool(why)
     if eager or not config.device.startswith("cuda") or type(made) in (ProbeAxis, InPlace):
         return Trainer(loaded, made, at, ledger, trainer_settings(config), goal.forward, goal.value)
     from zoft.probe.cuda.axis import DeviceAxis
