@@ -175,3 +175,13 @@ def test_the_bench_shows_it_beside_the_runs(place):
         assert found[row]["failures"] == found[row]["gradient_fault"] == ""
     assert "update=adam" in found["adam"]["gradient_fault"] and found["adam"]["failures"] == ""
     assert "No gradient was measured of" in done.stdout and "cosine" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "words", [["noise=rank1"], ["noise=rank1", "directions=example"], ["directions=example"]]
+)
+def test_other_directions_are_measured_without_a_line_of_their_own(place, words):
+    """They are unbiased: the mean of gᵀĝ is ‖g‖² within four standard errors."""
+    found = measure_gradient(compose("mine.yaml", words), place / "out", 100)
+    assert found["slope"] == pytest.approx(found["gradient_norm"] ** 2, abs=4 * found["slope_error"])
+    assert found["slope_error"] < found["slope"] / 3
