@@ -41,11 +41,11 @@ def outer_product(
         a, b = (a, b) if transposed else (b, a)  # of what comes out, of what goes in
         if axis.kind == RANK1:
             h = torch.bmm(xs, b[:, :, None])  # [P, n, 1]
-            y = torch.baddbmm(y, h * scales[:, None, None], a[:, None])
+            y.baddbmm_(h * scales[:, None, None], a[:, None])
         else:
             u = axis.shared_noise(weight)  # as W lies
             moved = (xs * b[:, None]).flatten(0, 1) @ (u.T if transposed else u)
-            y = y + moved.unflatten(0, xs.shape[:2]) * (a * scales[:, None])[:, None]
+            y.addcmul_(moved.unflatten(0, xs.shape[:2]), (a * scales[:, None])[:, None])
     if bias is not None:
         made = axis.perturbed([bias], list(axis.probes), 0)[0]  # [P, out]
         return (y + made[:, None]).to(y.dtype)

@@ -18,7 +18,7 @@ from zoft.errors import UserError
 from zoft.evaluation.evaluate import room_of
 from zoft.method import space
 from zoft.method.blocks import places_of
-from zoft.method.estimators.named import probes_per_step, second_probes
+from zoft.method.estimators.named import examples_per_step, probes_per_step, second_probes
 from zoft.method.momentum import buffer_beta, window, window_beta
 from zoft.method.rules import rule_of, rule_words
 from zoft.method.space import train_names
@@ -31,12 +31,13 @@ from zoft.models.load import find_model
 from zoft.models.quant.linear import Scales, count_numbers, quantised_layers
 from zoft.models.skeleton import quantised, skeleton
 from zoft.noise import noise
-from zoft.noise.spec import Update
+from zoft.noise.noise import width_of
+from zoft.noise.spec import FLIPPED, KINDS, RANK1, Update
 from zoft.objectives.losses import Batch, collate, losses
 from zoft.probe.frozen_blocks import FROZEN_BYTES, frozen_blocks
 from zoft.probe.scratch import SLAB
 from zoft.run.stops import due_at
-from zoft.train.axis import group_of, memory_left
+from zoft.train.axis import drawn, group_of, memory_left
 from zoft.train.batches import batch_indices
 from zoft.train.parts import refuse_unquantised, resolve_device, resolve_precision, run_tokenizer
 
@@ -110,7 +111,21 @@ def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[
     evaluation = _forward(model, held_out, notes).activations
     trained = sum(p.numel() for n, p in model.named_parameters() if n in set(names))
     few = batch.tokens is not None  # of the output matrix only the candidates' rows are made
-    scratch = 0 if inplace else _scratch(model, names, compute, min(probes, 2), few)
+    kind = drawn(config)
+    made, stays = min(probes, 2), False
+    if config.mask == "none" and KINDS[kind] & FLIPPED:
+        made = 1  # what a step's directions share
+    elif (
+        config.mask == "none" and kind == RANK1 and config.device == "cpu"
+    ):  # a GPU may find writing probes faster
+        made, stays = 1, space.DTYPES[config.storage] == compute
+    scratch = 0 if inplace else _scratch(model, names, compute, made, few, stays)
+    if KINDS[kind] & FLIPPED:  # the second product; of the output matrix, of few rows
+        blocks = [
+            m for m in model.modules() if type(m) is nn.Linear and m is not model.get_output_embeddings()
+        ]
+        widest = max((m.out_features for m in blocks), default=0)
+        scratch += batch.inputs["input_ids"].numel() * probes * widest * compute.itemsize
     if config.train in ADAPTERS and not inplace:
         # cuda.axis.Pack, in 32 and 16 bits
         packed = config.train == "lora" and config.device.startswith("cuda") and rule_of(config) is None
@@ -135,13 +150,15 @@ def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[
         load, total + momentum + state + base + scratch + spaces + frozen + max(train.activations, evaluation)
     )
 
-    speed = rates(
-        config.device, compute, batch.inputs["input_ids"].numel() * probes, _width(model), config.noise
-    )
+    own = config.directions == "example"
+    tokens, directions = batch.inputs["input_ids"].numel() * probes, examples_per_step(config) * config.q
+    speed = rates(config.device, compute, tokens, _width(model), kind, directions if own else 1)
     usual = train.flops * _usual_width(config, rows)
     flops = usual * share * (each + second_probes(config)) / probes * config.accumulate
     flops += usual * (1 - share) / probes / config.batch_size * _met(config, rows) / config.steps
-    passes = float(each if inplace else config.q)
+    if KINDS[kind] & FLIPPED:
+        flops *= 2  # a product with the shared noise beside each with the weights
+    passes = float(each if inplace else 1 if own else config.q)
     if config.blocks != "all":  # what a step leaves alone gets no noise
         passes /= 1 + max(places_of(model, names, config.blocks)[0].values())
     if beta := window_beta(config):
@@ -285,9 +302,11 @@ def _forward(model: Any, batch: Batch, notes: list[str]) -> Cost:
     return Cost(mask + rows * tokens * (6 * _width(model) + 2 * wide) * size, 2 * numbers * rows * tokens)
 
 
-def _scratch(model: Any, names: Sequence[str], compute: torch.dtype, probes: int, few: bool) -> int:
+def _scratch(
+    model: Any, names: Sequence[str], compute: torch.dtype, probes: int, few: bool, stays: bool = False
+) -> int:
     """θ + s·z of the largest trained tensor, for each probe; of embeddings, and of the output matrix where `few` of its
-    rows are scored, no more than the rows in use are made."""
+    rows are scored, no more than the rows in use are made. stays: linear layers use their matrices where they lie."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     alone = getattr(embedding, "weight", None)
     last = getattr(head, "weight", None)
@@ -299,7 +318,9 @@ def _scratch(model: Any, names: Sequence[str], compute: torch.dtype, probes: int
     sizes = [
         min(size, SLAB) if id(p) in linear else size
         for n, p in model.named_parameters()
-        if n in chosen and all(p is not x for x in passed)
+        if n in chosen
+        and all(p is not x for x in passed)
+        and not (stays and id(p) in linear and width_of(p.shape))
         for size in [p.numel() * (4 if isinstance(p, Scales) else compute.itemsize)]
     ]
     scales = {id(m.scales): m for m in quantised_layers(model).values()}
@@ -407,8 +428,13 @@ def _duration(seconds: float) -> str:
     )
 
 
-def rates(device: str, dtype: torch.dtype, tokens: int, width: int, kind: str) -> dict[str, float]:
-    """{flops: of [tokens, width] × [width, 4·width] a second, noise: numbers a second updated and probed twice}."""
+def rates(
+    device: str, dtype: torch.dtype, tokens: int, width: int, kind: str, directions: int = 1
+) -> dict[str, float]:
+    """{flops: of [tokens, width] × [width, 4·width] a second, noise: numbers a second updated and probed twice}.
+
+    directions: of the update. Kinds whose probes are products of their own are updated only.
+    """
     # No more rows than a rate wants: whoever asks may be short of memory.
     x = torch.randn(min(max(tokens, 1), ROWS_MAX), width, device=device).to(dtype)
     w = torch.randn(width, 4 * width, device=device).to(dtype)
@@ -416,10 +442,14 @@ def rates(device: str, dtype: torch.dtype, tokens: int, width: int, kind: str) -
     n = 1 << 26 if device.startswith("cuda") else 1 << 18
     theta = torch.randn(n, device=device).to(dtype)
     out = torch.empty(2, n, device=device, dtype=dtype)
-    change = [Update(0, 0, (1e-6,))]
+    change = [Update(0, 0, (1e-6,) * directions)]
+    where: dict[str, Any] = {"seed": 0, "step": 1, "noise": kind, "updates": change}
 
     def probe() -> None:
-        noise.perturb(theta, 1, out, [(0, 1e-3), (0, -1e-3)], seed=0, step=1, noise=kind, updates=change)
+        if KINDS[kind] >= KINDS[RANK1]:
+            noise.perturb(theta, 1, None, (), width=1024, **where)
+        else:
+            noise.perturb(theta, 1, out, [(0, 1e-3), (0, -1e-3)], **where)
 
     return {"flops": product / _seconds(lambda: x @ w, device), "noise": n / _seconds(probe, device)}
 
