@@ -146,7 +146,11 @@ class NodeAxis:
 
         def add(layer: Layer, out: Tensor) -> Tensor:
             y = out.reshape(len(scales), -1, layer.units)  # [P, R·T, m]
-            assert y.shape[1] >= len(tokens.places) and not y.shape[1] % max(rows, 1), (layer.name, out.shape, rows)
+            assert y.shape[1] >= len(tokens.places) and not y.shape[1] % max(rows, 1), (
+                layer.name,
+                out.shape,
+                rows,
+            )
             u = node_signs(tokens, layer.units, layer.trained.id, self.seed, step).to(y.dtype)  # [N, m]
             y = y.clone() if y.data_ptr() == out.data_ptr() else y
             for p, scale in enumerate(scales):
@@ -245,7 +249,9 @@ class NodeAxis:
         """Repeat what a step's probes do to the weights, for replay: nothing."""
 
     def release(self) -> None:
-        """Give nothing back: no scratch is held."""
+        """Give the layers their own forwards back."""
+        for layer in self.layers:
+            layer.module.__dict__.pop("forward", None)
 
     def scratch_held(self) -> int:
         """Return the bytes of scratch that are held: none."""
@@ -275,7 +281,11 @@ def move_layer(layer: Layer, g: Tensor, change: Update) -> None:
     g: Ĝ [m, n]; it is changed. lr is the change's own fp32 value. A Ĝ of zeros moves nothing.
     """
     t = layer.trained
-    rms = g.double().square().mean().sqrt() if g.dtype == torch.float64 else g.square().mean(dtype=torch.float64).sqrt()
+    rms = (
+        g.double().square().mean().sqrt()
+        if g.dtype == torch.float64
+        else g.square().mean(dtype=torch.float64).sqrt()
+    )
     factor = float(change.lr / rms) if float(rms) > 0 else 0.0
     decay = change.decay if t.decays else 1.0
     if (factor == 0 or change.lr == 0) and decay == 1:

@@ -117,52 +117,74 @@ def measure(
     """
     inputs = _shared_inputs(layers, lambda: run(batches[0][0]))
     widths = {inputs[name]: _width(module) for name, module in layers}
+    owners = {inputs[name]: name for name, _ in reversed(layers)}  # the first layer that takes each input
     whiteners: dict[int, Whitener] = {}
-    sums = {name: torch.zeros(2, dtype=torch.float64) for name, _ in layers}  # Σ y², numbers
-    left_out = tokens = forwards = 0
-    todo = sorted(widths)
-    first = True
+    scales = {name: Scale() for name, _ in layers}
+    todo, forwards = sorted(widths), 0
+    device = next(layers[0][1].parameters()).device
     while todo:
         chosen, size = [], 0
         while todo and (not chosen or size + 8 * widths[todo[0]] ** 2 <= ROOM):
             size += 8 * widths[todo[0]] ** 2
             chosen.append(todo.pop(0))
-        device = next(layers[0][1].parameters()).device
         c = {i: torch.zeros(widths[i], widths[i], dtype=torch.float64, device=device) for i in chosen}
-        owners = {}
-        for name, _ in layers:
-            owners.setdefault(inputs[name], name)
-        seen = 0
-        for batch, places, examples in batches:
-
-            def look(name: str, args: tuple, out: Tensor, places: Tensor = places) -> None:
-                nonlocal left_out, tokens
-                i = inputs[name]
-                if i in c and owners[i] == name:
-                    x = args[0].reshape(-1, widths[i])[places].double()
-                    c[i].addmm_(x.T, x)
-                if first:
-                    size = out.reshape(-1, out.shape[-1])[places].double().square().sum(1)  # [N]
-                    keep = size <= SINK * size.median()
-                    left_out, tokens = left_out + int((~keep).sum()), tokens + len(keep)
-                    sums[name] += torch.stack([size[keep].sum().cpu(), keep.sum().cpu() * float(out.shape[-1])])
-
-            with ExitStack() as stack:
-                for name, module in layers:
-                    handle = module.register_forward_hook(
-                        lambda m, args, out, name=name, look=look: look(name, args, out)
-                    )
-                    stack.callback(handle.remove)
+        looks = {
+            name: _Look(
+                c.get(inputs[name]) if owners[inputs[name]] == name else None,
+                scales[name] if not forwards else None,
+            )
+            for name, _ in layers
+        }
+        with ExitStack() as stack:
+            for name, module in layers:
+                stack.callback(module.register_forward_hook(looks[name]).remove)
+            for batch, places, examples in batches:
+                for look in looks.values():
+                    look.places = places
                 run(batch)
-            forwards, seen = forwards + examples, seen + len(places)
+                forwards += examples
+        seen = sum(len(places) for _, places, _ in batches)
         for i in chosen:
             w = whitener_of(c.pop(i) / seen, rho, rank)
             whiteners[i] = Whitener(w.vectors.to(dtype), w.gains.to(dtype), w.mean.to(dtype))
-        first = False
-    sigmas = {name: float((s[0] / s[1]).sqrt()) for name, s in sums.items()}
-    return Measured(
-        [whiteners[i] for i in sorted(whiteners)], inputs, sigmas, forwards, left_out / max(tokens, 1)
-    )
+    sigmas = {name: (s.squares / s.numbers) ** 0.5 for name, s in scales.items()}
+    sinks = sum(s.sinks for s in scales.values()) / sum(s.tokens for s in scales.values())
+    return Measured([whiteners[i] for i in sorted(whiteners)], inputs, sigmas, forwards, sinks)
+
+
+@dataclass
+class Scale:
+    """Sum up the size of a layer's output: squares over numbers, sinks left out of them."""
+
+    squares: float = 0.0
+    numbers: float = 0.0
+    sinks: int = 0
+    tokens: int = 0
+
+    def add(self, y: Tensor) -> None:
+        """Take the outputs of a batch's valid tokens [N, m]."""
+        size = y.double().square().sum(1)  # [N]
+        keep = size <= SINK * size.median()
+        self.squares += float(size[keep].sum())
+        self.numbers += float(keep.sum()) * y.shape[1]
+        self.sinks += int((~keep).sum())
+        self.tokens += len(keep)
+
+
+@dataclass(eq=False)
+class _Look:
+    """A forward hook that adds a batch's tokens to the covariance of a layer's input, and to the scale of its output."""
+
+    c: Tensor | None
+    scale: Scale | None
+    places: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple, out: Tensor) -> None:
+        if self.c is not None:
+            x = args[0].reshape(-1, len(self.c))[self.places].double()
+            self.c.addmm_(x.T, x)
+        if self.scale is not None:
+            self.scale.add(out.reshape(-1, out.shape[-1])[self.places])
 
 
 def _width(module: nn.Module) -> int:
@@ -177,7 +199,9 @@ def _shared_inputs(layers: Sequence[tuple[str, nn.Module]], run: Callable[[], An
     last: list[Tensor] = []  # kept alive, so that its memory is nobody else's meanwhile
 
     def look(name: str, x: Tensor) -> None:
-        same = bool(last) and (x is last[0] or (x.data_ptr() == last[0].data_ptr() and x.shape == last[0].shape))
+        same = bool(last) and (
+            x is last[0] or (x.data_ptr() == last[0].data_ptr() and x.shape == last[0].shape)
+        )
         found[name] = max(found.values(), default=-1) + (not same)
         last[:] = [x]
 

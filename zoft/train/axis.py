@@ -45,7 +45,11 @@ from zoft.train.parts import refuse_unquantised, say
 
 
 def make_axis(
-    config: Config, loaded: nn.Module, trained: list[Trained], train: Sequence[Example], folder: str | Path | None = None
+    config: Config,
+    loaded: nn.Module,
+    trained: list[Trained],
+    train: Sequence[Example],
+    folder: str | Path | None = None,
 ) -> tuple[Config, list[Trained], ProbeAxis | InPlace | NodeAxis]:
     """The way to run the model at θ + s·z: proved on the run's own first examples, or in place.
 

@@ -49,7 +49,9 @@ def make_nodes(
     off = float(((stacked - alone).abs() / (1 + alone.abs())).max())
     cap = max(TOLERANCE.get(t.compute, 0.1) for t in trained)
     if not off <= cap:
-        raise UserError(f"perturb=nodes: stacked losses differ from single ones by {off:.2g}; use recipe=mezo")
+        raise UserError(
+            f"perturb=nodes: stacked losses differ from single ones by {off:.2g}; use recipe=mezo"
+        )
     return axis
 
 
