@@ -2,8 +2,8 @@
 
 import copy
 
-import numpy as np
 import noise_twin
+import numpy as np
 import pytest
 import tiny
 import torch

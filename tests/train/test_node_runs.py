@@ -157,7 +157,7 @@ def test_killed_and_resumed(folder):
     for k in range(3):
         child = cli("--config", "mine.yaml", "steps=60", "eval_every=0", f"output_dir=k{k}")
         ledger = Path(f"k{k}/ledger")
-        while child.poll() is None and (not ledger.exists() or ledger.stat().st_size < 9000 + 3000 * k):
+        while child.poll() is None and (not ledger.exists() or ledger.stat().st_size < 4500 + 2000 * k):
             time.sleep(0.005)
         child.send_signal(signal.SIGKILL)
         child.communicate()

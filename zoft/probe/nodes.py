@@ -264,7 +264,8 @@ class _Passed(Exception):
 
 def _compute_in(layer: Layer) -> None:
     """Let a layer whose matrix is stored in another dtype convert it for each product."""
-    t, module = layer.trained, layer.module
+    t = layer.trained
+    module: Any = layer.module
 
     def forward(x: Tensor) -> Tensor:
         w = module.weight.to(t.compute)

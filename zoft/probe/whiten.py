@@ -123,7 +123,8 @@ def measure(
     todo, forwards = sorted(widths), 0
     device = next(layers[0][1].parameters()).device
     while todo:
-        chosen, size = [], 0
+        chosen: list[int] = []
+        size = 0
         while todo and (not chosen or size + 8 * widths[todo[0]] ** 2 <= ROOM):
             size += 8 * widths[todo[0]] ** 2
             chosen.append(todo.pop(0))

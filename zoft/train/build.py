@@ -43,6 +43,9 @@ def build_trainer_of(
     goal = goal or Goal(train[0].objective)
     for line in advice_at_start(config, made.trained) if ledger.last_step < 0 else ():
         say(line)
+    if isinstance(made, NodeAxis):
+        mine, whole = (node_rows_of(config, train, alone) for alone in (True, False))
+        return NodeTrainer(loaded, made, mine, ledger, trainer_settings(config), goal.forward, whole)
     if config.elastic:
         from zoft.train.elastic import ElasticTrainer
 
@@ -64,9 +67,6 @@ def build_trainer_of(
             mine = this_world().examples
             return [Prompts(tuple(mine(picks))) for picks in picked(config, len(train), step)]
 
-    if isinstance(made, NodeAxis):
-        mine, whole = (node_rows_of(config, train, alone) for alone in (True, False))
-        return NodeTrainer(loaded, made, mine, ledger, trainer_settings(config), goal.forward, whole)
     why = why_eager(config)
     if why and config.device.startswith("cuda"):
         say(f"steps are not captured as CUDA graphs: {why}")

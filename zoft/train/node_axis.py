@@ -12,7 +12,6 @@ from torch import nn
 from zoft.config.schema import Config
 from zoft.data.example import Example
 from zoft.errors import UserError
-from zoft.evaluation.evaluate import spread
 from zoft.method.estimators.estimator import Probe
 from zoft.method.space import Trained
 from zoft.objectives.losses import losses
@@ -85,7 +84,10 @@ def calibrated(
     path = Path(folder or "") / FILE
     if folder and path.exists():
         return measured_from(load_file(path), config.device)
-    chosen = sorted(spread(range(len(train)), config.calibration_rows), key=lambda i: (train[i].length, i))  # type: ignore[arg-type]
+    n, count = len(train), min(len(train), config.calibration_rows)
+    chosen = sorted(
+        (i * n // count for i in range(count)), key=lambda i: (train[i].length, i)
+    )  # at even distances
     batches = []
     for start in range(0, len(chosen), config.batch_size):
         picks = chosen[start : start + config.batch_size]

@@ -34,7 +34,9 @@ def rows_with_tokens(examples: Sequence[Example], picks: Sequence[int], device: 
     """Return a microbatch of examples, whose places in the training set are `picks`."""
     batch = collate(examples)
     lone = batch.rows == len(examples)
-    owners, candidates, shared = [], [], []
+    owners: list[int] = []  # of each row
+    candidates: list[int] = []
+    shared: list[int] = []
     for i, e in enumerate(examples):
         rows = [a + b for a, b in zip(e.contexts, e.completions, strict=True)]
         count = 1 if lone else len(rows)
