@@ -48,7 +48,7 @@ def measure_gradient(config: Config, folder: Path, draws: int) -> dict[str, Any]
     from zoft.ledger.log import Ledger
     from zoft.method.estimators.named import forwards_per_step
     from zoft.probe.nodes import NodeAxis
-from zoft.train.assemble import assemble
+    from zoft.train.assemble import assemble
     from zoft.train.batches import batches_of
     from zoft.train.parts import trainer_settings
     from zoft.train.trainer import Trainer
@@ -141,7 +141,9 @@ def refuse_ungraded(config: Config) -> None:
         said = f"meazo={config.meazo:g}" if config.meazo else said
         raise UserError(f"{said}: a step depends on those before it, so one batch does not say where it goes")
     if config.perturb == "nodes":
-        raise UserError("perturb=nodes: its steps are normalised, so that they are no estimate; use another recipe")
+        raise UserError(
+            "perturb=nodes: its steps are normalised, so that they are no estimate; use another recipe"
+        )
     if config.perturb == "inplace":
         raise UserError("perturb=inplace: its rounding moves the weights; use perturb=probes")
 
