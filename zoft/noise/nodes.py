@@ -30,8 +30,8 @@ class Tokens:
     owners: Tensor
 
     def to(self, device: torch.device | str) -> Tokens:
-        """Return the same on another device."""
-        return Tokens(**{name: value.to(device) for name, value in vars(self).items()})
+        """Return the same on another device; `parts`, which keys are made of, stay on the CPU."""
+        return Tokens(**{k: v if k == "parts" else v.to(device) for k, v in vars(self).items()})
 
 
 def node_signs(tokens: Tokens, units: int, tid: int, seed: int, step: int) -> Tensor:

@@ -233,7 +233,7 @@ class NodeAxis:
         x = x[tokens.places].to(wide)  # [N, n]
         if layer.whitener is not None:
             x = layer.whitener.apply(x)
-        weight = c[tokens.owners.cpu()].to(x.device, wide) / layer.sigma  # [N]
+        weight = c.to(x.device, wide)[tokens.owners] / layer.sigma  # [N]
         u = node_signs(tokens, layer.units, layer.trained.id, self.seed, step).to(wide)  # [N, m]
         return u.mul_(weight[:, None]).T @ x
 
@@ -282,15 +282,11 @@ def move_layer(layer: Layer, g: Tensor, change: Update) -> None:
     g: Ĝ [m, n]; it is changed. lr is the change's own fp32 value. A Ĝ of zeros moves nothing.
     """
     t = layer.trained
-    rms = (
-        g.double().square().mean().sqrt()
-        if g.dtype == torch.float64
-        else g.square().mean(dtype=torch.float64).sqrt()
-    )
-    factor = float(change.lr / rms) if float(rms) > 0 else 0.0
     decay = change.decay if t.decays else 1.0
-    if (factor == 0 or change.lr == 0) and decay == 1:
+    if not (change.lr and any(change.multipliers)) and decay == 1:
         return
+    rms = g.square().mean(dtype=torch.float64).sqrt()
+    factor = torch.where(rms > 0, change.lr / rms, 0.0)  # nothing waits for a GPU
     g = g.T.contiguous() if layer.turned else g
     new = t.stored.to(g.dtype) * decay if decay != 1 else t.stored.to(g.dtype, copy=True)
     new.sub_(g.mul_(factor))
