@@ -47,6 +47,7 @@ def measure_gradient(config: Config, folder: Path, draws: int) -> dict[str, Any]
     from zoft.console import peak_memory_gb
     from zoft.ledger.log import Ledger
     from zoft.method.estimators.named import forwards_per_step
+    from zoft.probe.nodes import NodeAxis
     from zoft.train.assemble import assemble
     from zoft.train.batches import batches_of
     from zoft.train.parts import trainer_settings
@@ -82,6 +83,7 @@ def measure_gradient(config: Config, folder: Path, draws: int) -> dict[str, Any]
         Ledger.create(Path(place) / "ledger", parts.header) as ledger,
     ):
         goal = parts.objective
+        assert not isinstance(parts.axis, NodeAxis), parts.axis
         trainer = Trainer(
             parts.model, parts.axis, lambda step: batches, ledger, settings, goal.forward, goal.value
         )
@@ -138,6 +140,10 @@ def refuse_ungraded(config: Config) -> None:
         said = f"momentum={config.momentum:g}" if config.momentum else f"update={config.update}"
         said = f"meazo={config.meazo:g}" if config.meazo else said
         raise UserError(f"{said}: a step depends on those before it, so one batch does not say where it goes")
+    if config.perturb == "nodes":
+        raise UserError(
+            "perturb=nodes: its steps are normalised, so that they are no estimate; use another recipe"
+        )
     if config.perturb == "inplace":
         raise UserError("perturb=inplace: its rounding moves the weights; use perturb=probes")
 

@@ -81,6 +81,7 @@ def _config(tree: dict[str, Any]) -> Config:
 
 def _built(tree: dict[str, Any], data: bytes, trust_remote_code: bool) -> Trainer:
     """The run's trainer at the ledger's last step: base and replay, nothing else."""
+    from zoft.probe.nodes import NodeAxis
     from zoft.train.assemble import assemble
     from zoft.train.batches import batches_of
     from zoft.train.header import agree
@@ -98,6 +99,7 @@ def _built(tree: dict[str, Any], data: bytes, trust_remote_code: bool) -> Traine
     agree(log.header, parts.header, Path("the run"))
     at = batches_of(parts.config, parts.scored)
     aim = parts.objective
+    assert not isinstance(parts.axis, NodeAxis), "elastic=true refuses perturb=nodes"
     trainer = Trainer(
         parts.model, parts.axis, at, None, trainer_settings(parts.config), aim.forward, aim.value
     )

@@ -25,6 +25,9 @@ LATER: dict[str, tuple] = {
     "blocks": ("all",),
     "mask_every": (0,),
     "anchor": (0.0,),
+    "rho": (0.1,),
+    "calibration_rows": (256,),
+    "node_rank": (32,),
 }
 
 

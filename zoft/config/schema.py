@@ -28,7 +28,7 @@ NO_GRADIENT = ("accuracy", "macro_f1", *GENERATED)
 LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_layers")
 ONLY = {**dict.fromkeys(LORA, ("lora",)), "virtual_tokens": ("prefix", "prompt")}
 
-SETS = rf"all|last-\d+|norms|bias|head|scales|{'|'.join(ADAPTERS)}"  # what `train` may be besides a pattern
+SETS = rf"all|upper|last-\d+|norms|bias|head|scales|{'|'.join(ADAPTERS)}"  # what `train` may be besides a pattern
 
 
 def key(default: Any, doc: str, **limits: Any) -> Any:
@@ -126,7 +126,7 @@ class Config:
     task: Task = field(default_factory=Task, metadata={"doc": "a name of configs/task; its keys are task.…"})
     train: str = key(
         "all",
-        "trained tensors: all, last-2, norms, bias, head, scales, or a pattern searched in their names; "
+        "trained tensors: all, upper (linear layers of the upper half of the blocks), last-2, norms, bias, head, scales, or a pattern searched in their names; "
         "or lora, prefix, prompt: tensors added to a frozen model",
     )
     objective: str = key(
@@ -284,7 +284,24 @@ class Config:
     save_dtype: str = key(
         "auto", "dtype of the saved model; auto is the checkpoint's own", one_of=DTYPE_NAMES
     )
-    perturb: str = key("auto", "how probes are made", one_of=("auto", "probes", "inplace"))
+    perturb: str = key(
+        "auto",
+        "how probes are made: the weights are probed beside themselves (probes) or moved and moved back (inplace), or the outputs of "
+        "linear layers are probed (nodes, for recipe=node)",
+        one_of=("auto", "probes", "inplace", "nodes"),
+    )
+    rho: float = key(
+        0.1,
+        "recipe=node: what is added to the covariance of a layer's inputs before it is inverted, times its mean eigenvalue",
+        above=0,
+        most=1e6,
+    )
+    calibration_rows: int = key(
+        256, "recipe=node: training examples that the layers are measured on at the start", least=1
+    )
+    node_rank: int = key(
+        32, "recipe=node: eigenpairs kept of each covariance; all others are taken at their mean", least=1
+    )
     probes_per_forward: int | str = key("auto", "probes that share one forward", least=1, one_of=("auto",))
     cache_frozen: bool | str = key(
         "auto",

@@ -39,7 +39,11 @@ FAR_BELOW, FAR_EPS = 0.1, 10.0  # a tenth of the lowest lr wastes time
 def known_settings(config: Config) -> Known | None:
     """Return what is known of training what this config trains; None where nothing is."""
     # Prompts, and the scales of a quantisation, are in no grid of that paper.
-    if method_of(config.recipe).space.quantised or config.train in ("prompt", "scales"):
+    if (
+        config.perturb == "nodes"
+        or method_of(config.recipe).space.quantised
+        or config.train in ("prompt", "scales")
+    ):
         return None
     return {"lora": LORA, "prefix": PREFIX}.get(config.train, WEIGHTS)
 

@@ -21,6 +21,10 @@ Specification
         is dense noise's; E|(gᵀz)z|² is (m + 2)(n + 2)|g|², where dense noise has (mn + 2)|g|².
     gaussian_flipped, rademacher_flipped: z = u∘s, u the gaussian or rademacher noise of direction SHARED of the step, which
         all of its directions have in common, s the direction's own rank1. So one draw serves many uncorrelated directions.
+    node (purpose 3): a sign for each output unit of a layer at each token, exact. A token is (row, part, position): row is the
+        example's place in the training set; part is 0 for what all rows of the example begin with and c + 1 for the rest of
+        candidate c's row; position counts the row's tokens from 0 and never padding. The key is key(seed, step, part), tensor_id
+        is the layer's matrix, c = row·2³² + position·2¹⁴ + unit // 128, and the bit is that of rademacher for i = unit.
     rounding (purpose 1, key of direction 0): c = i // 8, half-word i mod 8, low halves first: 16 bits r.
         to bf16: add r to the fp32 bits and drop the lower 16.
         to fp16: s = fl(x + sign(x)·(r >> 3)·2⁻¹³·ulp(x)), ulp(x) = 2^(max(e, -14) - 10), e the exponent of |x|, fl to fp32
@@ -69,6 +73,8 @@ FLIPPED = (
 KINDS = {GAUSSIAN: 0, RADEMACHER: 1, RANK1: 2, "gaussian_flipped": 4, "rademacher_flipped": 5}
 SHARED = 0xFFFFFFFF  # the direction whose noise the directions of a flipped kind share
 ROWS, COLUMNS = 4, 5  # purposes: the signs of a matrix's rows and columns
+NODE = 3  # purpose: the signs of a layer's outputs
+NODE_BITS = 14  # of a counter's low word, which count 128 units each
 OUTER_MIN = 16  # rows and columns that a matrix has at least for rank1: the variance of less is above 1.27 times dense noise's
 NOTHING = -1.0  # a decay that says: no update at all, though a restore may come with it
 PART = 128  # elements that one counter serves at most: a part of a tensor starts at a multiple

@@ -74,6 +74,11 @@ def requested(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
         )
     if ask.exact or ask.denoise:
         word = "--denoise" if ask.denoise else "--storage fp32"
+        if config.perturb == "nodes":
+            raise UserError(
+                f"{word}: {folder} was trained with perturb=nodes: its weights follow from its update passes, and no sum over the "
+                "ledger has them; leave it out"
+            )
         if "+" in header["base"]:
             raise UserError(
                 f"{word}: {folder} has an adapter in place, which the sum over the ledger leaves out"

@@ -79,7 +79,8 @@ def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[
     elif place := adapter_folder(config):
         model = load_adapter(model, place)
     gradients = model
-    names = train_names(model, config.train)
+    nodes = config.perturb == "nodes"
+    names = train_names(model, config.train, nodes)
     if quantised_layers(model):
         gradients = skeleton(config)  # training with gradients wants the weights
         if config.device != "cpu" or config.bits is None:
@@ -111,16 +112,16 @@ def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[
     evaluation = _forward(model, held_out, notes).activations
     trained = sum(p.numel() for n, p in model.named_parameters() if n in set(names))
     few = batch.tokens is not None  # of the output matrix only the candidates' rows are made
-    kind = drawn(config)
-    made, stays = min(probes, 2), False
-    if config.mask == "none" and KINDS[kind] & FLIPPED:
+    kind, made, stays = drawn(config), min(probes, 2), False
+    flipped = not nodes and config.mask == "none" and bool(KINDS[kind] & FLIPPED)
+    if flipped:
         made = 1  # what a step's directions share
     elif (
         config.mask == "none" and kind == RANK1 and config.device == "cpu"
-    ):  # a GPU may find writing probes faster
+    ):  # a GPU may rather write the probes
         made, stays = 1, space.DTYPES[config.storage] == compute
     scratch = 0 if inplace else _scratch(model, names, compute, made, few, stays)
-    if KINDS[kind] & FLIPPED:  # the second product; of the output matrix, of few rows
+    if flipped:  # the second product; of the output matrix, of few rows
         blocks = [
             m for m in model.modules() if type(m) is nn.Linear and m is not model.get_output_embeddings()
         ]
@@ -130,6 +131,11 @@ def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[
         # cuda.axis.Pack, in 32 and 16 bits
         packed = config.train == "lora" and config.device.startswith("cuda") and rule_of(config) is None
         scratch = trained * (6 * each if packed else 4 * probes)
+    if nodes:
+        scratch = _node_bytes(config, model, names, batch.inputs["input_ids"].numel() * probes)
+        notes.append(
+            "the update pass is a third forward; the products of its estimate are not counted in seconds_per_step"
+        )
     if config.objective in GENERATED:
         scratch += 0 if inplace or config.hold_probe is False else sum(_held(config, model, names, compute))
         notes.append(
@@ -154,11 +160,11 @@ def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[
     tokens, directions = batch.inputs["input_ids"].numel() * probes, examples_per_step(config) * config.q
     speed = rates(config.device, compute, tokens, _width(model), kind, directions if own else 1)
     usual = train.flops * _usual_width(config, rows)
-    flops = usual * share * (each + second_probes(config)) / probes * config.accumulate
+    flops = usual * share * (each + second_probes(config) + nodes) / probes * config.accumulate
     flops += usual * (1 - share) / probes / config.batch_size * _met(config, rows) / config.steps
-    if KINDS[kind] & FLIPPED:
+    if flipped:
         flops *= 2  # a product with the shared noise beside each with the weights
-    passes = float(each if inplace else 1 if own else config.q)
+    passes = 0.0 if nodes else float(each if inplace else 1 if own else config.q)
     if config.blocks != "all":  # what a step leaves alone gets no noise
         passes /= 1 + max(places_of(model, names, config.blocks)[0].values())
     if beta := window_beta(config):
@@ -176,9 +182,20 @@ def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[
         "rows": batch.rows, "tokens": batch.inputs["input_ids"].shape[1],
         **_with_gradients(gradients, batch, usual / probes / speed["flops"] * config.accumulate),
         "config": {k: getattr(config, k) for k in ("storage", "compute", "device", "steps")}
-        | {"perturb": "inplace" if inplace else "probes", "probes_per_forward": probes},
+        | {"perturb": config.perturb if inplace or nodes else "probes", "probes_per_forward": probes},
         "notes": list(dict.fromkeys(notes)),
     }  # fmt: skip
+
+
+def _node_bytes(config: Config, model: nn.Module, names: Sequence[str], tokens: int) -> int:
+    """Bytes that node perturbation takes beside weights and activations: at most, for inputs that layers share count once.
+
+    Eigenpairs of every layer's input; of the largest layer Ĝ, the moved matrix and a temporary, fp32 each, and the signs of
+    a batch's tokens twice.
+    """
+    shapes = [tuple(p.shape) for n, p in model.named_parameters() if n in set(names)]
+    kept = sum(4 * max(shape) * min(config.node_rank, max(shape)) for shape in shapes)
+    return kept + max(12 * a * b + 8 * tokens * max(a, b) for a, b in shapes)
 
 
 def _held(config: Config, model: nn.Module, names: Sequence[str], compute: torch.dtype) -> Iterator[int]:

@@ -36,18 +36,24 @@ from zoft.probe import proof
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.frozen_blocks import FROZEN_BYTES, Row, prefix_of, rows_of
 from zoft.probe.inplace import InPlace
+from zoft.probe.nodes import NodeAxis
 from zoft.probe.site_forwards import fast, scratch_bytes
 from zoft.probe.sites import Found
 from zoft.train.batches import picked
+from zoft.train.node_axis import calibrated, make_nodes
 from zoft.train.parts import refuse_unquantised, say
 
 
 def make_axis(
-    config: Config, loaded: nn.Module, trained: list[Trained], train: Sequence[Example]
-) -> tuple[Config, list[Trained], ProbeAxis | InPlace]:
+    config: Config,
+    loaded: nn.Module,
+    trained: list[Trained],
+    train: Sequence[Example],
+    folder: str | Path | None = None,
+) -> tuple[Config, list[Trained], ProbeAxis | InPlace | NodeAxis]:
     """The way to run the model at θ + s·z: proved on the run's own first examples, or in place.
 
-    Returns (config with perturb and probes_per_forward resolved, tensors that are really trained, axis).
+    folder: of a run that goes on. Returns (config with perturb and probes_per_forward resolved, tensors that are really trained, axis).
     """
     refuse_other_kind(config.model, loaded, train[0].masked)
     longest, known = max(e.length for e in train), trained_positions(loaded)
@@ -85,6 +91,8 @@ def make_axis(
         say(found.note)
     if config.directions == "example" and not found.stacked:
         raise UserError(f"directions=example: {found.note}; use directions=shared")
+    if config.perturb == "nodes":
+        return node_axis(config, loaded, proof.live(trained, found), train, found, folder)
     auto = config.probes_per_forward == "auto"
     wanted = 2 if auto else int(config.probes_per_forward)
     group = min(wanted, probes_per_step(config)) if found.stacked else 1
@@ -108,6 +116,29 @@ def make_axis(
             return run(small)
 
     return held(cached(config, loaded, trained, train, clean), made), trained, made
+
+
+def node_axis(
+    config: Config, loaded: nn.Module, trained: list[Trained], train: Sequence[Example], found: Found,
+    folder: str | Path | None,
+) -> tuple[Config, list[Trained], NodeAxis]:  # fmt: skip
+    """Build the axis of perturb=nodes: layers proved, in their precision, and measured, or as a resumed run's file has them."""
+    group = 2 if config.probes_per_forward == "auto" else min(2, int(config.probes_per_forward))
+    config = replace(config, probes_per_forward=group)
+    place_in_precision(loaded, trained, config.storage, config.compute)
+    made = make_nodes(config, loaded, trained, found, train)
+
+    def clean() -> torch.Tensor:
+        return losses(loaded, calibration(train)[0].to(config.device))[0]
+
+    config = cached(config, loaded, trained, train, clean)
+    made.place(calibrated(config, loaded, made, train, folder))
+    m = made.measured
+    say(
+        f"{len(made.layers)} linear layers, {len(m.whiteners)} distinct inputs measured on {m.forwards} forwards; "
+        f"{m.sinks:.2%} of the tokens are left out of the layers' scales"
+    )
+    return config, trained, made
 
 
 def drawn(config: Config) -> str:

@@ -21,9 +21,11 @@ from zoft.objectives.objectives import Goal, Prompts
 from zoft.parallel.world import this_world
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.inplace import InPlace
+from zoft.probe.nodes import NodeAxis
 from zoft.train.assemble import Parts
 from zoft.train.axis import drawn, why_eager
 from zoft.train.batches import batches_of, picked
+from zoft.train.node_trainer import NodeTrainer, node_rows_of
 from zoft.train.parts import say, trainer_settings
 from zoft.train.trainer import Trainer
 
@@ -34,13 +36,16 @@ def build_trainer(parts: Parts, ledger: Ledger) -> Trainer:
 
 
 def build_trainer_of(
-    config: Config, loaded: nn.Module, made: ProbeAxis | InPlace, train: Sequence[Example], ledger: Ledger,
+    config: Config, loaded: nn.Module, made: ProbeAxis | InPlace | NodeAxis, train: Sequence[Example], ledger: Ledger,
     goal: Goal | None = None,
 ) -> Trainer:  # fmt: skip
     """Build a trainer of parts that were put together by hand; see `build_trainer`."""
     goal = goal or Goal(train[0].objective)
     for line in advice_at_start(config, made.trained) if ledger.last_step < 0 else ():
         say(line)
+    if isinstance(made, NodeAxis):
+        mine, whole = (node_rows_of(config, train, alone) for alone in (True, False))
+        return NodeTrainer(loaded, made, mine, ledger, trainer_settings(config), goal.forward, whole)
     if config.elastic:
         from zoft.train.elastic import ElasticTrainer
 

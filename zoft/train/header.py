@@ -31,6 +31,7 @@ DIFFERS = {
     "rows": "was begun on rows with other columns or answers: put back what was changed there",
     "noise_version": "has noise of version {found}, this zoft makes version {value}: use the zoft that wrote it",
     "page": "was begun with another text of its recipe ({found}) than that file has now ({value}): put back what it was",
+    "nodes": "was begun with other measurements of its layers than nodes.safetensors has now: put that file back",
     "adapter": "starts from an adapter ({found}) that is not made here ({value}): put back start.safetensors",
 }
 
@@ -49,7 +50,7 @@ PLAN = (
     "eps_mode",
 )
 # Keys of the plan that came later: a header lacks them where they are at their default.
-OWN = ("blocks", "mask_every", "anchor")
+OWN = ("blocks", "mask_every", "anchor", "rho", "calibration_rows", "node_rank")
 # What it says for people, of how the run began; another machine may go on with it otherwise.
 MADE = ("recipe", "train", "steps", "lr", "schedule", "warmup", "clip", "meazo", "weight_decay", "batch_size", "accumulate",
         "device", "threads", "probes_per_forward", "cache_frozen")  # fmt: skip

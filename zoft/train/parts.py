@@ -120,7 +120,7 @@ def refuse_pattern(config: Config, method: Method) -> None:
     except Exception:  # of a file or code that has no shapes without weights: seen once it is loaded
         return
     if getattr(shapes.config, "quantization_config", None) is None:
-        train_names(shapes, config.train)
+        train_names(shapes, config.train, config.perturb == "nodes")
 
 
 def run_tokenizer(config: Config) -> Any:

@@ -82,6 +82,8 @@ class Trainer:
     Source: MeZO (arXiv 2305.17333), Algorithm 1 and, for q > 1, Algorithm 2 with one batch for all directions.
     """
 
+    lr_apart = False  # whether the multipliers have no learning rate in them
+
     def __init__(
         self,
         model: nn.Module,
@@ -118,7 +120,7 @@ class Trainer:
         losses = ask(t, self.probes, batches)  # [P]
         coefficients, state = self.estimate(losses)  # [q], [S]
         lr = lr_at(t, lr=s.lr, steps=s.steps, schedule=s.schedule, warmup=s.warmup)
-        ruled = self.axis.trained[0].rule is not None
+        ruled = self.lr_apart or self.axis.trained[0].rule is not None
         change = make_update(t, s.seed, coefficients, lr=lr, weight_decay=s.weight_decay, ruled=ruled)
         # A multiplier may overflow fp32 where its losses do not.
         good = finite([*losses, *change.multipliers])
