@@ -134,8 +134,8 @@ def fit(
         t.note(
             f"early_stop={config.early_stop}: nothing better than at step {best_step(config, evals)}; stopped"
         )
-    if line := bias_alone(evals[0], evals[chosen]):
-        t.note(line)
+    if said := bias_alone(evals[0], evals[chosen]):
+        t.note(said)
     if config.save_best:
         several |= {"best_step": chosen, "last": evals[last]}
     return {
