@@ -376,3 +376,11 @@ def test_clean_inputs_are_the_probes_mean_up_to_eps_squared():
 
     far, near = apart(1e-1), apart(5e-2)
     assert far / near == pytest.approx(4, rel=0.2) and far < 1e-2
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_the_same_signs():
+    rows = rows_with_tokens(examples(4, 3), [3, 8, 2**20, 2**31 - 1], "cpu")
+    for units in (40, 128, 1000):
+        here = signs.node_signs(rows.tokens, units, 2**32 - 3, 1, 2)
+        assert torch.equal(here, signs.node_signs(rows.tokens.to("cuda"), units, 2**32 - 3, 1, 2).cpu())
