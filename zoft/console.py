@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,16 @@ from pathlib import Path
 from typing import Any, TextIO
 
 QUIET_SECONDS = 10.0  # between plain lines where the output is no terminal
+# What makes a terminal do or show something else than this text: controls but for tab and line break, the marks that
+# reverse the direction of what follows, other line separators, invisible tags, halves of characters.
+UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def escaped(text: str) -> str:
+    """Return a text from outside as a terminal may have it: \\x1b and its like written out, all else as it is."""
+    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def peak_memory_gb(device: str = "cpu") -> float:
