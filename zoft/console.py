@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -23,6 +24,35 @@ UNSEEN = re.compile(
 def escaped(text: str) -> str:
     """Return a text from outside as a terminal may have it: \\x1b and its like written out, all else as it is."""
     return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+class _Lasting(io.FileIO):
+    """A standard stream whose reader may go away: what is written then goes nowhere, and the work goes on."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return len(data)
+        except OSError as error:  # a full disk: said by name
+            raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def lasting(stream: TextIO) -> TextIO:
+    """Return a standard stream that outlives its reader, as in `zoft data | head`; a stream of another kind is itself.
+
+    A run whose progress nobody reads any more is not ended by that.
+    """
+    try:
+        number = stream.fileno()
+    except (AttributeError, OSError, ValueError):
+        return stream
+    stream.flush()
+    kept = io.TextIOWrapper(
+        io.BufferedWriter(_Lasting(number, "w", closefd=False)),
+        encoding=stream.encoding, errors=stream.errors, line_buffering=number == 2 or stream.isatty(),
+    )  # fmt: skip
+    return kept
 
 
 def peak_memory_gb(device: str = "cpu") -> float:

@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,32 +48,38 @@ def read_bytes(path: Path, most: int, what: str) -> bytes:
     return data
 
 
-def parse_json(text: str | bytes, *, depth: int = DEPTH, names: int = COLUMNS) -> Any:
-    """Return the value of a JSON text in which no object names a key twice.
+def parse_json(text: str | bytes, *, depth: int = DEPTH) -> Any:
+    """Return the value of a JSON text in which no object names a key twice, or more than COLUMNS keys.
 
-    depth: levels of lists and objects. names: keys of an object. Raises ValueError (json.JSONDecodeError for its grammar)
-    with a message of one line; never RecursionError.
+    depth: levels of lists and objects. Raises ValueError (json.JSONDecodeError for its grammar) with a message of one line;
+    never RecursionError.
     """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) != len(pairs):  # JSON would silently keep the last
-            seen: set[str] = set()
-            twice = next(n for n, _ in pairs if n in seen or seen.add(n))  # type: ignore[func-returns-value]
-            raise ValueError(f"{shortened(twice)!r} is there twice")
-        if len(made) > names:
-            raise ValueError(f"an object of {len(made):,} names; at most {names:,} are read")
-        return made
-
     nested = f"nested more than {depth} deep"
+    if not isinstance(text, str):
+        text = text.decode(json.detect_encoding(text))
     try:
-        value = json.loads(text, object_pairs_hook=once)
+        value = _DECODER.decode(text)
     except RecursionError:
         raise ValueError(nested) from None
-    marks = ("[", "{") if isinstance(text, str) else (b"[", b"{")
-    if sum(map(text.count, marks)) > depth and _deeper(value, depth):  # type: ignore[arg-type]
+    if text.count("[") + text.count("{") > depth and _deeper(value, depth):
         raise ValueError(nested)
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; of a name that comes twice JSON would silently keep the last."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{shortened(twice)!r} is there twice")
+    if len(made) > COLUMNS:
+        raise ValueError(f"an object of {len(made):,} names; at most {COLUMNS:,} are read")
+    return made
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_once
+)  # one for all texts: making it takes longer than a short text
 
 
 def _deeper(value: Any, depth: int) -> bool:
