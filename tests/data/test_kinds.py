@@ -305,6 +305,7 @@ def test_a_path_that_exists_is_a_path(place):
     hostile.refused(place, ["validate", "sw/lr=0.001-48f02353"], "is a path")
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_ends_nothing(place):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     start = [sys.executable, "-c", "from zoft.cli.main import main; main()"]

@@ -147,6 +147,8 @@ def _jsonl(path: Path, texts: Iterator[str], limits: Limits) -> Rows:
         lines = text.split("\n")  # not splitlines: text may hold other line separators
         if text.endswith("\n"):
             lines.pop()
+        if len(rows) + len(lines) > limits.rows:  # counted before they are parsed
+            refuse_rows(path, len(rows) + sum(not x.isspace() for x in lines if x), limits)
         for number, line in enumerate(lines, number + 1):  # noqa: B020
             if line and not line.isspace():
                 where = f"{path}:{number}"
