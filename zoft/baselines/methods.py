@@ -122,7 +122,7 @@ def run_baseline(config: Config, ask: Ask) -> dict[str, Any]:
     check_task(config.task)
     config = absolute_paths(config)
     with explain_memory(config):
-        data = tasks.load_task(config.task)
+        data = tasks.load_task(config.task, config.limits)
         _refuse(ask.method, data)
         claim_folder(folder)  # a folder of another name would not mend the others
         from zoft.replay.export import without_adapter

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoft import __version__
-from zoft.config.schema import Config, Task
+from zoft.config.schema import SECTIONS, Config
 from zoft.errors import UserError
 from zoft.ledger.format import decode
 from zoft.parallel.launch import with_parent
@@ -71,12 +71,12 @@ def join_run(place: str, secret_file: str | None, trust_remote_code: bool) -> st
 
 def _config(tree: dict[str, Any]) -> Config:
     """The run's config. Raises UserError for keys that this zoft does not have: they may decide what a step is."""
-    for kind, keys in ((Config, tree), (Task, tree.get("task", {}))):
+    for kind, keys in ((Config, tree), *((group, tree.get(name, {})) for name, group in SECTIONS.items())):
         if new := sorted({*keys} - {f.name for f in dataclasses.fields(kind)}):
             raise UserError(
                 f"{', '.join(new)}: the run's config has what zoft {__version__} does not know: join with the zoft that the run has"
             )
-    return Config(**{**tree, "task": Task(**tree["task"])})
+    return Config(**{**tree, **{name: group(**tree.get(name, {})) for name, group in SECTIONS.items()}})
 
 
 def _built(tree: dict[str, Any], data: bytes, trust_remote_code: bool) -> Trainer:

@@ -13,6 +13,7 @@ import typer
 
 from zoft import __version__
 from zoft.cli.app import Verb, Verbs
+from zoft.console import lasting
 from zoft.errors import UserError
 
 app = typer.Typer(
@@ -204,7 +205,8 @@ def evaluate(
     """Evaluate a run's model, any model or an adapter: zoft eval runs/mine; zoft eval DIR --config mezo/reviews."""
     from zoft.cli.eval import GIVE, evaluate_config, evaluated_config, evaluation_text, harness
 
-    folders = [a for a in args or [] if "=" not in a and not a.startswith("-")]
+    # A sweep's folders are named lr=0.001-…: a path that exists is no key.
+    folders = [a for a in args or [] if os.path.exists(a) or ("=" not in a and not a.startswith("-"))]
     overrides = [a for a in args or [] if a not in folders]
     overrides += [f"reward={reward}"] if reward else []
     if len(folders) > 1:
@@ -441,5 +443,6 @@ def _flat(value: Any) -> str:
 
 
 def main() -> None:
-    """The console script."""
+    """Run the console script."""
+    sys.stdout, sys.stderr = lasting(sys.stdout), lasting(sys.stderr)
     sys.exit(app())

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from zoft import limits as bounds
+
 DTYPE_NAMES = ("auto", "fp32", "fp16", "bf16", "fp64")
 ADAPTERS = ("lora", "prefix", "prompt")  # values of `train` that add tensors to a frozen model
 # Defaults that depend on what is trained. LoRA, prefix: of the MeZO paper's grids (arXiv 2305.17333); prompt:
@@ -116,8 +118,17 @@ class Task:
 
 
 @dataclass
+class Limits:
+    """What a data file may hold; zoft.limits has the bounds that no key raises, docs/running.md all of them."""
+
+    rows: int = key(bounds.ROWS, "rows of a data file or folder, at most", least=1)
+    bytes: int = key(bounds.BYTES, "bytes of a data file, or of what a packed one holds, at most", least=1)
+    cell: int = key(bounds.CELL, "characters of a cell or a line of a data file, at most", least=1)
+
+
+@dataclass
 class Config:
-    """A run. Short names, one level, `task` being the only group with keys of its own."""
+    """A run. Short names, one level, `task` and `limits` being the only groups with keys of their own."""
 
     recipe: str = key(
         "mezo", "the method: a file of recipes/, or on the command line a page of your own (--recipe FILE.py)"
@@ -364,6 +375,9 @@ class Config:
     early_stop: int = key(
         0, "evaluations in a row without a better best_by that end the run; 0 goes on", least=0
     )
+    limits: Limits = field(
+        default_factory=Limits, metadata={"doc": "how much of the data is read; its keys are limits.…"}
+    )
     output_dir: str | None = key(None, "folder of the run; null is runs/<config>-seed<seed>")
     save_model: bool = key(True, "write model/ at the end")
     save_dequantised: bool = key(
@@ -385,22 +399,32 @@ def filled(tree: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+SECTIONS: dict[str, type[Task] | type[Limits]] = {"task": Task, "limits": Limits}  # groups of keys
+
+
 def fields() -> dict[str, dataclasses.Field[Any]]:
-    """Every settable key by its dotted name, in order: lr, …, task.prompt."""
+    """Return every settable key by its dotted name, in order: lr, …, task.prompt."""
     flat: dict[str, dataclasses.Field[Any]] = {}
     for f in dataclasses.fields(Config):
         flat[f.name] = f
-        if f.name == "task":
-            flat |= {f"task.{g.name}": g for g in dataclasses.fields(Task)}
+        if f.name in SECTIONS:
+            flat |= {f"{f.name}.{g.name}": g for g in dataclasses.fields(SECTIONS[f.name])}
     return flat
+
+
+def values(config: Config) -> dict[str, Any]:
+    """Return a config as one level: {key or group.key: value}, maps and lists copied."""
+    tree = dataclasses.asdict(config)
+    groups = {name: tree.pop(name) for name in SECTIONS}
+    return tree | {f"{name}.{k}": v for name, group in groups.items() for k, v in group.items()}
 
 
 def describe_keys() -> str:
     """A line a key: name, type, default, meaning."""
     lines = []
     for name, f in fields().items():
-        if name == "task":
-            default = "(choose)"
+        if name in SECTIONS:
+            default = "(choose)" if name == "task" else ""
         elif f.default is dataclasses.MISSING:
             default = "{}"
         else:
@@ -411,7 +435,7 @@ def describe_keys() -> str:
                 if f.default is None
                 else str(f.default).replace("\n", "\\n")
             )
-        if name != "task":
+        if name not in SECTIONS:
             kind = str(f.type).replace("dict[Any, str]", "map").replace(" | None", "").replace(" | str", "")
         else:
             kind = "group"

@@ -12,6 +12,7 @@ from torch import nn
 
 from zoft.config.schema import ADAPTERS
 from zoft.errors import UserError
+from zoft.limits import PATTERN_SECONDS, at_most_seconds
 from zoft.method.blocks import Turn
 from zoft.method.rules import Rule
 from zoft.models.kind import ADDED, after, blocks_of, own_name
@@ -104,7 +105,12 @@ def train_names(model: nn.Module, train: str, linear: bool = False) -> list[str]
             raise UserError(
                 f"train={train!r} is not a regular expression ({error}); use all, last-2, norms, …"
             ) from None
-        chosen = [n for n in floating if pattern.search(own_name(n))]
+        with at_most_seconds(
+            PATTERN_SECONDS,
+            f"train={train!r}: this pattern takes more than {PATTERN_SECONDS:g} s to look for in the names of tensors; "
+            "write a simpler one",
+        ):
+            chosen = [n for n in floating if pattern.search(own_name(n))]
     if not chosen:
         near = difflib.get_close_matches(
             train, ["all", "norms", "bias", "head", "scales", *floating], n=1, cutoff=0.3

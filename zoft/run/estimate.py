@@ -244,7 +244,7 @@ def _examples(config: Config) -> tuple[list[Example], int | None, str]:
     from zoft.data.tasks import subset
 
     try:
-        data = tasks.load_task(config.task)
+        data = tasks.load_task(config.task, config.limits)
         tested = len(subset(data.eval, config.eval_limit))
         rows = encode(data.train, run_tokenizer(config), data, config.max_length, pack=data.pack)
         return rows, tested, ""

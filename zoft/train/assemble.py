@@ -67,7 +67,7 @@ def assemble(config: Config, folder: str | Path | None = None) -> Parts:
     method = method_of(config.recipe)
     try_page(config, method)
     config = resolve_device(config)
-    data = tasks.load_task(config.task)
+    data = tasks.load_task(config.task, config.limits)
     config, reward = with_objective(config, data), reward_of(config)
     refuse_best_by(config, data)
     refuse_pattern(config, method)
