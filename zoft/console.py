@@ -29,6 +29,8 @@ def escaped(text: str) -> str:
 class _Lasting(io.FileIO):
     """A standard stream whose reader may go away: what is written then goes nowhere, and the work goes on."""
 
+    first: TextIO
+
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
@@ -48,11 +50,14 @@ def lasting(stream: TextIO) -> TextIO:
     except (AttributeError, OSError, ValueError):
         return stream
     stream.flush()
-    kept = io.TextIOWrapper(
-        io.BufferedWriter(_Lasting(number, "w", closefd=False)),
-        encoding=stream.encoding, errors=stream.errors, line_buffering=number == 2 or stream.isatty(),
-    )  # fmt: skip
-    return kept
+    raw = _Lasting(number, "w", closefd=False)
+    raw.first = stream  # whose end would close the file
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=number == 2 or stream.isatty(),
+    )
 
 
 def peak_memory_gb(device: str = "cpu") -> float:

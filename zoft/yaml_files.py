@@ -72,10 +72,13 @@ def strict_yaml(text: str, where: str, words: bool = False) -> Any:
         return yaml.load(text, Strict)
     except RecursionError:
         raise UserError(f"{where}: nested too deep") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # a date of month 13, a number too long
+    except (yaml.YAMLError, ValueError, OverflowError, LookupError, TypeError, AttributeError) as error:
+        # A date of month 13, a number too long, `!!int` of nothing, a list as a key.
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line}: not valid YAML ({problem or str(error).splitlines()[0]})") from None
+        raise UserError(
+            f"{where}{line}: not valid YAML ({problem or (str(error).splitlines() or ['a value that is none'])[0]})"
+        ) from None
 
 
 SAME = {
