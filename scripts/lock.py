@@ -3,7 +3,7 @@
     python scripts/lock.py --uv uv
 
 Needs uv, and asks the package index for the newest versions. Writes constraints/lock.txt (what zoft needs),
-lock-dev.txt (with what the tests need), lock-real.txt (the real model and data), lock-lowest.txt (the lowest versions
+lock-dev.txt (with what the tests need), lock-docs.txt (with what `make docs` needs), lock-real.txt (the real model and data), lock-lowest.txt (the lowest versions
 that pyproject.toml promises), and zoft/tested.txt, from which the line of docs/running.md is made.
 """
 
@@ -83,6 +83,7 @@ def main() -> None:
     parts = ["pyproject.toml", "constraints/build.in", "-c", "constraints/cpu.txt"]
     compile("lock-dev.txt", *parts, "--extra", "dev")
     compile("lock.txt", *parts, "-c", "constraints/lock-dev.txt")
+    compile("lock-docs.txt", *parts, "--extra", "docs", "-c", "constraints/lock-dev.txt")
     compile("lock-real.txt", "constraints/real.in", universal="")
     with tempfile.TemporaryDirectory() as folder:
         lowest = Path(folder, "lowest.txt")
