@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from reader import ROOT, commands, flags_exist, has_data, make_folder, run, zoft
 
+from zoft.baselines.methods import baseline_settings
 from zoft.config.schema import fields
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -63,6 +64,8 @@ def test_commands_behind_figures_are_understood(page, tmp_path, monkeypatch):
             flags_exist(words)
         elif words[:2] == ["zoft", "train"]:
             zoft(["validate", *words[2:]])
+        elif words[:2] == ["zoft", "baseline"]:
+            baseline_settings(words[3], words[6:], words[5], None, None)
         else:
             assert words[:2] == ["zoft", "bench"], line
             zoft([*words[1:], "--dry-run"])

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from reader import README, REWARD, ROOT, commands, has_data, make_folder, run, zoft
+from test_house import FLOORS
 
 COMMANDS = commands(README)
 
@@ -72,6 +73,7 @@ def test_every_file_that_is_named_exists():
     rooms = re.findall(r"^(\S+)/ +\w", tree, re.M)
     have = {f"zoft/{p.name}" for p in (ROOT / "zoft").iterdir() if (p / "__init__.py").is_file()}
     assert set(rooms) == have | {"recipes"}
+    assert rooms == [f"zoft/{floor}" for floor in FLOORS[:0:-1]] + ["recipes"]
 
 
 def test_every_key_that_is_named_exists():
