@@ -89,7 +89,7 @@ def test_every_key_and_header_key_that_is_named_exists(tmp_path):
         assert name in fields(), name
     config = Config(model="m", task=Task(name="local"), storage="fp32", compute="fp32", update="sign")
     header = headers.header_of(config, "b", build(tmp_path, tiny.llama()).axis.trained, examples())
-    table = DOC[DOC.index("| key of the JSON") : DOC.index("Unknown keys are kept")]
+    table = DOC[DOC.index("| key of the JSON") : DOC.index("Readers keep unknown keys")]
     named = {
         name
         for row in table.splitlines()[2:]
