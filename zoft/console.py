@@ -61,7 +61,7 @@ def lasting(stream: TextIO) -> TextIO:
 
 
 def peak_memory_gb(device: str = "cpu") -> float:
-    """Peak memory so far in GB (1e9 bytes): what a CUDA device allocated, else the process's resident set."""
+    """Return peak memory so far in GB (1e9 bytes): what a CUDA device allocated, else the process's resident set."""
     torch = sys.modules.get("torch")  # never the one to import it
     if device.startswith("cuda") and torch is not None:
         return torch.cuda.max_memory_allocated(device) / 1e9
@@ -79,7 +79,7 @@ def peak_memory_gb(device: str = "cpu") -> float:
 
 
 def logged(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; what is damaged is left out, for the ledger is the run."""
+    """Return the whole lines of a metrics.jsonl; what is damaged is left out, for the ledger is the run."""
     rows = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
@@ -92,7 +92,7 @@ def logged(path: Path) -> list[dict[str, Any]]:
 
 
 def finite(value: Any) -> Any:
-    """The value as JSON can hold it: null for every NaN and infinity in it."""
+    """Return the value as JSON can hold it: null for every NaN and infinity in it."""
     if isinstance(value, Mapping):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -101,7 +101,7 @@ def finite(value: Any) -> Any:
 
 
 def short(value: Any) -> str:
-    """A number for the eye: four digits."""
+    """Return a number for the eye: four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -113,7 +113,7 @@ def _clock(seconds: float) -> str:
 
 @contextmanager
 def bar(text: str, total: int, stream: TextIO | None = None) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal, elsewhere a line every QUIET_SECONDS; yields did(amount of total)."""
+    """Show a progress bar on a terminal, elsewhere a line every QUIET_SECONDS; yields did(amount of total)."""
     stream = stream or sys.stderr
     if stream.isatty():
         from rich import progress

@@ -11,12 +11,12 @@ from itertools import islice
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: one line that names the key, the value and the fix (exit code 2)."""
+    """Report a mistake in what the user gave: one line that names the key, the value and the fix (exit code 2)."""
 
 
 @contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """What stops a write (a full disk, a folder that is read-only or gone) as a UserError that names the file."""
+    """Raise what stops a write (a full disk, a folder that is read-only or gone) as a UserError that names the file."""
     try:
         yield
     except OSError as error:
@@ -36,7 +36,7 @@ def one_line(text: str) -> str:
 
 
 def is_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory has run out, on a CPU or a GPU."""
+    """Say whether an exception says that memory has run out, on a CPU or a GPU."""
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return True

@@ -99,7 +99,7 @@ def shortened(text: str, most: int = 60) -> str:
 
 
 class TooLong(BaseException):
-    """Time is up within `at_most_seconds`; no `except Exception` of foreign code stops it."""
+    """Signal that time is up within `at_most_seconds`; no `except Exception` of foreign code stops it."""
 
 
 @contextmanager

@@ -20,7 +20,7 @@ def zoft_command(*arguments: str) -> list[str]:
 
 
 def install(requirement: str) -> str:
-    """The command that installs a requirement for the Python that runs; one without pip, as uv makes it, is told to uv."""
+    """Return the command that installs a requirement for the Python that runs; one without pip, as uv makes it, is told to uv."""
     python = shlex.quote(sys.executable)
     if importlib.util.find_spec("pip") is None:
         return f"uv pip install {requirement} --python {python}"
@@ -28,12 +28,12 @@ def install(requirement: str) -> str:
 
 
 def missing(key: str, package: str, requirement: str = "") -> str:
-    """The message where an optional package is not installed. key: the setting that asks for it."""
+    """Return the message where an optional package is not installed. key: the setting that asks for it."""
     return f"{key}: {package} is not installed; {install(requirement or package)}"
 
 
 def packaged_file(key: str, requirement: str, module: str, *parts: str) -> Path:
-    """The path of a data file in an installed package.
+    """Return the path of a data file in an installed package.
 
     key: the setting that asked for it, for the message ("task=reviews"). requirement: what to install.
     module: top-level module of the package; it is not imported. parts: path inside it.

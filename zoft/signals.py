@@ -23,7 +23,7 @@ RESUME = 75
 
 
 def way_on(folder: str) -> str:
-    """What continues the run in `folder`, with what its config.yaml holds and only a command line may say: code to run."""
+    """Return the command that continues the run in `folder`, with what only a command line may say (code to run)."""
     from zoft.yaml_files import yaml_tree
 
     tree: dict[str, Any] = {}
@@ -36,7 +36,7 @@ def way_on(folder: str) -> str:
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal has stopped the run in `folder`; all its steps are in the ledger. code: the exit code that says so.
+    """Signal that the run in `folder` was stopped; all its steps are in the ledger. code: the exit code that says so.
 
     why: what else has; number is 0 then. folder: "" where the run is another process's.
     """
@@ -51,7 +51,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stop:
-    """Takes the signals of a run: within `finishing` the first one waits for `check`, any other raises Stopped at once.
+    """Take the signals of a run: within `finishing` the first one waits for `check`, any other raises Stopped at once.
 
     An exception in the middle of a step would leave the weights in memory between two steps. After a second signal
     they may be; they are not saved then, and the ledger, which is the run, has whole steps whatever happens.
@@ -72,7 +72,7 @@ class Stop:
 
     @contextmanager
     def finishing(self) -> Iterator[None]:
-        """Steps in this context, with `check` after each, are finished before a signal stops the run."""
+        """Finish steps in this context, with `check` after each, before a signal stops the run."""
         self.busy = True
         try:
             yield
@@ -83,7 +83,7 @@ class Stop:
 
 @contextmanager
 def listening(folder: str) -> Iterator[Stop]:
-    """A Stop that gets the process's signals; other threads than the main one get none, and nothing changes."""
+    """Provide a Stop that gets the process's signals; other threads than the main one get none, and nothing changes."""
     stop, before = Stop(folder), {}
     if threading.current_thread() is threading.main_thread():
         # What a shell has told the process to ignore (nohup, a job in the background) stays ignored.

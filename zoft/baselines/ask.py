@@ -15,7 +15,7 @@ TRAINING = (*WITH_GRADIENTS, FORWARD_GRADIENT)
 
 @dataclass(frozen=True)
 class Ask:
-    """A baseline's own settings. demos: of icl, None is DEMOS. epochs: of first-order. keys: set by the user."""
+    """Hold a baseline's own settings. demos: of icl, None is DEMOS. epochs: of first-order. keys: set by the user."""
 
     method: str
     demos: int | None = None
@@ -23,13 +23,13 @@ class Ask:
     keys: tuple[str, ...] = ()
 
     def kept(self) -> dict[str, Any]:
-        """What distinguishes it, for its folder."""
+        """Return what distinguishes it, for its folder."""
         extra = {"demos": self.demos or DEMOS} if self.method == "icl" else {}
         return {"method": self.method, **extra}
 
 
 def adjusted(judged: Any) -> dict[str, Any]:
-    """Figures of scores that have been calibrated already, without a further calibration beside them."""
+    """Return figures of scores that have been calibrated already, without a further calibration beside them."""
     from zoft.evaluation import evaluate
 
     if judged.bias is not None:

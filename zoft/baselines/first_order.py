@@ -51,7 +51,7 @@ CLIP = 1.0  # norm of the gradient
 
 
 def first_order_defaults(config: Config, ask: Ask, rows: int) -> Config:
-    """The config as it is trained: the user's keys, defaults for the others, epochs as steps of batch_size rows."""
+    """Return the config as it is trained: the user's keys, defaults for the others, epochs as steps of batch_size rows."""
     unset: dict[str, Any] = {"lr": LR[config.train], **DEFAULTS}
     if ask.method == "checkpointed-lora":
         unset["compute"] = "auto"

@@ -23,7 +23,7 @@ HELD = 0.2  # share of the training rows that C is chosen on
 
 
 def features(model: nn.Module, examples: Sequence[Example]) -> np.ndarray:
-    """[n, H] fp64: what the output matrix is given at the last token of each prompt (at the mask of a masked model)."""
+    """Return [n, H] fp64: what the output matrix is given at the last token of each prompt (at the mask of a masked model)."""
     refuse_longer_rows(model, max(e.length for e in examples))
     head = head_of(model)
     if head is None:
@@ -57,7 +57,7 @@ def features(model: nn.Module, examples: Sequence[Example]) -> np.ndarray:
 def fit_linear_probe(
     model: nn.Module, train: Sequence[Example], held_out: Sequence[Example], classes: int, seed: int
 ) -> dict[str, Any]:
-    """{C, forwards, after}: standardised features, L2 penalty, C by the log loss of a fifth of the training rows.
+    """Return {C, forwards, after}: standardised features, L2 penalty, C by the log loss of a fifth of the training rows.
 
     After C is chosen all training rows are fitted. The evaluation rows are looked at once, at the end.
     """
@@ -94,7 +94,7 @@ def fit_linear_probe(
 
 
 def log_probabilities(model: Any, x: np.ndarray, classes: int) -> np.ndarray:
-    """[n, classes]; a class that no training row has gets e^-30."""
+    """Return [n, classes]; a class that no training row has gets e^-30."""
     out = np.full((len(x), classes), -30.0)
     out[:, model.classes_] = np.maximum(model.predict_log_proba(x), -30.0)
     return out

@@ -45,7 +45,7 @@ LONGEST = 60  # characters of a model or file in it
 def baseline_settings(
     name: str | None, overrides: Sequence[str], method: str, demos: int | None, epochs: float | None
 ) -> tuple[Config, Ask]:
-    """(config, what is asked) of a command line; raises UserError for what does not apply to the method."""
+    """Return (config, what is asked) of a command line; raises UserError for what does not apply to the method."""
     from zoft.method.configured import compose
 
     if method not in METHODS:
@@ -193,7 +193,7 @@ def _made(config: Config, ask: Ask, data: Any, model: Any, tokenizer: Any) -> di
 
 
 def demonstrated(config: Config, k: int, data: Any, tokenizer: Any) -> Any:
-    """The task's data with the same k training rows, prompt and gold text, in front of every prompt, blank lines between.
+    """Return the task's data with the same k training rows, prompt and gold text, in front of every prompt, blank lines between.
 
     The rows are drawn by config.seed; the last ones are left out until the longest row fits into max_length, and a line
     says so. Raises UserError where not even one fits.
@@ -243,7 +243,7 @@ def demonstrated(config: Config, k: int, data: Any, tokenizer: Any) -> Any:
 def surface_form(
     config: Config, data: Any, model: Any, tokenizer: Any, held_out: Sequence[Any]
 ) -> tuple[Any, int]:
-    """(Σ log p(candidate | prompt) − Σ log p(candidate | null prompt) [n, C], forwards that the null prompts took).
+    """Return (Σ log p(candidate | prompt) − Σ log p(candidate | null prompt) [n, C], forwards that the null prompts took).
 
     The null prompt is task.null_prompt with the row's columns in it, else the template with empty columns.
     Source: Holtzman et al., Surface Form Competition (arXiv 2104.08315), as MeZO's code has it: sums, not means.
@@ -311,7 +311,7 @@ def _require(method: str) -> None:
 
 
 def baseline_text(result: Mapping[str, Any]) -> str:
-    """What a user reads: what was not trained has one column, and no steps."""
+    """Return the text that a user reads: what was not trained has one column, and no steps."""
     from zoft.replay.saved_model import metrics_table
 
     method, before, after = result["method"], result["before"], result["after"]

@@ -14,7 +14,7 @@ from zoft.sweep.plan import Interrupted
 
 @dataclass(frozen=True)
 class Asked:
-    """The options as typed. worker: the time since which failed jobs are not tried again, for a process of --jobs."""
+    """Hold the options as typed. worker: the time since which failed jobs are not tried again, for a process of --jobs."""
 
     config: str | None = None
     only: Sequence[str] = ()

@@ -52,7 +52,7 @@ DRAWING = ("icl", "linear-probe", *TRAINING)  # methods that a seed changes
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a bench: its folder's name, what it is of, and what is run.
+    """Describe one run of a bench: its folder's name, its row, task and seed, and what is run.
 
     part: "search" (chooses an lr), "run", "frame" (a baseline, which `ask` describes) or "gradient", of so many draws.
     """
@@ -67,13 +67,13 @@ class Job:
 
     @property
     def forwards(self) -> int:
-        """Counted forwards of the plan; 0 for a baseline, whose result says what it took."""
+        """Return the counted forwards of the plan; 0 for a baseline, whose result says what it took."""
         return self.config.steps * forwards_per_step(self.config) if self.part in ("search", "run") else 0
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row on a task: the runs that search its lr, and, by the lr that is chosen, its runs of each seed.
+    """Describe a row on a task: the runs that search its lr, and, by the lr that is chosen, its runs of each seed.
 
     search: {lr: its run}, empty where one lr is all there is. runs: {lr: a run per seed}.
     frame: its baselines, one per seed where a seed matters. gradient: what --gradient asks for, or None.
@@ -89,7 +89,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Bench:
-    """A bench as it is run: the folder of its runs, its entries, and what its table needs."""
+    """Describe a bench as it is run: the folder of its runs, its entries, and what its table needs."""
 
     root: Path
     entries: Sequence[Entry]
@@ -97,13 +97,13 @@ class Bench:
 
     @cached_property
     def tasks(self) -> list[str]:
-        """The tasks in order."""
+        """Return the tasks in order."""
         return list(dict.fromkeys(e.task for e in self.entries))
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a command line asks for: only these rows and tasks (empty: all), so many seeds (None: all), and gradients."""
+    """Hold what a command line asks for: only these rows and tasks (empty: all), so many seeds (None: all), and gradients."""
 
     only: Sequence[str] = ()
     tasks: Sequence[str] = ()

@@ -29,7 +29,7 @@ def _light(param: Any) -> Any:
 
 
 class Verb(TyperCommand):
-    """A verb of zoft, whose epilog is an example of its use."""
+    """Represent a verb of zoft, whose epilog is an example of its use."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         return [_light(param) for param in super().get_params(ctx)]
@@ -58,7 +58,7 @@ def _refused(error: Any) -> typer.Exit:
 
 
 class Verbs(TyperGroup):
-    """Turns a user's mistake into one line and exit code 2; anything else is a bug and keeps its traceback."""
+    """Turn a user's mistake into one line and exit code 2; anything else is a bug and keeps its traceback."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         return [_light(param) for param in super().get_params(ctx)]

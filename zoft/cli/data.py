@@ -69,7 +69,7 @@ def _plain(tokens: Sequence[int], tokenizer: Any, colour: bool, fold: bool) -> s
 
 
 def counts(examples: Sequence[Example]) -> dict[str, Any]:
-    """{examples, tokens, scored, cut (examples that max_length shortened), longest}, the gold row of each counted."""
+    """Return {examples, tokens, scored, cut (examples that max_length shortened), longest}, the gold row of each counted."""
     rows = [
         (len(e.contexts[e.gold]) + len(e.completions[e.gold]) + len(e.after) - e.masked, _scored(e))
         for e in examples
@@ -88,7 +88,7 @@ def _scored(e: Example) -> int:
 
 
 def counted(found: dict[str, Any]) -> str:
-    """Counts in one line."""
+    """Return counts in one line."""
     n, tokens = found["examples"], found["tokens"]
     return (
         f"{n:,} training examples, {tokens:,} tokens, {found['scored']:,} scored ({found['scored'] / tokens:.1%}); "
@@ -97,7 +97,7 @@ def counted(found: dict[str, Any]) -> str:
 
 
 def as_tree(example: Example, tokenizer: Any) -> dict[str, Any]:
-    """An example for a program: rows of {token, text, scored}, one a candidate, and which is gold."""
+    """Return an example for a program: rows of {token, text, scored}, one per candidate, and which is gold."""
     rows = []
     for context, completion in zip(example.contexts, example.completions):
         marks = [False] * len(context) + list(example.scored or [True] * len(completion))

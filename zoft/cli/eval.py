@@ -32,7 +32,7 @@ ANY = ("task", "limits", "max_length", "eval_limit", "device", "threads", "trust
 def evaluated_config(
     target: str | None, name: str | None, overrides: Sequence[str]
 ) -> tuple[Config, Path | None]:
-    """(config whose model is to be judged, adapter folder or None) of what the command line says.
+    """Return (config whose model is to be judged, adapter folder or None) of what the command line says.
 
     target: a run's folder, or one of a model or of an adapter; name: of a config, whose task (and, without a target, whose
     model) is taken. An adapter's base is `model=…`, else the one it says itself, else the model of `name`.
@@ -95,7 +95,7 @@ def _source(
 
 
 def of_run(folder: Path, config: Config) -> tuple[Config, Path | None]:
-    """As source(), of a run's folder and its config."""
+    """Do as source(), for a run's folder and its config."""
     name = folder_name(config)
     saved = folder / name
     if not saved.is_dir():
@@ -124,7 +124,7 @@ def _base(adapter: Path, must: bool) -> str | None:
 
 
 def load_evaluated(config: Config, adapter: Path | None) -> tuple[Config, Any, Any]:
-    """(config with its device, model, tokenizer), with the adapter in it."""
+    """Return (config with its device, model, tokenizer), with the adapter in it."""
     from zoft.models.adapters.attach import load_adapter
     from zoft.replay.export import without_adapter
     from zoft.train.parts import load_run_model, resolve_device
@@ -137,7 +137,7 @@ def load_evaluated(config: Config, adapter: Path | None) -> tuple[Config, Any, A
 
 
 def other_base(model: str, adapter: Path, found: str) -> str:
-    """A line where a model is not the base that an adapter was trained on, "" where it is, or nothing says so.
+    """Return a line where a model is not the base that an adapter was trained on, "" where it is, or nothing says so.
 
     found: the model's fingerprint. The ledger of the adapter's run tells, where it is beside it; else the names do.
     """
@@ -161,7 +161,7 @@ def other_base(model: str, adapter: Path, found: str) -> str:
 def evaluate_config(
     config: Config, adapter: Path | None = None, *, resamples: int = 0, out: str | None = None
 ) -> dict[str, Any]:
-    """Metrics of a model on a config's evaluation data; with resamples, {metric: [low, high]} beside them as ci95.
+    """Return metrics of a model on a config's evaluation data; with resamples, {metric: [low, high]} beside them as ci95.
 
     Where the config's objective is of texts that the model writes (exact_match, f1, a reward), they are written and judged.
     out: a .jsonl file that gets a line an example. Raises UserError before weights load where it can.
@@ -217,7 +217,7 @@ def evaluate_config(
 
 
 def harness(config: Config, adapter: Path | None, tasks: str, path: str | None) -> tuple[dict[str, Any], str]:
-    """(results of lm-evaluation-harness's tasks, the same as text); config.eval_limit examples of each."""
+    """Return (results of lm-evaluation-harness's tasks, the same as text); config.eval_limit examples of each."""
     from zoft.cli.lm_eval import require_tasks, run_tasks, tasks_text
     from zoft.models import load as models
     from zoft.models.load import find_model
@@ -231,7 +231,7 @@ def harness(config: Config, adapter: Path | None, tasks: str, path: str | None) 
 
 
 def lines(rows: Sequence[Mapping[str, Any]], found: Judged) -> list[str]:
-    """A JSON line an example: row, prompt, gold, scores or loss, prediction, right.
+    """Return a JSON line per example: row, prompt, gold, scores or loss, prediction, right.
 
     scores: as evaluate.scores gives them, logits where each candidate is one token. probabilities: their softmax.
     """
@@ -266,7 +266,7 @@ def lines(rows: Sequence[Mapping[str, Any]], found: Judged) -> list[str]:
 
 
 def evaluation_text(result: Mapping[str, Any]) -> str:
-    """What a user reads: a line a metric, its interval beside it."""
+    """Return the text that a user reads: a line per metric, its interval beside it."""
     from zoft.console import short
 
     shown, between = {k: v for k, v in result.items() if not isinstance(v, Mapping)}, result.get("ci95", {})

@@ -22,7 +22,7 @@ LISTED = 12  # events of a kind whose steps are named
 
 
 def open_run(run: str | Path) -> tuple[Path, Log, int, int]:
-    """(ledger's path, its content, bytes of whole records, bytes of the file) of a run's folder or a ledger's file.
+    """Return (ledger's path, its content, bytes of whole records, bytes of the file) of a run's folder or a ledger's file.
 
     A run that another process is training is read up to its last whole step. Raises UserError on any damage.
     """
@@ -38,7 +38,7 @@ def open_run(run: str | Path) -> tuple[Path, Log, int, int]:
 
 
 def ledger_summary(run: str | Path) -> dict[str, Any]:
-    """The ledger in numbers, ready for JSON; NaN where nothing finite was seen."""
+    """Return the ledger in numbers, ready for JSON; NaN where nothing finite was seen."""
     path, log, size, _ = open_run(run)
     header, records = log.header, log.records
     trained = header.get("trained", {})
@@ -65,7 +65,7 @@ def ledger_summary(run: str | Path) -> dict[str, Any]:
 
 
 def about(folder: Path, event: Any) -> dict[str, Any]:
-    """What an event left: the digest that the ledger has, and the file if it is still there."""
+    """Return what an event left: the digest that the ledger has, and the file if it is still there."""
     found: dict[str, Any] = {"digest": event.digest.hex()} if any(event.digest) else {}
     file = file_of(folder, event.step)
     if event.kind == "snapshot":
@@ -74,7 +74,7 @@ def about(folder: Path, event: Any) -> dict[str, Any]:
 
 
 def ledger_text(found: Mapping[str, Any]) -> str:
-    """The summary for the eye."""
+    """Return the summary for the eye."""
     header, plan = found["header"], plan_of(found["header"])
     done, planned = found["steps"], found["planned"]
     state = "finished" if found["finished"] else "not finished: it was stopped, or is still going on"
@@ -199,19 +199,19 @@ def plot_ledger(run: str | Path, out: str | Path) -> Path:
 
 
 def loss_curve(records: Sequence[Record]) -> list[float]:
-    """[steps] the mean loss of each step's probes; NaN where one was not finite."""
+    """Return [steps] the mean loss of each step's probes; NaN where one was not finite."""
     means = [sum(r.losses) / len(r.losses) for r in records]
     return [m if math.isfinite(m) else math.nan for m in means]
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean of the finite ones; NaN without any."""
+    """Return the mean of the finite ones; NaN without any."""
     finite = [v for v in values if math.isfinite(v)]
     return sum(finite) / len(finite) if finite else math.nan
 
 
 def squeezed(values: Sequence[float], width: int = WIDTH) -> str:
-    """A line of bars: means over equal stretches, from the lowest to the highest of them; a gap where none is finite."""
+    """Return a line of bars: means over equal stretches, from the lowest to the highest of them; a gap where none is finite."""
     n = min(width, len(values))
     means = [mean(values[len(values) * i // n : len(values) * (i + 1) // n]) for i in range(n)]
     finite = [m for m in means if math.isfinite(m)]
@@ -221,7 +221,7 @@ def squeezed(values: Sequence[float], width: int = WIDTH) -> str:
 
 
 def ledger_json(found: Mapping[str, Any]) -> str:
-    """Strict JSON: null for what is no number."""
+    """Return strict JSON: null for what is no number."""
     from zoft.console import finite
 
     return json.dumps(finite(found))

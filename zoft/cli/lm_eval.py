@@ -12,7 +12,7 @@ from zoft.packages import missing
 
 
 def require_tasks(tasks: str, path: str | None) -> list[str]:
-    """The tasks' names. Raises UserError without the package, or for names or a folder that cannot be."""
+    """Return the tasks' names. Raises UserError without the package, or for names or a folder that cannot be."""
     names = [t for t in tasks.replace(",", " ").split() if t]
     if not names:
         raise UserError("--lm-eval is empty: name tasks, as in --lm-eval arc_easy,boolq")
@@ -33,7 +33,7 @@ def run_tasks(
     path: str | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """{task: {metric: value}} of the harness, its bootstrap errors as metric_stderr.
+    """Return {task: {metric: value}} of the harness, its bootstrap errors as metric_stderr.
 
     model: with or without an adapter, on its device. path: a folder of task files besides the harness's own; those need
     no network where their data is local. limit: examples of each task, the first ones.
@@ -70,7 +70,7 @@ def _metric(key: str) -> str:
 
 
 def tasks_text(result: dict[str, dict[str, Any]]) -> str:
-    """A line a task and metric, ± its standard error."""
+    """Return a line per task and metric, ± its standard error."""
     from zoft.console import short
 
     lines = []

@@ -74,7 +74,7 @@ def export_run(
 
 
 def of_run(folder: str | Path, device: str | None, recipe: str | None = None) -> Config:
-    """A run's config, to rebuild its weights on `device` (None: where it ran). Raises UserError without that device."""
+    """Return a run's config, to rebuild its weights on `device` (None: where it ran). Raises UserError without that device."""
     told = {"device": device, "recipe": recipe}
     config = load_run(folder, [f"{key}={value}" for key, value in told.items() if value])
     if config.device.startswith("cuda") and not device:

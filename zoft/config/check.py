@@ -12,7 +12,7 @@ from zoft.errors import UserError, nearest
 
 
 def unknown_key(name: str, where: str = "") -> UserError:
-    """The error for a key that is not in the schema, with the nearest one that is."""
+    """Return the error for a key that is not in the schema, with the nearest one that is."""
     # Compared by last parts: a shared `task.` would make everything look alike.
     tails = {
         full.rsplit(".", 1)[-1]: full for full in reversed(fields())

@@ -22,13 +22,13 @@ _SWEEP = "one value expected; a list of values is a sweep: use zoft sweep, or qu
 
 
 def packaged(folder: str) -> Path:
-    """`configs` or `recipes`: inside the package when installed from a wheel, beside it in a source tree."""
+    """Return the folder `configs` or `recipes`: inside the package when installed from a wheel, beside it in a source tree."""
     here = Path(__file__).resolve().parents[1]
     return here / folder if (here / folder).is_dir() else here.parent / folder
 
 
 def names(group: str = "") -> list[str]:
-    """Packaged configs: whole experiments (mezo/reviews), or those of a group (model, task, bench)."""
+    """Return the packaged configs: whole experiments (mezo/reviews), or those of a group (model, task, bench)."""
     root = packaged("configs")
     found = sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.glob("*/*.yaml"))
     if group:
@@ -37,7 +37,7 @@ def names(group: str = "") -> list[str]:
 
 
 def describe(name: str) -> str:
-    """The first comment line of a packaged config that is not Hydra's."""
+    """Return the first comment line of a packaged config that is not Hydra's."""
     for line in (packaged("configs") / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
         if line.startswith("#") and "@package" not in line:
             return line.lstrip("# ").strip()
@@ -63,12 +63,12 @@ def typed(tree: dict[str, Any], defaults: Mapping[str, Any]) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """The config as YAML that `--config` reads back to the same values."""
+    """Return the config as YAML that `--config` reads back to the same values."""
     return dump(dataclasses.asdict(config))
 
 
 def dump(tree: dict[str, Any]) -> str:
-    """A plain tree as YAML; text that looks like an interpolation is escaped, so that it stays text."""
+    """Return a plain tree as YAML; text that looks like an interpolation is escaped, so that it stays text."""
     import yaml
 
     def literal(value: Any) -> Any:
@@ -121,7 +121,7 @@ def assign(tree: dict[str, Any], assigned: Sequence[tuple[str, Any]], folder: Pa
 
 
 def parse(text: str) -> tuple[str, Any]:
-    """`key=value` from a command line to (dotted key, typed value)."""
+    """Turn `key=value` from a command line into (dotted key, typed value)."""
     name, equals, raw = text.partition("=")
     if text.startswith("-"):
         flag = name.lstrip("-").replace("-", "_")
@@ -189,7 +189,7 @@ def is_file(config: str | None) -> bool:
 
 
 def read(config: str) -> tuple[dict[str, Any], Path | None]:
-    """(plain tree, folder of the user's file or None) of a config's name or file."""
+    """Return (plain tree, folder of the user's file or None) of a config's name or file."""
     if not is_file(config):
         if config not in names():
             near = nearest(config, names())
@@ -206,7 +206,7 @@ def read(config: str) -> tuple[dict[str, Any], Path | None]:
 
 
 def group_tree(group: str, name: str, folder: Path | None) -> dict[str, Any]:
-    """The tree {group: …} of one file of a group, from the user's own folder first."""
+    """Return the tree {group: …} of one file of a group, from the user's own folder first."""
     own = (
         sorted(p.stem for p in (folder / group).glob("*.yaml"))
         if folder and (folder / group).is_dir()
@@ -227,7 +227,7 @@ _kept: dict[tuple[Path, str], dict[str, Any]] | None = None  # files composed so
 
 @contextmanager
 def once_each() -> Iterator[None]:
-    """Compositions in this context read each file once: Hydra takes 30 ms for it, and a sweep has many configs."""
+    """Let compositions in this context read each file once: Hydra takes 30 ms for it, and a sweep has many configs."""
     global _kept
     _kept = {}
     try:

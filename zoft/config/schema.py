@@ -34,7 +34,7 @@ SETS = rf"all|upper|last-\d+|norms|bias|head|scales|{'|'.join(ADAPTERS)}"  # wha
 
 
 def key(default: Any, doc: str, **limits: Any) -> Any:
-    """A dataclass field with its documentation and limits.
+    """Return a dataclass field with its documentation and limits.
 
     limits: one_of (allowed words), pattern (a regular expression and its description), least (≥), above (>),
     below (<), most (≤), template (True: a backslash and n typed in a shell is a line break), example (of a map).
@@ -47,7 +47,7 @@ def key(default: Any, doc: str, **limits: Any) -> Any:
 
 @dataclass
 class Task:
-    """Where examples come from and how each becomes a prompt and what is scored after it."""
+    """Describe where examples come from, how each becomes a prompt, and what is scored after it."""
 
     name: str = key("", "name of a packaged task (`zoft ls` lists them), or local for your own data")
     train: str | None = key(
@@ -135,7 +135,7 @@ class Task:
 
 @dataclass
 class Limits:
-    """What a data file may hold; zoft.limits has the bounds that no key raises, docs/running.md all of them."""
+    """Limit what a data file may hold; zoft.limits has the bounds that no key raises, docs/running.md all of them."""
 
     rows: int = key(bounds.ROWS, "largest number of rows of a data file or folder", least=1)
     bytes: int = key(
@@ -148,7 +148,7 @@ class Limits:
 
 @dataclass
 class Config:
-    """A run. Short names, one level, `task` and `limits` being the only groups with keys of their own."""
+    """Describe a run. Names are short and on one level; only `task` and `limits` are groups with keys of their own."""
 
     recipe: str = key(
         "mezo",

@@ -40,7 +40,7 @@ MUCH = (
 
 @dataclass
 class Chat:
-    """A chat template at work. special: pattern of the tokenizer's special tokens, or None."""
+    """Hold a chat template at work. special: pattern of the tokenizer's special tokens, or None."""
 
     tokenizer: Any
     template: str
@@ -51,7 +51,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """What a template writes around the contents of turns of some roles.
+    """Hold what a template writes around the contents of turns of some roles.
 
     pieces: n + 1 texts around n contents. ends: for each turn that is scored, how much of the piece after it
     belongs to it: up to the end of the token that ends a turn, 0 if the template has none; -1 for other turns.
@@ -65,7 +65,7 @@ class Skeleton:
 
 @dataclass(frozen=True)
 class Spans:
-    """A rendered conversation, by letters.
+    """Hold a rendered conversation, by letters.
 
     contents: (start, end) of each turn's. says: the end of what is scored of it, or 0. seams: where the model is
     asked for the turns that are scored.
@@ -78,7 +78,7 @@ class Spans:
 
 
 def of(tokenizer: Any, kind: str) -> Chat:
-    """The template that conversations of a task are written with.
+    """Return the template that conversations of a task are written with.
 
     kind: "auto" or "template" (the tokenizer's own) | "plain". Errors: UserError where the tokenizer has none, or
     does not say where its tokens stand in a text.
@@ -106,7 +106,7 @@ def of(tokenizer: Any, kind: str) -> Chat:
 
 
 def encode(rows: Sequence[dict], chat: Chat, max_length: int) -> list[Example]:
-    """Conversations as token ids, the assistant's turns scored.
+    """Turn conversations into token ids, the assistant's turns scored.
 
     Scored are the tokens of each turn {role: assistant, scored: True}, from the first one that has a letter of it
     to the token with which the template ends a turn. What follows the last scored token is left out. A row longer
@@ -129,7 +129,7 @@ def encode(rows: Sequence[dict], chat: Chat, max_length: int) -> list[Example]:
 
 
 def prompts(rows: Sequence[dict], chat: Chat, most: int) -> list[tuple[int, ...]]:
-    """What stands before the answer of each row, at most so many tokens of it, cut as in `encode`.
+    """Return what stands before the answer of each row, at most so many tokens of it, cut as in `encode`.
 
     Raises UserError naming a row that has more than one answer.
     """
@@ -344,7 +344,7 @@ def _end(turns: list[dict], after: str, chat: Chat, where: str) -> int:
 
 
 def ends_turns(chat: Chat, row: dict) -> bool:
-    """Whether the template ends each answer of a row with a token of its own, which is scored."""
+    """Say whether the template ends each answer of a row with a token of its own, which is scored."""
     with at_most_memory(TEMPLATE_BYTES, f"{row['where']}: {MUCH}"):
         span = _spans(row["messages"], chat, row["where"])
     return all(end > stop for (_, stop), end in zip(span.contents, span.says) if end)

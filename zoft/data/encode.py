@@ -13,7 +13,7 @@ from zoft.errors import UserError
 def encode(
     rows: Sequence[dict], tokenizer: Any, task: Any, max_length: int, *, pack: bool = False
 ) -> list[Example]:
-    """Rows of a task as token ids: prompts and candidates, conversations, or pieces of text, as the rows are.
+    """Turn rows of a task into token ids: prompts and candidates, conversations, or pieces of text, as the rows are.
 
     Conversations (`messages`) are written with the chat template, or plain (zoft.data.chat); text (`pieces`) is cut
     into pieces of max_length, packed if `pack` (zoft.data.texts): several examples a row, or several rows an example.
@@ -31,7 +31,7 @@ def encode(
 
 
 def turns(tokenizer: Any, rows: Sequence[dict], task: Any) -> str:
-    """How rows with turns are written: "template", "plain" turns, or "" for a prompt and its completion as text."""
+    """Return how rows with turns are written: "template", "plain" turns, or "" for a prompt and its completion as text."""
     kind = getattr(task, "chat", "auto")
     single = all("candidates" in row and row.get("joins") for row in rows)
     if single and (kind == "plain" or kind == "auto" and not getattr(tokenizer, "chat_template", None)):
@@ -40,7 +40,7 @@ def turns(tokenizer: Any, rows: Sequence[dict], task: Any) -> str:
 
 
 def how(tokenizer: Any, data: Any) -> str:
-    """A line on how the rows of a recognised layout are written for the model."""
+    """Return a line on how the rows of a recognised layout are written for the model."""
     row = data.train[0]
     if "pieces" in row:
         if data.pack:
@@ -172,7 +172,7 @@ def encode_masked(rows: Sequence[dict], tokenizer: Any, max_length: int) -> list
 
 
 def prompts(rows: Sequence[dict], tokenizer: Any, most: int, task: Any = None) -> list[tuple[int, ...]]:
-    """The prompts alone as token ids, to write after: at most so many tokens, cut on the left (after BOS).
+    """Return the prompts alone as token ids, to write after: at most so many tokens, cut on the left (after BOS).
 
     Of conversations, what the chat template writes where it asks for the answer, cut as `encode` does.
     rows, task: as for `encode`. Raises UserError naming a row without any token, or of several answers.
@@ -219,7 +219,7 @@ def refuse_foreign_ids(
 
 
 def rows_of(rows: Sequence[dict], examples: Sequence[Example]) -> list[dict]:
-    """The row of each example: encode() makes one a row, but of text as many as there are pieces."""
+    """Return the row of each example: encode() makes one a row, but of text as many as there are pieces."""
     at = [i for i, e in enumerate(examples) if e.part == 0]
     assert len(at) == len(rows), (len(at), len(rows))
     numbers = [n for n, (a, b) in enumerate(zip(at, [*at[1:], len(examples)])) for _ in range(b - a)]

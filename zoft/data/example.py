@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Example:
-    """One example as token ids: a context and a completion for each candidate; nothing padded yet.
+    """Hold one example as token ids: a context and a completion for each candidate; nothing padded yet.
 
     contexts[c] + completions[c] is the row of candidate c; completions[c] is what is scored.
     gold: index of the right candidate. objective: "choice" | "lm" (the gold completion is learned).
@@ -36,13 +36,13 @@ class Example:
 
     @property
     def length(self) -> int:
-        """Tokens of the longest row."""
+        """Return tokens of the longest row."""
         rest = len(self.after) - self.masked  # what fills a mask takes no place of its own
         return max(len(a) + len(b) for a, b in zip(self.contexts, self.completions)) + rest
 
 
 def front_of(tokenizer: Any) -> tuple[int, ...]:
-    """The special tokens that the tokenizer puts before a text."""
+    """Return the special tokens that the tokenizer puts before a text."""
     return _around(tokenizer)[0]
 
 

@@ -12,7 +12,7 @@ BATCH = 512  # texts tokenised together
 
 
 def encode(rows: Sequence[dict], tokenizer: Any, max_length: int, *, pack: bool = False) -> list[Example]:
-    """Texts as token ids, each of their tokens scored once, and the EOS after them.
+    """Turn texts into token ids, each of their tokens scored once, and the EOS after them.
 
     A text is BOS (where the tokenizer puts one), its tokens, EOS (where there is one). One longer than max_length
     is cut into pieces; each begins with the last token of the piece before, which is not scored again. BOS is not

@@ -34,7 +34,7 @@ Write = Callable[[Sequence[tuple[int, ...]]], list[str]]
 
 @dataclass
 class Judged:
-    """What a model made of n examples; figures() sums it up.
+    """Hold what a model made of n examples; figures() sums it up.
 
     gold: int [n]. golds[i]: all right candidates of example i. scores: fp64 [n, C] for choice, -inf where there is no
     such candidate. bias: [C] of each label, or None where candidates differ in number. majority: the training set's
@@ -56,13 +56,13 @@ class Judged:
 
     @property
     def predicted(self) -> np.ndarray:
-        """int [n]: the candidate of highest score."""
+        """Return int [n]: the candidate of highest score."""
         assert self.scores is not None
         return self.scores.argmax(1)
 
     @property
     def right(self) -> np.ndarray:
-        """bool [n]: the prediction is one of the right candidates; of generated text, an exact match."""
+        """Return bool [n]: the prediction is one of the right candidates; of generated text, an exact match."""
         if self.scores is None:
             return (np.zeros(len(self.gold)) if self.exact is None else self.exact) > 0
         return hits(self.predicted, self.golds)
@@ -103,7 +103,7 @@ def judge_model(
     context: Context = None,
     write: Write | None = None,
 ) -> Judged:
-    """What evaluate() sums up: scores of each example, or its loss and what is written after its prompt."""
+    """Collect what evaluate() sums up: scores of each example, or its loss and what is written after its prompt."""
     assert examples, "nothing to evaluate"
     refuse_longer_rows(model, max(e.length for e in (*examples, *train)))
     gold = np.array([e.gold for e in examples])  # [n]
@@ -133,7 +133,7 @@ def judge_model(
 
 
 def figures(j: Judged, pick: np.ndarray | None = None) -> dict[str, Any]:
-    """The metrics of evaluate(); pick: int [m], the examples they are of (all)."""
+    """Return the metrics of evaluate(); pick: int [m], the examples they are of (all)."""
     at = np.arange(len(j.gold)) if pick is None else pick
     result: dict[str, Any] = {}
     own = {name: float(values[at].mean()) for name, values in j.scored.items()}
@@ -166,7 +166,7 @@ def figures(j: Judged, pick: np.ndarray | None = None) -> dict[str, Any]:
 def bootstrap(
     j: Judged, *, resamples: int = RESAMPLES, level: float = 0.95, seed: int = 0
 ) -> dict[str, list[float]]:
-    """{metric: [low, high]}: the middle `level` of each metric over resamples of the examples, with replacement.
+    """Return {metric: [low, high]}: the middle `level` of each metric over resamples of the examples, with replacement.
 
     The model, its label bias and the training set's commonest label are as they are: what varies is which examples were
     drawn. A resample in which a metric has no value (auc, of one label) is left out.
@@ -180,24 +180,24 @@ def bootstrap(
 
 
 def hits(predicted: np.ndarray, golds: Sequence[tuple[int, ...]]) -> np.ndarray:
-    """bool [n]: which predictions are among the right candidates."""
+    """Return bool [n]: which predictions are among the right candidates."""
     return np.array([p in g for p, g in zip(predicted.tolist(), golds)], dtype=bool)
 
 
 def label_bias(model: torch.nn.Module, train: Sequence[Example], context: Context = None) -> np.ndarray:
-    """[C]: mean log softmax(scores) of each label over 128 fixed training inputs."""
+    """Return [C]: mean log softmax(scores) of each label over 128 fixed training inputs."""
     return log_softmax(scores(model, spread(train, CALIBRATION), context)).mean(0)
 
 
 def spread(examples: Sequence[Example], n: int) -> list[Example]:
-    """n examples (or all) at even distances: always the same ones."""
+    """Return n examples (or all) at even distances: always the same ones."""
     if n >= len(examples):
         return list(examples)
     return [examples[i * len(examples) // n] for i in range(n)]
 
 
 def scores(model: torch.nn.Module, examples: Sequence[Example], context: Context = None) -> np.ndarray:
-    """[n, C] fp64: mean log p of each candidate's tokens; -inf where there is no such candidate, or a NaN."""
+    """Return [n, C] fp64: mean log p of each candidate's tokens; -inf where there is no such candidate, or a NaN."""
     total, count = totals(model, examples, context)
     return total / count.clip(1)
 
@@ -205,7 +205,7 @@ def scores(model: torch.nn.Module, examples: Sequence[Example], context: Context
 def totals(
     model: torch.nn.Module, examples: Sequence[Example], context: Context = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(Σ log p over each candidate's tokens, their number): [n, C] fp64 each, -inf and 0 where there is no candidate.
+    """Return (Σ log p over each candidate's tokens, their number): [n, C] fp64 each, -inf and 0 where there is no candidate.
 
     Single-token candidates have logits for log p: a constant an example apart. What rows share is computed once, where
     that pays and the model's cache gives the same scores as rows of their own (prefix_cache.py); a line says where it does not.
@@ -273,7 +273,7 @@ def _run(
 
 
 def room_of(device: torch.device | str) -> int:
-    """Tokens of a batch there; no score depends on it but by rounding."""
+    """Return the tokens of a batch there; no score depends on it but by rounding."""
     return min(TOKENS, CPU_TOKENS) if str(device).startswith("cpu") else TOKENS
 
 
@@ -304,7 +304,7 @@ def _batches(examples: Sequence[Example], room: int) -> Iterator[list[int]]:
 
 
 def log_softmax(found: np.ndarray) -> np.ndarray:
-    """[n, C] log-probabilities over candidates; a row of -inf throughout stays one."""
+    """Return [n, C] log-probabilities over candidates; a row of -inf throughout stays one."""
     top = found.max(1, keepdims=True)
     top = np.where(np.isfinite(top), top, 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -30,7 +30,7 @@ CACHE_BYTES = 1 << 30  # keys and values of one batch
 
 @dataclass(frozen=True)
 class Cut:
-    """Where an example's rows part.
+    """Mark where an example's rows part.
 
     head: tokens that all its rows begin with. tails[c]: what the row of candidate c reads after them, one token at
     least. starts[c]: index in tails[c] that scores the first token of the candidate.
@@ -51,14 +51,14 @@ def cut(e: Example) -> Cut:
 
 
 def common(examples: Sequence[Example]) -> int:
-    """Tokens that all rows of all examples begin with, 0 where they are too few to matter."""
+    """Return tokens that all rows of all examples begin with, 0 where they are too few to matter."""
     heads = [cut(e).head for e in examples]
     n = min(_alike(heads), min(map(len, heads)) - 1)  # something stays in front of each candidate
     return n if n >= COMMON and len(examples) > 1 else 0
 
 
 def pays(examples: Sequence[Example], front: int) -> bool:
-    """Whether sharing leaves enough fewer tokens to compute than rows of their own."""
+    """Say whether sharing leaves enough fewer tokens to compute than rows of their own."""
     if any(e.objective != "choice" or e.masked for e in examples):
         return False
     cuts = [cut(e) for e in examples]
@@ -70,14 +70,14 @@ def pays(examples: Sequence[Example], front: int) -> bool:
 
 
 class Unusable(Exception):
-    """This model's cache does not do, with the reason."""
+    """Signal that this model's cache cannot be used, with the reason."""
 
 
 @torch.no_grad()
 def totals(
     model: nn.Module, examples: Sequence[Example], front: Any, context: Context = None
 ) -> tuple[Tensor, Tensor]:
-    """Σ log p over the tokens of each candidate, and their number: [E, C] each, 0 where there is no candidate.
+    """Return Σ log p over the tokens of each candidate, and their number: [E, C] each, 0 where there is no candidate.
 
     As objective's, up to rounding; single-token candidates get logits, which differ by a constant of the example.
     front: what prepare() gave.
@@ -132,7 +132,7 @@ def totals(
 
 @torch.no_grad()
 def prepare(model: nn.Module, examples: Sequence[Example], length: int, context: Context = None) -> Any:
-    """(length, the cache [1, length] of what all examples begin with), for totals()."""
+    """Return (length, the cache [1, length] of what all examples begin with), for totals()."""
     if not length:
         return 0, None
     device, cache = next(model.parameters()).device, _new(model)
@@ -145,7 +145,7 @@ def fault(
     model: nn.Module, examples: Sequence[Example], plain: Callable[[Sequence[Example]], tuple[Tensor, Tensor]],
     front: Any, context: Context = None,
 ) -> str:  # fmt: skip
-    """Why a model cannot share prefixes; "" where the scores of some examples come out as plain(examples) has them.
+    """Return why a model cannot share prefixes; "" where the scores of some examples equal those of plain(examples).
 
     The longest, the shortest and two between them, in one batch; tolerance 1e-4 of 1 + |score| in fp32, 0.02 for 16 bits.
     """
@@ -166,7 +166,7 @@ def fault(
 
 
 def cached_tokens(model: nn.Module, example: Example, context: Context = None) -> int:
-    """How many tokens' keys and values fit in CACHE_BYTES."""
+    """Return how many tokens' keys and values fit in CACHE_BYTES."""
     _, cache = prepare(model, [example], 1, context)
     return CACHE_BYTES // max(1, cache_bytes(cache))
 

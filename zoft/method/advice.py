@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Known:
-    """Settings that a paper searched: lowest and highest lr and eps, on models that trained `numbers` and more."""
+    """Hold settings that a paper searched: lowest and highest lr and eps, on models that trained `numbers` and more."""
 
     what: str
     lr: tuple[float, float]
@@ -49,7 +49,7 @@ def known_settings(config: Config) -> Known | None:
 
 
 def lr_range(config: Config, k: Known, numbers: int) -> tuple[float, float]:
-    """The range of lr that `k` means for this run.
+    """Return the range of lr that `k` means for this run.
 
     The variance of c·z grows with the count of trained numbers, so fewer of them bear a larger lr, in proportion:
     350 M at 1e-5 and 7 M at 5e-4 are the same edge. The mean of q directions bears q times as much; momentum adds
@@ -60,7 +60,7 @@ def lr_range(config: Config, k: Known, numbers: int) -> tuple[float, float]:
 
 
 def advice_at_start(config: Config, trained: Sequence[Trained]) -> list[str]:
-    """A line for each of lr and eps that is far outside of what is known to work, and for what is slow or moves nothing."""
+    """Return a line for each of lr and eps that is far outside of what is known to work, and for what is slow or moves nothing."""
     k, lines = known_settings(config), []
     if config.lr == 0:
         lines.append("lr=0: no step will change a weight")

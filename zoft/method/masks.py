@@ -63,7 +63,7 @@ def mask_tensor(t: Trained, kind: str, sparsity: float, seed: int, every: int = 
 
 
 def kth_smallest(theta: Tensor, k: int) -> tuple[float, int]:
-    """(h, how many |θ| <= h): h the k-th smallest |θ|, exact for dtypes that fp32 holds; of fp64 the next fp32 value above.
+    """Return (h, how many |θ| <= h): h the k-th smallest |θ|, exact for dtypes that fp32 holds; of fp64 the next fp32 value above.
 
     By counting the bits of fp32, which order sizes as numbers do: the upper 16, then the lower 16 of those that
     share them with h. Two passes, memory for a chunk, no sorting; the same on every device. theta: finite.

@@ -15,7 +15,7 @@ SAMPLE = 1 << 20  # elements of a tensor that are looked at
 
 
 def realised_cosines(trained: Sequence[Trained], eps: float, *, seed: int, kind: str) -> dict[str, float]:
-    """Cosine, tensor by tensor, between z and what a forward at θ + eps·z is really given, where a mask lets it move.
+    """Return the cosine, tensor by tensor, between z and what a forward at θ + eps·z is really given, where a mask lets it move.
 
     cos(fl(θ + eps·z) − θ, z), fl to the tensor's compute dtype; the first SAMPLE elements of each tensor.
     1 is exact; near 0 the probe rounds away and the loss says nothing about that tensor.
@@ -24,7 +24,7 @@ def realised_cosines(trained: Sequence[Trained], eps: float, *, seed: int, kind:
 
 
 def cosine(t: Trained, eps: float, seed: int, kind: str, dtype: torch.dtype) -> float:
-    """cos(fl(θ + eps·z) − θ, z) of one tensor, fl to dtype; over the elements that its mask lets move."""
+    """Return cos(fl(θ + eps·z) − θ, z) of one tensor, fl to dtype; over the elements that its mask lets move."""
     theta = t.stored.flatten()[:SAMPLE]
     out = torch.empty(1, *theta.shape, dtype=dtype, device=theta.device)
     noise.perturb(theta, t.id, out, [(0, eps)], seed=seed, step=0, noise=kind, width=t.width)
@@ -41,7 +41,7 @@ def cosine(t: Trained, eps: float, seed: int, kind: str, dtype: torch.dtype) -> 
 
 
 def weak_directions(trained: Sequence[Trained], eps: float, *, seed: int, kind: str) -> list[str]:
-    """One line for every tensor whose realised direction is below COSINE_MIN: its name, and what would do."""
+    """Return one line for every tensor whose realised direction is below COSINE_MIN: its name, and what would do."""
     lines = []
     for name, found in realised_cosines(trained, eps, seed=seed, kind=kind).items():
         if found >= COSINE_MIN:

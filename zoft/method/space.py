@@ -28,7 +28,7 @@ SMALL_SHARE = 0.02
 
 @dataclass
 class Trained:
-    """One trained tensor: θ in its storage dtype (the only truth) and what probing it needs."""
+    """Hold one trained tensor: θ in its storage dtype (the only truth) and what probing it needs."""
 
     name: str
     param: nn.Parameter
@@ -48,12 +48,12 @@ class Trained:
 
     @property
     def threshold(self) -> float | None:
-        """|θ| beyond which an element stays: what moves depends on the weights. None: it does not."""
+        """Return the |θ| beyond which an element stays, if what moves depends on the weights, else None."""
         return self.mask.threshold if self.mask else None
 
 
 def train_names(model: nn.Module, train: str, linear: bool = False) -> list[str]:
-    """Canonical names of the tensors that `train` selects.
+    """Return the canonical names of the tensors that `train` selects.
 
     train: `all`; `upper` (matrices of the linear layers of the upper half of the blocks); `last-K` (the last K blocks and what follows them, head excluded); `norms`; `bias`;
     `head` (the output matrix, tied or not); `scales` (of quantised layers);
@@ -152,7 +152,7 @@ def linear_matrices(model: nn.Module) -> set[str]:
 def resolve_dtypes(
     model: nn.Module, names: list[str], storage: str, compute: str, device: str
 ) -> tuple[str, str]:
-    """`auto` made plain: (storage, compute) by name.
+    """Resolve `auto` to (storage, compute) by name.
 
     fp32 both for an fp32 model or on a CPU; on a GPU a 16-bit model computes in bf16 and stores trained
     matrices in fp16 (eight times bf16's grid in the same memory), or in fp32 where the set is small. Scales of
@@ -173,7 +173,7 @@ def resolve_dtypes(
 
 
 def adopt_tensor(name: str, param: nn.Parameter) -> Trained:
-    """A tensor as Trained, in the precision it has; its memory becomes contiguous."""
+    """Return a tensor as Trained, in the precision it has; its memory becomes contiguous."""
     param.data = param.data.contiguous()
     decays = param.ndim > 1 and not _no_decay(name)
     floor = FLOOR if isinstance(param, Scales) and not param.logged else None
@@ -183,7 +183,7 @@ def adopt_tensor(name: str, param: nn.Parameter) -> Trained:
 
 
 def adopt(model: nn.Module, names: list[str]) -> list[Trained]:
-    """The named tensors as Trained, out of autograd's hands, still in the precision they were loaded in.
+    """Return the named tensors as Trained, out of autograd's hands, still in the precision they were loaded in.
 
     Raises UserError for two names with one noise id.
     """
@@ -231,7 +231,7 @@ def place_in_precision(
 
 
 def frozen_dtype(tensor: torch.Tensor, compute: str, parameter: bool) -> torch.dtype:
-    """The dtype that a tensor which is not trained has while the model runs in `compute`.
+    """Return the dtype that a tensor which is not trained has while the model runs in `compute`.
 
     Rotary tables and the like are buffers that their models keep in fp32 on purpose; only 16-bit ones follow. Scales
     of quantised layers are what their codes are worth: they keep their own.
@@ -293,7 +293,7 @@ def _no_decay(name: str) -> bool:
 
 
 def float_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
-    """(module, key, buffer) of every buffer that holds fractions."""
+    """Yield (module, key, buffer) of every buffer that holds fractions."""
     for module in model.modules():
         for key, buffer in list(module._buffers.items()):
             if buffer is not None and buffer.is_floating_point():

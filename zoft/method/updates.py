@@ -28,7 +28,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def lr_at(step: int, *, lr: float, steps: int, schedule: str = "constant", warmup: float = 0) -> float:
-    """The learning rate of a step: warm-up, then the schedule, which would reach 0 at step `steps`.
+    """Return the learning rate of a step: warm-up, then the schedule, which would reach 0 at step `steps`.
 
     step < w: lr·(step + 1)/w;  else lr·schedule((step - w)/(steps - w)), w the steps of warm-up.
     step: from 0. steps: of the run. warmup: a number of steps, or a fraction < 1 of `steps` (rounded up).
@@ -44,7 +44,7 @@ def lr_at(step: int, *, lr: float, steps: int, schedule: str = "constant", warmu
 
 
 def warmup_steps(warmup: float, steps: int) -> int:
-    """Steps of warm-up: `warmup` itself, or that fraction of `steps` if it is below 1. Raises UserError."""
+    """Return the steps of warm-up: `warmup` itself, or that fraction of `steps` if it is below 1. Raises UserError."""
     if 0 <= warmup < 1:
         return math.ceil(warmup * steps - 1e-9)  # 0.1 of 30 is 3, not the 4 of 3.0000000000000004
     if warmup < 0 or warmup != int(warmup):
@@ -55,7 +55,7 @@ def warmup_steps(warmup: float, steps: int) -> int:
 def make_update(
     step: int, seed: int, coefficients: Sequence[float], *, lr: float, weight_decay: float = 0.0, ruled: bool = False
 ) -> Update:  # fmt: skip
-    """The update θ ← θ - lr·(Σ_k c_k·z_k + weight_decay·θ), as the fp32 numbers that the ledger keeps.
+    """Return the update θ ← θ - lr·(Σ_k c_k·z_k + weight_decay·θ), as the fp32 numbers that the ledger keeps.
 
     multipliers[k] = fl32(-lr·c_k), decay = fl32(1 - lr·weight_decay): computed in float64, rounded once.
     ruled: an update rule takes the step, with lr itself, and multipliers[k] = fl32(-c_k).
@@ -76,7 +76,7 @@ def decay_is_lost(lr: float, weight_decay: float) -> bool:
 
 
 def pending_updates(trained: Trained, updates: Sequence[Update], beta: float) -> list[Update]:
-    """Those of `updates` that still change this tensor; makes its momentum buffer when first needed.
+    """Return the updates that still change this tensor; makes its momentum buffer when first needed.
 
     Left out: steps it has behind it, steps of other blocks, and updates that write nothing. With beta = 0 these are the ones with
     all multipliers 0 and no decay. With momentum such an update still moves the weights by what is in the

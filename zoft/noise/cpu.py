@@ -46,7 +46,7 @@ def perturb(
     mask: Mask | None = None,
     width: int = 0,
 ) -> None:
-    """`zoft.noise.perturb` of a CPU tensor whose first element is number `first`. updates: without no-ops."""
+    """Run `zoft.noise.perturb` on a CPU tensor whose first element is number `first`. updates: without no-ops."""
     code, n = _CODES[theta.dtype], theta.numel()
     work = np.float64 if code == FP64 else np.float32
     plan = _plan(updates, probes, seed, step, work, noise)
@@ -78,7 +78,7 @@ def gather(
     mask: Mask | None = None,
     width: int = 0,
 ) -> None:
-    """`zoft.noise.gather` of a CPU tensor whose first element is number `start`."""
+    """Run `zoft.noise.gather` on a CPU tensor whose first element is number `start`."""
     code, out_code, size = _CODES[theta.dtype], _CODES[out.dtype], out.numel() // len(rows)
     index = rows.numpy()
     if index.min() < 0 or index.max() >= len(theta):
@@ -98,7 +98,7 @@ def gather(
 def direction(
     out: Tensor, tid: int, seed: int, step: int, direction: int, noise: str, width: int = 0
 ) -> None:
-    """`zoft.noise.direction` into a CPU tensor."""
+    """Run `zoft.noise.direction` into a CPU tensor."""
     code, n, kind = _CODES[out.dtype], out.numel(), KINDS[noise]
     plan = _plan((), ((direction, 1.0),), seed, step, np.float32, noise)
     target = np.uint64(out.data_ptr())
@@ -113,7 +113,7 @@ def direction(
 
 
 def signs(out: Tensor, tid: int, purpose: int, keys: np.ndarray) -> None:
-    """Row or column signs of rank1 into out [D, n], for D keys uint32 [D, 2]."""
+    """Write row or column signs of rank1 into out [D, n], for D keys uint32 [D, 2]."""
     kernels.signs(out.numpy(), tid, purpose, keys)
 
 

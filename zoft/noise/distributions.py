@@ -18,7 +18,7 @@ SIGNS = (
 
 @jit
 def philox(words, start, n, tid, purpose, k0, k1):
-    """Four words a counter, in order: Philox4x32-10(counter (start + j as 64 bits, tid, purpose), key (k0, k1)), j < n.
+    """Return four words per counter, in order: Philox4x32-10(counter (start + j as 64 bits, tid, purpose), key (k0, k1)), j < n.
 
     words: uint64 [2n], two words each, the first one low: seen as (little-endian) uint32 [4n] they are in order.
     The words are kept in 64-bit lanes whose upper halves may hold rubbish: the products only read the lower halves.
@@ -53,7 +53,7 @@ _17_EXPONENTS = 17 << 23
 
 @jit
 def radius(word):
-    """sqrt(-2 ln u), u = (k + ½)·2⁻¹⁶, k the upper half of word (uint32)."""
+    """Return sqrt(-2 ln u), u = (k + ½)·2⁻¹⁶, k the upper half of word (uint32)."""
     bits = bits_of(_f(np.int32((word >> 15) | 1)))  # of 2¹⁷·u, an odd integer: exact
     above = np.int32(bits - (_SQRT_HALF_BITS + _17_EXPONENTS))
     exponent = np.int32(above >> 23)
@@ -66,7 +66,7 @@ def radius(word):
 
 @jit
 def half_turn(word):
-    """cos(2πv), sin(2πv), v = (j + ½)·2⁻¹⁶ turns, j the lower 15 bits of word (uint32)."""
+    """Return cos(2πv), sin(2πv), v = (j + ½)·2⁻¹⁶ turns, j the lower 15 bits of word (uint32)."""
     t = float_of(np.int32(((word & 0x7FFF) << 8) | 0x80 | _ONE_BITS)) - _THREE_HALVES  # 2v - ½, exact
     g = t * t
     s = t * fma(fma(fma(fma(_S4, g, _S3), g, _S2), g, _S1), g, _S0)
@@ -76,7 +76,7 @@ def half_turn(word):
 
 @jit
 def gaussian_pair(word):
-    """The even and the odd element that one word (uint32) makes."""
+    """Return the even and the odd element that one word (uint32) makes."""
     r, (c, s) = radius(word), half_turn(word)
     r = float_of(
         np.int32(bits_of(r) ^ np.int32((word & 0x8000) << 16))
@@ -113,7 +113,7 @@ def _noise(z, words, base, n, tid, k0, k1, kind):
 
 @jit
 def signs_at(z, words, start, n, tid, purpose, k0, k1):
-    """The signs of places [start, start + n), start a multiple of 128; z is filled up to the next multiple of 128."""
+    """Fill z with the signs of places [start, start + n), start a multiple of 128, up to the next multiple of 128."""
     blocks = (n + 127) // 128
     philox(words, start // 128, blocks, tid, purpose, k0, k1)
     fill_rademacher(z, words.view(np.uint32), 4 * blocks)
@@ -158,7 +158,7 @@ def _times(z, u, n):
 
 @jit
 def draw(z, words, base, n, tid, keys, k, last, kind, width, aux):
-    """Noise of keys[k], unless z holds it already as that of keys[last] (-1: it holds none); returns k.
+    """Draw the noise of keys[k] into z, unless z holds it already as that of keys[last] (-1: it holds none); returns k.
 
     width: of the tensor as a matrix, 0: it is none. aux: scratch fp32 [2, SIGNS], which between calls on one stretch holds
     what directions of a flipped kind share.
@@ -181,5 +181,5 @@ def draw(z, words, base, n, tid, keys, k, last, kind, width, aux):
 
 @jit
 def halves(words, base, n, tid, purpose, k0, k1):
-    """The 16 random bits of element i at position i - base of words seen as (little-endian) uint16."""
+    """Return the 16 random bits of element i at position i - base of words seen as (little-endian) uint16."""
     philox(words, base // 8, 16 * ((n + 127) // 128), tid, purpose, k0, k1)

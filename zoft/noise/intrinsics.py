@@ -13,13 +13,13 @@ jit = numba.njit(fastmath=False)  # of functions that compiled code alone calls
 
 @intrinsic
 def fma(_context, x, y, z):
-    """x·y + z rounded once (the instruction, or libm's exact fmaf where a CPU has none)."""
+    """Return x·y + z rounded once (the instruction, or libm's exact fmaf where a CPU has none)."""
     return types.float32(types.float32, types.float32, types.float32), lambda _c, b, _s, args: b.fma(*args)
 
 
 @intrinsic
 def bits_of(_context, x):
-    """The int32 with the bits of a float32."""
+    """Return the int32 with the bits of a float32."""
     return types.int32(types.float32), lambda c, b, s, args: b.bitcast(
         args[0], c.get_value_type(s.return_type)
     )
@@ -27,7 +27,7 @@ def bits_of(_context, x):
 
 @intrinsic
 def float_of(_context, x):
-    """The float32 with the bits of an int32."""
+    """Return the float32 with the bits of an int32."""
     return types.float32(types.int32), lambda c, b, s, args: b.bitcast(
         args[0], c.get_value_type(s.return_type)
     )
@@ -35,7 +35,7 @@ def float_of(_context, x):
 
 @intrinsic
 def truncated(_context, x):
-    """A float32 as int32, toward zero."""
+    """Return a float32 as int32, toward zero."""
     return types.int32(types.float32), lambda c, b, s, args: b.fptosi(
         args[0], c.get_value_type(s.return_type)
     )
@@ -58,7 +58,7 @@ as_u16 = _pointer(types.uint16)
 
 @intrinsic
 def signs_of(_context, z, at, word):
-    """z[at + b] = +1 if bit b of word is set else -1, b < 32, as vector code: LLVM finds none in the loop."""
+    """Set z[at + b] = +1 if bit b of word is set else -1, b < 32, as vector code: LLVM finds none in the loop."""
 
     def code(context, builder, signature, args):
         lanes = ir.VectorType(ir.IntType(32), 32)

@@ -121,7 +121,7 @@ def _copy(a, b, n):
 
 @_entry
 def run(theta, code, start, end, tid, kind, width, momentum, rules, plan, out, shape):
-    """Elements [start, end) of one tensor: pending updates in order, then every probe.
+    """Apply pending updates in order, then write every probe, for elements [start, end) of one tensor.
 
     kind, width: as `draw` takes them. theta, momentum, out: uint64 addresses (momentum 0: none). rules fp64 [7]: beta, floor (-inf: none), of the mask its
     kind, threshold, share and the two words of its key. The plan's arrays of floats have the work dtype.
@@ -220,7 +220,7 @@ def run(theta, code, start, end, tid, kind, width, momentum, rules, plan, out, s
 
 @_entry
 def signs(out, tid, purpose, keys):
-    """out[d, i] = the sign of place i for keys[d], fp32 [D, n]: a tensor's rows or columns, by the purpose."""
+    """Set out[d, i] = the sign of place i for keys[d], fp32 [D, n]: a tensor's rows or columns, by the purpose."""
     n = out.shape[1]
     z, words = np.empty(CHUNK, np.float32), np.empty(CHUNK // 64, np.uint64)
     for d in range(out.shape[0]):
@@ -233,7 +233,7 @@ def signs(out, tid, purpose, keys):
 
 @_entry
 def run_rows(theta, code, rows, first, last, size, origin, tid, kind, width, rules, plan, out, out_code):
-    """out[n] = θ[rows[n]] + scale·z[rows[n]] for first <= n < last; a row is `size` consecutive elements, row 0
+    """Set out[n] = θ[rows[n]] + scale·z[rows[n]] for first <= n < last; a row is `size` consecutive elements, row 0
     begins with element `origin`."""
     for n in range(first, last):
         start = origin + rows[n] * size
@@ -255,7 +255,7 @@ def run_rows(theta, code, rows, first, last, size, origin, tid, kind, width, rul
 
 @_entry
 def node_signs(out, tid, rows, positions, keys):
-    """out[t] = the signs of token t's units, fp32 [N, m]; rows, positions: int64 [N]; keys: uint32 [N, 2]."""
+    """Set out[t] = the signs of token t's units, fp32 [N, m]; rows, positions: int64 [N]; keys: uint32 [N, 2]."""
     n, m = out.shape
     blocks = (m + 127) // 128
     words, z = np.empty(2 * blocks, np.uint64), np.empty(128 * blocks, np.float32)

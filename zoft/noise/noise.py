@@ -148,7 +148,7 @@ def gather(
     mask: Mask | None = None,
     width: int = 0,
 ) -> None:
-    """Rows of one probe, with noise made for these rows only.
+    """Gather the rows of one probe, with noise made for these rows only.
 
     out[n] = cast(θ[rows[n]] + scale·z[rows[n]])
 
@@ -235,7 +235,7 @@ def width_of(shape: Sequence[int]) -> int:
 
 
 def moving(theta: Tensor, tid: int, mask: Mask | None, start: int = 0) -> Tensor:
-    """Which elements the mask (of step 0, where it is drawn anew) lets move: bool, of theta's shape. start: as in `advance`."""
+    """Return which elements the mask (of step 0, where it is drawn anew) lets move: bool, of theta's shape. start: as in `advance`."""
     import torch
 
     if mask is None:

@@ -86,7 +86,7 @@ Probes = Sequence[tuple[int, float]]
 
 
 class Mask(NamedTuple):
-    """Which elements of a tensor move: those with |θ| <= threshold (an fp32 value), or a random share of 2¹⁶.
+    """Say which elements of a tensor move: those with |θ| <= threshold (an fp32 value), or a random share of 2¹⁶.
 
     every: steps between draws of a random share; 0: it is drawn once. period: which draw.
     """
@@ -156,12 +156,12 @@ class Update:
 
 
 def move(seed: int, step: int, direction: int, scale: float) -> Update:
-    """θ <- nearest(θ + scale·z_direction), as an entry among updates."""
+    """Return the move θ <- nearest(θ + scale·z_direction), as an entry among updates."""
     return Update(step, seed, (0.0,) * (direction + 1), NOTHING, scale)
 
 
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Philox4x32-10 of one counter: four uint32 words. Source: [1] above."""
+    """Compute Philox4x32-10 of one counter: four uint32 words. Source: [1] above."""
     a, b, c, d = counter
     p, q = key
     for _ in range(10):
@@ -173,7 +173,7 @@ def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[in
 
 @lru_cache(maxsize=4096)
 def key(seed: int, step: int, direction: int) -> tuple[int, int]:
-    """The Philox key of one direction of one step: two uint32 words. seed and step count modulo 2⁶⁴."""
+    """Return the Philox key of one direction of one step: two uint32 words. seed and step count modulo 2⁶⁴."""
     return philox(
         (step & _MASK, step >> 32 & _MASK, direction, 0x7A6F6674), (seed & _MASK, seed >> 32 & _MASK)
     )[:2]
@@ -191,5 +191,5 @@ def noise_of(kind: str, directions: str) -> str:
 
 
 def tensor_id(name: str) -> int:
-    """The number of a tensor in its counters: the first 32 bits (little-endian) of SHA-256 of its canonical name."""
+    """Return the number of a tensor in its counters: the first 32 bits (little-endian) of SHA-256 of its canonical name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")

@@ -46,7 +46,7 @@ def to_bf16(x):
 
 @jit
 def to_fp16_stochastic(x, r):
-    """Up with the probability of the fraction lost, to 13 bits of it; finite x."""
+    """Round up with the probability of the fraction lost, to 13 bits of it; finite x."""
     bits, r = bits_of(x), np.int32(np.int32(r) >> 3)
     magnitude = np.int32(bits & 0x7FFFFFFF)
     normal = np.int32(np.int32(magnitude - (112 << 23) + r) >> 13)
@@ -60,7 +60,7 @@ def to_fp16_stochastic(x, r):
 
 @jit
 def to_bf16_stochastic(x, r):
-    """Up with the probability of the fraction lost, all 16 bits of it; finite x."""
+    """Round up with the probability of the fraction lost, all 16 bits of it; finite x."""
     return np.uint16(np.int32(bits_of(x) + np.int32(r)) >> 16)
 
 
@@ -109,7 +109,7 @@ def store(a, address, code, at, n):
 
 @jit
 def store_stochastic(a, r, address, code, at, n):
-    """Stores a and leaves in it the value stored."""
+    """Store a and leave in it the value stored."""
     half = carray(as_u16(address + np.uint64(2) * np.uint64(at)), n)
     if code == BF16:
         for i in range(n):

@@ -34,7 +34,7 @@ _OPTIONS_SMALL = {"num_warps": 1, "enable_fp_fusion": False}
 
 @dataclass(frozen=True)
 class Plan:
-    """What a launch reads from the device, and what of it is fixed in the compiled kernel.
+    """Hold what a launch reads from the device, and what of it is fixed in the compiled kernel.
 
     keys: int32 [U·Q + U + P, 2], of the updates' directions, their rounding, the probes; [U + 1] more of what the directions of
     each update, and those of the probes, share under a flipped kind.
@@ -53,7 +53,7 @@ class Plan:
 
 
 def shape_of(probes: Probes) -> tuple[int, int]:
-    """(fresh, silent) of a plan's probes."""
+    """Return (fresh, silent) of a plan's probes."""
     fresh = silent = 0
     drawn = None
     for p, (direction, scale) in enumerate(probes):
@@ -69,7 +69,7 @@ def plan_of(
     updates: tuple[Update, ...], probes: tuple[tuple[int, float], ...], seed: int, step: int, beta: float, wide: bool,
     device: torch.device, flipped: bool = False,
 ) -> Plan:  # fmt: skip
-    """The plan of these updates (all of one number of directions, moves aside) and probes, uploaded."""
+    """Return the plan of these updates (all of one number of directions, moves aside) and probes, uploaded."""
     directions = max((1 if u.is_nothing else len(u.multipliers) for u in updates), default=0)
     keys: list[tuple[int, int]] = []
     values: list[float] = []
@@ -112,7 +112,7 @@ def launch(
     theta: Tensor | None, tid: int, out: Tensor | None, plan: Plan, noise: str, momentum: Tensor | None = None,
     start: int = 0, floor: float | None = None, mask: Mask | None = None, width: int = 0,
 ) -> None:  # fmt: skip
-    """θ (None: zeros) through a plan: updates in place, then its probes into out [P, *theta.shape].
+    """Send θ (None: zeros) through a plan: updates in place, then its probes into out [P, *theta.shape].
 
     start: θ (and momentum) is a contiguous part of the tensor, from this element on, a multiple of PART. floor, mask, width:
     the tensor's.
@@ -149,7 +149,7 @@ def sign_words(plan: Plan, tid: int, rows: int, columns: int) -> tuple[Tensor, i
 
 
 def signs(out: Tensor, tid: int, purpose: int, keys: np.ndarray | Tensor) -> None:
-    """Row or column signs of rank1 into out [D, n], of any float dtype, for D keys: uint32 [D, 2], or int32 on the device."""
+    """Write row or column signs of rank1 into out [D, n], of any float dtype, for D keys: uint32 [D, 2], or int32 on the device."""
     if isinstance(keys, np.ndarray):
         keys = _upload(torch.from_numpy(keys.view(np.int32)), out.device)
     with _on(out):
@@ -159,7 +159,7 @@ def signs(out: Tensor, tid: int, purpose: int, keys: np.ndarray | Tensor) -> Non
 
 
 def table_of(sizes: list[int], tids: list[int], device: torch.device) -> Tensor:
-    """The table by which `launch_small` finds its tensors, which lie end to end in the given order."""
+    """Return the table by which `launch_small` finds its tensors, which lie end to end in the given order."""
     rows, start = [], 0
     for size, tid in zip(sizes, tids):
         for at in range(0, size, 8 * _SMALL):
@@ -177,7 +177,7 @@ def launch_small(
     momentum: Tensor | None = None,
     narrow: Tensor | None = None,
 ) -> None:
-    """Many small fp32 tensors, end to end in theta [total], through a plan in one launch.
+    """Send many small fp32 tensors, end to end in theta [total], through a plan in one launch.
 
     out: fp32 [P, total]; narrow: the same in 16 bits.
     """
@@ -195,7 +195,7 @@ def launch_rows(
     theta: Tensor, tid: int, rows: Tensor, out: Tensor, plan: Plan, noise: str, start: int = 0,
     mask: Mask | None = None, width: int = 0,
 ) -> None:  # fmt: skip
-    """out[n] = cast(θ[rows[n]] + scale·z[rows[n]]), rows [P·N] probe-major; rows are not checked. plan: no updates."""
+    """Write out[n] = cast(θ[rows[n]] + scale·z[rows[n]]), rows [P·N] probe-major; rows are not checked. plan: no updates."""
     size = out.numel() // len(rows)
     lanes = min(_LANES, max(16, triton.next_power_of_2(triton.cdiv(size + 127, 8))))
     width = width if KINDS[noise] > 1 else 0
@@ -216,7 +216,7 @@ def perturb(
     updates: tuple[Update, ...], momentum: Tensor | None, beta: float, start: int = 0, floor: float | None = None,
     mask: Mask | None = None, width: int = 0,
 ) -> None:  # fmt: skip
-    """`zoft.noise.perturb` of a CUDA tensor. More than PROBES_MAX probes take more launches."""
+    """Run `zoft.noise.perturb` on a CUDA tensor. More than PROBES_MAX probes take more launches."""
     wide, flipped = theta.dtype == torch.float64, bool(KINDS[noise] & FLIPPED)
     runs, where = _alike(updates), (start, floor, mask, width)
     for early in runs[:-1]:
@@ -249,7 +249,7 @@ def _alike(updates: tuple[Update, ...]) -> list[tuple[Update, ...]]:
 def direction(
     out: Tensor, tid: int, seed: int, step: int, direction: int, noise: str, width: int = 0
 ) -> None:
-    """`zoft.noise.direction` into a CUDA tensor."""
+    """Run `zoft.noise.direction` into a CUDA tensor."""
     flipped = bool(KINDS[noise] & FLIPPED)
     plan = plan_of((), ((direction, 1.0),), seed, step, 0.0, False, out.device, flipped)
     launch(None, tid, out.view(1, -1), plan, noise, width=width)
@@ -269,7 +269,7 @@ def gather(
     mask: Mask | None = None,
     width: int = 0,
 ) -> None:
-    """`zoft.noise.gather` of a CUDA tensor; rows are not checked."""
+    """Run `zoft.noise.gather` on a CUDA tensor; rows are not checked."""
     wide, flipped = theta.dtype == torch.float64, bool(KINDS[noise] & FLIPPED)
     plan = plan_of((), ((direction, scale),), seed, step, 0.0, wide, theta.device, flipped)
     launch_rows(theta, tid, rows, out, plan, noise, start, mask, width)

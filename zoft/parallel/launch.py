@@ -22,7 +22,7 @@ PATIENCE = 15.0  # seconds between the end of one process that failed and the en
 
 
 def process_place() -> tuple[int, int]:
-    """(rank, processes) of this one, as torchrun sets them; (0, 1) alone. Raises UserError."""
+    """Return (rank, processes) of this one, as torchrun sets them; (0, 1) alone. Raises UserError."""
     size = environment_number("WORLD_SIZE", 1)
     rank = environment_number("RANK", 0) if size > 1 else 0
     if size < 1 or rank >= size:
@@ -35,7 +35,7 @@ def process_place() -> tuple[int, int]:
 
 
 def environment_number(name: str, default: int) -> int:
-    """An environment variable that counts processes. Raises UserError."""
+    """Return an environment variable that counts processes. Raises UserError."""
     text = os.environ.get(name, "")
     if text and not text.isdecimal():
         raise UserError(

@@ -32,11 +32,11 @@ HANDSHAKE_SECONDS = 20.0
 
 
 class Closed(Exception):
-    """The other side is gone, or was never one of us."""
+    """Signal that the other side is gone, or does not belong to the run."""
 
 
 class Line:
-    """One connection, made known to each other; `send` and `receive` may be used from different threads."""
+    """Hold one authenticated connection; `send` and `receive` may be used from different threads."""
 
     def __init__(self, connection: socket.socket, secret: bytes, serves: bool) -> None:
         self.connection = connection
@@ -71,7 +71,7 @@ class Line:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 30, 0))
 
     def send(self, kind: str, data: bytes = b"", **facts: object) -> None:
-        """One message. Raises Closed."""
+        """Send one message. Raises Closed."""
         text = json.dumps({"kind": kind, **facts}).encode()
         body = HEAD.pack(len(text), len(data)) + text + data
         try:
@@ -83,7 +83,7 @@ class Line:
             raise Closed(str(error)) from error
 
     def receive(self) -> tuple[dict, bytes]:
-        """The next message: (what `send` was given, data). Raises Closed."""
+        """Return the next message: (what `send` was given, data). Raises Closed."""
         try:
             head = self._exactly(HEAD.size)
             text, data = HEAD.unpack(head)
@@ -127,7 +127,7 @@ class Line:
 
 
 def address(text: str) -> tuple[str, int]:
-    """("host", port) of "host:port". Raises UserError."""
+    """Return ("host", port) of "host:port". Raises UserError."""
     host, colon, port = text.rpartition(":")
     if not (colon and host and port.isdigit() and int(port) < 1 << 16):
         raise UserError(f"{text}: is no address; give HOST:PORT, such as 127.0.0.1:29555")
@@ -151,7 +151,7 @@ def invite(folder: Path, where: str, secret: bytes) -> Path:
 
 
 def invitation(place: str, secret_file: str | None) -> tuple[str, bytes]:
-    """HOST:PORT and secret of the run in folder `place`; of HOST:PORT with a copy of its join.json. Raises UserError."""
+    """Return HOST:PORT and secret of the run in folder `place`, or of HOST:PORT with a copy of its join.json. Raises UserError."""
     path = Path(secret_file) if secret_file else Path(place) / JOIN
     if not secret_file and not Path(place).is_dir():
         raise UserError(
@@ -167,12 +167,12 @@ def invitation(place: str, secret_file: str | None) -> tuple[str, bytes]:
 
 
 def packed_pair(probe: int, batch: int, totals: Tensor) -> bytes:
-    """A pair that a worker answers; totals fp64 [K]."""
+    """Return a pair that a worker answers; totals fp64 [K]."""
     return PAIR.pack(probe, batch) + totals.numpy().tobytes()
 
 
 def pairs_of(data: bytes, columns: int) -> list[tuple[int, int, Tensor]]:
-    """(probe, batch, totals fp64 [K]) of each pair that a worker answers."""
+    """Return (probe, batch, totals fp64 [K]) of each pair that a worker answers."""
     import torch
 
     size = PAIR.size + 8 * columns
@@ -187,14 +187,14 @@ def pairs_of(data: bytes, columns: int) -> list[tuple[int, int, Tensor]]:
 
 
 def packed(record: Record) -> bytes:
-    """A step as the ledger keeps it, all fp32 bits: 13 bytes and 12 a direction."""
+    """Return a step as the ledger keeps it, all fp32 bits: 13 bytes and 12 per direction."""
     q = len(record.multipliers)
     floats = (record.decay, record.lr, *record.multipliers, *record.losses)
     return struct.pack(f"<IB{2 + 3 * q}f", record.step, record.skipped, *floats)
 
 
 def unpacked(data: bytes) -> Record:
-    """The step that `packed` made these bytes of."""
+    """Return the step that `packed` made these bytes of."""
     q = (len(data) - 13) // 12
     step, skipped, decay, lr, *rest = struct.unpack(f"<IB{2 + 3 * q}f", data)
     return Record(step, tuple(rest[:q]), decay, tuple(rest[q:]), bool(skipped), lr)

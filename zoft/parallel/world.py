@@ -43,7 +43,7 @@ STOP, ALONE = 1, 2  # bits of what processes tell each other beside their losses
 
 @dataclass
 class World:
-    """This process among those of a run. parts × shards = size; rank = part · shards + shard."""
+    """Describe this process among those of a run. parts × shards = size; rank = part · shards + shard."""
 
     rank: int = 0
     size: int = 1
@@ -61,19 +61,19 @@ class World:
     )  # keys that were `auto`, decide no weight, and what they became
 
     def probes(self, count: int) -> slice:
-        """Which of a step's `count` probes this process evaluates."""
+        """Return which of a step's `count` probes this process evaluates."""
         assert count % self.parts == 0, f"{count} probes in {self.parts} parts"
         each = count // self.parts
         part = self.rank // self.shards
         return slice(part * each, (part + 1) * each)
 
     def examples(self, batch: Sequence[T]) -> Sequence[T]:
-        """Which examples of a batch this process evaluates: shards are disjoint, and all of them are the batch."""
+        """Return which examples of a batch this process evaluates: shards are disjoint, and all of them are the batch."""
         shard, n = self.rank % self.shards, len(batch)
         return batch[shard * n // self.shards : (shard + 1) * n // self.shards]
 
     def exchange(self, mine: Tensor, alone: bool = False) -> tuple[Tensor, Tensor]:
-        """This process's totals fp64 [m, K], sums and a count -> (those of all probes [parts·m, K], flags int64 []).
+        """Turn this process's totals fp64 [m, K], sums and a count, into (those of all probes [parts·m, K], flags int64 []).
 
         Shards are added up in their order, on each process alike. The last column is a count, whole and never negative: its
         sign carries the flag STOP (a signal, or an error, of this process), a half more the flag ALONE (it runs one probe
@@ -102,14 +102,14 @@ class World:
         return total.flatten(0, 1), flags
 
     def broadcast(self, make: Callable[[], T]) -> T:
-        """What rank 0's make() gives, on all processes; as JSON has it."""
+        """Return what rank 0's make() gives, on all processes, as JSON has it."""
         if self.size == 1:
             return make()
         text = json.dumps(make()).encode() if self.rank == 0 else b""
         return json.loads(self._from_first(text))
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Each process's value, in the order of ranks, as JSON has them."""
+        """Return each process's value, in the order of ranks, as JSON has them."""
         if self.size == 1:
             return [value]
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -139,7 +139,7 @@ class World:
             raise Stopped(0, self.folder, why) from error
 
     def ledger(self, mine: Ledger | None) -> Ledger:
-        """The run's ledger: rank 0's own, a copy in a nameless file for the others."""
+        """Return the run's ledger: rank 0's own, a copy in a nameless file for the others."""
         if self.size == 1:
             assert mine is not None
             return mine
@@ -166,11 +166,11 @@ class World:
             )
 
     def minimum(self, value: int) -> int:
-        """The least of all processes' values."""
+        """Return the least of all processes' values."""
         return min(self.all_gather(value))
 
     def all(self, value: bool) -> bool:
-        """Whether all processes say so: what one cannot do, none does."""
+        """Say whether all processes say so: what one cannot do, none does."""
         return all(self.all_gather(bool(value)))
 
 
@@ -178,12 +178,12 @@ _current = [World()]
 
 
 def this_world() -> World:
-    """The processes of the run that this one takes part in."""
+    """Return the processes of the run that this one takes part in."""
     return _current[-1]
 
 
 def weights_digest(trained: Sequence[Stored]) -> str:
-    """16 hexadecimal digits of the stored bits of all trained tensors: the same bits on any device give the same digits.
+    """Return 16 hexadecimal digits of the stored bits of all trained tensors: the same bits on any device give the same digits.
 
     Of each tensor the sum of its numbers' bits in each of 1024 columns, modulo 2⁶⁴: one read of the weights, no more.
     """
@@ -202,7 +202,7 @@ def weights_digest(trained: Sequence[Stored]) -> str:
 
 
 def probe_grid(config: Config, size: int) -> tuple[int, int]:
-    """(parts of the probes, shards of the batches) for that many processes.
+    """Return (parts of the probes, shards of the batches) for that many processes.
 
     auto: as many parts as divide both the step's probes and the processes, shards for the rest. A process with fewer probes makes less
     noise and writes fewer perturbed weights besides running less; one with fewer examples only runs less, so that
@@ -247,7 +247,7 @@ def probe_grid(config: Config, size: int) -> tuple[int, int]:
 
 @contextmanager
 def joined_processes(config: Config, folder: str) -> Iterator[World]:
-    """The processes that were started together (RANK and WORLD_SIZE, as torchrun sets them) meet; one alone is itself.
+    """Connect the processes that were started together (RANK and WORLD_SIZE, as torchrun sets them); one process is its own group.
 
     Others than rank 0 keep quiet. Raises UserError for a grid that does not come out even, or a GPU that is not there.
     """
@@ -333,7 +333,7 @@ def meet(rank: int, size: int) -> None:
 
 
 def connect(world: World) -> None:
-    """The group that losses on GPUs travel by, tried once. Raises UserError where NCCL does not work."""
+    """Connect the group that losses on GPUs travel by, and try it once. Raises UserError where NCCL does not work."""
     try:
         world.wire = dist.new_group(backend="nccl", timeout=STEPPING)
         world.exchange(torch.ones(1, 2, dtype=torch.float64, device="cuda"))
@@ -348,7 +348,7 @@ def connect(world: World) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing that C++ writes to stderr: torch says there with a stack what is raised as well."""
+    """Hide what C++ writes to stderr: torch says there with a stack what is raised as well."""
     sys.stderr.flush()
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -361,7 +361,7 @@ def quiet() -> Iterator[None]:
 
 
 def all_on_gpu(config: Config, have: Sequence[bool]) -> bool:
-    """Whether a run's processes work on GPUs: all do, or none. Raises UserError where device=cuda asks for what some lack."""
+    """Say whether a run's processes work on GPUs: all do, or none. Raises UserError where device=cuda asks for what some lack."""
     if config.device.startswith("cuda") and not all(have):
         lack = ", ".join(str(r) for r, has in enumerate(have) if not has)
         raise UserError(
@@ -373,7 +373,7 @@ def all_on_gpu(config: Config, have: Sequence[bool]) -> bool:
 
 
 def on_gpu(config: Config, local: int, local_size: int) -> bool:
-    """Whether this run's processes have a GPU each; if so, this one takes its own."""
+    """Say whether this run's processes have a GPU each; if so, this one takes its own."""
     if config.device == "cpu" or not torch.cuda.is_available():
         return False
     if ":" in config.device:
@@ -386,5 +386,5 @@ def on_gpu(config: Config, local: int, local_size: int) -> bool:
 
 
 def threads_each(world: World) -> int:
-    """CPU threads for this process where they are `auto`: its share of what it may use."""
+    """Return the CPU threads of this process where they are `auto`: its share of what it may use."""
     return max(1, math.floor(torch.get_num_threads() / world.local_size))

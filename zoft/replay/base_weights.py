@@ -29,7 +29,7 @@ from zoft.train.parts import load_base, run_tokenizer
 
 @dataclass(frozen=True)
 class Base:
-    """model: on the meta device, or with its weights where they cannot be read one by one (`whole`).
+    """Hold a run's base. model: on the meta device, or with its weights where they cannot be read one by one (`whole`).
 
     tensors: the model's state by name, ties under their first name; without `whole` only shapes and dtypes.
     read(name) -> that tensor on the CPU, in memory of its own, bit for bit as the run loaded it.
@@ -42,13 +42,13 @@ class Base:
     whole: bool = False
 
     def fingerprint(self) -> str:
-        """fingerprint.of_model of the model, from its files."""
+        """Compute fingerprint.of_model of the model, from its files."""
         size = sum(t.nbytes for t in self.tensors.values())
         return of_tensors(((name, self.read(name)) for name in self.tensors), size)
 
 
 def find_base(config: Config, wanted: str, where: str) -> Base:
-    """The base of the run in `where`, which has the fingerprint `wanted`.
+    """Return the base of the run in `where`, which has the fingerprint `wanted`.
 
     Read from its files tensor by tensor (safetensors, GGUF) if they give the very tensors that the run loaded,
     which the fingerprint tells; else, as for checkpoints that transformers converts while it loads, from the
@@ -71,7 +71,7 @@ def find_base(config: Config, wanted: str, where: str) -> Base:
 
 
 def loaded(config: Config) -> Base:
-    """The base from the model as it is loaded for training: all of it in memory."""
+    """Return the base from the model as it is loaded for training: all of it in memory."""
     model, tokenizer = load_base(config)
     if any(p.device.type != "cpu" for p in model.parameters()):
         model = model.cpu()
@@ -79,13 +79,13 @@ def loaded(config: Config) -> Base:
 
 
 def base_of(model: Any, tokenizer: Callable[[], Any]) -> Base:
-    """The base that a model in memory is."""
+    """Return the base that a model in memory is."""
     tensors = distinct(model)
     return Base(model, tensors, lambda name: tensors[name].clone(), tokenizer, whole=True)
 
 
 def streamed(config: Config) -> Base | None:
-    """The base from the model's files, or None where they do not hold every tensor under a name known here."""
+    """Return the base from the model's files, or None where they do not hold every tensor under a name known here."""
     if (
         config.trust_remote_code or config.bits is not None
     ):  # loaded as its own code likes; quantised as it is loaded

@@ -109,7 +109,7 @@ def export_adapter(config: Config, folder: Path, out: Path) -> str:
 
 
 def widened(model: Any, dtype: torch.dtype | None) -> Any:
-    """The model with its weights in fp32, through dtype if one is given; it computes without mixing dtypes."""
+    """Return the model with its weights in fp32, through dtype if one is given; it computes without mixing dtypes."""
     for t in model.state_dict(keep_vars=True).values():
         if t.is_floating_point():
             t.data = (t.data if dtype is None else t.data.to(dtype)).float()
@@ -119,7 +119,7 @@ def widened(model: Any, dtype: torch.dtype | None) -> Any:
 
 
 def reloaded(folder: Path, config: Config) -> Any:
-    """What was written, through transformers alone, in fp32."""
+    """Load what was written, through transformers alone, in fp32."""
     from transformers import AutoConfig
 
     own = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
@@ -132,7 +132,7 @@ def reloaded(folder: Path, config: Config) -> Any:
 
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
-    """[2, 8, V] of two short rows of tokens."""
+    """Return [2, 8, V] of two short rows of tokens."""
     device = next(model.parameters()).device
     ids = torch.arange(16, device=device).view(2, 8) * 7 % model.get_input_embeddings().weight.shape[0]
     extra = {} if is_masked(model) else {"use_cache": False}
@@ -140,13 +140,13 @@ def logits(model: Any) -> Tensor:
 
 
 def agree(again: Tensor, own: Tensor, out: Path) -> None:
-    """What was written computes what the run's model computes."""
+    """Refuse what was written unless it computes what the run's model computes."""
     off = float((again - own).abs().max() / own.abs().max())
     assert off < TOLERANCE, f"logits of {out} are {off:.2g} from the run's"
 
 
 def differing(model: Any, base: Base, dtype: torch.dtype) -> tuple[int, int]:
-    """How many numbers of a model in fp32 are others than the base's, rounded alike; and how many it has."""
+    """Return how many numbers of a model in fp32 differ from the base's, rounded alike, and how many it has."""
     state, changed = model.state_dict(), 0
     for name in base.tensors:
         theirs = base.read(name).to(state[name].device)
@@ -157,5 +157,5 @@ def differing(model: Any, base: Base, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def without_adapter(config: Config) -> Config:
-    """The config of the base alone, without the adapter that it would train (but with one that it starts from)."""
+    """Return the config of the base alone, without the adapter that it would train (but with one that it starts from)."""
     return replace(config, train="all") if config.train in ADAPTERS else config

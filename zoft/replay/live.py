@@ -42,7 +42,7 @@ def replay_run(config: Config, folder: Path, out: Path, ask: tensors.Ask) -> int
 
 
 def live(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
-    """(the model as the run has it after the log's steps, its tokenizer, the config): all of it in memory.
+    """Return (the model as the run has it after the log's steps, its tokenizer, the config): all of it in memory.
 
     config, log: from tensors.requested. Raises UserError for another base.
     """

@@ -14,7 +14,7 @@ from zoft.errors import UserError, writing
 
 
 def folder_name(config: Config) -> str:
-    """What a run leaves: `model`, or `adapter` where one was trained beside a frozen model."""
+    """Return the folder that a run leaves: `model`, or `adapter` where one was trained beside a frozen model."""
     return "adapter" if config.train in ADAPTERS else "model"
 
 
@@ -88,7 +88,7 @@ def model_card_of(config: Config, result: Mapping[str, Any], **facts: Any) -> st
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """result.json's content, empty for a run that is not finished."""
+    """Return result.json's content, empty for a run that is not finished."""
     path = folder / "result.json"
     if not path.exists():
         return {}
@@ -103,7 +103,7 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 def result_summary(result: Mapping[str, Any]) -> str:
-    """What a user reads at the end of a run."""
+    """Return the text that a user reads at the end of a run."""
     rows = metrics_table({"before": result["before"], "after": result["after"]})
     return (
         f"{rows}\n{result['steps']} steps, {result['forwards']} forwards in {result['train_seconds']:.0f} s, "
@@ -112,7 +112,7 @@ def result_summary(result: Mapping[str, Any]) -> str:
 
 
 def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """Metrics side by side, a line each, columns named."""
+    """Return metrics side by side, a line each, columns named."""
     names = list(dict.fromkeys(name for metrics in columns.values() for name in metrics))
     head = [f"{'':22}" + "".join(f"{title:>12}" for title in columns)] if any(columns) else []
     return "\n".join(
@@ -122,7 +122,7 @@ def metrics_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def plan_text(plan: Mapping[str, Any]) -> str:
-    """What a dry run prints: the resolved config, then what training would do."""
+    """Return the text that a dry run prints: the resolved config, then what training would do."""
     config = plan["config"]
     return (
         f"{dump(config)}\n"

@@ -33,7 +33,7 @@ CHUNK = 1 << 24  # bytes read or written at a time
 
 
 def file_of(folder: Path, step: int) -> Path:
-    """Where the snapshot of a run's step is."""
+    """Return the path of the snapshot of a run's step."""
     return folder / FOLDER / f"step-{step:08d}.safetensors"
 
 
@@ -68,7 +68,7 @@ def newest_snapshot(
     folder: Path, header: Mapping[str, Any], events: Iterable[Event], *, last: int | None = None,
     say: Callable[[str], Any] = lambda line: None,
 ) -> tuple[int, Path] | None:  # fmt: skip
-    """(step, file) of the newest sound snapshot, at step `last` at most; None without one.
+    """Return (step, file) of the newest sound snapshot, at step `last` at most; None without one.
 
     Every byte is checked against the ledger's digest; what is passed over for that is said in a line each.
     """
@@ -83,7 +83,7 @@ def newest_snapshot(
 
 
 def fault_of(path: Path, header: Mapping[str, Any], event: Event) -> str:
-    """What is wrong with a snapshot's file; "" where it is, to the bit, what the run has written."""
+    """Return what is wrong with a snapshot's file; "" where it is, to the bit, what the run has written."""
     if path.exists() and not path.is_file():
         return "is no file"
     try:
@@ -144,7 +144,7 @@ def _facts(header: Mapping[str, Any], step: int) -> dict[str, str]:
 
 
 def digest_of(path: Path) -> bytes:
-    """The digest of a file's bytes [DIGEST]. Raises OSError."""
+    """Return the digest of a file's bytes [DIGEST]. Raises OSError."""
     h = hashlib.blake2b(digest_size=DIGEST)
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):

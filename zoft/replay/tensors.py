@@ -48,7 +48,7 @@ AT_ONCE = (64, 4096)  # updates that one pass takes at least, where a pass is wo
 
 @dataclass(frozen=True)
 class Ask:
-    """What of a run is rebuilt: after `steps` steps (None: all there are); with fp32 weights in place of 16-bit ones
+    """Say what of a run is rebuilt: after `steps` steps (None: all there are); with fp32 weights in place of 16-bit ones
     (`exact`); with 16-bit weights rounded once, from those (`denoise`)."""
 
     steps: int | None = None
@@ -57,7 +57,7 @@ class Ask:
 
 
 def requested(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
-    """The run's config under its ledger's plan, and its ledger up to what is asked for; reads only.
+    """Return the run's config under its ledger's plan, and its ledger up to what is asked for; reads only.
 
     Raises UserError for steps that the ledger does not have, and for a wish that its storage makes void.
     """
@@ -138,7 +138,7 @@ def replay_tensors(config: Config, folder: Path, out: Path, ask: Ask) -> int:
 def result_and_facts(
     config: Config, folder: Path, log: Log, ask: Ask
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """(the run's result, where this is the model that it ended with, else nothing; what else a card should say)."""
+    """Return (the run's result, where this is the model that it ended with, else nothing; what else a card should say)."""
     steps = len(log.records)
     if steps == config.steps and not (ask.exact or ask.denoise):
         return read_result(folder), {}
@@ -153,7 +153,7 @@ def result_and_facts(
 
 
 def stream(base: Base, made: Iterator[tuple[str, Tensor]], folder: Path, dtype: torch.dtype) -> None:
-    """Weights, config.json and generation_config.json, as save_pretrained would write them."""
+    """Write weights, config.json and generation_config.json, as save_pretrained would write them."""
     ignored = set(getattr(base.model, "_keys_to_ignore_on_save", None) or ())
     sizes = {
         name: (tuple(t.shape), dtype if t.is_floating_point() else t.dtype)
@@ -175,7 +175,7 @@ def stream(base: Base, made: Iterator[tuple[str, Tensor]], folder: Path, dtype: 
 
 
 def start(folder: Path, log: Log, ask: Ask) -> Found:
-    """(step, file) of the newest snapshot that what is asked for can start from."""
+    """Return (step, file) of the newest snapshot that what is asked for can start from."""
     if ask.exact or ask.denoise:
         return None
     found = newest_snapshot(folder, log.header, log.events, say=parts.say)
@@ -187,7 +187,7 @@ def start(folder: Path, log: Log, ask: Ask) -> Found:
 def weights(
     config: Config, base: Base, log: Log, found: Found = None, did: Callable[[int], None] = lambda n: None
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all of the model's state: trained ones as the run has them, others as it ran with them.
+    """Yield (name, tensor) of all of the model's state: trained ones as the run has them, others as it ran with them.
 
     found: the snapshot to start from. did(updates × elements) is told how it goes.
     """
@@ -203,7 +203,7 @@ def weights(
 
 @dataclass
 class Tensors:
-    """The trained tensors of a ledger, each on its own: none of them depends on another."""
+    """Replay the trained tensors of a ledger, each on its own: none of them depends on another."""
 
     config: Config
     log: Log
@@ -215,7 +215,7 @@ class Tensors:
         self.denoised = max((e.step for e in self.log.events if e.kind == "denoise"), default=0)
 
     def at_the_end(self, name: str, theta: Tensor, found: Found, did: Callable[[int], None]) -> Tensor:
-        """A tensor after the log's last step, from its base (any dtype), or from a snapshot (step, file)."""
+        """Return a tensor after the log's last step, from its base (any dtype), or from a snapshot (step, file)."""
         dtype = space.DTYPES[self.log.header["trained"][name][2]]
         theta = theta.to(self.config.device)
         if found and found[0] >= self.denoised:
@@ -237,7 +237,7 @@ class Tensors:
         return t.stored
 
     def summed(self, name: str, theta: Tensor, steps: int, did: Callable[[int], None]) -> Trained:
-        """θ + Σ multipliers·z of the first `steps` steps in fp32, momentum with it: nothing is rounded to 16 bits."""
+        """Return θ + Σ multipliers·z of the first `steps` steps in fp32, momentum with it: nothing is rounded to 16 bits."""
         t = self._of(name, theta, torch.float32)
         advance(t, [u for u in self.updates if u.step < steps], self.config, did)
         return t
@@ -272,7 +272,7 @@ class Tensors:
 
 
 def advance(t: Trained, updates: Sequence[Update], config: Config, did: Callable[[int], None]) -> None:
-    """updates.advance_trained in slices: as large as small tensors want, whose plans cost more than their noise."""
+    """Run updates.advance_trained in slices: as large as small tensors need, whose plans cost more than their noise."""
     least, most = AT_ONCE
     size = min(most, max(least, 1 << (WORK // max(1, t.stored.numel())).bit_length()))
     for i in range(0, len(updates), size):
@@ -282,13 +282,13 @@ def advance(t: Trained, updates: Sequence[Update], config: Config, did: Callable
 
 
 def nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp32 to 16 bits, round to nearest even; fp16 stops at its largest number, as updates do."""
+    """Round fp32 to 16 bits, to nearest even; fp16 stops at its largest number, as updates do."""
     return (x.clamp(-FP16_MAX, FP16_MAX) if dtype == torch.float16 else x).to(dtype)
 
 
 @torch.no_grad()
 def denoise(folder: Path, config: Config, log: Log, steps: int, trained: Sequence[Trained]) -> str:
-    """θ ← nearest(base + Σ multipliers·z), the sum in fp32, for what a run keeps in 16 bits; returns a line about it.
+    """Set θ ← nearest(base + Σ multipliers·z), the sum in fp32, for what a run keeps in 16 bits; returns a line about it.
 
     The sum is that of the log's first `steps` steps. A function of base and ledger alone: the rounding noise that the
     run has gathered is gone, momentum and fp32 tensors stay as they are. The base is read again from the model's files,
@@ -315,7 +315,7 @@ def denoise(folder: Path, config: Config, log: Log, steps: int, trained: Sequenc
 
 
 def describe_replay(config: Config, folder: Path, ask: Ask) -> str:
-    """What a replay would make, as text; the base and the ledger are checked, nothing is written."""
+    """Return what a replay would make, as text; the base and the ledger are checked, nothing is written."""
     config, log = requested(resolve_device(config), folder, ask)
     base = find_base(config, log.header["base"], str(folder))
     numbers, total = numbers_of(log), sum(t.numel() for t in base.tensors.values())
@@ -330,13 +330,13 @@ def describe_replay(config: Config, folder: Path, ask: Ask) -> str:
 
 
 def numbers_of(log: Log) -> int:
-    """How many numbers a run trains."""
+    """Return how many numbers a run trains."""
     return sum(math.prod(shape) for _, shape, _ in log.header["trained"].values())
 
 
 @contextmanager
 def progress(log: Log, begin: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, a line now and then elsewhere; yields did(updates × elements)."""
+    """Show a bar on a terminal, a line now and then elsewhere; yields did(updates × elements)."""
     total = max(1, numbers_of(log) * sum(not r.skipped for r in log.records[begin:]))
     with console.bar(f"replaying {len(log.records) - begin} steps", total) as did:
         yield did

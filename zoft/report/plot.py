@@ -18,7 +18,7 @@ LEGEND_POINTS = 8
 
 
 def draw(some: Sequence[Group], metrics: Sequence[str], out: Path) -> None:
-    """A panel for the training loss, one for each metric (the first three of them), mean and range over finished runs.
+    """Draw a panel for the training loss and one for each metric (the first three of them): mean and range over finished runs.
 
     Runs of one evaluation, as baselines are, become dashed lines across. Where no run of a group is finished, they are
     drawn as far as they are, dotted, and the legend says so.
@@ -63,7 +63,7 @@ def draw(some: Sequence[Group], metrics: Sequence[str], out: Path) -> None:
 
 
 def curve(evals: dict[int, dict[str, float]], metric: str, each: int) -> list[tuple[int, float]]:
-    """(forwards, value) of each evaluation that has the metric."""
+    """Return (forwards, value) of each evaluation that has the metric."""
     return [
         (s * each, float(e[metric]))
         for s, e in sorted(evals.items())
@@ -72,7 +72,7 @@ def curve(evals: dict[int, dict[str, float]], metric: str, each: int) -> list[tu
 
 
 def smooth(losses: dict[int, float], each: int) -> list[tuple[int, float]]:
-    """(forwards, mean loss of the steps of a window that ends there)."""
+    """Return (forwards, mean loss of the steps of a window that ends there)."""
     import numpy as np
 
     steps = sorted(losses)

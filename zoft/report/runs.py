@@ -30,7 +30,7 @@ ANY = ("model", "task", "limits", "max_length", "eval_limit", "seed", "device", 
 
 @dataclass
 class Run:
-    """A run or a baseline, as its folder has it."""
+    """Hold a run or a baseline, as its folder has it."""
 
     folder: Path
     seed: int
@@ -43,13 +43,13 @@ class Run:
 
     @property
     def label(self) -> str:
-        """What kind it is: a baseline's method, else the recipe."""
+        """Return its kind: a baseline's method, else the recipe."""
         return str(self.about.get("method") or self.about.get("recipe"))
 
 
 @dataclass
 class Group:
-    """Runs that differ in their seed alone; `name` tells it from the report's other groups, `settings` says all it differs in."""
+    """Hold runs that differ in their seed alone; `name` tells it from the report's other groups, `settings` says all it differs in."""
 
     runs: list[Run]
     name: str = ""
@@ -57,13 +57,13 @@ class Group:
     finished: list[Run] = field(default_factory=list)
 
     def values(self, metric: str) -> list[float]:
-        """A metric at the end of each finished run that has it."""
+        """Return a metric at the end of each finished run that has it."""
         found = [run.result["after"].get(metric) for run in self.finished]
         return [float(v) for v in found if isinstance(v, (int, float))]
 
 
 def read(folder: Path) -> Run:
-    """A run's folder. Raises UserError where it is none, or damaged."""
+    """Read a run's folder. Raises UserError where it is none, or damaged."""
     tree = yaml_tree(folder / "config.yaml")
     task = tree.pop("task", {})
     tree.pop("limits", None)  # how much of the data is read at most says nothing of a run
@@ -94,7 +94,7 @@ def read(folder: Path) -> Run:
 
 
 def folders(paths: Sequence[str]) -> list[Path]:
-    """The runs' folders that are meant: each path itself, or all runs below it. Raises UserError where there is none."""
+    """Return the runs' folders that are meant: each path itself, or all runs below it. Raises UserError where there is none."""
     found: list[Path] = []
     for text in paths:
         path = Path(text)

@@ -17,7 +17,7 @@ from zoft.tables import csv_text
 
 
 def groups(runs: Sequence[Run], say: Callable[[str], Any] = lambda line: None) -> list[Group]:
-    """Runs by what they are apart from their seed, in the order given, named by what tells them apart.
+    """Group runs by all but their seed, in the order given, named by what tells them apart.
 
     A deviation is over seeds, so a group has one finished run of a seed: one that equals another is left out, one of other
     figures goes to another group, and a line says so.
@@ -58,7 +58,7 @@ def _figures(run: Run) -> str:
 
 
 def metrics_of(some: Sequence[Group], asked: Sequence[str] = ()) -> list[str]:
-    """The metrics to show: those asked for, or those that any finished run has. Raises UserError for an unknown one."""
+    """Return the metrics to show: those asked for, or those that any finished run has. Raises UserError for an unknown one."""
     have = {
         m for g in some for r in g.runs for e in (r.result.get("after", {}), *r.evals.values()) for m in e
     }
@@ -71,7 +71,7 @@ def metrics_of(some: Sequence[Group], asked: Sequence[str] = ()) -> list[str]:
 
 
 def rows(some: Sequence[Group], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """One dict a group with a finished run: name, settings, n, unfinished, seeds, folders, steps, forwards, each metric with _sd,
+    """Return one dict per group with a finished run: name, settings, n, unfinished, seeds, folders, steps, forwards, each metric with _sd,
     train_seconds, peak_memory_gb; and what the models of the runs scored before training, under the name untrained."""
     out = []
     before = [r.result["before"] for g in some for r in g.finished if r.result["before"]]
@@ -105,7 +105,7 @@ def _summed(key: str, values: Sequence[float]) -> dict[str, Any]:
 
 
 def markdown(found: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:
-    """The rows as a table of mean ± sd."""
+    """Return the rows as a table of mean ± sd."""
     lines = []
     for row in found:
         cells = [str(row["name"]), str(row["n"]), _whole(row.get("steps")), _whole(row.get("forwards"))]
@@ -123,12 +123,12 @@ def _whole(value: float | None) -> str:
 
 
 def cut(some: Sequence[Group]) -> list[str]:
-    """A line for each name in the table that has no room for all that its runs differ in."""
+    """Return a line for each name in the table that has no room for all that its runs differ in."""
     return [f"{g.name}: {g.settings}" for g in some if g.finished and not g.name.startswith(g.settings)]
 
 
 def unfinished(some: Sequence[Group]) -> list[str]:
-    """A line for each run that the table leaves out because it is not finished."""
+    """Return a line for each run that the table leaves out because it is not finished."""
     lines = []
     for run in (r for g in some for r in g.runs if not r.result):
         done = max([-1, *run.losses]) + 1
@@ -145,7 +145,7 @@ def unfinished(some: Sequence[Group]) -> list[str]:
 def report_runs(
     paths: Sequence[str], metrics: Sequence[str] = (), *, csv_to: str | None = None, png_to: str | None = None
 ) -> str:
-    """The markdown table, what its names leave out, and what it leaves out; writes the CSV and the picture where asked."""
+    """Return the markdown table, what its names leave out, and what it leaves out; writes the CSV and the picture where asked."""
     from zoft.errors import writing
 
     some = groups([read(f) for f in folders(paths)], lambda line: print(line, file=sys.stderr))

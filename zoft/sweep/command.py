@@ -15,7 +15,7 @@ from zoft.errors import UserError
 
 @dataclass(frozen=True)
 class Asked:
-    """The options as typed; None or False where they were not."""
+    """Hold the options as typed; None or False where they were not."""
 
     config: str | None = None
     launcher: str = "local"

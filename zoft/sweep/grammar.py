@@ -19,7 +19,7 @@ CONFIG = "config"  # --config with several names is a dimension like any key
 
 @dataclass(frozen=True)
 class Interval:
-    """Numbers from low to high; log: drawn evenly in their logarithms; whole: whole numbers."""
+    """Describe numbers from low to high; log: drawn evenly in their logarithms; whole: whole numbers."""
 
     low: float
     high: float
@@ -29,14 +29,14 @@ class Interval:
 
 @dataclass(frozen=True)
 class Dimension:
-    """A swept key: its values as they would be typed, or an Interval to search."""
+    """Describe a swept key: its values as they would be typed, or an Interval to search."""
 
     key: str
     values: tuple[str, ...] = ()
     interval: Interval | None = None
 
     def some(self) -> tuple[str, ...]:
-        """Values that stand for all of them: an interval's ends."""
+        """Return values that stand for all of them: an interval's ends."""
         if self.interval is None:
             return self.values
         cast = int if self.interval.whole else float
@@ -44,7 +44,7 @@ class Dimension:
 
 
 def split(overrides: Sequence[str], own: Path | None = None) -> tuple[list[str], list[Dimension]]:
-    """(overrides with one value, dimensions) of a sweep's command line.
+    """Return (overrides with one value, dimensions) of a sweep's command line.
 
     own: the folder of the user's config, whose groups glob() looks into. Raises UserError for a broken sweep; what
     is no sweep is left as it is, for `compose` to judge.
@@ -57,7 +57,7 @@ def split(overrides: Sequence[str], own: Path | None = None) -> tuple[list[str],
 
 
 def configs(config: str | None, own: Sequence[str] = ()) -> list[str]:
-    """The names that `--config a,b` or `--config 'glob(*/reviews)'` means; [] where it is one name, or none."""
+    """Return the names that `--config a,b` or `--config 'glob(*/reviews)'` means; [] where it is one name, or none."""
     known = names()
     if config is None or config in known or Path(config).is_file() or not re.search(r"[,(]", config):
         return []
@@ -68,7 +68,7 @@ def configs(config: str | None, own: Sequence[str] = ()) -> list[str]:
 
 
 def dimension(text: str, own: Path | None) -> Dimension | str:
-    """What one `key=…` sweeps over, or the text itself where it has one value."""
+    """Return what one `key=…` sweeps over, or the text itself where it has one value."""
     key, equals, raw = text.partition("=")
     if not equals or text.startswith(("-", "+", "~")):
         return text  # compose says what is wrong
@@ -87,12 +87,12 @@ def dimension(text: str, own: Path | None) -> Dimension | str:
 
 
 def product(swept: Sequence[Dimension]) -> list[dict[str, str]]:
-    """Every combination of values, {key: text}, the last key fastest."""
+    """Return every combination of values, {key: text}, the last key fastest."""
     return [dict(zip([d.key for d in swept], row)) for row in itertools.product(*(d.values for d in swept))]
 
 
 def as_text(value: Any) -> str:
-    """A value as a user would type it: 1e-6, true, null."""
+    """Return a value as a user would type it: 1e-6, true, null."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float):

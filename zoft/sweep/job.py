@@ -31,7 +31,7 @@ TAIL_BYTES = 1 << 14
 
 
 def job_state(folder: Path) -> str:
-    """One of STATES, from the disk alone."""
+    """Return one of STATES, from the disk alone."""
     if (folder / "result.json").exists():
         return "done"
     if job_is_held(folder):
@@ -45,7 +45,7 @@ def job_state(folder: Path) -> str:
 
 
 def job_record(folder: Path) -> dict[str, Any]:
-    """job.json's content: {attempts, started, host, pid, slurm} and, once it ended, {ended, code, error, signalled}."""
+    """Return job.json's content: {attempts, started, host, pid, slurm} and, once it ended, {ended, code, error, signalled}."""
     try:
         found = json.loads((folder / "job.json").read_bytes())
     except (OSError, ValueError):
@@ -54,7 +54,7 @@ def job_record(folder: Path) -> dict[str, Any]:
 
 
 def job_is_held(folder: Path) -> bool:
-    """Whether a process holds the lock of a job, or of a sweep."""
+    """Say whether a process holds the lock of a job, or of a sweep."""
     try:
         fd = os.open(folder / ".lock", os.O_RDONLY)
     except OSError:
@@ -143,7 +143,7 @@ def ended(folder: Path, code: int, *, signalled: bool = False) -> None:
 
 
 def last_error(folder: Path, code: int) -> str:
-    """The line that says why a job failed."""
+    """Return the line that says why a job failed."""
     if code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
         return f"killed by {name}" + (", out of memory perhaps" if -code == signal.SIGKILL else "")
@@ -154,7 +154,7 @@ def last_error(folder: Path, code: int) -> str:
 
 
 def tail(path: Path) -> bytes:
-    """The last TAIL_BYTES of a file; nothing where there is none."""
+    """Return the last TAIL_BYTES of a file; nothing where there is none."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
@@ -164,7 +164,7 @@ def tail(path: Path) -> bytes:
 
 
 def progress(folder: Path) -> dict[str, Any]:
-    """The last step's line of a job's metrics.jsonl, {} before the first."""
+    """Return the last step's line of a job's metrics.jsonl, {} before the first."""
     for line in reversed(tail(folder / "metrics.jsonl").splitlines()):
         with contextlib.suppress(ValueError):
             row = json.loads(line)
@@ -174,12 +174,12 @@ def progress(folder: Path) -> dict[str, Any]:
 
 
 def steps(folder: Path) -> int:
-    """Steps done so far, as metrics.jsonl has them."""
+    """Return steps done so far, as metrics.jsonl has them."""
     return progress(folder).get("step", -1) + 1
 
 
 def result(folder: Path) -> dict[str, Any]:
-    """result.json's content, {} where there is none, or none that can be read."""
+    """Return result.json's content, {} where there is none, or none that can be read."""
     try:
         found = json.loads((folder / "result.json").read_bytes())
     except (OSError, ValueError):

@@ -24,7 +24,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
 def gpus(environ: Mapping[str, str]) -> list[str]:
-    """The GPUs that jobs may have, as CUDA_VISIBLE_DEVICES names them; needs no torch."""
+    """Return the GPUs that jobs may have, as CUDA_VISIBLE_DEVICES names them; needs no torch."""
     told = environ.get("CUDA_VISIBLE_DEVICES")
     if told is not None:
         return [g.strip() for g in told.split(",") if g.strip() not in ("", "-1")]
@@ -32,7 +32,7 @@ def gpus(environ: Mapping[str, str]) -> list[str]:
 
 
 def memory_used() -> dict[str, int]:
-    """index -> MiB in use of each GPU, {} where there is no NVIDIA driver."""
+    """Return {index: MiB in use} of all GPUs, {} where there is no NVIDIA driver."""
     ask = ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
     try:
         said = subprocess.run(ask, capture_output=True, text=True, timeout=20, check=True).stdout
@@ -43,12 +43,12 @@ def memory_used() -> dict[str, int]:
 
 
 def slots(jobs: int | None, device: str) -> int:
-    """How many jobs run at a time: as told, else one for each GPU, else one."""
+    """Return how many jobs run at a time: the number given, else one for each GPU, else one."""
     return jobs or (len(gpus(os.environ)) if device in ("auto", "cuda") else 0) or 1
 
 
 def threads(jobs: int, environ: Mapping[str, str]) -> dict[str, str]:
-    """Environment that gives each of `jobs` its share of the cores, so that they do not wait for each other."""
+    """Return environment that gives each of `jobs` its share of the cores, so that they do not wait for each other."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = max(1, cores // jobs)
     limits = {n: environ.get(n, "") for n in THREAD_VARIABLES}
@@ -56,7 +56,7 @@ def threads(jobs: int, environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def free(every: Sequence[str], taken: Sequence[str], used: Mapping[str, int]) -> str:
-    """The GPU with the fewest of our jobs, of those the one with the least memory in use."""
+    """Return the GPU with the fewest of our jobs, of those the one with the least memory in use."""
     return min(every, key=lambda g: (taken.count(g), used.get(g, 0), every.index(g)))
 
 
@@ -120,7 +120,7 @@ def run(
 
 
 def outcome(folder: Path) -> str:
-    """A line on how a job ended."""
+    """Return a line on how a job ended."""
     at = job_state(folder)
     if at == "failed":
         return f"failed {folder.name}: {job_record(folder).get('error', '')}"
@@ -135,7 +135,7 @@ def outcome(folder: Path) -> str:
 
 @contextmanager
 def listening() -> Iterator[list[int]]:
-    """The signals that this process was sent, as they come; jobs have sessions of their own and get none of them."""
+    """Collect the signals that this process is sent, as they come; jobs have sessions of their own and get none of them."""
     got: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:

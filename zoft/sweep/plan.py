@@ -32,14 +32,14 @@ MACHINE = ("output_dir", "device", "threads", "probes_per_forward", "sync", "tra
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal, or --cancel, has stopped a sweep; its jobs can be resumed. code: the exit code that says so."""
+    """Signal that a signal, or --cancel, has stopped a sweep; its jobs can be resumed. code: the exit code that says so."""
 
     code = RESUME
 
 
 @dataclass
 class Plan:
-    """A sweep: its folder, and name -> (config, {swept key: text}) of each job, in order.
+    """Hold a sweep: its folder, and name -> (config, {swept key: text}) of each job, in order.
 
     swept: the dimensions. base: what all jobs share, {config, overrides}. extra: arguments that each job's
     `zoft train` needs besides. devices: what the jobs' `device` may be.
@@ -128,14 +128,14 @@ def add_job(made: Plan, row: Mapping[str, str]) -> Config:
 
 
 def corners(swept: Sequence[Dimension]) -> list[dict[str, str]]:
-    """Each value, and each end of an interval, once, the other keys at their first."""
+    """Return each value, and each end of an interval, once, the other keys at their first."""
     first = {d.key: d.some()[0] for d in swept}
     rows = [first, *({**first, d.key: value} for d in swept for value in d.some()[1:])]
     return rows
 
 
 def job_name(config: Config, row: Mapping[str, str]) -> str:
-    """`lr=1e-6,seed=0-1a2b3c4d`: what was swept, to be read, and a hash of all keys that are not at their default."""
+    """Return `lr=1e-6,seed=0-1a2b3c4d`: what was swept, to be read, and a hash of all keys that are not at their default."""
     flat = values(config)
     made = {n: f.default_factory() for n, f in fields().items() if n in flat and callable(f.default_factory)}
     defaults = {name: f.default for name, f in fields().items()} | made
@@ -162,7 +162,7 @@ def place(
     config: str | None, several: Sequence[str], first: Config, base: Mapping[str, Any], swept: Sequence[Dimension],
     told: Sequence[str], search: str,
 ) -> Path:  # fmt: skip
-    """The sweep's folder: output_dir=…, the config's own output_dir, or runs/sweep-<config>-<hash>.
+    """Return the sweep's folder: output_dir=…, the config's own output_dir, or runs/sweep-<config>-<hash>.
 
     The hash is of what all jobs share: a sweep with one value more finds what is done already.
     """
@@ -211,7 +211,7 @@ def write_down(made: Plan, names: Sequence[str]) -> None:
 
 
 def read_plan(root: str | Path) -> dict[str, Any]:
-    """sweep.json's content: {config, overrides, swept: [keys], jobs: {name: {key: text}}}."""
+    """Return sweep.json's content: {config, overrides, swept: [keys], jobs: {name: {key: text}}}."""
     path = Path(root) / PLAN
     if not path.is_file():
         raise UserError(f"{root}: not a sweep's folder (it has no {PLAN})")
@@ -228,7 +228,7 @@ def read_plan(root: str | Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Launch:
-    """How jobs are run: run(root, names, extra, say) returns once none of them goes on; slots at a time."""
+    """Say how jobs are run: run(root, names, extra, say) returns once none of them goes on; slots at a time."""
 
     run: Callable[[Path, Sequence[str], Sequence[str], Callable[[str], Any]], None]
     slots: int
@@ -244,7 +244,7 @@ def sweep(made: Plan, launch: Launch, say: Callable[[str], Any]) -> None:
 
 
 def missing(root: Path, names: Sequence[str], say: Callable[[str], Any]) -> list[str]:
-    """The jobs that are neither done nor cancelled, those that began first."""
+    """Return the jobs that are neither done nor cancelled, those that began first."""
     states = {name: job_state(root / name) for name in names}
     count = {s: list(states.values()).count(s) for s in STATES}
     say(
@@ -258,7 +258,7 @@ def missing(root: Path, names: Sequence[str], say: Callable[[str], Any]) -> list
 
 
 class hold:
-    """The lock of a sweep, for one parent at a time; a mark that it was cancelled goes away with its start."""
+    """Hold the lock of a sweep, for one parent at a time; a mark that it was cancelled goes away with its start."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

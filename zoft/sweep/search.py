@@ -16,7 +16,7 @@ JOURNAL = "optuna.journal"
 
 
 def require() -> Any:
-    """Optuna. Raises UserError where it is not installed."""
+    """Return Optuna. Raises UserError where it is not installed."""
     try:
         import optuna
     except ImportError:

@@ -35,7 +35,7 @@ WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # of a limit or a pre-emption, wher
 
 @dataclass(frozen=True)
 class Slurm:
-    """What sbatch is told; on the command line as slurm.KEY=value, in a file for --slurm as KEY: value."""
+    """Hold what sbatch is told; on the command line as slurm.KEY=value, in a file for --slurm as KEY: value."""
 
     partition: str | None = None
     account: str | None = None
@@ -51,7 +51,7 @@ class Slurm:
 
 
 def options(file: str | None, texts: Sequence[str]) -> Slurm:
-    """Slurm options from a YAML file and `slurm.KEY=value` on top. Raises UserError for unknown keys, bad values."""
+    """Read Slurm options from a YAML file, with `slurm.KEY=value` on top. Raises UserError for unknown keys, bad values."""
     tree: dict[str, Any] = {}
     if file:
         yaml_tree(Path(file))  # strictly, for its mistakes
@@ -93,7 +93,7 @@ def _words(text: str) -> Any:
 
 
 def minutes(value: int | str) -> int:
-    """A time limit in whole minutes, rounded up, from Slurm's own ways to write it."""
+    """Return a time limit in whole minutes, rounded up, from Slurm's own ways to write it."""
     text = str(value)
     match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+)(?::(\d+))?", text)
     if not match or (match[1] and not match[2] and match[4]):
@@ -117,7 +117,7 @@ def minutes(value: int | str) -> int:
 
 
 def require() -> Any:
-    """submitit, on a machine that can submit. Raises UserError where either is missing."""
+    """Return submitit, on a machine that can submit. Raises UserError where either is missing."""
     try:
         import submitit
     except ImportError:
@@ -171,7 +171,7 @@ def run(
 
 
 def submit(root: Path, names: Sequence[str], extra: Sequence[str], slurm: Slurm) -> str:
-    """One array with these jobs; returns its id, which slurm.json has then."""
+    """Submit one array with these jobs; returns its id, which slurm.json has then."""
     submitit = require()
     executor = submitit.SlurmExecutor(folder=(root / "slurm").absolute())
     flags = {k: True if v in ("", "true") else v for k, v in slurm.extra.items()}
@@ -195,7 +195,7 @@ def submit(root: Path, names: Sequence[str], extra: Sequence[str], slurm: Slurm)
 
 
 def submitted(root: Path) -> dict[str, str]:
-    """name -> Slurm's id of its last submission, 12_3."""
+    """Return {name: Slurm's id of its last submission, 12_3}."""
     try:
         return dict(json.loads((root / SUBMITTED).read_bytes()))
     except (OSError, ValueError, TypeError):
@@ -203,7 +203,7 @@ def submitted(root: Path) -> dict[str, str]:
 
 
 def queue(root: Path) -> dict[str, str]:
-    """name -> Slurm's state of the jobs that wait or run. Raises UserError if Slurm does not answer."""
+    """Return {name: Slurm's state} of the jobs that wait or run. Raises UserError if Slurm does not answer."""
     ids = submitted(root)
     if not ids:
         return {}
@@ -234,7 +234,7 @@ def cancel(root: Path, names: Sequence[str]) -> None:
 
 
 def work(folder: str, extra: Sequence[str] = ()) -> int:
-    """A task of the array: begin a job's run or go on with it; returns its exit code.
+    """Run a task of the array: begin a job's run or go on with it; returns its exit code.
 
     A warning (SIGUSR1, SIGUSR2) that stops the run queues the task again, if it got any further; after SIGTERM
     Slurm does that itself where it pre-empts.

@@ -25,7 +25,7 @@ WATCH_SECONDS = 2.0
 
 
 def status(root: str | Path) -> list[dict[str, Any]]:
-    """A row a job: name, state, step, steps, loss, metrics after training, seconds left, error, attempts."""
+    """Return a row per job: name, state, step, steps, loss, metrics after training, seconds left, error, attempts."""
     root = Path(root)
     rows = []
     for name in read_plan(root)["jobs"]:
@@ -55,7 +55,7 @@ def _left(record: Mapping[str, Any], done: int, steps: int) -> float | None:
 
 
 def status_text(root: str | Path, metric: str | None = None) -> str:
-    """The table of `--status`: a line a job, then how many are in which state and what is left in all."""
+    """Return the table of `--status`: a line per job, then how many are in which state and what is left in all."""
     rows = status(root)
     metric = metric or default_metric([r["after"] for r in rows])
     head = ["job", "state", "step", "loss", metric, "left"]
@@ -77,7 +77,7 @@ def status_text(root: str | Path, metric: str | None = None) -> str:
 
 
 def in_all(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Seconds until all is done if as many jobs go on as now, at the rate of those that run."""
+    """Return seconds until all is done if as many jobs go on as now, at the rate of those that run."""
     going = [r for r in rows if r["left"] is not None and r["step"] < r["steps"]]
     if not going:
         return None
@@ -102,7 +102,7 @@ def watch(root: str | Path, metric: str | None = None) -> None:
 
 
 def results(root: str | Path) -> list[dict[str, Any]]:
-    """A row a finished job: its name, the keys that were swept, and its result {before, after, train_seconds, …}."""
+    """Return a row per finished job: its name, the keys that were swept, and its result {before, after, train_seconds, …}."""
     root = Path(root)
     found = read_plan(root)
     rows = []
@@ -114,24 +114,24 @@ def results(root: str | Path) -> list[dict[str, Any]]:
 
 
 def default_metric(afters: Sequence[Mapping[str, Any]]) -> str:
-    """accuracy where it is measured, else loss."""
+    """Return accuracy where it is measured, else loss."""
     return "accuracy" if any("accuracy" in after for after in afters) else "loss"
 
 
 def direction(metric: str, told: str | None = None) -> str:
-    """minimize or maximize: as told, else by what the metric is."""
+    """Return minimize or maximize: the one given, else by what the metric is."""
     return told or ("minimize" if metric in LOWER_IS_BETTER else "maximize")
 
 
 def score(row: Mapping[str, Any], metric: str) -> float | None:
-    """The metric of a result, None where it has none, or no number."""
+    """Return the metric of a result, None where it has none, or no number."""
     value = row["after"].get(metric)
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if good else None
 
 
 def best(rows: Sequence[Mapping[str, Any]], metric: str, told: str | None = None) -> Mapping[str, Any]:
-    """The row with the best metric. Raises UserError where none has it."""
+    """Return the row with the best metric. Raises UserError where none has it."""
     good = [(value, row) for row in rows if (value := score(row, metric)) is not None]
     if not good:
         known = sorted({k for row in rows for k in row["after"]})
@@ -143,7 +143,7 @@ def best(rows: Sequence[Mapping[str, Any]], metric: str, told: str | None = None
 
 
 def grouped(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[tuple[str, ...], list[float]]:
-    """The metric of each combination of swept values, all seeds of it together."""
+    """Return the metric of each combination of swept values, all seeds of it together."""
     found: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
         value = score(row, metric)
@@ -155,7 +155,7 @@ def grouped(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[tuple[str, .
 def results_text(
     root: str | Path, metric: str | None = None, told: str | None = None, *, own: bool = False
 ) -> str:
-    """The table of `--results`; results.csv and the best job's config to copy are written in the folder.
+    """Return the table of `--results`; results.csv and the best job's config to copy are written in the folder.
 
     A line a job, best first; where seeds are swept, mean ± standard deviation of each setting after it. The config is
     best.yaml where it is best by what the sweep goes by: what it was told (own), else what best.yaml says, else the default.
@@ -206,13 +206,13 @@ def results_text(
 
 
 def improved(row: Mapping[str, Any], metric: str, turn: int) -> bool:
-    """Whether a job's metric is better than it was before training, or what it was is not known. turn: 1 is downwards."""
+    """Say whether a job's metric is better than it was before training, or what it was is not known. turn: 1 is downwards."""
     before, after = score({"after": row.get("before", {})}, metric), score(row, metric)
     return before is None or (after is not None and turn * after < turn * before)
 
 
 def goes_by(file: Path) -> dict[str, str]:
-    """{metric, direction} that a best.yaml is best by, from its first line; nothing where there is no such file."""
+    """Return {metric, direction} that a best.yaml is best by, from its first line; nothing where there is no such file."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         found = re.match(r"# (lowest|highest) (\S+) ", file.read_text(encoding="utf-8"))
         if found:
@@ -221,7 +221,7 @@ def goes_by(file: Path) -> dict[str, str]:
 
 
 def copyable(config: Mapping[str, Any], top: Mapping[str, Any], goal: Mapping[str, str]) -> str:
-    """The config of the best job as a file to train from: without its folder, and what the machine had resolved.
+    """Return the config of the best job as a file to train from: without its folder, and what the machine had resolved.
 
     goal: {metric, direction} that it is best by, said in the first line.
     """
@@ -242,7 +242,7 @@ def copyable(config: Mapping[str, Any], top: Mapping[str, Any], goal: Mapping[st
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Results as CSV: swept keys, before.… and after.… metrics, seconds, memory."""
+    """Return results as CSV: swept keys, before.… and after.… metrics, seconds, memory."""
     flat = []
     for r in rows:
         row = {"name": r["name"], **r["values"]}
@@ -259,6 +259,6 @@ def _shown(value: Any) -> str:
 
 
 def clock(seconds: float) -> str:
-    """h:mm:ss"""
+    """Format seconds as h:mm:ss."""
     minutes, rest = divmod(int(seconds + 0.5), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -27,7 +27,7 @@ HELD_OUT = 0.15  # share of the data that a hash puts aside where no evaluation 
 
 @dataclass
 class TaskData:
-    """What a run trains on and is judged by.
+    """Hold what a run trains on and is judged by.
 
     train, eval: rows {prompt: str, candidates: [str], gold: int, where: str, key: int}; key is a 64-bit hash
     of the columns the prompt reads; columns: the row as it was read. Further fields where they apply: after (str: the
@@ -177,7 +177,7 @@ def check_task(task: Any) -> None:
 
 
 def subset(rows: Sequence[dict[str, Any]], n: int | None) -> list[dict[str, Any]]:
-    """The n rows of lowest key, in their own order: always the same ones. None takes all."""
+    """Return the n rows of lowest key, in their own order: always the same ones. None takes all."""
     if n is None or n >= len(rows):
         return list(rows)
     chosen = sorted(range(len(rows)), key=lambda i: (rows[i]["key"], i))[:n]

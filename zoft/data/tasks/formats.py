@@ -63,7 +63,7 @@ OTHER = ("tool_calls", "function_call", "audio", "refusal", "thinking", "reasoni
 
 @dataclass(frozen=True)
 class Reading:
-    """How a file is read. columns: what it is -> its column; turn: the two keys of a turn, role and content."""
+    """Describe how a file is read. columns: what it is -> its column; turn: the two keys of a turn, role and content."""
 
     format: str
     columns: dict[str, str]
@@ -72,7 +72,7 @@ class Reading:
 
     @property
     def line(self) -> str:
-        """What is learned from which columns, for a person."""
+        """Return what is learned from which columns, for a person."""
         c = {name: f"{{{column}}}" for name, column in self.columns.items()}
         learned = {
             "text": "all of {text}",
@@ -89,7 +89,7 @@ class Reading:
 
 
 def wanted(task: Any) -> bool:
-    """Whether a task's rows are read by their layout rather than by templates of its own.
+    """Say whether a task's rows are read by their layout rather than by templates of its own.
 
     Errors: UserError for keys that do not go together, or do not apply.
     """
@@ -117,7 +117,7 @@ def wanted(task: Any) -> bool:
 
 
 def recognise(key: str, rows: list[tuple[str, dict[str, Any]]], task: Any) -> Reading:
-    """The layout of some rows, from the names of their columns, or as task.format and task.columns say.
+    """Return the layout of some rows, from the names of their columns, or as task.format and task.columns say.
 
     key: the setting the rows come from ("task.train"). rows: (where, column -> value).
     Errors: UserError in one line with the columns seen and the key that decides, where nothing fits, more than
@@ -278,7 +278,7 @@ def empty(value: Any) -> bool:
 
 
 def make(where: str, row: dict[str, Any], reading: Reading) -> dict[str, Any]:
-    """One example of a recognised format.
+    """Return one example of a recognised format.
 
     Returns {prompt, candidates: [what is learned], gold: 0, where, key, words} and, but for text, `messages`:
     turns {role, content, scored}. `pieces` marks text, whose prompt is empty; `joins` a prompt and completion that
@@ -392,7 +392,7 @@ def _example(where: str, prompt: str, target: str, content: Iterable[str]) -> di
 
 
 def joined(rows: list[dict[str, Any]]) -> str:
-    """What stands between a prompt and its completion in plain text: nothing where they bring their own blanks."""
+    """Return what stands between a prompt and its completion in plain text: nothing where they bring their own blanks."""
     for row in rows:
         if row["prompt"][-1:].isspace() or row["candidates"][0][:1].isspace():
             return ""

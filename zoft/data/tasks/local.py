@@ -298,7 +298,7 @@ def _rows(place: str, data: Any, limits: Limits) -> Rows:
 
 
 class Label(int):
-    """A class number of the Hub that knows its name: either may be a key of task.choices."""
+    """Represent a class number of the Hub that knows its name: either may be a key of task.choices."""
 
     name: str
 

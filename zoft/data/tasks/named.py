@@ -26,7 +26,7 @@ PROMPTS: dict[str, tuple[str, dict[str, str]]] = {
 
 
 def reviews() -> list[tuple[str, dict[str, Any]]]:
-    """10,070 movie-review sentences {text, label}: the sign of their mean rating, where that is 0.5 or more.
+    """Return 10,070 movie-review sentences {text, label}: the sign of their mean rating, where that is 0.5 or more.
 
     Source: Hutto and Gilbert, VADER (ICWSM 2014): 10,605 sentences of Rotten Tomatoes reviews (Pang and Lee)
     rated by 20 people from -4 to 4.
@@ -46,7 +46,7 @@ def reviews() -> list[tuple[str, dict[str, Any]]]:
 
 
 def trec() -> list[tuple[str, dict[str, Any]]]:
-    """5,381 questions {text, label} in six coarse classes: ABBR, DESC, ENTY, HUM, LOC, NUM.
+    """Return 5,381 questions {text, label} in six coarse classes: ABBR, DESC, ENTY, HUM, LOC, NUM.
 
     Source: Li and Roth, Learning Question Classifiers (COLING 2002).
     """

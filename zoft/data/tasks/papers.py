@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass
 class Made:
-    """What a function below makes of a row.
+    """Hold what a function below makes of a row.
 
     columns: further columns for the templates, or others in their place. candidates: texts for {candidate} in task.target,
     where each row brings its own. golds: which of them are right, the first being trained on. answers: all texts that
@@ -27,7 +27,7 @@ class Made:
 
 
 def boolq(row: Mapping[str, Any]) -> Made:
-    """The question as a sentence: a capital letter in front, one question mark behind."""
+    """Write the question as a sentence: a capital letter in front, one question mark behind."""
     question = row["question"].rstrip()
     return Made({"question": question[:1].upper() + question[1:].removesuffix("?")})
 
@@ -37,7 +37,7 @@ def wsc(row: Mapping[str, Any]) -> Made:
 
 
 def copa(row: Mapping[str, Any]) -> Made:
-    """Premise without its full stop, a conjunction, and the choices as they go on: "I" keeps its capital."""
+    """Make the premise without its full stop, a conjunction, and the choices as they go on: "I" keeps its capital."""
     conjunction = {"effect": "so", "cause": "because"}[row["question"]]
     candidates = []
     for choice in (row["choice1"], row["choice2"]):
@@ -48,7 +48,7 @@ def copa(row: Mapping[str, Any]) -> Made:
 
 
 def record(row: Mapping[str, Any]) -> Made:
-    """The whole query is the candidate, once with each entity in it; every answer is right."""
+    """Make the whole query the candidate, once with each entity in it; every answer is right."""
     entities = list(dict.fromkeys(row["entities"]))
     candidates = [row["query"].replace("@placeholder", entity) for entity in entities]
     golds = [entities.index(answer) for answer in dict.fromkeys(row["answers"])]
@@ -60,7 +60,7 @@ def squad(row: Mapping[str, Any]) -> Made:
 
 
 def drop(row: Mapping[str, Any]) -> Made:
-    """The spans of an answer count as answers each, as the MeZO paper's code has it; DROP's own metric wants all of them."""
+    """Count each span of an answer as an answer, as the MeZO paper's code has it; DROP's own metric wants all of them."""
     return _answered(row, row["answers_spans"]["spans"])
 
 
@@ -69,7 +69,7 @@ def _answered(row: Mapping[str, Any], answers: list[str]) -> Made:
 
 
 def labelled(row: Mapping[str, Any]) -> Made | None:
-    """None for a row whose annotators did not agree on a label (-1)."""
+    """Return None for a row whose annotators did not agree on a label (-1)."""
     return None if int(row["label"]) == -1 else Made()
 
 

@@ -13,7 +13,7 @@ Rows = list[dict[str, Any]]
 
 
 def asked(task: Any) -> dict[str, Any]:
-    """The task's settings of this file."""
+    """Return the task's settings of this file."""
     return {name: getattr(task, name) for name in DRAWN}
 
 
@@ -44,7 +44,7 @@ def check(task: Any, classes: bool) -> None:
 def draw(
     train: Rows, held: Rows, task: Any, labels: Sequence[str]
 ) -> tuple[Rows, Rows | None, Rows, list[str]]:
-    """(rows to train on, rows to choose a model by or None, rows to judge by, notes for a person).
+    """Return (rows to train on, rows to choose a model by or None, rows to judge by, notes for a person).
 
     A permutation of the training rows by data_seed: the first num_train of it are trained on, the num_dev after them
     are the dev set; where there are fewer, the dev set is the tail. With k_shot the first k of each class, and the k

@@ -44,7 +44,7 @@ def parse(key: str, template: str) -> list[tuple[str, str | None]]:
 
 
 def at_mask(key: str, pieces: list[Piece]) -> tuple[list[Piece], list[Piece] | None]:
-    """What a template has before and after `[MASK]`; None after it where there is no mask. Errors: UserError."""
+    """Return what a template has before and after `[MASK]`; None after it where there is no mask. Errors: UserError."""
     found = [i for i, (text, _) in enumerate(pieces) if MASK in text]
     if not found:
         return pieces, None
@@ -56,17 +56,17 @@ def at_mask(key: str, pieces: list[Piece]) -> tuple[list[Piece], list[Piece] | N
 
 
 def plain(column: str) -> str:
-    """The part of a replacement field that could be a column's name."""
+    """Return the part of a replacement field that could be a column's name."""
     return column.split(".")[0].split("[")[0] or "text"
 
 
 def columns(pieces: Iterable[tuple[str, str | None]]) -> list[str]:
-    """The columns that a template reads, in order, each once."""
+    """Return the columns that a template reads, in order, each once."""
     return list(dict.fromkeys(c for _, c in pieces if c is not None))
 
 
 def fill(pieces: Iterable[tuple[str, str | None]], row: dict[str, Any], *, strip: bool) -> str:
-    """The template with a row's values in it; strip: blanks at a value's end are dropped."""
+    """Return the template with a row's values in it; strip: blanks at a value's end are dropped."""
     parts = []
     for text, column in pieces:
         parts.append(text)
@@ -77,7 +77,7 @@ def fill(pieces: Iterable[tuple[str, str | None]], row: dict[str, Any], *, strip
 
 
 def as_text(value: Any) -> str:
-    """A cell as text; a whole float is written as the integer it stands for, a bool in lower case."""
+    """Return a cell as text; a whole float is written as the integer it stands for, a bool in lower case."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
