@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 SINK = 16.0  # times the median of ‖y‖² over a batch's tokens: a token beyond it is an attention sink
-ROOM = 1 << 30  # bytes of covariances that are summed in one sweep over the examples
+ROOM = 1 << 29  # bytes of covariances that are summed in one sweep over the examples
+PART = 1024  # tokens whose vectors are in fp64 at one time
 DENSE = 4096  # columns up to which all eigenpairs are computed
 ROUNDS = 30  # of subspace iteration, for wider inputs
 
@@ -164,7 +165,7 @@ class Scale:
 
     def add(self, y: Tensor) -> None:
         """Take the outputs of a batch's valid tokens [N, m]."""
-        size = y.double().square().sum(1)  # [N]
+        size = torch.cat([part.double().square().sum(1) for part in y.split(PART)])  # [N]
         keep = size <= SINK * size.median()
         self.squares += float(size[keep].sum())
         self.numbers += float(keep.sum()) * y.shape[1]
@@ -182,8 +183,9 @@ class _Look:
 
     def __call__(self, module: nn.Module, args: tuple, out: Tensor) -> None:
         if self.c is not None:
-            x = args[0].reshape(-1, len(self.c))[self.places].double()
-            self.c.addmm_(x.T, x)
+            for part in args[0].reshape(-1, len(self.c))[self.places].split(PART):
+                x = part.double()
+                self.c.addmm_(x.T, x)
         if self.scale is not None:
             self.scale.add(out.reshape(-1, out.shape[-1])[self.places])
 

@@ -36,16 +36,15 @@ def build_trainer(parts: Parts, ledger: Ledger) -> Trainer:
 
 
 def build_trainer_of(
-    config: Config, loaded: nn.Module, made: ProbeAxis | InPlace | NodeAxis, train: Sequence[Example], ledger: Ledger,
-    goal: Goal | None = None,
+    config: Config, loaded: nn.Module, made: ProbeAxis | InPlace | NodeAxis, train: Sequence[Example],
+    ledger: Ledger | None, goal: Goal | None = None,
 ) -> Trainer:  # fmt: skip
-    """Build a trainer of parts that were put together by hand; see `build_trainer`."""
+    """Build a trainer of parts that were put together by hand; see `build_trainer`. ledger: None only to replay."""
     goal = goal or Goal(train[0].objective)
-    for line in advice_at_start(config, made.trained) if ledger.last_step < 0 else ():
+    for line in advice_at_start(config, made.trained) if ledger is not None and ledger.last_step < 0 else ():
         say(line)
     if isinstance(made, NodeAxis):
-        mine, whole = (node_rows_of(config, train, alone) for alone in (True, False))
-        return NodeTrainer(loaded, made, mine, ledger, trainer_settings(config), goal.forward, whole)
+        return node_trainer_of(config, loaded, made, train, ledger, goal)
     if config.elastic:
         from zoft.train.elastic import ElasticTrainer
 
@@ -86,9 +85,29 @@ def build_trainer_of(
     return CapturedTrainer(loaded, made, at, ledger, trainer_settings(config), goal.forward, capture=why)
 
 
+def node_trainer_of(
+    config: Config, model: nn.Module, axis: NodeAxis, train: Sequence[Example], ledger: Ledger | None, goal: Goal
+) -> NodeTrainer:  # fmt: skip
+    """Build the trainer of a run of node perturbation; ledger None: one that repeats the steps of a ledger."""
+    device = config.device.startswith("cuda")
+    where = "cpu" if device else config.device
+    whole = node_rows_of(config, train, False, where, device)
+    mine = whole if this_world().size == 1 else node_rows_of(config, train, True, where, device)
+    settings = trainer_settings(config)
+    if not device:
+        return NodeTrainer(model, axis, mine, ledger, settings, goal.forward, whole)
+    from zoft.train.node_graphs import DeviceNodeTrainer
+
+    why = "cache_frozen looks rows up on the CPU" if config.cache_frozen else ""
+    masked = not mask_is_idle(config, model, axis, train)
+    return DeviceNodeTrainer(
+        model, axis, mine, ledger, settings, goal.forward, whole, capture=why, masked=masked
+    )
+
+
 @torch.no_grad()
 def mask_is_idle(
-    config: Config, loaded: nn.Module, made: ProbeAxis | InPlace, train: Sequence[Example]
+    config: Config, loaded: nn.Module, made: ProbeAxis | InPlace | NodeAxis, train: Sequence[Example]
 ) -> bool:
     """Say whether padding on the right changes nothing, as in a causal model: then attention needs no mask."""
     by_length = sorted(train, key=lambda e: e.length)

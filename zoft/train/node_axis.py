@@ -33,7 +33,7 @@ def make_nodes(
 
     Raises UserError for a layer that is not linear, runs more than once or does not see every token, or a failed proof.
     """
-    axis = NodeAxis(loaded, layers_of(trained, found), seed=config.seed)
+    axis = axis_of_layers(config, loaded, layers_of(trained, found))
     picks = list(dict.fromkeys([0, max(range(len(train)), key=lambda i: train[i].length)]))
     rows = rows_with_tokens([train[i] for i in picks], picks, config.device)
     refuse_other_tokens(axis, loaded, rows)
@@ -52,6 +52,15 @@ def make_nodes(
             f"perturb=nodes: stacked losses differ from single ones by {off:.2g}; use recipe=mezo"
         )
     return axis
+
+
+def axis_of_layers(config: Config, loaded: nn.Module, layers: list[Layer]) -> NodeAxis:
+    """Return the axis of these layers for the run's device."""
+    if not config.device.startswith("cuda"):
+        return NodeAxis(loaded, layers, seed=config.seed)
+    from zoft.probe.cuda.nodes import DeviceNodes
+
+    return DeviceNodes(loaded, layers, seed=config.seed)
 
 
 def _losses(axis: NodeAxis, model: nn.Module, rows: Rows, probes: list[Probe]) -> torch.Tensor:
