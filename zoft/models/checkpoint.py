@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from zoft.errors import UserError
 
 HEADER_MAX = 100_000_000  # bytes of a safetensors header; the format's own limit
-LAYERS_MAX = 10_000
+LAYERS_MAX = 1_000  # the deepest models have under 200; a class is made for each before a tensor is missed
+DIMENSIONS_MAX = 64
+RANK_MAX = 65_536  # of a LoRA pair
+PATTERN_MAX = 10_000  # characters of an adapter's pattern
+CONFIG_MAX = 64_000_000  # bytes of a JSON file of a model
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What an adapter_config.json may say beyond plain LoRA pairs.
 MORE_THAN_PAIRS = (
@@ -36,7 +41,7 @@ def check_folder(name: str, folder: Path) -> dict[str, str]:
     name: the user's word for the model. Errors: UserError where config.json is no model's, a weight file is not
     whole, lies outside of the folder or is a pickle, or the folder is an adapter on another model.
     """
-    config = _object(name, folder / "config.json")
+    config = read_object(name, folder / "config.json")
     check_config(name, config)
     if (folder / ADAPTER_CONFIG).exists():
         raise UserError(
@@ -58,16 +63,81 @@ def check_adapter(name: str, folder: Path) -> dict[str, Any]:
     if not _is_file(folder / ADAPTER_CONFIG):
         what = "no adapter_config.json in this folder" if os.path.isdir(folder) else "no such folder"
         raise UserError(f"adapter={name}: {what}; give one that PEFT saved, like runs/NAME/adapter")
-    found = _object(name, folder / ADAPTER_CONFIG, key)
+    found = read_object(name, folder / ADAPTER_CONFIG, key)
     kind = str(found.get("peft_type"))
     odd = [k for k in MORE_THAN_PAIRS if found.get(k)] + ["bias"] * (found.get("bias", "none") != "none")
     if kind != "LORA" or odd:
         what = f"LoRA with {odd[0]}" if kind == "LORA" else kind
-        raise UserError(f"adapter={name}: it is {what}; plain LoRA pairs are what stays in place")
+        raise UserError(f"adapter={name}: it is {what[:200]}; plain LoRA pairs are what stays in place")
+    check_adapter_values(name, found)
     if not _is_file(folder / ADAPTER_WEIGHTS):
         raise UserError(f"adapter={name}: no {ADAPTER_WEIGHTS} in this folder; zoft loads safetensors only")
     _header(name, folder / ADAPTER_WEIGHTS, key)
     return found
+
+
+def check_adapter_values(name: str, found: Mapping[str, Any]) -> None:
+    """Refuse values of an adapter_config.json that no LoRA can have, and patterns that may take for ever.
+
+    name: the user's word for the adapter. Errors: UserError that names the key and its value.
+    """
+
+    def whole(x: Any) -> bool:
+        return isinstance(x, int) and not isinstance(x, bool)
+
+    def positive(x: Any) -> bool:
+        return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 < x < 1e9
+
+    def names(x: Any) -> bool:
+        return isinstance(x, str) or (isinstance(x, list) and all(isinstance(n, str) for n in x))
+
+    def counts(x: Any, sound: Callable[[Any], bool]) -> bool:
+        return x is None or (isinstance(x, dict) and all(map(sound, x.values())))
+
+    sound: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "r": (lambda x: whole(x) and 0 < x <= RANK_MAX, f"a whole number from 1 to {RANK_MAX}"),
+        "lora_alpha": (positive, "a number above 0"),
+        "lora_dropout": (lambda x: not isinstance(x, bool) and isinstance(x, (int, float)) and 0 <= x <= 1, "0 to 1"),
+        "use_rslora": (lambda x: isinstance(x, bool), "true or false"),
+        "fan_in_fan_out": (lambda x: isinstance(x, bool), "true or false"),
+        "target_modules": (lambda x: x is None or names(x), "a list of names, or a pattern"),
+        "exclude_modules": (lambda x: x is None or names(x), "a list of names, or a pattern"),
+        "layers_pattern": (lambda x: x is None or names(x), "a name, or a list of names"),
+        "layers_to_transform": (
+            lambda x: x is None or whole(x) or (isinstance(x, list) and all(map(whole, x))), "whole numbers"),
+        "rank_pattern": (
+            lambda x: counts(x, lambda n: whole(n) and 0 < n <= RANK_MAX), f"names with ranks from 1 to {RANK_MAX}"),
+        "alpha_pattern": (lambda x: counts(x, positive), "names with numbers above 0"),
+    }  # fmt: skip
+    for key, (fits, right) in sound.items():
+        if key in found and not fits(found[key]):
+            value = json.dumps(found[key])[:60]
+            raise UserError(f"adapter={name}: {ADAPTER_CONFIG}: {key}={value} is not {right}; fetch it again")
+    for key, pattern in adapter_patterns(found):
+        if fault := pattern_fault(pattern):
+            raise UserError(f"adapter={name}: {ADAPTER_CONFIG}: {key}: {pattern[:60]!r} {fault}")
+
+
+def adapter_patterns(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (key, pattern) of all that an adapter_config.json has matched with the names of modules."""
+    made = [(key, x) for key in ("target_modules", "exclude_modules") if isinstance(x := found.get(key), str)]
+    made += [(key, x) for key in ("rank_pattern", "alpha_pattern") for x in found.get(key) or {}]
+    return made + [("layers_pattern", x) for x in _listed(found.get("layers_pattern"))]
+
+
+def pattern_fault(pattern: str) -> str:
+    """Return why a text is no pattern; "" where it is one. How long it takes to match is bounded where it is matched."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"is no pattern ({str(error)[:60]}); fetch it again"
+    return f"has more than {PATTERN_MAX:,} characters" if len(pattern) > PATTERN_MAX else ""
+
+
+def _listed(x: Any) -> list[str]:
+    return [x] if isinstance(x, str) else list(x or ())
 
 
 def check_config(name: str, config: dict[str, Any]) -> None:
@@ -98,7 +168,7 @@ def _weights(name: str, folder: Path, config: dict[str, Any]) -> Iterator[Path]:
     index = folder / (first if first.endswith(".json") else "model.safetensors.index.json")
     if not _is_file(index):
         raise UserError(f"model={name}: {_no_weights(name, folder)}")
-    table = _object(name, index).get("weight_map")
+    table = read_object(name, index).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise UserError(f"model={name}: {index.name} has no weight_map; fetch it again")
     for file in sorted({str(f) for f in table.values()}):
@@ -152,6 +222,8 @@ def _header(name: str, path: Path, key: str = "model") -> dict[str, str]:
         try:
             dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
             bits = BITS[dtype]
+            if not isinstance(shape, list) or len(shape) > DIMENSIONS_MAX or not 0 <= start <= end <= size:
+                raise bad(f"tensor {tensor[:200]!r} is described wrongly")
             for n in shape:
                 bits *= n
             sound = all(isinstance(x, int) and x >= 0 for x in (*shape, start, end)) and bits == 8 * (
@@ -160,7 +232,7 @@ def _header(name: str, path: Path, key: str = "model") -> dict[str, str]:
         except (TypeError, ValueError, KeyError):
             sound = False
         if not sound:
-            raise bad(f"tensor {tensor!r} is described wrongly")
+            raise bad(f"tensor {tensor[:200]!r} is described wrongly")
         spans.append((start, end))
     at = 0
     for start, end in sorted(spans):
@@ -172,10 +244,16 @@ def _header(name: str, path: Path, key: str = "model") -> dict[str, str]:
     return {tensor: entry["dtype"] for tensor, entry in header.items()}
 
 
-def _object(name: str, path: Path, key: str = "model") -> dict[str, Any]:
+def read_object(name: str, path: Path, key: str = "model") -> dict[str, Any]:
     """A JSON file that must hold an object."""
     try:
-        found = _parsed(path.read_bytes())
+        with path.open("rb") as file:
+            data = file.read(CONFIG_MAX + 1)
+        if len(data) > CONFIG_MAX:
+            raise UserError(
+                f"{key}={name}: {path.name} has more than {CONFIG_MAX:,} bytes, which no such file has"
+            )
+        found = _parsed(data)
     except OSError as error:
         raise UserError(f"{key}={name}: {path.name} cannot be read: {error.strerror}") from None
     except ValueError as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError, is_memory
 from zoft.models.checkpoint import WHOLE, check_config, check_folder, pickles
+from zoft.models.finite import refuse_non_finite
 from zoft.models.kind import auto_class, quiet
 from zoft.packages import packaged_file
 
@@ -147,6 +149,7 @@ def load_model(model: str, *, dtype: Any = "auto", trust_remote_code: bool = Fal
         loaded, tokenizer = (_load_gguf if source.kind == "gguf" else _load_pretrained)(
             source, dtype, trust_remote_code
         )
+    _name_what_is_dropped(model, loaded, held)
     loaded.eval().requires_grad_(False)
     _refuse_whole_numbers(model, loaded, held)
     _refuse_words_without_weights(model, loaded, tokenizer)
@@ -228,6 +231,10 @@ def _whole(source: Source, **where: Any) -> Any:
         **where, output_loading_info=True, ignore_mismatched_sizes=True
     )
     loaded, info = found
+    _refuse_prefix(
+        source, {n if isinstance(n, str) else n[0] for n in info["missing_keys"]}, info["unexpected_keys"]
+    )
+    loaded.dropped = sorted(info["unexpected_keys"])
     for what, names in (("is missing", info["missing_keys"]), ("has another shape", info["mismatched_keys"])):
         if names:
             first = min(n if isinstance(n, str) else n[0] for n in names)
@@ -236,6 +243,38 @@ def _whole(source: Source, **where: Any) -> Any:
                 f"model={source.name}: tensor {first} {what} in the checkpoint{more}; fetch it again"
             )
     return loaded
+
+
+def _refuse_prefix(source: Source, missing: set[str], unexpected: Iterable[str]) -> None:
+    """Raise UserError where the checkpoint has a missing tensor under a name with something in front of it."""
+    for name in sorted(unexpected):
+        own = next((m for m in missing if name.endswith(f".{m}")), None)
+        if own is not None:
+            prefix = name.removesuffix(own)
+            raise UserError(
+                f"model={source.name}: its tensors are named {prefix}…, as {name}: a wrapped or compiled model was saved; "
+                f"save the model inside, or take {prefix} off every name"
+            )
+
+
+# Buffers of older transformers' files, which a model makes from its config.
+_MADE = re.compile(r"(inv_freq|masked_bias|position_ids|(attn|attention)\.bias)$")
+
+
+def _name_what_is_dropped(name: str, model: Any, held: Iterable[str]) -> None:
+    """Say, in a line on stderr, which of the checkpoint's tensors are neither used nor saved.
+
+    transformers leaves some names out of its own report, by patterns of the model's class: those are found here.
+    held: names of the folder's tensors; empty where it is no folder.
+    """
+    patterns = getattr(type(model), "_keys_to_ignore_on_load_unexpected", None) or []
+    here = model.state_dict()
+    hidden = {n for n in held if n not in here and any(re.search(p, n) for p in patterns)}
+    found = sorted(n for n in hidden | set(model.__dict__.pop("dropped", ())) if not _MADE.search(n))
+    if found and int(os.environ.get("RANK", "0")) == 0:
+        more = f" and {len(found) - 3} others" if len(found) > 3 else ""
+        said = f"model={name}: {len(found)} tensors are neither used nor saved: {', '.join(found[:3])}{more}"
+        print(said.replace("1 tensors are", "1 tensor is") if len(found) == 1 else said, file=sys.stderr)
 
 
 @contextmanager
@@ -296,16 +335,12 @@ def _refuse_words_without_weights(name: str, model: Any, tokenizer: Any) -> None
             f"model={name}: its tokenizer has {words} words and its embedding {rows} rows; they do not belong together"
         )
     if rows is not None and tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
+        # What is saved has it no more: padding with it would end in an error.
         tokenizer.pad_token = None  # padding is masked: another token will do
 
 
 def _refuse_non_finite(name: str, model: nn.Module) -> None:
-    import torch
-
-    for key, p in model.state_dict().items():
-        # The extremes carry any NaN or infinity with them, without a mask of the tensor's size.
-        if p.is_floating_point() and p.numel() and not torch.stack(torch.aminmax(p)).isfinite().all():
-            raise UserError(f"model={name}: tensor {key} holds NaN or infinity; the checkpoint is damaged")
+    refuse_non_finite(f"model={name}", model.state_dict(), "the checkpoint is damaged")
 
 
 def set_pad_token(tokenizer: Any) -> None:
@@ -313,3 +348,4 @@ def set_pad_token(tokenizer: Any) -> None:
     if tokenizer.pad_token_id is None:
         # Padding is masked and never scored, so any token that exists will do.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+        tokenizer.lent_pad_token = tokenizer.pad_token  # taken off again where it is saved

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError
 from zoft.models import kind, load
+from zoft.models.finite import is_finite, refuse_non_finite
 from zoft.models.fingerprint import memory_of
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+NOT_WRITTEN = "the base, its adapter or the run's ledger holds it too"
 
 
 def save_model(
@@ -69,9 +72,22 @@ def finish_folder(folder: Path, tokenizer: Any, dtype: Any, card: str) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config["dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     if card:
         (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer as its base has it: without the pad token that it was lent for its rows."""
+    lent = getattr(tokenizer, "lent_pad_token", None)
+    if lent is None or tokenizer.pad_token != lent:
+        tokenizer.save_pretrained(folder)
+        return
+    tokenizer.pad_token = None
+    try:
+        tokenizer.save_pretrained(folder)
+    finally:
+        tokenizer.pad_token = lent
 
 
 @contextmanager
@@ -100,11 +116,10 @@ def whole_folder(out_dir: str | Path) -> Iterator[Path]:
 
 
 def cast_tensor(name: str, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor to save, on the CPU in dtype. Raises UserError for values that it cannot hold."""
-    import torch
-
+    """A tensor to save, on the CPU in dtype. Raises UserError for values that it cannot hold, and for NaN and infinity."""
+    refuse_non_finite("nothing is saved", {name: t}, NOT_WRITTEN)
     made = t.to("cpu", dtype)
-    if made.dtype != t.dtype and made.numel() and not torch.stack(torch.aminmax(made)).isfinite().all():
+    if not is_finite(made):
         raise UserError(f"save_dtype: {name} has values that {dtype} cannot hold; use bf16 or fp32")
     return made
 
@@ -126,6 +141,7 @@ def _cast(
                 done[memory_of(t)] = cast_tensor(name, t, dtype)
             t = done[memory_of(t)]
         out[name] = t
+    refuse_non_finite("nothing is saved", out, NOT_WRITTEN)
     return out
 
 
