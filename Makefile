@@ -69,7 +69,7 @@ $(VENV)/.real: $(SOURCES) | $(VENV)/.setup
 	touch $@
 
 demo: setup real
-	$(BIN)/zoft train --config lora_zo/reviews output_dir=runs/demo-$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/zoft train --config node/reviews output_dir=runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 # Two workers of one thread each beat one worker of two; numba and OpenMP would otherwise take every core twice.
 test: dev real

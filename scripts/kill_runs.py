@@ -34,6 +34,11 @@ VARIANTS = {
     "rank1": ["storage=fp16", "noise=rank1"],
     "example-gaussian": ["storage=fp16", "directions=example", "q=2"],
     "example-rank1": ["noise=rank1", "directions=example", "momentum=0.9"],
+    "conservative": ["update=conservative", "storage=fp16", "weight_decay=0"],
+    "reweighted": ["update=momentum", "momentum=0.9", "noise=rademacher", "storage=fp16"],
+    "blocks": ["blocks=random", "momentum=0.9", "storage=fp16"],
+    "mask-every": ["recipe=sparse_mezo", "mask=random", "mask_every=3", "storage=fp16"],
+    "anchor": ["anchor=0.5", "update=adam", "lr=0.001", "storage=fp16"],
 }  # fmt: skip
 TASK = {
     "name": "local",

@@ -8,6 +8,7 @@ look like; sites, the modules that work per probe; seconds, what finding and pro
 python scripts/sweep_architectures.py                       # all three kinds, a table
 python scripts/sweep_architectures.py --kind causal --only llama
 python scripts/sweep_architectures.py --kind causal --train lora   # or prefix, prompt: beside a frozen model
+python scripts/sweep_architectures.py --kind causal --noise rank1   # or gaussian_flipped, rademacher_flipped, …
 python scripts/sweep_architectures.py --json sweep.json
 """
 
@@ -39,6 +40,7 @@ from zoft.method import space
 from zoft.method.estimators.estimator import Probe
 from zoft.models.adapters import attach
 from zoft.noise import noise
+from zoft.noise.spec import GAUSSIAN, KINDS, RADEMACHER
 from zoft.probe import proof
 from zoft.probe.axis import ProbeAxis
 
@@ -108,16 +110,17 @@ def losses(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def twin(model: nn.Module, names: dict[str, int], batch: Batch, probes: list[Probe]) -> torch.Tensor:
+def twin(
+    model: nn.Module, trained: list[space.Trained], batch: Batch, probes: list[Probe], noise_kind: str
+) -> torch.Tensor:
     """[P, rows]: an untouched copy, its weights set to θ + s·z with z asked of the noise itself, run plainly."""
-    rows = []
+    rows, names = [], {t.name: t for t in trained}
     for p in probes:
         other = copy.deepcopy(model)
         for name, param in other.named_parameters():
             if name in names:
-                z = noise.direction(
-                    param.shape, names[name], seed=SEED, step=STEP, direction=p.direction, noise="gaussian"
-                )
+                where = {"seed": SEED, "step": STEP, "direction": p.direction, "width": names[name].width}
+                z = noise.direction(param.shape, names[name].id, noise=noise_kind, **where)
                 param.data = param.data + p.scale * z.to(param.dtype)
         rows.append(losses(other, batch))
     return torch.stack(rows)
@@ -136,7 +139,7 @@ def with_adapter(model: nn.Module, train: str) -> nn.Module:
 
 
 @torch.no_grad()
-def check(kind: str, name: str, side: str, train: str = "all") -> Result:
+def check(kind: str, name: str, side: str, train: str = "all", drawn: str = GAUSSIAN) -> Result:
     """Find the sites of a tiny model of the architecture and compare all probes with the twin."""
     result = Result(kind, name, "not built")
     start = time.perf_counter()
@@ -160,14 +163,15 @@ def check(kind: str, name: str, side: str, train: str = "all") -> Result:
     trained = space.adopt(model, space.train_names(model, train))
     start = time.perf_counter()
     try:
-        found = proof.find_sites(model, trained, lambda b: losses(model, b), small, double, EPS)
+        proved = RADEMACHER if drawn == GAUSSIAN else drawn
+        found = proof.find_sites(model, trained, lambda b: losses(model, b), small, double, EPS, proved)
     except UserError as error:
         if train not in ADAPTERS:  # for a model's own weights there is always a way
             raise
         result.note = f"refused: {error}"
         return result
     result.seconds = time.perf_counter() - start
-    axis = ProbeAxis(proof.live(trained, found), found.sites, seed=SEED, kind="gaussian")
+    axis = ProbeAxis(proof.live(trained, found), found.sites, seed=SEED, kind=drawn)
     # A run's batches have other sizes than the one that was looked at, and other padding.
     fixed = getattr(model.config, "model_type", "") == "perceiver"  # gives as many logits as it has positions
     length = shrink.TOKENS + (0 if fixed else 3)
@@ -175,7 +179,7 @@ def check(kind: str, name: str, side: str, train: str = "all") -> Result:
     groups = [PROBES] if found.stacked else [[p] for p in PROBES]
     result.worst, result.apart = 0.0, float("inf")
     for data in (double, other):
-        expected = twin(copied, {t.name: t.id for t in trained}, data, PROBES)  # [P, rows]
+        expected = twin(copied, trained, data, PROBES, drawn)  # [P, rows]
         got = []
         for group in groups:
             with axis.at(STEP, group, data.rows):
@@ -193,7 +197,9 @@ def check(kind: str, name: str, side: str, train: str = "all") -> Result:
     return result
 
 
-def limited(kind: str, name: str, side: str, seconds: int, train: str = "all") -> Result:
+def limited(
+    kind: str, name: str, side: str, seconds: int, train: str = "all", drawn: str = GAUSSIAN
+) -> Result:
     """check under a time limit; whatever goes wrong in finding sites is WRONG, never left out."""
 
     def late(*_: Any) -> None:
@@ -202,7 +208,7 @@ def limited(kind: str, name: str, side: str, seconds: int, train: str = "all") -
     signal.signal(signal.SIGALRM, late)
     signal.alarm(seconds)
     try:
-        return check(kind, name, side, train)
+        return check(kind, name, side, train, drawn)
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         first = str(error).strip().splitlines()[:1]
@@ -251,6 +257,7 @@ def main() -> None:
         "--side", choices=SIDES, help="padding of the batch that sites are found on (default: each)"
     )
     parser.add_argument("--train", default="all", help="trained tensors, as in a config (default: all)")
+    parser.add_argument("--noise", default=GAUSSIAN, choices=sorted(KINDS), help="what z is drawn from")
     parser.add_argument("--limit", type=int, default=60, help="seconds an architecture may take")
     parser.add_argument("--json", type=Path, help="write the results there as well")
     args = parser.parse_args()
@@ -267,7 +274,9 @@ def main() -> None:
             if args.only and name not in args.only:
                 continue
             sides = [args.side] if args.side else SIDES
-            results.append(worst_of([limited(kind, name, side, args.limit, args.train) for side in sides]))
+            results.append(
+                worst_of([limited(kind, name, side, args.limit, args.train, args.noise) for side in sides])
+            )
             print(line(results[-1]), flush=True)
             gc.collect()
     totals = {

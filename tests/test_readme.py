@@ -131,8 +131,10 @@ def test_every_config_says_commands_that_work():
         assert lines, path
         for line in lines:
             words = shlex.split(line)[1:]
-            assert words[0] in ("train", "data", "eval", "estimate", "baseline"), line
-            if words[0] != "eval":
+            assert words[0] in ("train", "data", "eval", "estimate", "baseline", "bench"), line
+            if words[0] == "bench":
+                zoft([*words, *["--dry-run"][: "--dry-run" not in words]])
+            elif words[0] != "eval":
                 words = [w for i, w in enumerate(words) if w != "-n" and words[i - 1] != "-n"]
                 zoft(["validate", *words[1:]])
 

@@ -21,7 +21,7 @@ from zoft.method import recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 DOC = (ROOT / "docs" / "your_own_method.md").read_text(encoding="utf-8")
-(PAGE,) = re.findall(r"```python\n(.*?)```", DOC, re.S)
+PAGE, HALVING = re.findall(r"```python\n(.*?)```", DOC, re.S)
 (COMMANDS,) = re.findall(r"```bash\n(.*?)```", DOC, re.S)
 SMALL = ["--config", "mine.yaml", "--recipe", "./moving.py"]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
@@ -87,6 +87,53 @@ def test_a_killed_run_goes_on_with_the_same_bits(place):
     zoft(place, "train", "--resume", "cut", "--recipe", "./moving.py")
     assert same(weights(place / "whole" / "model"), weights(place / "cut" / "model"))
     assert (place / "whole" / "ledger").read_bytes()[-320:] == (place / "cut" / "ledger").read_bytes()[-320:]
+
+
+def test_the_page_with_a_second_round_trains_resumes_and_is_replayed(place):
+    (place / "halving.py").write_text(HALVING, encoding="utf-8")
+    words = ["--config", "mine.yaml", "--recipe", "halving.py", "lr=0.1"]
+    zoft(place, "train", *words, "output_dir=whole")
+    assert json.loads((place / "whole" / "result.json").read_text())["forwards"] == 12 * 4 * (2 + 3)
+    zoft(place, "replay", "whole", "--recipe", "halving.py", "--out", "replayed")
+    assert same(weights(place / "whole" / "model"), weights(place / "replayed"))
+    cut = place / "cut"
+    shutil.copytree(place / "whole", cut, ignore=shutil.ignore_patterns("model", "result.json", "replayed"))
+    data = (cut / "ledger").read_bytes()
+    start = 20 + int.from_bytes(data[12:16], "little")
+    (cut / "ledger").write_bytes(data[: start + 32 * (7 + 1)])
+    zoft(place, "train", "--resume", "cut", "--recipe", "halving.py")
+    assert same(weights(place / "whole" / "model"), weights(cut / "model"))
+    for key in ("weight_decay=0.1", "update=adam", "perturb=inplace"):
+        assert f"{key}: does not go with estimator=halving" in zoft(place, "validate", *words, key, code=2)
+    for old, new, says in (
+        ("count=lambda q: 3", "count=lambda q: 2", "its second round has 3 points and count says 2"),
+        ("Probe(0, m)", "Probe(1, m)", "its second round has directions beyond 0 to 0"),
+        ("else 0.0]", "else 0.0] * 2", "its second round chooses 2 multipliers, not 1"),
+    ):
+        (place / "halving.py").write_text(HALVING.replace(old, new), encoding="utf-8")
+        said = zoft(place, "train", *words, "output_dir=wrong", code=2)
+        assert says in said and "mend the page" in said
+
+
+def test_the_commands_of_the_page_on_updates(place):
+    text = (ROOT / "docs" / "updates.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^zoft (train .*)$", "".join(re.findall(r"```bash\n(.*?)```", text, re.S)), re.M)
+    assert len(commands) == 5
+    small = [
+        "model=tiny",
+        "steps=4",
+        "batch_size=2",
+        "eval_every=0",
+        "eval_limit=8",
+        "max_length=64",
+        "threads=1",
+    ]
+    for line in commands:
+        zoft(place, *line.split(), *small)
+        run = line.rpartition("output_dir=")[2]
+        assert json.loads((place / run / "result.json").read_text())["steps"] == 4
+        zoft(place, "replay", run, "--out", f"{run}-again")
+        assert same(weights(place / run / "model"), weights(place / f"{run}-again"))
 
 
 def test_the_rule_of_the_page_on_updates_trains_resumes_and_is_replayed(place):

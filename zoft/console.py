@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +14,50 @@ from pathlib import Path
 from typing import Any, TextIO
 
 QUIET_SECONDS = 10.0  # between plain lines where the output is no terminal
+# What makes a terminal do or show something else than this text: controls but for tab and line break, the marks that
+# reverse the direction of what follows, other line separators, invisible tags, halves of characters.
+UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def escaped(text: str) -> str:
+    """Return a text from outside as a terminal may have it: \\x1b and its like written out, all else as it is."""
+    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+class _Lasting(io.FileIO):
+    """A standard stream whose reader may go away: what is written then goes nowhere, and the work goes on."""
+
+    first: TextIO
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return len(data)
+        except OSError as error:  # a full disk: said by name
+            raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def lasting(stream: TextIO) -> TextIO:
+    """Return a standard stream that outlives its reader, as in `zoft data | head`; a stream of another kind is itself.
+
+    A run whose progress nobody reads any more is not ended by that.
+    """
+    try:
+        number = stream.fileno()
+    except (AttributeError, OSError, ValueError):
+        return stream
+    stream.flush()
+    raw = _Lasting(number, "w", closefd=False)
+    raw.first = stream  # whose end would close the file
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=number == 2 or stream.isatty(),
+    )
 
 
 def peak_memory_gb(device: str = "cpu") -> float:

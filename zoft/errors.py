@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 
 
 class UserError(Exception):
@@ -23,8 +24,9 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
-    """The most similar of words, or None when none is close."""
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    """Return the most similar of words, or None when none is close, among the first 1,000 that are not too long to compare."""
+    some = [w for w in islice(words, 1000) if len(w) <= 200] if len(word) <= 200 else []
+    close = difflib.get_close_matches(word, some, n=1, cutoff=0.5)
     return close[0] if close else None
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zoft.errors import UserError
-
-BYTES_MAX = 1 << 20  # of a config file
+from zoft.limits import CONFIG_BYTES, read_bytes
 
 
 def yaml_tree(path: Path) -> dict[str, Any]:
@@ -17,12 +16,7 @@ def yaml_tree(path: Path) -> dict[str, Any]:
     Refused: tags that make objects, a key given twice (YAML keeps the last), aliases (a few of them make a tree
     that no memory holds), label words that YAML reads as something else than their text.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(data) > BYTES_MAX:
-        raise UserError(f"{path}: {len(data) / 1e6:.1f} MB is no config")
+    data = read_bytes(path, CONFIG_BYTES, "it is no config")
     try:
         tree = strict_yaml(data.decode("utf-8"), path.name)
     except UnicodeDecodeError:
@@ -78,10 +72,13 @@ def strict_yaml(text: str, where: str, words: bool = False) -> Any:
         return yaml.load(text, Strict)
     except RecursionError:
         raise UserError(f"{where}: nested too deep") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # a date of month 13, a number too long
+    except (yaml.YAMLError, ValueError, OverflowError, LookupError, TypeError, AttributeError) as error:
+        # A date of month 13, a number too long, `!!int` of nothing, a list as a key.
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line}: not valid YAML ({problem or str(error).splitlines()[0]})") from None
+        raise UserError(
+            f"{where}{line}: not valid YAML ({problem or (str(error).splitlines() or ['a value that is none'])[0]})"
+        ) from None
 
 
 SAME = {

@@ -10,7 +10,7 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
-from zoft.baselines import linear_probe, methods
+from zoft.baselines import first_order, linear_probe, methods
 from zoft.cli.main import app
 from zoft.data import tasks
 from zoft.data.encode import encode
@@ -182,7 +182,7 @@ def test_linear_probe_equals_scikit_learns_pipeline_and_learns_what_is_linear(pl
     assert found["after"]["accuracy"] > found["after"]["majority"]
 
 
-@pytest.mark.parametrize("method", ["first-order", "first-order-lora"])
+@pytest.mark.parametrize("method", ["first-order", "first-order-lora", "checkpointed-lora"])
 def test_training_with_gradients_lowers_the_loss_and_leaves_a_model(place, method):
     found = made("-m", method, "steps=25", "lr=1e-2", "batch_size=8")
     assert (found["steps"], found["forwards"], found["backwards"]) == (25, 200, 200)
@@ -194,6 +194,46 @@ def test_training_with_gradients_lowers_the_loss_and_leaves_a_model(place, metho
     assert again["after"] == found["after"]
 
 
+def test_checkpointed_pairs_learn_what_plain_ones_learn_and_keep_less(place, monkeypatch):
+    """The same steps to rounding; what autograd keeps of a forward, counted in bytes, is less."""
+    most = {}
+
+    def watched(name):
+        def compute_loss(self, model, inputs, *others, **more):
+            kept = {}
+
+            def pack(x):
+                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+                return x
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                sums, counts = first_order.losses.losses(model, inputs["batch"])
+            weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+            most[name] = sum(size for place, size in kept.items() if place not in weights)
+            return sums.sum() / counts.sum()
+
+        monkeypatch.setattr(first_order._Trainer, "compute_loss", compute_loss)
+
+    words = ("steps=7", "lr=1e-2", "batch_size=8", "eval_every=3")
+    watched("plain")
+    plain = made("-m", "first-order-lora", *words, out="plain")
+    watched("checkpointed")
+    found = made("-m", "checkpointed-lora", *words, out="checkpointed")
+    assert most["checkpointed"] < most["plain"] / 2
+    assert found["after"]["loss"] == pytest.approx(plain["after"]["loss"], rel=1e-4)
+    rows = [json.loads(line) for line in open("checkpointed/metrics.jsonl")]
+    assert [r["step"] for r in rows] == [0, 3, 6, 7] and "between" not in found
+    assert rows[-1]["eval"] == found["after"] and rows[-1]["seconds"] == found["train_seconds"]
+    assert 0 < rows[1]["seconds"] < rows[2]["seconds"] <= rows[3]["seconds"]
+    alone = made("-m", "first-order-lora", "steps=7", "lr=1e-2", "batch_size=8", out="alone")
+    assert alone["after"] == plain["after"]  # scoring on the way changes nothing
+
+
+def test_checkpointed_pairs_beside_a_base_in_bf16(place):
+    found = made("-m", "checkpointed-lora", "steps=25", "lr=1e-2", "batch_size=8", "compute=bf16")
+    assert found["after"]["loss"] < found["before"]["loss"] - 0.05
+
+
 def test_what_does_not_apply_is_refused(place):
     for words, said in (
         (["-m", "zero-shot", "lr=1"], "lr: does nothing"),
@@ -203,6 +243,8 @@ def test_what_does_not_apply_is_refused(place):
         (["-m", "first-order", "--epochs", "2", "steps=3"], "leave one of them out"),
         (["-m", "first-order", "lora_rank=3"], "lora_rank"),
         (["-m", "first-order", "eps=1e-3"], "eps: does nothing"),
+        (["-m", "first-order", "compute=bf16"], "compute: does nothing"),
+        (["-m", "checkpointed-lora", "compute=fp16"], "compute=fp16"),
     ):
         done = CliRunner().invoke(app, ["baseline", *words, *TASK])
         assert done.exit_code == 2 and said in done.stderr, (words, done.stderr, done.exception)

@@ -49,6 +49,19 @@ SURFACE = {
         "args",
     ],
     "baseline": ["--config", "--demos", "--epochs", "--help", "--method", "-c", "-m", "overrides"],
+    "bench": [
+        "--config",
+        "--dry-run",
+        "--gradient",
+        "--help",
+        "--jobs",
+        "--only",
+        "--seeds",
+        "--tasks",
+        "--worker",
+        "-c",
+        "overrides",
+    ],
     "report": ["--csv", "--help", "--metrics", "--png", "runs"],
     "join": ["--help", "--secret", "--trust-remote-code", "place"],
     "sweep": [
@@ -201,8 +214,9 @@ def test_a_bug_keeps_its_traceback(tmp_path):
 
 def test_ls_names_every_config_with_a_line():
     lines = invoke("ls").output.splitlines()
-    for group in ("", "model", "task"):
+    for group in ("", "model", "task", "bench"):
         for name in names(group):
+            name = f"bench/{name}" if group == "bench" else name
             (line,) = [x for x in lines if x.split()[0] == name]
             assert len(line.split()) > 3, line
 
@@ -217,6 +231,8 @@ def test_cp_gives_a_file_that_works_where_it_lies(tmp_path, monkeypatch):
         assert [
             a for a, b in zip(shown.splitlines(), own.splitlines()) if a != b and "output_dir" not in a
         ] == []
+    assert "zoft bench --config mine" in invoke("cp", "bench/estimators", "mine/ranks.yaml").output
+    assert invoke("bench", "--dry-run", "--config", "mine/ranks.yaml").exit_code == 0
     invoke("cp", "mezo/reviews", "mine")
     assert "exists" in refused("cp", "mezo/reviews", "mine")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from zoft.bench.plan import read_bench
 from zoft.config.compose import describe, names, packaged, parse, to_yaml
 from zoft.config.schema import Config, Task, describe_keys, fields
 from zoft.errors import UserError
@@ -42,7 +43,9 @@ def test_every_config_says_what_it_is_and_how_to_run_it(path):
     for line in commands:  # a command that is continued on the next line ends in a backslash
         words = line.removeprefix("#").rstrip("\\").split()
         named = words[words.index("--config") + 1] if "--config" in words else None
-        if named:
+        if named and words[1] == "bench":
+            assert read_bench(named).entries
+        elif named:
             compose(named, [w for w in words if "=" in w])
 
 

@@ -647,7 +647,7 @@ def test_a_model_of_the_other_kind_is_refused(tmp_path):
 
 def test_dev_rows_are_encoded_like_the_others(smollm):
     data = tasks.load_task(settings("sst2", "task.num_train=1", "task.num_dev=2"))
-    config = SimpleNamespace(max_length=512, eval_limit=None)
+    config = SimpleNamespace(max_length=512, eval_limit=None, model="smollm2-135m", trust_remote_code=False)
     dev = parts.dev_examples(config, smollm, data)
     assert len(dev) == 2 and dev == encode(data.dev, smollm, data, 512)
     assert parts.dev_examples(config, smollm, tasks.load_task(settings("sst2"))) is None

@@ -203,6 +203,7 @@ def test_names():
     config = SimpleNamespace(
         recipe="mezo",
         estimator="auto",
+        update="auto",
         directions="shared",
         clip=None,
         meazo=0.0,

@@ -256,3 +256,60 @@ def test_keys_that_would_do_nothing_are_refused(place):
         assert said in refused("train", "--config", "my.yaml", "output_dir=never", *words)
     with contextlib.suppress(FileNotFoundError):
         assert not list((place / "never").iterdir())
+
+
+# ---- within its time, however it answers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body,said",
+    [
+        ("while True: yield 1", "returned more than 3 numbers"),
+        ("import time\n    time.sleep(20)\n    yield 1", "no answer in reward_seconds=0.5"),
+        ("return {1: 0.5, 2: 0.5, 3: 0.5}", "returned {.*; a list of 3 numbers is wanted"),
+        ("return {1, 2, 3}", "returned {1, 2, 3} for"),
+        ("return map(lambda t: 1 / 0, texts)", "ZeroDivisionError: .* for f:1 and the text 'a'"),
+        ("return [Bad()] * 3", r"<Bad instance at .*> is no finite number, for f:1 \(KeyError \(line 2\)\)"),
+        ("return [Slow()] * 3", "no answer in reward_seconds=0.5"),
+        ("raise Worse()", r"Worse \(line \d+\), for f:1"),
+        ("import os; os._exit(0)", r"SystemExit: os\._exit\(0\) would end the run \(line \d+\)"),
+    ],
+)
+def test_a_reward_is_taken_within_its_time_however_it_answers(tmp_path, body, said):
+    classes = (
+        "class Bad:\n    def __float__(self): raise KeyError\n    def __repr__(self): raise KeyError\n"
+        "class Slow:\n    def __float__(self):\n        import time; time.sleep(20)\n"
+        "class Worse(Exception):\n    def __str__(self): raise KeyError\n"
+    )
+    reward = made(tmp_path, f"{classes}def score(rows, texts):\n    {body}\n", seconds=0.5)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=f"^reward mine.py:score: {said}"):
+        reward(ROWS, TEXTS, WHERE)
+    assert time.monotonic() - began < 5 and made(tmp_path, SCORE)(ROWS, TEXTS, WHERE) == [2.0, 4.0, 3.0]
+
+
+def test_a_file_that_does_not_end_or_leaves_is_one_line(tmp_path):
+    for text, said in (
+        ("import time; time.sleep(20)\n", "the file itself did not end in reward_seconds=0.5"),
+        ("import os; os._exit(0)\n", r"line 1: SystemExit: os\._exit\(0\) would end the run"),
+    ):
+        with pytest.raises(UserError, match=said):
+            made(tmp_path, text + SCORE, seconds=0.5)
+
+
+def test_a_pattern_that_never_gives_the_process_back_ends_it(tmp_path):
+    import subprocess
+    import sys
+
+    code = "import re\ndef score(rows, texts):\n    re.match(r'(a+)+$', 'a' * 64 + 'b')\n"
+    (tmp_path / "mine.py").write_text(code)
+    run = (
+        "import sys; from zoft.objectives import reward; reward.GRACE = 0.5\n"
+        "reward.load(sys.argv[1], 0.5)([{}], ['a'], ['f:1'])"
+    )
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", run, f"{tmp_path}/mine.py:score"], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1 and "mine.py" in done.stderr and time.monotonic() - began < 20

@@ -110,9 +110,12 @@ def test_activations_are_those_of_a_real_forward(folder, batch, tokens):
     assert found["activation_bytes"] == pytest.approx(allocated(lambda: losses(model, real)), rel=0.1)
 
 
-def test_memory_of_a_step_of_the_trainer(folder):
+@pytest.mark.parametrize(
+    "keys", [{}, {"noise": "rank1"}, {"directions": "example"}, {"noise": "rank1", "directions": "example"}]
+)
+def test_memory_of_a_step_of_the_trainer(folder, tmp_path, keys):
     """Scratch and activations against all that the first step of a real run allocates."""
-    plan = parts.resolve_device(config(folder))
+    plan = parts.resolve_device(config(folder, **keys))
     rows = [row(48)] * 16
     found = estimate.estimate_run(plan, rows)
     model = hf.AutoModelForCausalLM.from_pretrained(folder / "model").eval()
@@ -120,7 +123,7 @@ def test_memory_of_a_step_of_the_trainer(folder):
     plan, trained, axis = setup_axis.make_axis(
         plan, model, space.adopt(model, space.train_names(model, "all")), rows
     )
-    with Ledger.create(folder / "ledger", {"seed": 0}) as ledger:
+    with Ledger.create(tmp_path / "ledger", {"seed": 0}) as ledger:
         trainer = Trainer(model, axis, batches.batches_of(plan, rows), ledger, parts.trainer_settings(plan))
         measured = allocated(trainer.step)
     assert found["scratch_bytes"] + found["activation_bytes"] == pytest.approx(measured, rel=0.25)

@@ -49,6 +49,9 @@ NUMBERS = {
     "mezo/roberta-large-rte": 355_360_000,
     "mezo/roberta-large-sst2": 355_360_000,
     "mezo/trec": 2 * 3_540_096 + 576,
+    "node/reviews": 2 * 3_538_944,
+    "node/reviews-full": 15 * 3_538_944,
+    "node/trec": 15 * 3_538_944,
     "qzo/opt-6.7b-sst2": 32 * 12 * 4096 * 4096 // 128,
     "qzo/reviews": 2 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536) // 32,
     "sparse_mezo/7b-rte": 7_241_732_096,
@@ -272,3 +275,29 @@ def test_a_gpu_that_computes_in_fp32_is_told():
     assert line.startswith("compute=fp32") and "compute=bf16" in line
     for changes in ({"device": "cpu", "compute": "fp32"}, {"device": "cuda", "compute": "bf16"}):
         assert advice.advice_at_start(config(recipe="qzo", **changes), tensors(1000)) == []
+
+
+@pytest.mark.parametrize(
+    "before, after, says",
+    [
+        # A run on a second model and other reviews: more right answers, a worse order of them.
+        ({"accuracy": 0.65, "auc": 0.958}, {"accuracy": 0.85, "auc": 0.939}, "auc went from 0.958 to 0.939"),
+        ({"accuracy": 0.65, "auc": 0.70}, {"accuracy": 0.85, "auc": 0.71}, None),
+        (
+            {"accuracy": 0.65, "auc": 0.70},
+            {"accuracy": 0.60, "auc": 0.60},
+            None,
+        ),  # a loss, which the table shows
+        (
+            {"accuracy": 0.3, "calibrated_accuracy": 0.5},
+            {"accuracy": 0.5, "calibrated_accuracy": 0.5},
+            "calibrated_accuracy went from 0.5 to 0.5",
+        ),
+        ({"accuracy": 0.3}, {"accuracy": 0.5}, None),
+        ({"loss": 1.0}, {"loss": 0.5}, None),
+    ],
+)
+def test_a_gain_of_label_bias_alone_is_said(before, after, says):
+    line = guards.bias_alone(before, after)
+    assert (line is None) == (says is None)
+    assert says is None or says in line

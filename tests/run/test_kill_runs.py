@@ -31,7 +31,9 @@ def test_help_and_what_is_compared(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fp32-plain-gaussian", "fp16-momentum-rademacher"])
+@pytest.mark.parametrize(
+    "name", ["fp32-plain-gaussian", "fp16-momentum-rademacher", "conservative", "blocks", "anchor"]
+)
 def test_killed_runs_end_with_the_same_bits(name):
     command = [sys.executable, str(SCRIPT), "--kills", "4", "--variants", name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)

@@ -36,8 +36,8 @@ def test_as_hydra_expands_it_and_as_zoft_reads_it(line):
 
 def test_globs_are_over_what_there_is(tmp_path):
     assert split(["task=glob(rev*)"])[1][0].values == tuple(n for n in names("task") if n.startswith("rev"))
-    assert split(["recipe=glob(*,exclude=[q*,lora*])"])[1][0].values == ("mezo", "sparse_mezo")
-    assert split(["noise=glob(*)"])[1][0].values == ("gaussian", "rademacher")
+    assert split(["recipe=glob(*,exclude=[q*,lora*])"])[1][0].values == ("mezo", "node", "sparse_mezo")
+    assert split(["noise=glob(*)"])[1][0].values == ("gaussian", "rademacher", "rank1")
     (tmp_path / "task").mkdir()
     (tmp_path / "task" / "reviews-mine.yaml").touch()
     assert "reviews-mine" in split(["task=glob(rev*)"], tmp_path)[1][0].values

@@ -6,6 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 DEMOS = 32  # as in the papers (arXiv 2305.17333)
+# Methods that train with gradients; the second and third train LoRA pairs.
+WITH_GRADIENTS = ("first-order", "first-order-lora", "checkpointed-lora")
+ON_PAIRS = WITH_GRADIENTS[1:]
+FORWARD_GRADIENT = "forward-gradient"  # trains, with slopes along random directions in place of gradients
+TRAINING = (*WITH_GRADIENTS, FORWARD_GRADIENT)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """`zoft baseline`: what a model scores without zeroth-order training, in a folder like a run's.
 
 zero-shot: as it is. icl: after k demonstrations. calibrated: label bias taken off. sfc: surface forms taken off.
-linear-probe: logistic regression on last-token features. first-order, first-order-lora: AdamW with gradients
-(first_order.py). None of this is part of the forward-only trainer, and it imports none of it.
+linear-probe: logistic regression on last-token features. first-order, first-order-lora, checkpointed-lora: AdamW with
+gradients (first_order.py). forward-gradient: MeZO's step with the exact slope (forward_gradient.py).
+None of this is part of the forward-only trainer, and it imports none of it.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zoft.baselines.ask import DEMOS, Ask, adjusted
-from zoft.config.schema import LORA, Config
+from zoft.baselines.ask import DEMOS, FORWARD_GRADIENT, ON_PAIRS, WITH_GRADIENTS, Ask, adjusted
+from zoft.config.schema import ADAPTERS, LORA, Config
 from zoft.errors import UserError, nearest, writing
 from zoft.folder import ASKED
 from zoft.packages import missing
 from zoft.report.runs import ANY
 
-METHODS = ("zero-shot", "icl", "calibrated", "sfc", "linear-probe", "first-order", "first-order-lora")
+METHODS = ("zero-shot", "icl", "calibrated", "sfc", "linear-probe", *WITH_GRADIENTS, FORWARD_GRADIENT)
 GRADIENTS = (
     "lr",
     "steps",
@@ -33,6 +34,7 @@ GRADIENTS = (
     "schedule",
     "warmup",
     "weight_decay",
+    "eval_every",
     "save_model",
     "save_dtype",
 )
@@ -51,26 +53,41 @@ def baseline_settings(
         raise UserError(
             f"--method {method}: use {', '.join(METHODS)}{f'; did you mean {near}?' if near else ''}"
         )
-    gradients = method.startswith("first-order")
+    gradients = method in WITH_GRADIENTS
     if demos is not None and method != "icl":
         raise UserError(f"--demos {demos}: is of --method icl, not {method}; leave it out")
     if epochs is not None and not gradients:
         raise UserError(f"--epochs {epochs:g}: is of --method first-order, not {method}; leave it out")
     keys = tuple(text.partition("=")[0] for text in overrides if not text.startswith("-"))
-    known = ANY + (GRADIENTS if gradients else ()) + (LORA if method == "first-order-lora" else ())
+    known = keys_of(method)
     if epochs is not None and "steps" in keys:
         raise UserError(f"--epochs {epochs:g}: steps= says how long already; leave one of them out")
     if gradients:
-        overrides = [*overrides, "train=" + ("lora" if method == "first-order-lora" else "all")]
+        overrides = [*overrides, "train=" + ("lora" if method in ON_PAIRS else "all")]
     config = compose(name, overrides)
     for k in keys:
         if k.partition(".")[0] not in known:
             raise UserError(f"{k}: does nothing in a baseline of --method {method}; leave it out")
+    if method == FORWARD_GRADIENT and config.train in ADAPTERS:
+        raise UserError(
+            f"train={config.train}: --method {method} trains a model's own tensors; use train=all"
+        )
     if "output_dir" not in keys:
         stem = str(config.output_dir).removesuffix(f"-seed{config.seed}")
         name = "-".join([stem, *_others(config, keys), method, f"seed{config.seed}"])
         config = dataclasses.replace(config, output_dir=name)
     return config, Ask(method, demos, epochs, keys)
+
+
+def keys_of(method: str) -> tuple[str, ...]:
+    """Return the config keys that a baseline of this method takes."""
+    return (
+        ANY
+        + (GRADIENTS if method in WITH_GRADIENTS else ())
+        + (("train", *(k for k in GRADIENTS if "save" not in k)) if method == FORWARD_GRADIENT else ())
+        + (LORA if method in ON_PAIRS else ())
+        + (("compute",) if method == "checkpointed-lora" else ())
+    )
 
 
 def _others(config: Config, keys: Sequence[str]) -> list[str]:
@@ -105,17 +122,15 @@ def run_baseline(config: Config, ask: Ask) -> dict[str, Any]:
     check_task(config.task)
     config = absolute_paths(config)
     with explain_memory(config):
-        data = tasks.load_task(config.task)
+        data = tasks.load_task(config.task, config.limits)
         _refuse(ask.method, data)
         claim_folder(folder)  # a folder of another name would not mend the others
         from zoft.replay.export import without_adapter
         from zoft.train.parts import encode_examples, load_run_model, resolve_device
 
         config = resolve_device(config)
-        model, tokenizer, _ = load_run_model(
-            config if ask.method == "first-order-lora" else without_adapter(config)
-        )
-        if ask.method.startswith("first-order"):
+        model, tokenizer, _ = load_run_model(config if ask.method in ON_PAIRS else without_adapter(config))
+        if ask.method in WITH_GRADIENTS:
             from zoft.baselines.first_order import first_order_defaults
 
             # Of examples: plain text has as many as there are pieces.
@@ -127,12 +142,14 @@ def run_baseline(config: Config, ask: Ask) -> dict[str, Any]:
         write(folder / ASKED, json.dumps(ask.kept()) + "\n")
         began = time.monotonic()
         found = _made(config, ask, data, model, tokenizer)
+    between = found.pop("between", [])  # evaluations on the way
     result = {
         **ask.kept(), "steps": 0, "forwards": 0, "train_seconds": round(time.monotonic() - began, 3),
         "peak_memory_gb": round(peak_memory_gb(config.device), 2), "before": {}, **found,
         "output_dir": str(folder),
     }  # fmt: skip
-    rows = [{"step": 0, "eval": result["before"]}, {"step": result["steps"], "eval": result["after"]}]
+    last = {"step": result["steps"], "seconds": result["train_seconds"], "eval": result["after"]}
+    rows = [{"step": 0, "eval": result["before"]}, *between, last]
     text = "".join(json.dumps(console.finite(r)) + "\n" for r in rows if r["eval"])
     write(folder / "metrics.jsonl", text)
     write(folder / "result.json", json.dumps(result, indent=2) + "\n")
@@ -165,9 +182,14 @@ def _made(config: Config, ask: Ask, data: Any, model: Any, tokenizer: Any) -> di
         from zoft.baselines.linear_probe import fit_linear_probe
 
         return fit_linear_probe(model, train, held_out, len(data.choices), config.seed)
+    if ask.method == FORWARD_GRADIENT:
+        from zoft.baselines.forward_gradient import train_forward_gradient
+
+        return train_forward_gradient(config, model, tokenizer, train, held_out, write)
     from zoft.baselines.first_order import train_first_order
 
-    return train_first_order(config, model, tokenizer, train, held_out, write)
+    checkpointed = ask.method == "checkpointed-lora"
+    return train_first_order(config, model, tokenizer, train, held_out, write, checkpointed)
 
 
 def demonstrated(config: Config, k: int, data: Any, tokenizer: Any) -> Any:

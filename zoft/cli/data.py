@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from zoft.config.schema import Config
+from zoft.console import escaped
 from zoft.data.example import Example
 
 FOLD = 160  # tokens of an unscored run that are shown; of a longer one, half of them at either end
@@ -14,7 +15,7 @@ SCORED, DIM, OFF = "\033[32m", "\033[2m", "\033[0m"
 
 
 def show(example: Example, tokenizer: Any, *, colour: bool = False, fold: bool = False) -> str:
-    """What the model reads, decoded, with each scored token in ⟦ ⟧, a line break in it as ↵.
+    """Return what the model reads, decoded, with each scored token in ⟦ ⟧, a line break in it as ↵, controls written out.
 
     One text where there is one completion; else the context, then a line a candidate, `*` before the gold one.
     example: as encode() gives it. tokenizer: the one that encoded it. colour: for a terminal; scored tokens green,
@@ -50,7 +51,7 @@ def _marked(tokens: Sequence[int], scored: Any, tokenizer: Any, colour: bool, fo
         text = tokenizer.decode(held)
         if text.endswith("\ufffd") and len(held) < 4 and not last:  # a character of several tokens
             continue
-        text, held = f"⟦{text.replace(chr(10), '↵')}⟧" + "\n" * text.count("\n"), []
+        text, held = f"⟦{escaped(text).replace(chr(10), '↵')}⟧" + "\n" * text.count("\n"), []
         parts.append(f"{SCORED}{text}{OFF}" if colour else text)
     return "".join(parts)
 
@@ -63,6 +64,7 @@ def _plain(tokens: Sequence[int], tokenizer: Any, colour: bool, fold: bool) -> s
         text = tokenizer.decode(tokens[:half]) + hidden + tokenizer.decode(tokens[-half:])
     else:
         text = tokenizer.decode(tokens)
+    text = escaped(text)
     return f"{DIM}{text}{OFF}" if colour and text else text
 
 
@@ -118,18 +120,23 @@ def show_data(
     colour: for a terminal, where long stretches that are not scored are folded, too.
     """
     from zoft.data import tasks
-    from zoft.data.tasks import check_task
+    from zoft.data.tasks import check_task, subset
     from zoft.models import load
     from zoft.models.load import find_model
 
     load.check_model(find_model(config.model))
     check_task(config.task)
-    from zoft.data.encode import encode
+    from zoft.data.encode import encode, refuse_foreign_ids
+    from zoft.models.vocabulary import embedding_rows
     from zoft.train.parts import reading, run_tokenizer
 
-    data = tasks.load_task(config.task)
+    data = tasks.load_task(config.task, config.limits)
     tokenizer = run_tokenizer(config)
     examples = encode(data.train, tokenizer, data, config.max_length, pack=data.pack)
+    size = embedding_rows(config.model, config.trust_remote_code)
+    refuse_foreign_ids(data.train, examples, tokenizer, size)
+    held_out = subset(data.eval, config.eval_limit)
+    refuse_foreign_ids(held_out, encode(held_out, tokenizer, data, config.max_length), tokenizer, size)
     found = counts(examples)
     notes = [n for n in data.notes if n != data.reading] + reading(tokenizer, data)
     if as_json:
@@ -137,6 +144,6 @@ def show_data(
         say(json.dumps({"notes": notes, **found, "shown": shown}))
         return
     for line in [*notes, counted(found)]:
-        say(line)
+        say(escaped(line))
     for example in examples[:count]:
         say(f"\n{show(example, tokenizer, colour=colour, fold=True)}")

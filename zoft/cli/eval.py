@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 GIVE = "give one run's folder, a model's or an adapter's, or --config NAME|FILE"
 # Keys that an evaluation takes from the command line; what a config says besides is of its training.
 BASE = ("model", "bits", "group", "zero_points", "quantise_head", "adapter")  # whose model it is
-ANY = ("task", "max_length", "eval_limit", "device", "threads", "trust_remote_code", "max_new_tokens", "stop",
+ANY = ("task", "limits", "max_length", "eval_limit", "device", "threads", "trust_remote_code", "max_new_tokens", "stop",
        "objective", "reward", "reward_seconds")  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def evaluate_config(
     with explain_memory(config):
         writes = config.objective in GENERATED and (config.objective, config.reward) != ("reward", None)
         mine = reward_of(config)
-        data = tasks.load_task(config.task)
+        data = tasks.load_task(config.task, config.limits)
         config = with_objective(config, data) if writes else config
         config, model, tokenizer = load_evaluated(config, adapter)
         train, held_out = encode_examples(config, tokenizer, data)

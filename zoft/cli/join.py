@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoft import __version__
-from zoft.config.schema import Config, Task
+from zoft.config.schema import SECTIONS, Config
 from zoft.errors import UserError
 from zoft.ledger.format import decode
 from zoft.parallel.launch import with_parent
@@ -71,16 +71,17 @@ def join_run(place: str, secret_file: str | None, trust_remote_code: bool) -> st
 
 def _config(tree: dict[str, Any]) -> Config:
     """The run's config. Raises UserError for keys that this zoft does not have: they may decide what a step is."""
-    for kind, keys in ((Config, tree), (Task, tree.get("task", {}))):
+    for kind, keys in ((Config, tree), *((group, tree.get(name, {})) for name, group in SECTIONS.items())):
         if new := sorted({*keys} - {f.name for f in dataclasses.fields(kind)}):
             raise UserError(
                 f"{', '.join(new)}: the run's config has what zoft {__version__} does not know: join with the zoft that the run has"
             )
-    return Config(**{**tree, "task": Task(**tree["task"])})
+    return Config(**{**tree, **{name: group(**tree.get(name, {})) for name, group in SECTIONS.items()}})
 
 
 def _built(tree: dict[str, Any], data: bytes, trust_remote_code: bool) -> Trainer:
     """The run's trainer at the ledger's last step: base and replay, nothing else."""
+    from zoft.probe.nodes import NodeAxis
     from zoft.train.assemble import assemble
     from zoft.train.batches import batches_of
     from zoft.train.header import agree
@@ -98,6 +99,7 @@ def _built(tree: dict[str, Any], data: bytes, trust_remote_code: bool) -> Traine
     agree(log.header, parts.header, Path("the run"))
     at = batches_of(parts.config, parts.scored)
     aim = parts.objective
+    assert not isinstance(parts.axis, NodeAxis), "elastic=true refuses perturb=nodes"
     trainer = Trainer(
         parts.model, parts.axis, at, None, trainer_settings(parts.config), aim.forward, aim.value
     )
@@ -135,7 +137,7 @@ def _serve(trainer: Trainer, line: Line, inbox: queue.Queue[tuple[dict | None, b
                 record = unpacked(data)
                 if record.step >= trainer.next:  # else the ledger that came first had it
                     if not record.skipped:
-                        trainer.axis.commit(update_of(record, trainer.settings.seed))
+                        trainer.commit(update_of(record, trainer.settings.seed))
                     trainer.pass_by(record)
                 if not joined:
                     line.send("at", step=trainer.next)

@@ -13,6 +13,7 @@ import typer
 
 from zoft import __version__
 from zoft.cli.app import Verb, Verbs
+from zoft.console import lasting
 from zoft.errors import UserError
 
 app = typer.Typer(
@@ -156,6 +157,27 @@ def sweep(
     run_sweep_command(asked, _with(words, recipe), typer.echo)
 
 
+@app.command(cls=Verb, context_settings=_LOOSE)
+def bench(
+    overrides: Overrides = None,
+    config: Source = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="ROW", help="Only this row; repeatable.")] = None,
+    tasks: Annotated[str, typer.Option(metavar="A,B", help="Only these tasks.")] = "",
+    seeds: Annotated[int | None, typer.Option(help="The first so many of the file's seeds.")] = None,
+    jobs: Annotated[int, typer.Option(help="Processes that share the runs.")] = 1,
+    gradient: Annotated[
+        bool, typer.Option("--gradient", help="Also lay each row's steps beside the true gradient.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; run nothing.")] = False,
+    worker: Annotated[float | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Rank configs on tasks at equal forwards: zoft bench --config bench/estimators --tasks reviews --seeds 3."""
+    from zoft.bench.command import Asked, run_bench_command
+
+    asked = Asked(config, only or (), tasks, seeds, jobs, gradient, dry_run, worker)
+    run_bench_command(asked, overrides or [], typer.echo, lambda line: typer.echo(line, err=True))
+
+
 @app.command("eval", cls=Verb, context_settings=_LOOSE)
 def evaluate(
     args: Args = None,
@@ -183,7 +205,8 @@ def evaluate(
     """Evaluate a run's model, any model or an adapter: zoft eval runs/mine; zoft eval DIR --config mezo/reviews."""
     from zoft.cli.eval import GIVE, evaluate_config, evaluated_config, evaluation_text, harness
 
-    folders = [a for a in args or [] if "=" not in a and not a.startswith("-")]
+    # A sweep's folders are named lr=0.001-…: a path that exists is no key.
+    folders = [a for a in args or [] if os.path.exists(a) or ("=" not in a and not a.startswith("-"))]
     overrides = [a for a in args or [] if a not in folders]
     overrides += [f"reward={reward}"] if reward else []
     if len(folders) > 1:
@@ -212,7 +235,8 @@ def baseline(
         typer.Option(
             "--method",
             "-m",
-            help="zero-shot, icl, calibrated, sfc, linear-probe, first-order, first-order-lora.",
+            help="zero-shot, icl, calibrated, sfc, linear-probe, first-order, first-order-lora, checkpointed-lora, "
+            "forward-gradient.",
         ),
     ] = "zero-shot",
     demos: Annotated[int | None, typer.Option(min=1, help="Demonstrations of icl; default: 32.")] = None,
@@ -319,20 +343,23 @@ def report(
 @app.command("ls", cls=Verb)
 def list_configs() -> None:
     """List the packaged configs."""
-    from zoft.config.compose import describe, names
+    from zoft.config.compose import BENCH, describe, names
 
-    for title, group in (("zoft train --config NAME", ""), ("model=NAME", "model"), ("task=NAME", "task")):
+    titles = {"zoft train --config NAME": "", "zoft bench --config NAME": BENCH, "model=NAME": "model",
+              "task=NAME": "task"}  # fmt: skip
+    for title, group in titles.items():
         typer.echo(title)
         for name in names(group):
-            typer.echo(f"  {name:20} {describe(f'{group}/{name}' if group else name)}")
+            whole = f"{group}/{name}" if group else name
+            typer.echo(f"  {whole if group == BENCH else name:20} {describe(whole)}")
 
 
 @app.command(cls=Verb)
 def cp(name: str, dest: str) -> None:
     """Copy a packaged config, to make it your own: zoft cp mezo/reviews my.yaml."""
-    from zoft.config.compose import GROUPS, names, nearest, packaged
+    from zoft.config.compose import BENCH, GROUPS, names, nearest, packaged
 
-    known = names() + [f"{group}/{n}" for group in GROUPS for n in names(group)]
+    known = names() + [f"{group}/{n}" for group in (*GROUPS, BENCH) for n in names(group)]
     if name not in known:
         near = nearest(name, known)
         raise UserError(
@@ -345,7 +372,8 @@ def cp(name: str, dest: str) -> None:
         raise UserError(f"{target} exists: choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(packaged("configs") / f"{name}.yaml", target)
-    typer.echo(f"{target}: zoft train --config {target}" if name in names() else str(target))
+    verb = "train" if name in names() else "bench" if name.startswith(f"{BENCH}/") else ""
+    typer.echo(f"{target}: zoft {verb} --config {target}" if verb else str(target))
 
 
 @app.command(cls=Verb, context_settings=_LOOSE)
@@ -415,5 +443,6 @@ def _flat(value: Any) -> str:
 
 
 def main() -> None:
-    """The console script."""
+    """Run the console script."""
+    sys.stdout, sys.stderr = lasting(sys.stdout), lasting(sys.stderr)
     sys.exit(app())

@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any
 
-from zoft.config.schema import ADAPTERS, GENERATED, LORA, ONLY, SETS, Config, Task, fields
+from zoft.config.schema import ADAPTERS, GENERATED, LORA, ONLY, SECTIONS, SETS, Config, fields
 from zoft.errors import UserError, nearest
 
 
@@ -18,8 +18,9 @@ def unknown_key(name: str, where: str = "") -> UserError:
         full.rsplit(".", 1)[-1]: full for full in reversed(fields())
     }  # a top-level key wins over task.train
     near = tails.get(str(nearest(name.rsplit(".", 1)[-1], tails)))
-    if near and name.startswith("task.") and f"task.{near}" in fields():
-        near = f"task.{near}"
+    section = name.partition(".")[0]
+    if near and section in SECTIONS and f"{section}.{near}" in fields():
+        near = f"{section}.{near}"
     hint = f"did you mean {near}?" if near else "`zoft keys` lists them all"
     return UserError(f"unknown key {name}{where}: {hint}")
 
@@ -28,7 +29,7 @@ def check_config(config: Config) -> Config:
     """Raise UserError for the first value that is out of range; returns config, label names made strings."""
     for name, f in fields().items():
         section, _, last = name.rpartition(".")
-        check_value(name, getattr(config.task if section else config, last), f)
+        check_value(name, getattr(getattr(config, section) if section else config, last), f)
     if config.output_dir is not None and not config.output_dir.strip():
         raise UserError("output_dir is empty: give the run's folder a name, or leave the key out")
     if not config.model.strip():
@@ -72,6 +73,10 @@ def check_config(config: Config) -> Config:
     if config.lr * config.weight_decay >= 1:
         raise UserError(
             f"weight_decay={config.weight_decay:g}: times lr={config.lr:g} it takes each weight away in one step; lower it"
+        )
+    if config.lr * config.anchor >= 1:
+        raise UserError(
+            f"anchor={config.anchor:g}: times lr={config.lr:g} it takes the weights to their start and beyond in one step; lower it"
         )
     if config.eps < 1e-30:
         raise UserError(f"eps={config.eps:g}: it is 0 in fp32; use 1e-3 or so")
@@ -193,7 +198,7 @@ def check_value(name: str, value: Any, f: dataclasses.Field[Any]) -> None:
             if not isinstance(text, str):
                 raise UserError(f"{name}: {label} stands for {text!r}; give it some text")
             _check_text(f"{name}.{label}", f"{label}{text}")
-    if value is None or isinstance(value, (dict, Task)):
+    if value is None or isinstance(value, (dict, *SECTIONS.values())):
         return
     if isinstance(value, str):
         _check_text(name, value)

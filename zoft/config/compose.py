@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from zoft.config.check import unknown_key
-from zoft.config.schema import Config, Task, fields, filled
+from zoft.config.schema import SECTIONS, Config, fields, filled
 from zoft.errors import UserError, nearest
 from zoft.yaml_files import calls, check_file, strict_yaml
 
 GROUPS = ("model", "task")
+BENCH = "bench"  # the folder of bench files, which hold rows of configs (zoft/bench/plan.py)
 _SWEEP = "one value expected; a list of values is a sweep: use zoft sweep, or quotes around the text"
 
 
@@ -27,12 +28,12 @@ def packaged(folder: str) -> Path:
 
 
 def names(group: str = "") -> list[str]:
-    """Packaged configs: whole experiments (mezo/reviews), or those of a group (model, task)."""
+    """Packaged configs: whole experiments (mezo/reviews), or those of a group (model, task, bench)."""
     root = packaged("configs")
     found = sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.glob("*/*.yaml"))
     if group:
         return [n.split("/", 1)[1] for n in found if n.startswith(f"{group}/")]
-    return [n for n in found if n.split("/")[0] not in GROUPS]
+    return [n for n in found if n.split("/")[0] not in (*GROUPS, BENCH)]
 
 
 def describe(name: str) -> str:
@@ -136,9 +137,11 @@ def parse(text: str) -> tuple[str, Any]:
     if name.startswith(("task.choices.", "task.columns.")):
         return name, raw
     if name not in (known_keys := fields()):
+        if os.path.exists(text):  # sweep/lr=0.001-48f02353/config.yaml
+            raise UserError(f"{text}: is a path, and key=value is wanted; of a config write --config {text}")
         raise unknown_key(name)
     f = known_keys[name]
-    return name, raw if name == "task" else _typed(name, raw, str(f.type), f.metadata)
+    return name, raw if name in SECTIONS else _typed(name, raw, str(f.type), f.metadata)
 
 
 def _typed(name: str, raw: str, kind: str, metadata: Any) -> Any:
@@ -279,12 +282,14 @@ def known(tree: dict[str, Any]) -> None:
     for name, value in tree.items():
         if name not in fields() or "." in name:
             raise unknown_key(name)
-        if name == "task":
+        if name in SECTIONS:
+            known_parts = [f.name for f in dataclasses.fields(SECTIONS[name])]
             if not isinstance(value, dict):
-                raise UserError(f"task: expected keys below it (name, train, prompt, …), got {value!r}")
+                shown = ", ".join(known_parts[:3])
+                raise UserError(f"{name}: expected keys below it ({shown}, …), got {value!r}")
             for part in value:
-                if part not in {f.name for f in dataclasses.fields(Task)}:
-                    raise unknown_key(f"task.{part}")
+                if part not in known_parts:
+                    raise unknown_key(f"{name}.{part}")
     for name, value in _leaves(tree):
         if name in fields() and fields()[name].type == "bool" and type(value) in (int, float):
             raise UserError(f"{name}={value}: use true or false")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
 
-from zoft.config.schema import Config
+from zoft.config.schema import Config, values
 
 # Keys that do not decide the weights: where a run is, how it is watched and kept. A run may go on under others.
 FREE = ("model", "adapter", "output_dir", "device", "threads", "parallel", "elastic", "listen", "check_every",
@@ -15,22 +14,27 @@ FREE = ("model", "adapter", "output_dir", "device", "threads", "parallel", "elas
         "max_skipped", "on_divergence", "sync", "snapshot_every", "keep_last", "keep_best", "best_by", "save_best", "save_model",
         "save_dequantised", "save_dtype", "track",
         "trust_remote_code", "task.train", "task.eval", "task.num_eval", "reward", "reward_seconds", "hold_probe",
-        "task.null_prompt")  # fmt: skip
+        "task.null_prompt",
+        "limits.rows", "limits.bytes", "limits.cell")  # fmt: skip
 
 # Keys that came later. Ledgers of runs that have them at these values lack them, as older ledgers do.
 LATER: dict[str, tuple] = {
     "estimator": ("auto", "two_sided"),
     "update": ("auto", "sgd"),
     "directions": ("shared",),
+    "blocks": ("all",),
+    "mask_every": (0,),
+    "anchor": (0.0,),
+    "rho": (0.1,),
+    "calibration_rows": (256,),
+    "node_rank": (32,),
 }
 
 
 def digests(config: Config) -> dict[str, str]:
     """Return a short hash of the value of each key but FREE ones, and LATER ones at their default."""
-    tree = dataclasses.asdict(config)
-    flat = tree | {f"task.{k}": v for k, v in tree.pop("task").items()}
     found = {}
-    for name, value in flat.items():
+    for name, value in values(config).items():
         if name == "recipe" and value.endswith(
             ".py"
         ):  # the text's digest is in the header, wherever the file is

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from zoft import limits as bounds
+
 DTYPE_NAMES = ("auto", "fp32", "fp16", "bf16", "fp64")
 ADAPTERS = ("lora", "prefix", "prompt")  # values of `train` that add tensors to a frozen model
 # Defaults that depend on what is trained. LoRA, prefix: of the MeZO paper's grids (arXiv 2305.17333); prompt:
@@ -28,7 +30,7 @@ NO_GRADIENT = ("accuracy", "macro_f1", *GENERATED)
 LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_layers")
 ONLY = {**dict.fromkeys(LORA, ("lora",)), "virtual_tokens": ("prefix", "prompt")}
 
-SETS = rf"all|last-\d+|norms|bias|head|scales|{'|'.join(ADAPTERS)}"  # what `train` may be besides a pattern
+SETS = rf"all|upper|last-\d+|norms|bias|head|scales|{'|'.join(ADAPTERS)}"  # what `train` may be besides a pattern
 
 
 def key(default: Any, doc: str, **limits: Any) -> Any:
@@ -116,8 +118,17 @@ class Task:
 
 
 @dataclass
+class Limits:
+    """What a data file may hold; zoft.limits has the bounds that no key raises, docs/running.md all of them."""
+
+    rows: int = key(bounds.ROWS, "rows of a data file or folder, at most", least=1)
+    bytes: int = key(bounds.BYTES, "bytes of a data file, or of what a packed one holds, at most", least=1)
+    cell: int = key(bounds.CELL, "characters of a cell or a line of a data file, at most", least=1)
+
+
+@dataclass
 class Config:
-    """A run. Short names, one level, `task` being the only group with keys of its own."""
+    """A run. Short names, one level, `task` and `limits` being the only groups with keys of their own."""
 
     recipe: str = key(
         "mezo", "the method: a file of recipes/, or on the command line a page of your own (--recipe FILE.py)"
@@ -126,7 +137,7 @@ class Config:
     task: Task = field(default_factory=Task, metadata={"doc": "a name of configs/task; its keys are task.…"})
     train: str = key(
         "all",
-        "trained tensors: all, last-2, norms, bias, head, scales, or a pattern searched in their names; "
+        "trained tensors: all, upper (linear layers of the upper half of the blocks), last-2, norms, bias, head, scales, or a pattern searched in their names; "
         "or lora, prefix, prompt: tensors added to a frozen model",
     )
     objective: str = key(
@@ -199,13 +210,24 @@ class Config:
         None, "stop at so many forwards (examples × probes): fewer steps than `steps` if need be", least=1
     )
     weight_decay: float = key(0.0, "decoupled decay, times lr, not for biases and norms", least=0)
+    anchor: float = key(
+        0.0,
+        "decay towards the weights that training began with, times lr, of all trained tensors; keeps a second copy of them",
+        least=0,
+    )
     update: str = key(
         "auto",
         "how a step moves the weights: by lr times the estimate (sgd), by lr against its sign (sign), or as Adam does, with "
-        "two fp32 moments for each trained number (adam); lr is the size of a step with the last two; auto is the recipe's own (sgd)",
-        one_of=("auto", "sgd", "sign", "adam"),
+        "two fp32 moments for each trained number (adam), lr being the size of a step with these two; conservative: to the best of "
+        "θ and θ ± lr times the estimate on the same batch, 3 more forwards; momentum: with the directions of past steps drawn again, for noise that is cheap to draw; auto is the recipe's own (sgd)",
+        one_of=("auto", "sgd", "sign", "adam", "momentum", "conservative"),
     )
-    momentum: float = key(0.0, "update=sgd: 0 keeps no buffer", least=0, below=1)
+    momentum: float = key(
+        0.0,
+        "what each step keeps of the one before: update=sgd has a buffer for each trained number (0: none), update=momentum has none",
+        least=0,
+        below=1,
+    )
     eps: float = key(
         1e-3,
         "probe size: the loss is asked at θ ± eps·z; not set: lora 1e-2, prefix 1e-1, prompt 1e-2",
@@ -232,6 +254,18 @@ class Config:
     )
     sparsity: float = key(
         0.75, "recipe=sparse_mezo: share of each matrix that stays as it is", least=0, below=1
+    )
+    mask_every: int = key(
+        0,
+        "recipe=sparse_mezo, mask=random: steps between new draws of which numbers move (1: each step anew); 0 draws once",
+        least=0,
+        below=1 << 32,
+    )
+    blocks: str = key(
+        "all",
+        "which trained tensors a step probes and moves: all, or those of one block of the model (tensors outside of its blocks "
+        "are one more), drawn for each step (random) or in turn (cyclic)",
+        one_of=("all", "random", "cyclic"),
     )
     q: int = key(
         1, "directions a step; `estimator` says at which points each is probed", least=1, most=1 << 16
@@ -261,7 +295,24 @@ class Config:
     save_dtype: str = key(
         "auto", "dtype of the saved model; auto is the checkpoint's own", one_of=DTYPE_NAMES
     )
-    perturb: str = key("auto", "how probes are made", one_of=("auto", "probes", "inplace"))
+    perturb: str = key(
+        "auto",
+        "how probes are made: the weights are probed beside themselves (probes) or moved and moved back (inplace), or the outputs of "
+        "linear layers are probed (nodes, for recipe=node)",
+        one_of=("auto", "probes", "inplace", "nodes"),
+    )
+    rho: float = key(
+        0.1,
+        "recipe=node: what is added to the covariance of a layer's inputs before it is inverted, times its mean eigenvalue",
+        above=0,
+        most=1e6,
+    )
+    calibration_rows: int = key(
+        256, "recipe=node: training examples that the layers are measured on at the start", least=1
+    )
+    node_rank: int = key(
+        32, "recipe=node: eigenpairs kept of each covariance; all others are taken at their mean", least=1
+    )
     probes_per_forward: int | str = key("auto", "probes that share one forward", least=1, one_of=("auto",))
     cache_frozen: bool | str = key(
         "auto",
@@ -324,6 +375,9 @@ class Config:
     early_stop: int = key(
         0, "evaluations in a row without a better best_by that end the run; 0 goes on", least=0
     )
+    limits: Limits = field(
+        default_factory=Limits, metadata={"doc": "how much of the data is read; its keys are limits.…"}
+    )
     output_dir: str | None = key(None, "folder of the run; null is runs/<config>-seed<seed>")
     save_model: bool = key(True, "write model/ at the end")
     save_dequantised: bool = key(
@@ -345,22 +399,32 @@ def filled(tree: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+SECTIONS: dict[str, type[Task] | type[Limits]] = {"task": Task, "limits": Limits}  # groups of keys
+
+
 def fields() -> dict[str, dataclasses.Field[Any]]:
-    """Every settable key by its dotted name, in order: lr, …, task.prompt."""
+    """Return every settable key by its dotted name, in order: lr, …, task.prompt."""
     flat: dict[str, dataclasses.Field[Any]] = {}
     for f in dataclasses.fields(Config):
         flat[f.name] = f
-        if f.name == "task":
-            flat |= {f"task.{g.name}": g for g in dataclasses.fields(Task)}
+        if f.name in SECTIONS:
+            flat |= {f"{f.name}.{g.name}": g for g in dataclasses.fields(SECTIONS[f.name])}
     return flat
+
+
+def values(config: Config) -> dict[str, Any]:
+    """Return a config as one level: {key or group.key: value}, maps and lists copied."""
+    tree = dataclasses.asdict(config)
+    groups = {name: tree.pop(name) for name in SECTIONS}
+    return tree | {f"{name}.{k}": v for name, group in groups.items() for k, v in group.items()}
 
 
 def describe_keys() -> str:
     """A line a key: name, type, default, meaning."""
     lines = []
     for name, f in fields().items():
-        if name == "task":
-            default = "(choose)"
+        if name in SECTIONS:
+            default = "(choose)" if name == "task" else ""
         elif f.default is dataclasses.MISSING:
             default = "{}"
         else:
@@ -371,7 +435,7 @@ def describe_keys() -> str:
                 if f.default is None
                 else str(f.default).replace("\n", "\\n")
             )
-        if name != "task":
+        if name not in SECTIONS:
             kind = str(f.type).replace("dict[Any, str]", "map").replace(" | None", "").replace(" | str", "")
         else:
             kind = "group"

@@ -16,6 +16,7 @@ from typing import Any
 
 from zoft.data.example import Example, front_of
 from zoft.errors import UserError
+from zoft.limits import TEMPLATE_BYTES, TEMPLATE_SECONDS, at_most_memory, at_most_seconds
 
 # Turns as plain text, for tokenizers without a template of their own.
 PLAIN = (
@@ -32,6 +33,9 @@ DATE = (
     + " }}{%- endmacro %}{{ '' }}"
 )
 BATCH = 512  # rows tokenised together
+MUCH = (
+    f"the chat template takes more than {TEMPLATE_BYTES >> 20} MiB of memory; task.chat=plain does without it"
+)
 
 
 @dataclass
@@ -117,7 +121,8 @@ def encode(rows: Sequence[dict], chat: Chat, max_length: int) -> list[Example]:
     out = []
     for at in range(0, len(rows), BATCH):
         part = rows[at : at + BATCH]
-        spans = [_spans(row["messages"], chat, row["where"]) for row in part]
+        with at_most_memory(TEMPLATE_BYTES, f"{part[0]['where']} and the rows after it: {MUCH}"):
+            spans = [_spans(row["messages"], chat, row["where"]) for row in part]
         for row, span, (ids, offsets) in zip(part, spans, _tokenise(spans, chat)):
             out.append(_example(row, span, ids, offsets, chat, max_length))
     return out
@@ -182,7 +187,8 @@ def _example(row: dict, span: Spans, ids: list[int], offsets: list, chat: Chat, 
         if excess <= 0 or (shorter := _without_oldest(messages)) is None:
             break
         messages = shorter
-        span = _spans(messages, chat, where)
+        with at_most_memory(TEMPLATE_BYTES, f"{where}: {MUCH}"):
+            span = _spans(messages, chat, where)
         ((ids, offsets),) = _tokenise([span], chat)
     keep = set(range(last))
     if excess > 0:
@@ -339,7 +345,8 @@ def _end(turns: list[dict], after: str, chat: Chat, where: str) -> int:
 
 def ends_turns(chat: Chat, row: dict) -> bool:
     """Whether the template ends each answer of a row with a token of its own, which is scored."""
-    span = _spans(row["messages"], chat, row["where"])
+    with at_most_memory(TEMPLATE_BYTES, f"{row['where']}: {MUCH}"):
+        span = _spans(row["messages"], chat, row["where"])
     return all(end > stop for (_, stop), end in zip(span.contents, span.says) if end)
 
 
@@ -350,10 +357,13 @@ def _marker(i: int) -> str:
 def _render(turns: list[dict], chat: Chat, where: str, ask: bool = False) -> str:
     from jinja2 import TemplateError
 
+    long = f"{where}: the chat template takes more than {TEMPLATE_SECONDS:g} s to write this conversation; task.chat=plain does without it"
     try:
-        return chat.tokenizer.apply_chat_template(
-            turns, chat_template=chat.template, tokenize=False, add_generation_prompt=ask
-        )
+        with at_most_seconds(TEMPLATE_SECONDS, long):
+            text = chat.tokenizer.apply_chat_template(
+                turns, chat_template=chat.template, tokenize=False, add_generation_prompt=ask
+            )
+        return str(text)
     except (
         TemplateError,
         ArithmeticError,

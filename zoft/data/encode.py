@@ -44,7 +44,10 @@ def how(tokenizer: Any, data: Any) -> str:
     row = data.train[0]
     if "pieces" in row:
         if data.pack:
-            return "texts follow each other in rows of max_length (task.pack)"
+            return (
+                "training texts follow each other in rows of max_length (task.pack); to evaluate, each text has rows "
+                "of its own"
+            )
         return "a text a row; a long one is cut into rows of max_length"
     kind = turns(tokenizer, data.train, data)
     if not kind:
@@ -186,6 +189,33 @@ def prompts(rows: Sequence[dict], tokenizer: Any, most: int, task: Any = None) -
         if not ids:
             raise UserError(f"{row['where']}: there is nothing to write after: lengthen task.prompt")
     return out
+
+
+def refuse_foreign_ids(
+    rows: Sequence[dict], examples: Sequence[Example], tokenizer: Any, size: int | None
+) -> None:
+    """Raise UserError naming the row where a token has no row in the model's embedding.
+
+    Tokens that were added to a tokenizer alone are harmless until a text holds one. examples: of these rows, as `encode`
+    makes them. size: rows of the embedding; None: not known.
+    """
+    if size is None or max(tokenizer.get_vocab().values(), default=0) < size:
+        return
+    for number, e in enumerate(examples):
+        found = max(max(part, default=0) for part in (*e.contexts, *e.completions, e.after))
+        if found < size:
+            continue
+        token = str(tokenizer.convert_ids_to_tokens(found))
+        if len(rows) == len(examples):
+            row = rows[number]
+        else:  # texts that were cut or packed
+            row = next((r for r in rows if token in r["candidates"][0]), rows[0])
+        appended = token == tokenizer.eos_token and token not in row["candidates"][e.gold]
+        raise UserError(
+            f"{row['where']}: token {token!r}{', which ends each text,' if appended else ''} is number {found:,}, and the "
+            f"model's embedding has {size:,} rows: save the model with resized embeddings (resize_token_embeddings), take "
+            "another tokenizer, or take the token out"
+        )
 
 
 def rows_of(rows: Sequence[dict], examples: Sequence[Example]) -> list[dict]:

@@ -50,7 +50,9 @@ def header_faults(header: Mapping[str, Any], records: Sequence[Record] = ()) -> 
 def value_faults(header: Mapping[str, Any]) -> list[str]:
     """What is no resolved value of its key, of those that the header shares with a config."""
     wrong, known = [], fields()
-    for name in "seed noise momentum eps q storage compute perturb mask sparsity".split():
+    for (
+        name
+    ) in "seed noise momentum eps q storage compute perturb mask sparsity mask_every blocks anchor".split():
         value = header.get(name)
         if name not in header or name not in known or (value is None and known[name].default is None):
             continue

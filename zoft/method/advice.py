@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from zoft.config.schema import Config
 from zoft.method.estimators.named import estimator_of
 from zoft.method.recipes import method_of
-from zoft.method.rules import rule_of
+from zoft.method.rules import is_sized, rule_of
 
 if TYPE_CHECKING:
     from zoft.method.space import Trained
@@ -39,7 +39,11 @@ FAR_BELOW, FAR_EPS = 0.1, 10.0  # a tenth of the lowest lr wastes time
 def known_settings(config: Config) -> Known | None:
     """Return what is known of training what this config trains; None where nothing is."""
     # Prompts, and the scales of a quantisation, are in no grid of that paper.
-    if method_of(config.recipe).space.quantised or config.train in ("prompt", "scales"):
+    if (
+        config.perturb == "nodes"
+        or method_of(config.recipe).space.quantised
+        or config.train in ("prompt", "scales")
+    ):
         return None
     return {"lora": LORA, "prefix": PREFIX}.get(config.train, WEIGHTS)
 
@@ -62,6 +66,11 @@ def advice_at_start(config: Config, trained: Sequence[Trained]) -> list[str]:
         lines.append("lr=0: no step will change a weight")
     if config.device.startswith("cuda") and config.compute == "fp32":  # a GGUF file's weights load as fp32
         lines.append("compute=fp32: the GPU's tensor cores stand idle; compute=bf16 uses them")
+    if config.update == "conservative" and config.compute in ("bf16", "fp16"):
+        lines.append(
+            f"update=conservative: the points it compares lie lr·c from the weights, which compute={config.compute} may round away; "
+            "compute=fp32 keeps them apart"
+        )
     if k is None:
         return lines
     numbers = sum(t.stored.numel() for t in trained)
@@ -74,7 +83,7 @@ def advice_at_start(config: Config, trained: Sequence[Trained]) -> list[str]:
             f"{8 * numbers / 1e9:.2g} GB (8 bytes per trained number); for small trained sets, or a large q"
         )
     # With meazo, a normalised estimate or an update rule, lr is the size of a step; nobody has searched that.
-    sized = estimator_of(config).sized or rule
+    sized = estimator_of(config).sized or is_sized(config)
     if config.lr and not sized and not FAR_BELOW * low <= config.lr <= k.far * high:
         lines.append(
             f"lr={config.lr:g} is far {'above' if config.lr > high else 'below'} what is known to work: "

@@ -14,26 +14,29 @@ CHUNK = 1 << 24  # numbers looked at at a time
 TOLERANCE = 0.01  # between the share asked for and a tensor's own
 
 
-def mask_tensors(trained: Sequence[Trained], kind: str, sparsity: float, seed: int) -> list[str]:
+def mask_tensors(
+    trained: Sequence[Trained], kind: str, sparsity: float, seed: int, every: int = 0
+) -> list[str]:
     """Give every matrix its mask; returns lines for the reader.
 
     magnitude: |θ| <= h moves, h the k-th smallest |θ| of the tensor, k = (1 - sparsity)·n: a quantile of the base,
     as it is stored (after the cast to its storage dtype), exact, the same for all of the run. random: (1 - sparsity)·n
-    of them, give or take what chance does, the same for all of the run. none, or sparsity 0: everything moves.
+    of them, give or take what chance does, the same for all of the run, or drawn anew every `every` steps. none, or sparsity 0: everything moves.
     1-D tensors (norms, biases) move whole.
 
     trained: in their storage dtype, at the base. Source: Liu et al. 2024, Sparse MeZO, arXiv 2402.15751, section 3;
     there θ <= h is written in the algorithm and magnitude in the text: it is magnitude here.
     """
-    shares = {t.name: (mask_tensor(t, kind, sparsity, seed), t.stored.numel()) for t in trained}
+    shares = {t.name: (mask_tensor(t, kind, sparsity, seed, every), t.stored.numel()) for t in trained}
     masked = {t.name: shares[t.name] for t in trained if t.mask is not None}
     if not masked:
         idle = kind in ("magnitude", "random") and sparsity > 0
         return [f"mask={kind}: no matrix is trained, and 1-D tensors move whole"] if idle else []
     moves, numbers = (sum(both) for both in zip(*masked.values()))
+    redrawn = f"; drawn anew every {every} steps" if every > 1 else "; drawn anew each step" if every else ""
     lines = [
         f"mask={kind}: {moves / numbers:.1%} of the {numbers:,.0f} numbers in {len(masked)} matrices move, "
-        "1-D tensors whole"
+        f"1-D tensors whole{redrawn}"
     ]
     uneven = [
         f"{name} ({found / n:.1%})"
@@ -46,13 +49,13 @@ def mask_tensors(trained: Sequence[Trained], kind: str, sparsity: float, seed: i
     return lines
 
 
-def mask_tensor(t: Trained, kind: str, sparsity: float, seed: int) -> float:
+def mask_tensor(t: Trained, kind: str, sparsity: float, seed: int, every: int = 0) -> float:
     """Give one tensor its mask; returns how many of its numbers move."""
     n, t.mask = t.stored.numel(), None
     if kind not in ("magnitude", "random") or sparsity == 0 or t.stored.ndim < 2 or not n:
         return n
     if kind == "random":
-        t.mask = Mask(seed=seed, share=round((1 - sparsity) * 2**16))
+        t.mask = Mask(seed=seed, share=round((1 - sparsity) * 2**16), every=every)
         return n * t.mask.share / 2**16
     h, found = kth_smallest(t.stored, max(1, round((1 - sparsity) * n)))
     t.mask = Mask(threshold=h)

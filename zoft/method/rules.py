@@ -8,10 +8,11 @@ than the fused passes of plain and momentum steps, and needs one function.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError
+from zoft.method.anchor import anchored, plain
 from zoft.method.recipes import method_of
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Rule:
     name: str
     step: Callable[[Tensor, Tensor, dict[str, Any], float], Tensor]
     state: tuple[str, ...] = ()
+    anchor: float = 0.0  # set by the key: θ is pulled towards the base before `step`
 
 
 def sign(theta: Tensor, g: Tensor, state: dict[str, Any], lr: float) -> Tensor:
@@ -72,11 +74,12 @@ RULES = {"sign": Rule("sign", sign), "adam": Rule("adam", adam, ("m", "v"))}
 
 
 def attach_rule(trained: Sequence[Trained], rule: Rule | None) -> None:
-    """Give tensors, in their storage dtype, an update rule and its state of zeros; None: they keep the fused passes."""
+    """Give tensors, in their storage dtype and at the base, an update rule and its state of zeros; None: they keep the fused passes."""
     if rule is None:
         return
     for t in trained:
         t.rule = rule
+        t.base = t.stored.clone() if rule.anchor else None
         wide = t.stored.new_zeros(1)
         wide = wide if wide.element_size() == 8 else wide.float()
         t.state = {name: wide.new_zeros(t.stored.shape) for name in rule.state}
@@ -84,14 +87,38 @@ def attach_rule(trained: Sequence[Trained], rule: Rule | None) -> None:
 
 
 def rule_of(config: Any) -> Rule | None:
-    """Return the rule of a config's updates; None: the fused passes of plain and momentum steps (sgd).
+    """Return the rule of a config's updates, anchored where `anchor` is set; None: the fused passes of plain and momentum steps.
 
-    config.update: a key of RULES, `sgd`, or `auto`: what the page of the config's recipe says.
+    config.update: a key of RULES, the name of a fused pass, or `auto`: what the page of the config's recipe says.
     """
     asked = config.update
     if asked == "auto":
         asked = method_of(config.recipe).update
-    return asked if isinstance(asked, Rule) else RULES.get(asked)
+    rule = asked if isinstance(asked, Rule) else RULES.get(asked)
+    if not config.anchor:
+        return rule
+    rule = rule or Rule("sgd", plain)
+    return replace(rule, step=anchored(rule.step, config.anchor), anchor=config.anchor)
+
+
+def rule_words(config: Any) -> str:
+    """Return the key and value that give a config its rule, as a message names them; "" without a rule."""
+    rule = rule_of(config)
+    return (
+        "" if rule is None else f"anchor={config.anchor:g}" if rule.name == "sgd" else f"update={rule.name}"
+    )
+
+
+def is_sized(config: Any) -> bool:
+    """Say whether a config's rule makes lr the size of a step, so that lr does not compare with a plain step's."""
+    rule = rule_of(config)
+    return rule is not None and rule.name != "sgd"
+
+
+def update_name(config: Any) -> str:
+    """Return the name of a config's update: its rule's, or which of the fused passes' it is (sgd, momentum, conservative)."""
+    rule = rule_of(config)
+    return rule.name if rule else "sgd" if config.update == "auto" else config.update
 
 
 def check_update(config: Any) -> None:
@@ -99,17 +126,23 @@ def check_update(config: Any) -> None:
     rule = rule_of(config)
     if rule is None:
         return
+    what = rule_words(config)
     if config.momentum:
-        raise UserError(
-            f"momentum={config.momentum:g}: is for update=sgd, not {rule.name}; leave one of them out"
-        )
+        why = f"is for update=sgd, not {rule.name}" if rule.name != "sgd" else f"has no buffer with {what}"
+        raise UserError(f"momentum={config.momentum:g}: {why}; leave one of them out")
     if config.perturb == "inplace":
-        raise UserError(
-            f"update={rule.name}: perturb=inplace makes its own updates on the way; use perturb=probes"
-        )
+        raise UserError(f"{what}: perturb=inplace makes its own updates on the way; use perturb=probes")
     if config.denoise_every:
         raise UserError(
-            f"denoise_every={config.denoise_every}: base and ledger give no plain sum with update={rule.name}; leave it out"
+            f"denoise_every={config.denoise_every}: base and ledger give no plain sum with {what}; leave it out"
+        )
+    if (
+        config.clip not in (None, method_of(config.recipe).defaults.get("clip"))
+        and config.q == 1
+        and rule.name == "sign"
+    ):
+        raise UserError(
+            f"clip={config.clip:g}: changes no sign, so nothing of update=sign with q=1; leave it out"
         )
     if config.meazo and rule.name == "sign":
         raise UserError(f"meazo={config.meazo:g}: changes no sign, so none of update=sign; leave it out")

@@ -12,6 +12,8 @@ from torch import nn
 
 from zoft.config.schema import ADAPTERS
 from zoft.errors import UserError
+from zoft.limits import PATTERN_SECONDS, at_most_seconds
+from zoft.method.blocks import Turn
 from zoft.method.rules import Rule
 from zoft.models.kind import ADDED, after, blocks_of, own_name
 from zoft.models.quant.linear import FLOOR, Scales
@@ -38,8 +40,10 @@ class Trained:
     momentum: torch.Tensor | None = None  # fp32 (fp64 for fp64 storage), like stored
     floor: float | None = None  # no update brings an element below it
     mask: Mask | None = None  # which elements move; None: all
+    turn: Turn | None = None  # the steps at which it moves; None: all
     width: int = 0  # by which it is a matrix for rank1 and flipped noise; 0: signs per element
     rule: Rule | None = None  # how an update moves it; None: by the fused pass
+    base: torch.Tensor | None = None  # θ₀, like stored, where steps are pulled towards it
     state: dict[str, torch.Tensor] = field(default_factory=dict)  # the rule's buffers, and "t", int64 [1]
 
     @property
@@ -48,13 +52,14 @@ class Trained:
         return self.mask.threshold if self.mask else None
 
 
-def train_names(model: nn.Module, train: str) -> list[str]:
+def train_names(model: nn.Module, train: str, linear: bool = False) -> list[str]:
     """Canonical names of the tensors that `train` selects.
 
-    train: `all`; `last-K` (the last K blocks and what follows them, head excluded); `norms`; `bias`;
+    train: `all`; `upper` (matrices of the linear layers of the upper half of the blocks); `last-K` (the last K blocks and what follows them, head excluded); `norms`; `bias`;
     `head` (the output matrix, tied or not); `scales` (of quantised layers);
     `lora`, `prefix`, `prompt`: the adapter that the model has been given, which nothing else selects;
     anything else is a regular expression searched in the names.
+    linear: only matrices of linear layers; what a pattern selects beside them is refused, and so are other sets.
     Ties count once, under their first name. Raises UserError when nothing is selected.
     """
     params = dict(model.named_parameters())  # ties removed: first name wins
@@ -72,6 +77,11 @@ def train_names(model: nn.Module, train: str) -> list[str]:
             )
         starts = tuple(f"{prefix}.{i}." for i in range(len(blocks) - k, len(blocks)))
         chosen = [n for n in floating if n.startswith(starts) or n in after(model, prefix)]
+    elif train == "upper":
+        prefix, blocks = blocks_of(model)
+        starts = tuple(f"{prefix}.{i}." for i in range(len(blocks) // 2, len(blocks)))
+        linears = linear_matrices(model)
+        chosen = [n for n in floating if n.startswith(starts) and n in linears]
     elif train == "norms":
         chosen = [n for n in floating if params[n].ndim == 1 and not n.endswith("bias")]
     elif train == "bias":
@@ -95,7 +105,12 @@ def train_names(model: nn.Module, train: str) -> list[str]:
             raise UserError(
                 f"train={train!r} is not a regular expression ({error}); use all, last-2, norms, …"
             ) from None
-        chosen = [n for n in floating if pattern.search(own_name(n))]
+        with at_most_seconds(
+            PATTERN_SECONDS,
+            f"train={train!r}: this pattern takes more than {PATTERN_SECONDS:g} s to look for in the names of tensors; "
+            "write a simpler one",
+        ):
+            chosen = [n for n in floating if pattern.search(own_name(n))]
     if not chosen:
         near = difflib.get_close_matches(
             train, ["all", "norms", "bias", "head", "scales", *floating], n=1, cutoff=0.3
@@ -104,7 +119,34 @@ def train_names(model: nn.Module, train: str) -> list[str]:
         raise UserError(
             f"train={train!r} selects no tensor of this model; use all, last-2, norms, bias, head or a pattern{hint}"
         )
-    return chosen
+    return only_linear(model, train, chosen) if linear else chosen
+
+
+def only_linear(model: nn.Module, train: str, chosen: list[str]) -> list[str]:
+    """Return the matrices of linear layers among `chosen`. Raises UserError where `train` asks for others by name."""
+    linears = linear_matrices(model)
+    found = [n for n in chosen if n in linears]
+    whole = train in ("all", "upper") or re.fullmatch(r"last-\d+", train) is not None
+    if found and (whole or len(found) == len(chosen)):
+        return found
+    other = next(n for n in chosen if n not in linears)
+    raise UserError(
+        f"train={train}: {other} is no matrix of a linear layer, and perturb=nodes trains nothing else; "
+        "use upper, last-2, all, or a pattern of matrices"
+    )
+
+
+def linear_matrices(model: nn.Module) -> set[str]:
+    """Return the names of the matrices of linear layers, the output matrix aside."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables |= {id(p) for p in head.parameters()} if head is not None else set()
+    layers = {
+        id(m.weight)
+        for m in model.modules()
+        if type(m) is nn.Linear or (type(m).__name__ == "Conv1D" and getattr(m, "weight", None) is not None)
+    }
+    return {n for n, p in model.named_parameters() if id(p) in layers - tables and p.ndim == 2}
 
 
 def resolve_dtypes(

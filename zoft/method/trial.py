@@ -46,6 +46,17 @@ def _try_estimator(e: Estimator, q: int, eps: float) -> None:
     c, _ = e.run(
         losses, q, torch.tensor(eps, dtype=torch.float64), torch.tensor(e.state, dtype=torch.float64)
     )
+    if e.second is not None:
+        multipliers = [1e-3] * q
+        again = e.second.probes(multipliers)
+        assert len(again) == e.second.count(q) > 0, (
+            f"its second round has {len(again)} points and count says {e.second.count(q)} with q={q}"
+        )
+        assert all(p.direction in range(q) for p in again), (
+            f"its second round has directions beyond 0 to {q - 1}"
+        )
+        found = e.second.choose([1.0 + i for i in range(len(again))], multipliers)
+        assert len(found) == q, f"its second round chooses {len(found)} multipliers, not {q}"
     assert isinstance(c, torch.Tensor), f"coefficients returns a {type(c).__name__}, not a tensor [{q}]"
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from zoft.errors import UserError
+from zoft.method.anchor import BASE
+from zoft.method.blocks import their_turn
 from zoft.noise.noise import advance as advance_tensor
 from zoft.noise.spec import Update
 
@@ -76,7 +78,7 @@ def decay_is_lost(lr: float, weight_decay: float) -> bool:
 def pending_updates(trained: Trained, updates: Sequence[Update], beta: float) -> list[Update]:
     """Those of `updates` that still change this tensor; makes its momentum buffer when first needed.
 
-    Left out: steps it has behind it, and updates that write nothing. With beta = 0 these are the ones with
+    Left out: steps it has behind it, steps of other blocks, and updates that write nothing. With beta = 0 these are the ones with
     all multipliers 0 and no decay. With momentum such an update still moves the weights by what is in the
     buffer: it is left out only while there is no buffer, all of which would be 0. Decay is 1 where the tensor
     has none. What is done to θ does not depend on how `updates` is cut into calls. Skipped steps are no
@@ -85,7 +87,7 @@ def pending_updates(trained: Trained, updates: Sequence[Update], beta: float) ->
     updates: in order of their steps. To be handed to `noise.advance` or `noise.perturb`, then `mark`.
     """
     assert all(a.step < b.step for a, b in pairwise(updates)), "updates out of order"
-    todo = [u for u in updates if u.step >= trained.step]
+    todo = [u for u in their_turn(trained, updates) if u.step >= trained.step]
     assert not (todo and trained.rule), f"{trained.name}: a rule's updates wait for `advance`"
     if not trained.decays:
         todo = [u if u.is_nothing else replace(u, decay=1.0) for u in todo]
@@ -137,7 +139,9 @@ def _by_rule(trained: Trained, updates: Sequence[Update], noise: str) -> None:
 
     rule, state = trained.rule, {k: v for k, v in trained.state.items() if k != "t"}
     assert rule is not None
-    for u in updates:
+    if trained.base is not None:
+        state[BASE] = trained.base
+    for u in their_turn(trained, updates):
         if u.step >= trained.step and not u.is_nothing:
             u = u if trained.decays else replace(u, decay=1.0)
             trained.state["t"] += 1

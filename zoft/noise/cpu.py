@@ -129,7 +129,7 @@ def _rules(beta: float, floor: float | None, mask: Mask | None):
     if mask is not None and mask.threshold is not None:
         kind, threshold = kernels.SMALL, mask.threshold
     elif mask is not None:
-        kind, share, words = kernels.CHOSEN, mask.share, key(mask.seed, 0, 0)
+        kind, share, words = kernels.CHOSEN, mask.share, key(mask.seed, mask.period, 0)
     return np.array([beta, -np.inf if floor is None else floor, kind, threshold, share, *words])
 
 

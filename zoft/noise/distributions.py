@@ -91,7 +91,7 @@ def _fill_gaussian(z, words, n):
 
 
 @jit
-def _fill_rademacher(z, words, n):
+def fill_rademacher(z, words, n):
     for j in range(n):
         signs_of(z, 32 * j, words[j])
 
@@ -108,7 +108,7 @@ def _noise(z, words, base, n, tid, k0, k1, kind):
         _fill_gaussian(z, words.view(np.uint32), 64 * blocks)
     elif kind == RADEMACHER:
         philox(words, base // 128, blocks, tid, 0, k0, k1)
-        _fill_rademacher(z, words.view(np.uint32), 4 * blocks)
+        fill_rademacher(z, words.view(np.uint32), 4 * blocks)
 
 
 @jit
@@ -116,7 +116,7 @@ def signs_at(z, words, start, n, tid, purpose, k0, k1):
     """The signs of places [start, start + n), start a multiple of 128; z is filled up to the next multiple of 128."""
     blocks = (n + 127) // 128
     philox(words, start // 128, blocks, tid, purpose, k0, k1)
-    _fill_rademacher(z, words.view(np.uint32), 4 * blocks)
+    fill_rademacher(z, words.view(np.uint32), 4 * blocks)
 
 
 @jit

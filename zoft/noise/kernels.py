@@ -12,7 +12,7 @@ import numba
 import numpy as np
 
 from zoft.noise import distributions, intrinsics, storage
-from zoft.noise.distributions import SIGNS, draw, halves, signs_at
+from zoft.noise.distributions import SIGNS, draw, fill_rademacher, halves, philox, signs_at
 from zoft.noise.intrinsics import jit
 from zoft.noise.storage import BF16, FP16, FP32, FP64, load, store, store_stochastic
 
@@ -251,3 +251,16 @@ def run_rows(theta, code, rows, first, last, size, origin, tid, kind, width, rul
             out,
             (out_code, size, n * size),
         )
+
+
+@_entry
+def node_signs(out, tid, rows, positions, keys):
+    """out[t] = the signs of token t's units, fp32 [N, m]; rows, positions: int64 [N]; keys: uint32 [N, 2]."""
+    n, m = out.shape
+    blocks = (m + 127) // 128
+    words, z = np.empty(2 * blocks, np.uint64), np.empty(128 * blocks, np.float32)
+    for t in range(n):
+        philox(words, (rows[t] << 32) + (positions[t] << 14), blocks, tid, 3, keys[t, 0], keys[t, 1])
+        fill_rademacher(z, words.view(np.uint32), 4 * blocks)
+        for i in range(m):
+            out[t, i] = z[i]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from zoft.noise.spec import COLUMNS, KINDS, NOTHING, OUTER_MIN, PART, RADEMACHER, ROWS, Mask, Probes, Update
@@ -90,6 +91,18 @@ def perturb(
         assert not moved and not any(u.restore for u in live), (
             "a mask by magnitude of θ that is moved in place"
         )
+    if mask is not None and mask.every:
+        of = mask.at
+        for own, some in groupby(live, lambda u: of(u.step)):
+            more: dict[str, Any] = {
+                "momentum": momentum,
+                "beta": beta,
+                "start": start,
+                "floor": floor,
+                "width": width,
+            }
+            perturb(theta, tid, None, (), seed=0, step=0, noise=noise, updates=[*some], mask=own, **more)
+        live, mask = (), mask.at(step)
     if theta.numel() and (live or probes):
         backend = _backend(theta.device.type)
         backend.perturb(
@@ -137,6 +150,7 @@ def gather(
     assert out.shape == (len(rows), *theta.shape[1:]), (out.shape, rows.shape, theta.shape)
     assert theta.device == rows.device == out.device, (theta.device, rows.device, out.device)
     assert start >= 0 and start % PART == 0, start
+    mask = mask.at(step) if mask is not None else None
     if out.numel():
         _backend(theta.device.type).gather(
             theta, tid, rows.contiguous(), out, direction, scale, seed, step, noise, start, mask, width
@@ -195,7 +209,7 @@ def width_of(shape: Sequence[int]) -> int:
 
 
 def moving(theta: Tensor, tid: int, mask: Mask | None, start: int = 0) -> Tensor:
-    """Which elements the mask lets move: bool, of theta's shape. start: as in `advance`."""
+    """Which elements the mask (of step 0, where it is drawn anew) lets move: bool, of theta's shape. start: as in `advance`."""
     import torch
 
     if mask is None:

@@ -56,7 +56,7 @@ def drawn(theta: Tensor, tid: int, mask: Mask, start: int) -> Tensor:
     """Return which of theta's elements [n], from `start` on, a mask lets move: bool [n]."""
     if mask.threshold is not None:
         return moving(theta, tid, mask)
-    return halves(start, theta.numel(), tid, 2, key(mask.seed, 0, 0), theta.device) < mask.share
+    return halves(start, theta.numel(), tid, 2, key(mask.seed, mask.period, 0), theta.device) < mask.share
 
 
 def summed(u: Update, n: int, tid: int, noise: str, start: int, like: Tensor, width: int = 0) -> Tensor:
@@ -103,7 +103,7 @@ def advance(
         old = flat[start : start + CHUNK]
         n, a = old.numel(), old.to(work, copy=True)
         g = summed(u, n, tid, noise, start, a, width).neg_()
-        keep = None if mask is None else drawn(old, tid, mask, start)
+        keep = None if mask is None else drawn(old, tid, mask.at(u.step), start)
         if keep is not None:
             g.masked_fill_(~keep, 0.0)
         if u.decay != 1:

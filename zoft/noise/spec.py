@@ -21,6 +21,10 @@ Specification
         is dense noise's; E|(gᵀz)z|² is (m + 2)(n + 2)|g|², where dense noise has (mn + 2)|g|².
     gaussian_flipped, rademacher_flipped: z = u∘s, u the gaussian or rademacher noise of direction SHARED of the step, which
         all of its directions have in common, s the direction's own rank1. So one draw serves many uncorrelated directions.
+    node (purpose 3): a sign for each output unit of a layer at each token, exact. A token is (row, part, position): row is the
+        example's place in the training set; part is 0 for what all rows of the example begin with and c + 1 for the rest of
+        candidate c's row; position counts the row's tokens from 0 and never padding. The key is key(seed, step, part), tensor_id
+        is the layer's matrix, c = row·2³² + position·2¹⁴ + unit // 128, and the bit is that of rademacher for i = unit.
     rounding (purpose 1, key of direction 0): c = i // 8, half-word i mod 8, low halves first: 16 bits r.
         to bf16: add r to the fp32 bits and drop the lower 16.
         to fp16: s = fl(x + sign(x)·(r >> 3)·2⁻¹³·ulp(x)), ulp(x) = 2^(max(e, -14) - 10), e the exponent of |x|, fl to fp32
@@ -33,6 +37,8 @@ Specification
         restore is 0; a = decay·a unless decay is 1; a = a + s; with a floor a = max(a, floor); θ = round(a).
         A multiplier of -0 counts as +0. A no-op (all multipliers 0, decay 1) writes nothing at all, unless there is a
         momentum buffer (and beta is not 0): then it coasts like any other update.
+        An update rule (reference.advance) stands in place of a + s, after decay; with an anchor of strength λ at θ₀ it begins
+        with a = a - fl32(lr·λ)·(a - θ₀), three roundings.
         decay NOTHING: no update, momentum included, whatever the multipliers.
         Of a no-op and of NOTHING the restore remains, if it is not 0: θ = nearest(θ + restore·z_last), nearest even in
         θ's dtype. z_last is the z of the last multiplier. In-place probing takes θ back with it, in the update's own
@@ -43,8 +49,9 @@ Specification
         by magnitude: |θ| <= threshold moves, θ as it is stored before the update, compared as it is. Several updates
         in one pass each look anew, probes look at θ after them all: the order of steps, whatever is fused. So the
         probes of a step and its update, which comes later and finds the same θ, have one mask.
-        at random (purpose 2, key(seed, 0, 0)): c = i // 8, half-word i mod 8, low halves first: 16 bits r; r < share
-        moves. The same at all steps; each tensor its own.
+        at random (purpose 2, key(seed, p, 0)): c = i // 8, half-word i mod 8, low halves first: 16 bits r; r < share
+        moves; each tensor its own. p, the period, is 0 at all steps, or step // every where it is drawn anew every
+        `every` steps: updates and probes have that of their own step, several updates in one pass each its own.
 
 [1] Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011. doi:10.1145/2063384.2063405
 """
@@ -66,6 +73,8 @@ FLIPPED = (
 KINDS = {GAUSSIAN: 0, RADEMACHER: 1, RANK1: 2, "gaussian_flipped": 4, "rademacher_flipped": 5}
 SHARED = 0xFFFFFFFF  # the direction whose noise the directions of a flipped kind share
 ROWS, COLUMNS = 4, 5  # purposes: the signs of a matrix's rows and columns
+NODE = 3  # purpose: the signs of a layer's outputs
+NODE_BITS = 14  # of a counter's low word, which count 128 units each
 OUTER_MIN = 16  # rows and columns that a matrix has at least for rank1: the variance of less is above 1.27 times dense noise's
 NOTHING = -1.0  # a decay that says: no update at all, though a restore may come with it
 PART = 128  # elements that one counter serves at most: a part of a tensor starts at a multiple
@@ -77,11 +86,20 @@ Probes = Sequence[tuple[int, float]]
 
 
 class Mask(NamedTuple):
-    """Which elements of a tensor move: those with |θ| <= threshold (an fp32 value), or a fixed random share of 2¹⁶."""
+    """Which elements of a tensor move: those with |θ| <= threshold (an fp32 value), or a random share of 2¹⁶.
+
+    every: steps between draws of a random share; 0: it is drawn once. period: which draw.
+    """
 
     threshold: float | None = None
     seed: int = 0
     share: int = 0
+    every: int = 0
+    period: int = 0
+
+    def at(self, step: int) -> Mask:
+        """Return the mask of a step, which is drawn once."""
+        return self._replace(every=0, period=step // self.every) if self.every else self
 
 
 _MASK = 0xFFFFFFFF

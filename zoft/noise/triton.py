@@ -288,7 +288,7 @@ def _mask(mask: Mask | None) -> dict[str, Any]:
     """What a launch is told of a mask."""
     share, k0, k1 = 0, 0, 0
     if mask is not None and mask.threshold is None:
-        share, (k0, k1) = mask.share, key(mask.seed, 0, 0)
+        share, (k0, k1) = mask.share, key(mask.seed, mask.period, 0)
     kind = ALL if mask is None else CHOSEN if mask.threshold is None else SMALL
     threshold = mask.threshold if mask is not None and mask.threshold is not None else 0.0
     return {"threshold": threshold, "share": share, "mask0": _signed(k0), "mask1": _signed(k1), "MASK": kind}

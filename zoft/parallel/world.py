@@ -28,7 +28,7 @@ from zoft.config.schema import Config
 from zoft.errors import UserError
 from zoft.ledger.format import decode
 from zoft.ledger.log import Ledger
-from zoft.method.estimators.named import probes_per_step
+from zoft.method.estimators.named import probes_per_step, second_probes
 from zoft.models.fingerprint import Stored
 from zoft.parallel.launch import environment_number, process_place, with_parent
 from zoft.signals import Stop, Stopped
@@ -216,7 +216,9 @@ def probe_grid(config: Config, size: int) -> tuple[int, int]:
             "use parallel=data or perturb=probes"
         )
     both = [p for p in range(1, size + 1) if size % p == 0 and probes % p == 0]
-    if how == "data" or config.perturb == "inplace":
+    if (
+        how == "data" or config.perturb == "inplace" or second_probes(config)
+    ):  # two rounds: no one deal fits both
         parts = 1
     elif how == "probes":
         if size not in both:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from zoft.method.blocks import their_turn
 from zoft.method.estimators.estimator import Probe
 from zoft.method.space import Trained
 from zoft.method.updates import mark_advanced
@@ -97,7 +98,7 @@ class InPlace:
     def _apply(self) -> None:
         """Every tensor gets what it lacks, in one pass over it. After an exception on the way the next call goes on."""
         for t in self.trained:
-            todo = self.todo[self.done[t.id] :]
+            todo = their_turn(t, self.todo[self.done[t.id] :])
             if not t.decays:
                 todo = [u if u.is_nothing else replace(u, decay=1.0) for u in todo]
             where: dict[str, Any] = {"noise": self.kind, "momentum": t.momentum, "beta": self.beta}

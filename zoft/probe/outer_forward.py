@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zoft.method.blocks import seen_by
 from zoft.noise.spec import FLIPPED, KINDS, RANK1
 
 if TYPE_CHECKING:
@@ -34,17 +35,17 @@ def outer_product(
     bias: trained, or None and plain_bias is the module's own, or None. transposed: W is [out, in].
     """
     y = axis.plain_product(weight, xs.flatten(0, 1), transposed).unflatten(0, xs.shape[:2])  # [P, n, out]
-    if any(p.scale for p in axis.probes):
+    if any(p.scale for p in seen_by(weight, axis.probes, axis.seed, axis.step)):
         scales = axis.scales_of(axis.probes, y)  # [P]
         a, b = axis.signs_of(weight, axis.probes, y.dtype)  # [P, rows], [P, columns]
         a, b = (a, b) if transposed else (b, a)  # of what comes out, of what goes in
         if axis.kind == RANK1:
             h = torch.bmm(xs, b[:, :, None])  # [P, n, 1]
-            y = torch.baddbmm(y, h * scales[:, None, None], a[:, None])
+            y.baddbmm_(h * scales[:, None, None], a[:, None])
         else:
             u = axis.shared_noise(weight)  # as W lies
             moved = (xs * b[:, None]).flatten(0, 1) @ (u.T if transposed else u)
-            y = y + moved.unflatten(0, xs.shape[:2]) * (a * scales[:, None])[:, None]
+            y.addcmul_(moved.unflatten(0, xs.shape[:2]), (a * scales[:, None])[:, None])
     if bias is not None:
         made = axis.perturbed([bias], list(axis.probes), 0)[0]  # [P, out]
         return (y + made[:, None]).to(y.dtype)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from zoft.method.blocks import seen_by
 from zoft.method.estimators.estimator import Probe
 from zoft.method.space import Trained
 from zoft.method.updates import advance_trained, mark_advanced, pending_updates
@@ -172,7 +173,7 @@ class Scratch:
         """One pass over rows of θ: the updates they lack, then the probes of the group into out [G, *shape of the rows]."""
         updates = pending_updates(t, self.updates, self.beta)
         noise.perturb(
-            part(t.stored, rows), t.id, out, group, seed=self.seed, step=self.step, noise=self.kind, updates=updates,
+            part(t.stored, rows), t.id, out, seen_by(t, group, self.seed, self.step), seed=self.seed, step=self.step, noise=self.kind, updates=updates,
             momentum=None if t.momentum is None else part(t.momentum, rows), beta=self.beta,
             start=start(t.stored, rows), floor=t.floor, mask=t.mask, width=t.width,
         )  # fmt: skip
@@ -189,7 +190,7 @@ class Scratch:
         out = torch.empty(*rows.shape, t.stored.shape[1], dtype=t.compute, device=t.stored.device)
         where: dict[str, Any] = {"seed": self.seed, "step": self.step, "noise": self.kind, "mask": t.mask}
         where["width"] = t.width
-        for i, probe in enumerate(group):
+        for i, probe in enumerate(seen_by(t, group, self.seed, self.step)):
             noise.gather(t.stored, t.id, rows[i].contiguous(), out[i], *probe, **where)
         return out
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from zoft.config.schema import ADAPTERS, Config
+from zoft.errors import UserError
 from zoft.ledger.log import Log
 from zoft.method.recipes import method_of
 from zoft.models.adapters.kept_in_place import adapter_folder
+from zoft.probe.nodes import NodeAxis
 from zoft.replay import tensors
 from zoft.replay.saved_model import save_run_model
 from zoft.replay.snapshot import load_snapshot, newest_snapshot
 from zoft.replay.tensors import denoise, replay_tensors, requested, result_and_facts
 from zoft.train import parts
-from zoft.train.assemble import assemble_again
-from zoft.train.parts import resolve_device, trainer_settings
+from zoft.train.assemble import assemble, assemble_again
+from zoft.train.header import agree
+from zoft.train.node_axis import FILE as CALIBRATION
+from zoft.train.node_trainer import NodeTrainer, node_rows_of
+from zoft.train.parts import resolve_device, said_before, trainer_settings
 from zoft.train.trainer import Trainer
 
 
@@ -26,7 +32,7 @@ def replay_run(config: Config, folder: Path, out: Path, ask: tensors.Ask) -> int
     Tensor by tensor; in memory where few numbers are trained beside a frozen or quantised model.
     """
     beside = config.train in ADAPTERS or adapter_folder(config) is not None
-    if not (beside or method_of(config.recipe).space.quantised):
+    if not (beside or config.perturb == "nodes" or method_of(config.recipe).space.quantised):
         return replay_tensors(config, folder, out, ask)
     config, log = requested(resolve_device(config), folder, ask)
     model, tokenizer, config = live(config, folder, log)
@@ -40,10 +46,42 @@ def live(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
 
     config, log: from tensors.requested. Raises UserError for another base.
     """
+    if config.perturb == "nodes":
+        return repeated(config, folder, log)
     again = assemble_again(config, folder, log.header)
     trainer = Trainer(again.model, again.axis, lambda step: [], None, trainer_settings(again.config))
     catch_up(trainer, folder, again.config, log, parts.say)
     return again.model, again.tokenizer, again.config
+
+
+def repeated(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
+    """Rebuild a run of node perturbation by its update passes, on its own data; returns what `live` does.
+
+    config, log: as in `live`. The weights follow from the ledger and the data together: the same bits on one kind of machine
+    under the run's plan. Raises UserError where the data, the measurements of its layers or the plan are others.
+    """
+    plan = log.header["plan"]
+    if config.device.partition(":")[0] != plan["device"].partition(":")[0]:
+        raise UserError(
+            f"{folder}: it ran on {plan['device']}, and its replay repeats forwards, which round otherwise on {config.device}: "
+            f"use --device {plan['device']}"
+        )
+    if not (folder / CALIBRATION).exists():
+        raise UserError(f"{folder}: {CALIBRATION} is missing, which its update passes read: put it back")
+    config = replace(config, threads=plan["threads"], cache_frozen=plan["cache_frozen"])
+    with said_before():
+        made = assemble(config, folder)
+    agree(log.header, made.header, folder)
+    assert isinstance(made.axis, NodeAxis), type(made.axis)
+    whole = node_rows_of(made.config, made.scored, False)
+    trainer = NodeTrainer(
+        made.model, made.axis, whole, None, trainer_settings(made.config), made.objective.forward, whole
+    )
+    catch_up(trainer, folder, made.config, log, parts.say)
+    if prefix := made.model.__dict__.get("keeps_rows"):
+        prefix.remove()
+    made.axis.release()
+    return made.model, made.tokenizer, made.config
 
 
 def catch_up(trainer: Trainer, folder: Path, config: Config, log: Log, say: Callable[[str], Any]) -> None:

@@ -20,9 +20,11 @@ from zoft.errors import UserError
 from zoft.ledger.check import refuse_unsound
 from zoft.ledger.log import Event, Log, read_ledger, updates_of
 from zoft.method import space
+from zoft.method.blocks import Turn
 from zoft.method.estimators.named import estimator_of
 from zoft.method.masks import mask_tensor
-from zoft.method.rules import attach_rule, rule_of
+from zoft.method.momentum import Window, buffer_beta, window_beta
+from zoft.method.rules import attach_rule, rule_of, rule_words
 from zoft.method.space import FP16_MAX, Trained, adopt_tensor, frozen_dtype
 from zoft.method.updates import advance_trained
 from zoft.models.safetensors_writer import write_shards
@@ -72,13 +74,18 @@ def requested(config: Config, folder: Path, ask: Ask) -> tuple[Config, Log]:
         )
     if ask.exact or ask.denoise:
         word = "--denoise" if ask.denoise else "--storage fp32"
+        if config.perturb == "nodes":
+            raise UserError(
+                f"{word}: {folder} was trained with perturb=nodes: its weights follow from its update passes, and no sum over the "
+                "ledger has them; leave it out"
+            )
         if "+" in header["base"]:
             raise UserError(
                 f"{word}: {folder} has an adapter in place, which the sum over the ledger leaves out"
             )
-        if rule := rule_of(config):
+        if ruled := rule_words(config):
             raise UserError(
-                f"{word}: {folder} was trained with update={rule.name}, so base and ledger give no plain sum"
+                f"{word}: {folder} was trained with {ruled}, so base and ledger give no plain sum"
             )
         if config.mask == "magnitude" and config.sparsity:
             raise UserError(
@@ -202,7 +209,9 @@ class Tensors:
     log: Log
 
     def __post_init__(self) -> None:
-        self.updates = updates_of(self.log.header, self.log.records)
+        window = Window(window_beta(self.config))
+        self.updates = [window.take(u) for u in updates_of(self.log.header, self.log.records)]
+        self.beta = buffer_beta(self.config)
         self.denoised = max((e.step for e in self.log.events if e.kind == "denoise"), default=0)
 
     def at_the_end(self, name: str, theta: Tensor, found: Found, did: Callable[[int], None]) -> Tensor:
@@ -234,8 +243,11 @@ class Tensors:
         return t
 
     def _of(self, name: str, theta: Tensor, dtype: torch.dtype) -> Trained:
+        c = self.config
         t = adopt_tensor(name, nn.Parameter(theta.to(dtype), requires_grad=False))
-        mask_tensor(t, self.config.mask, self.config.sparsity, self.config.seed)
+        mask_tensor(t, c.mask, c.sparsity, c.seed, c.mask_every)
+        if turns := self.log.header.get("turns"):
+            t.turn = Turn(self.config.blocks, max(turns.values()) + 1, turns[name])
         t.floor = self.log.header.get("floors", {}).get(name)
         attach_rule([t], rule_of(self.config))
         return t
@@ -248,7 +260,7 @@ class Tensors:
         c, todo = self.config, {u.step: u for u in self.updates}
         probes = estimator_of(c).probes(c.q, c.eps)
         before = t.momentum
-        axis = InPlace([t], seed=c.seed, kind=drawn(c), beta=c.momentum)  # with a buffer of its own
+        axis = InPlace([t], seed=c.seed, kind=drawn(c), beta=self.beta)  # with a buffer of its own
         if before is not None and t.momentum is not None:
             t.momentum.copy_(before)
         for record in self.log.records[t.step :]:
@@ -265,7 +277,7 @@ def advance(t: Trained, updates: Sequence[Update], config: Config, did: Callable
     size = min(most, max(least, 1 << (WORK // max(1, t.stored.numel())).bit_length()))
     for i in range(0, len(updates), size):
         some = updates[i : i + size]
-        advance_trained(t, some, drawn(config), config.momentum)
+        advance_trained(t, some, drawn(config), buffer_beta(config))
         did(len(some) * t.stored.numel())
 
 

@@ -48,7 +48,7 @@ def _told(run: Run, runs: Sequence[Run], of_task: Sequence[Run]) -> list[str]:
     alike = [r for r in runs if r.label == run.label]
     keys = _differing([r for r in of_task if r.label == run.label])
     keys |= _differing(runs) & {"model"} | _differing(alike) & {"train", "bits", "lr", "eps"}
-    if "method" in run.about and not run.label.startswith("first-order"):
+    if "method" in run.about and not run.label.startswith(("first-order", "checkpointed")):
         keys &= {*ANY, "adapter", "demos"} | {k for k in keys if k.startswith("task.")}
     keys -= {"method", *(("group", "zero_points", "quantise_head") if run.about.get("bits") is None else ())}
     return [k for k in dict.fromkeys([*FIRST, *run.about]) if k in keys and run.about.get(k) is not None]

@@ -24,7 +24,7 @@ METRICS = (
 SAME = {"seed", "output_dir", *FREE} - {"model", "adapter", "reward", "save_best", "best_by", "eval_limit", "task.train",
         "task.eval", "task.num_eval", "task.null_prompt"}  # fmt: skip
 # Keys that a baseline takes from the command line; what a config says besides is of its recipe.
-ANY = ("model", "task", "max_length", "eval_limit", "seed", "device", "threads", "output_dir", "trust_remote_code",
+ANY = ("model", "task", "limits", "max_length", "eval_limit", "seed", "device", "threads", "output_dir", "trust_remote_code",
        "max_new_tokens", "stop", "bits", "group", "zero_points", "quantise_head")  # fmt: skip
 
 
@@ -66,6 +66,7 @@ def read(folder: Path) -> Run:
     """A run's folder. Raises UserError where it is none, or damaged."""
     tree = yaml_tree(folder / "config.yaml")
     task = tree.pop("task", {})
+    tree.pop("limits", None)  # how much of the data is read at most says nothing of a run
     flat = tree | {f"task.{k}": v for k, v in (task if isinstance(task, dict) else {"name": task}).items()}
     about = {k: v for k, v in flat.items() if k not in SAME}
     if (folder / ASKED).is_file():
@@ -77,7 +78,12 @@ def read(folder: Path) -> Run:
     result = read_result(folder)
     steps = int(result.get("steps", flat.get("steps", 0)))
     used = ESTIMATORS.get(str(flat.get("estimator")), TWO_SIDED)
-    each = used.count(int(flat.get("q", 1))) * int(flat.get("batch_size", 1)) * int(flat.get("accumulate", 1))
+    again = 3 if flat.get("update") == "conservative" else 0
+    each = (
+        (used.count(int(flat.get("q", 1))) + again)
+        * int(flat.get("batch_size", 1))
+        * int(flat.get("accumulate", 1))
+    )
     if result and steps:
         each = int(result["forwards"]) // steps
     return Run(

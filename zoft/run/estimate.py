@@ -17,8 +17,10 @@ from zoft.data.example import Example
 from zoft.errors import UserError
 from zoft.evaluation.evaluate import room_of
 from zoft.method import space
-from zoft.method.estimators.named import probes_per_step
-from zoft.method.rules import rule_of
+from zoft.method.blocks import places_of
+from zoft.method.estimators.named import examples_per_step, probes_per_step, second_probes
+from zoft.method.momentum import buffer_beta, window, window_beta
+from zoft.method.rules import rule_of, rule_words
 from zoft.method.space import train_names
 from zoft.models import footprint
 from zoft.models.adapters.attach import attach_adapter, load_adapter
@@ -29,11 +31,13 @@ from zoft.models.load import find_model
 from zoft.models.quant.linear import Scales, count_numbers, quantised_layers
 from zoft.models.skeleton import quantised, skeleton
 from zoft.noise import noise
-from zoft.noise.spec import Update
+from zoft.noise.noise import width_of
+from zoft.noise.spec import FLIPPED, KINDS, RANK1, Update
 from zoft.objectives.losses import Batch, collate, losses
 from zoft.probe.frozen_blocks import FROZEN_BYTES, frozen_blocks
 from zoft.probe.scratch import SLAB
 from zoft.run.stops import due_at
+from zoft.train.axis import drawn, group_of, memory_left
 from zoft.train.batches import batch_indices
 from zoft.train.parts import refuse_unquantised, resolve_device, resolve_precision, run_tokenizer
 
@@ -48,12 +52,12 @@ WORKSPACES = 2 * (32 << 20)
 def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[str, Any]:
     """Bytes and seconds of a run with this config.
 
-    peak = weights + momentum or state + scratch + workspaces + kept frozen outputs + max(activations of a training, an evaluation forward)
+    peak = weights + momentum or state + base (anchor) + scratch + workspaces + kept frozen outputs + max(activations of a training, an evaluation forward)
     seconds a step = flops of its forwards ÷ rate of a matrix product + trained numbers ÷ rate of noise
 
     rows: training examples (None: the config's data; where that cannot be read, rows of max_length); the longest
     says the memory, the usual batch the time. Rates are measured here, on config.device. Returns {weights: {dtype:
-    bytes}, weights_bytes, momentum_bytes, state_bytes, scratch_bytes, frozen_bytes, activation_bytes, evaluation_bytes,
+    bytes}, weights_bytes, momentum_bytes, state_bytes, base_bytes, scratch_bytes, frozen_bytes, activation_bytes, evaluation_bytes,
     peak_bytes, seconds_per_step, seconds, parameters, trained, rows, tokens, adamw: {peak_bytes, seconds_per_step},
     lora: {the same}, config: {resolved storage, compute, perturb, probes_per_forward, device, steps}, notes: [str]}.
     Raises UserError as a run would.
@@ -75,7 +79,8 @@ def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[
     elif place := adapter_folder(config):
         model = load_adapter(model, place)
     gradients = model
-    names = train_names(model, config.train)
+    nodes = config.perturb == "nodes"
+    names = train_names(model, config.train, nodes)
     if quantised_layers(model):
         gradients = skeleton(config)  # training with gradients wants the weights
         if config.device != "cpu" or config.bits is None:
@@ -94,6 +99,11 @@ def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[
     each = probes_per_step(config)
     probes = 1 if inplace else min(2 if auto else int(config.probes_per_forward), each)
     batch = collate([longest] * config.batch_size)
+    if (
+        auto and probes > 1 and config.objective not in GENERATED
+    ):  # as a run's start finds, if all can be stacked
+        alone = max(1, _forward(model, batch, notes).activations)
+        probes = group_of(config, alone, max(0, memory_left(config.device) - total) // 2)
     train = _forward(model, batch.repeat(probes), notes)
     rows_each = batch.rows // config.batch_size
     held_out = collate(
@@ -102,43 +112,69 @@ def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[
     evaluation = _forward(model, held_out, notes).activations
     trained = sum(p.numel() for n, p in model.named_parameters() if n in set(names))
     few = batch.tokens is not None  # of the output matrix only the candidates' rows are made
-    scratch = 0 if inplace else _scratch(model, names, compute, min(probes, 2), few)
+    kind, made, stays = drawn(config), min(probes, 2), False
+    flipped = not nodes and config.mask == "none" and bool(KINDS[kind] & FLIPPED)
+    if flipped:
+        made = 1  # what a step's directions share
+    elif (
+        config.mask == "none" and kind == RANK1 and config.device == "cpu"
+    ):  # a GPU may rather write the probes
+        made, stays = 1, space.DTYPES[config.storage] == compute
+    scratch = 0 if inplace else _scratch(model, names, compute, made, few, stays)
+    if flipped:  # the second product; of the output matrix, of few rows
+        blocks = [
+            m for m in model.modules() if type(m) is nn.Linear and m is not model.get_output_embeddings()
+        ]
+        widest = max((m.out_features for m in blocks), default=0)
+        scratch += batch.inputs["input_ids"].numel() * probes * widest * compute.itemsize
     if config.train in ADAPTERS and not inplace:
         # cuda.axis.Pack, in 32 and 16 bits
         packed = config.train == "lora" and config.device.startswith("cuda") and rule_of(config) is None
         scratch = trained * (6 * each if packed else 4 * probes)
+    if nodes:
+        scratch = _node_bytes(config, model, names, batch.inputs["input_ids"].numel() * probes)
+        notes.append(
+            "the update pass is a third forward; the products of its estimate are not counted in seconds_per_step"
+        )
     if config.objective in GENERATED:
         scratch += 0 if inplace or config.hold_probe is False else sum(_held(config, model, names, compute))
         notes.append(
             f"objective={config.objective}: seconds_per_step is that of the prompts alone; each of up to {config.max_new_tokens} "
             "tokens takes a small forward more, and its keys and values some memory"
         )
-    momentum = (8 if compute == torch.float64 else 4) * trained if config.momentum else 0
+    momentum = (8 if compute == torch.float64 else 4) * trained if buffer_beta(config) else 0
+    base = _stored(model, names, config, inplace) if config.anchor else 0
     rule = rule_of(config)
     state = len(rule.state) * (8 if config.storage == "fp64" else 4) * trained if rule else 0
     if rule:
         notes.append(
-            f"update={rule.name}: its passes are plain tensor operations, slower than what seconds_per_step counts"
+            f"{rule_words(config)}: its passes are plain tensor operations, slower than what seconds_per_step counts"
         )
     frozen, share = _frozen(config, model, names, rows, tested)
     spaces = WORKSPACES if config.device.startswith("cuda") else 0
     peak = max(
-        load, total + momentum + state + scratch + spaces + frozen + max(train.activations, evaluation)
+        load, total + momentum + state + base + scratch + spaces + frozen + max(train.activations, evaluation)
     )
 
-    speed = rates(
-        config.device, compute, batch.inputs["input_ids"].numel() * probes, _width(model), config.noise
-    )
+    own = config.directions == "example"
+    tokens, directions = batch.inputs["input_ids"].numel() * probes, examples_per_step(config) * config.q
+    speed = rates(config.device, compute, tokens, _width(model), kind, directions if own else 1)
     usual = train.flops * _usual_width(config, rows)
-    flops = usual * share * math.ceil(each / probes) * config.accumulate
+    flops = usual * share * (each + second_probes(config) + nodes) / probes * config.accumulate
     flops += usual * (1 - share) / probes / config.batch_size * _met(config, rows) / config.steps
-    passes = each if inplace else config.q
+    if flipped:
+        flops *= 2  # a product with the shared noise beside each with the weights
+    passes = 0.0 if nodes else float(each if inplace else 1 if own else config.q)
+    if config.blocks != "all":  # what a step leaves alone gets no noise
+        passes /= 1 + max(places_of(model, names, config.blocks)[0].values())
+    if beta := window_beta(config):
+        passes += config.q * window(beta)  # drawn again, a pass each at most
     seconds = flops / speed["flops"] + passes * trained / speed["noise"]
     # Each denoising draws all directions from the start again.
     redrawn = sum(t for t in range(config.steps + 1) if "denoise" in due_at(config, t))
     denoising = redrawn * config.q * trained / speed["noise"]
     return {
-        "weights": sizes, "weights_bytes": total, "momentum_bytes": momentum, "state_bytes": state, "scratch_bytes": scratch, "frozen_bytes": frozen,
+        "weights": sizes, "weights_bytes": total, "momentum_bytes": momentum, "state_bytes": state, "base_bytes": base, "scratch_bytes": scratch, "frozen_bytes": frozen,
         "activation_bytes": train.activations, "evaluation_bytes": evaluation, "peak_bytes": peak,
         "seconds_per_step": seconds, "seconds": seconds * config.steps + denoising, "denoising_seconds": denoising,
         "flops_per_step": flops, "rates": speed,
@@ -146,9 +182,20 @@ def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[
         "rows": batch.rows, "tokens": batch.inputs["input_ids"].shape[1],
         **_with_gradients(gradients, batch, usual / probes / speed["flops"] * config.accumulate),
         "config": {k: getattr(config, k) for k in ("storage", "compute", "device", "steps")}
-        | {"perturb": "inplace" if inplace else "probes", "probes_per_forward": probes},
+        | {"perturb": config.perturb if inplace or nodes else "probes", "probes_per_forward": probes},
         "notes": list(dict.fromkeys(notes)),
     }  # fmt: skip
+
+
+def _node_bytes(config: Config, model: nn.Module, names: Sequence[str], tokens: int) -> int:
+    """Bytes that node perturbation takes beside weights and activations: at most, for inputs that layers share count once.
+
+    Eigenpairs of every layer's input; of the largest layer Ĝ, the moved matrix and a temporary, fp32 each, and the signs of
+    a batch's tokens twice.
+    """
+    shapes = [tuple(p.shape) for n, p in model.named_parameters() if n in set(names)]
+    kept = sum(4 * max(shape) * min(config.node_rank, max(shape)) for shape in shapes)
+    return kept + max(12 * a * b + 8 * tokens * max(a, b) for a, b in shapes)
 
 
 def _held(config: Config, model: nn.Module, names: Sequence[str], compute: torch.dtype) -> Iterator[int]:
@@ -181,13 +228,23 @@ def weights(
     return dict(sizes)
 
 
+def _stored(model: nn.Module, names: Sequence[str], config: Config, uniform: bool) -> int:
+    """Bytes of a second copy of the trained tensors, as they are stored."""
+    one = nn.Module()
+    for i, (n, p) in enumerate(model.named_parameters()):
+        if n in set(names):
+            one.register_parameter(str(i), p)
+    own = [n for n, _ in one.named_parameters()]
+    return sum(weights(one, own, config.storage, config.compute, uniform=uniform).values())
+
+
 def _examples(config: Config) -> tuple[list[Example], int | None, str]:
     """(training examples, how many there are to evaluate on, "" or why they are made up)."""
     from zoft.data import tasks
     from zoft.data.tasks import subset
 
     try:
-        data = tasks.load_task(config.task)
+        data = tasks.load_task(config.task, config.limits)
         tested = len(subset(data.eval, config.eval_limit))
         rows = encode(data.train, run_tokenizer(config), data, config.max_length, pack=data.pack)
         return rows, tested, ""
@@ -262,9 +319,11 @@ def _forward(model: Any, batch: Batch, notes: list[str]) -> Cost:
     return Cost(mask + rows * tokens * (6 * _width(model) + 2 * wide) * size, 2 * numbers * rows * tokens)
 
 
-def _scratch(model: Any, names: Sequence[str], compute: torch.dtype, probes: int, few: bool) -> int:
+def _scratch(
+    model: Any, names: Sequence[str], compute: torch.dtype, probes: int, few: bool, stays: bool = False
+) -> int:
     """θ + s·z of the largest trained tensor, for each probe; of embeddings, and of the output matrix where `few` of its
-    rows are scored, no more than the rows in use are made."""
+    rows are scored, no more than the rows in use are made. stays: linear layers use their matrices where they lie."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     alone = getattr(embedding, "weight", None)
     last = getattr(head, "weight", None)
@@ -276,7 +335,9 @@ def _scratch(model: Any, names: Sequence[str], compute: torch.dtype, probes: int
     sizes = [
         min(size, SLAB) if id(p) in linear else size
         for n, p in model.named_parameters()
-        if n in chosen and all(p is not x for x in passed)
+        if n in chosen
+        and all(p is not x for x in passed)
+        and not (stays and id(p) in linear and width_of(p.shape))
         for size in [p.numel() * (4 if isinstance(p, Scales) else compute.itemsize)]
     ]
     scales = {id(m.scales): m for m in quantised_layers(model).values()}
@@ -338,6 +399,7 @@ def estimate_text(found: dict[str, Any]) -> str:
         f"{'weights':30}{_gb(found['weights_bytes'])}   ({shares})",
         *([f"{'momentum':30}{_gb(found['momentum_bytes'])}"] if found["momentum_bytes"] else []),
         *([f"{'moments of the update rule':30}{_gb(found['state_bytes'])}"] if found["state_bytes"] else []),
+        *([f"{'base, for anchor':30}{_gb(found['base_bytes'])}"] if found["base_bytes"] else []),
         f"{'scratch for probes':30}{_gb(found['scratch_bytes'])}",
         *([f"{'frozen outputs, kept':30}{_gb(found['frozen_bytes'])}"] if found["frozen_bytes"] else []),
         f"{'activations, training':30}{_gb(found['activation_bytes'])}",
@@ -383,8 +445,13 @@ def _duration(seconds: float) -> str:
     )
 
 
-def rates(device: str, dtype: torch.dtype, tokens: int, width: int, kind: str) -> dict[str, float]:
-    """{flops: of [tokens, width] × [width, 4·width] a second, noise: numbers a second updated and probed twice}."""
+def rates(
+    device: str, dtype: torch.dtype, tokens: int, width: int, kind: str, directions: int = 1
+) -> dict[str, float]:
+    """{flops: of [tokens, width] × [width, 4·width] a second, noise: numbers a second updated and probed twice}.
+
+    directions: of the update. Kinds whose probes are products of their own are updated only.
+    """
     # No more rows than a rate wants: whoever asks may be short of memory.
     x = torch.randn(min(max(tokens, 1), ROWS_MAX), width, device=device).to(dtype)
     w = torch.randn(width, 4 * width, device=device).to(dtype)
@@ -392,10 +459,14 @@ def rates(device: str, dtype: torch.dtype, tokens: int, width: int, kind: str) -
     n = 1 << 26 if device.startswith("cuda") else 1 << 18
     theta = torch.randn(n, device=device).to(dtype)
     out = torch.empty(2, n, device=device, dtype=dtype)
-    change = [Update(0, 0, (1e-6,))]
+    change = [Update(0, 0, (1e-6,) * directions)]
+    where: dict[str, Any] = {"seed": 0, "step": 1, "noise": kind, "updates": change}
 
     def probe() -> None:
-        noise.perturb(theta, 1, out, [(0, 1e-3), (0, -1e-3)], seed=0, step=1, noise=kind, updates=change)
+        if KINDS[kind] >= KINDS[RANK1]:
+            noise.perturb(theta, 1, None, (), width=1024, **where)
+        else:
+            noise.perturb(theta, 1, out, [(0, 1e-3), (0, -1e-3)], **where)
 
     return {"flops": product / _seconds(lambda: x @ w, device), "noise": n / _seconds(probe, device)}
 

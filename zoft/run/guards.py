@@ -15,7 +15,8 @@ from zoft.config.schema import GENERATED, NO_GRADIENT, Config
 from zoft.errors import UserError, is_memory
 from zoft.method.advice import known_settings, lr_range, paper_range
 from zoft.method.estimators.named import estimator_of
-from zoft.method.rules import rule_of
+from zoft.method.momentum import buffer_beta
+from zoft.method.rules import is_sized, rule_of
 
 if TYPE_CHECKING:
     from zoft.method.space import Trained
@@ -87,7 +88,7 @@ class Watch:
             f"the loss has been above its start for {self.above} steps ({_median(self.first):.3g} → "
             f"{_median(self.last):.3g}, medians of {self.window}): start again with a lower lr than {c.lr:g}"
         )
-        if k is None or estimator_of(c).sized or rule_of(c):
+        if k is None or estimator_of(c).sized or is_sized(c):
             return text
         low, high = lr_range(c, k, sum(t.stored.numel() for t in self.trained))
         here = "" if (low, high) == k.lr else f", which means {low:.1g} to {high:.1g} here"
@@ -114,6 +115,23 @@ class Watch:
             f"{text}both probes of a direction give the same loss: the loss is too coarse to tell them apart ({fix}), "
             f"or train={c.train} does not reach what is scored"
         )
+
+
+def bias_alone(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
+    """Return a line where accuracy rose and a metric without label bias did not: AUC of two labels, else calibrated accuracy.
+
+    Such a gain is had without training, by taking each label's bias off (`zoft baseline --method calibrated`).
+    """
+    name = next((n for n in ("auc", "calibrated_accuracy") if n in before and n in after), None)
+    if name is None or "accuracy" not in before or after["accuracy"] <= before["accuracy"]:
+        return None
+    if after[name] > before[name]:
+        return None
+    return (
+        f"accuracy rose from {before['accuracy']:.3g} to {after['accuracy']:.3g}, and {name} went from {before[name]:.3g} to "
+        f"{after[name]:.3g}: what was gained is the labels' bias, which `zoft baseline --method calibrated` takes off without "
+        "training; try a lower lr, more steps or recipe=node"
+    )
 
 
 def crowded(cpu_s: float, wall_s: float, threads: int) -> str | None:
@@ -205,7 +223,7 @@ def _lower(config: Config) -> str:
         from zoft.run.estimate import estimate_run
 
         found = estimate_run(config)
-        names = ("weights", "momentum", "state", "scratch", "frozen", "activation", "evaluation")
+        names = ("weights", "momentum", "state", "base", "scratch", "frozen", "activation", "evaluation")
         parts = {name: found[f"{name}_bytes"] for name in names}
         shown = ", ".join(f"{name} {size / 1e9:.2g}" for name, size in parts.items() if size >= 5e6)
         figures = f"the estimate is {found['peak_bytes'] / 1e9:.3g} GB ({shown}); "
@@ -220,10 +238,12 @@ def _lower(config: Config) -> str:
         ways.append("probes_per_forward to 1")
     if config.storage in ("auto", "fp32", "fp64"):
         ways.append("storage to fp16")
-    if config.momentum:
+    if buffer_beta(config):
         ways.append("momentum to 0")
     if (rule := rule_of(config)) and rule.state:
         ways.append("update to sgd or sign")
+    if config.anchor:
+        ways.append("anchor to 0")
     if parts.get("frozen", 0) >= 5e6:
         ways.append("cache_frozen to false")
     return f"{figures}lower {', '.join(ways)}"

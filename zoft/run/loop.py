@@ -13,7 +13,7 @@ from zoft.console import logged, peak_memory_gb
 from zoft.folder import write
 from zoft.method.estimators.named import forwards_per_step
 from zoft.replay.saved_model import folder_name, save_run_model
-from zoft.run.guards import Watch, watch_cores
+from zoft.run.guards import Watch, bias_alone, watch_cores
 from zoft.run.session import Presence, Session, steps_of
 from zoft.run.stops import due_at, next_stop
 from zoft.train.resolve import as_begun, with_group
@@ -134,13 +134,15 @@ def fit(
         t.note(
             f"early_stop={config.early_stop}: nothing better than at step {best_step(config, evals)}; stopped"
         )
+    if said := bias_alone(evals[0], evals[chosen]):
+        t.note(said)
     if config.save_best:
         several |= {"best_step": chosen, "last": evals[last]}
     return {
         **several,
         "steps": last,
         "skipped": sum(r.skipped for r in s.ledger.records),
-        "forwards": last * forwards_per_step(config),
+        "forwards": last * forwards_per_step(config) + getattr(trainer.axis, "forwards", 0),
         "train_seconds": round(seconds, 3),
         "peak_memory_gb": round(peak_memory_gb(config.device), 2),
         "before": evals[0],

@@ -24,6 +24,7 @@ OURS = (
     "model",
     "adapter",
     "start.safetensors",
+    "nodes.safetensors",
     "snapshots",
 )
 

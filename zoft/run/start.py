@@ -73,6 +73,7 @@ def _trained(config: Config, resume: str | Path | None, dry_run: bool) -> dict[s
     from zoft.train.assemble import assemble
     from zoft.train.build import build_trainer, plan_run
     from zoft.train.header import keep_prefix_start
+    from zoft.train.node_axis import keep_calibration
 
     parts = assemble(config, resume)
     config, objective, axis = parts.config, parts.objective, parts.axis
@@ -89,6 +90,7 @@ def _trained(config: Config, resume: str | Path | None, dry_run: bool) -> dict[s
     choose = partial(score, dev, data.dev) if dev and data.dev else None
     with session(config, parts.header, resume) as s:
         keep_prefix_start(config, parts.trained, s.folder)
+        keep_calibration(axis, s.folder)
         objective.watched(s.ledger.header, s.tracker)
         result = fit(build_trainer(parts, s.ledger), s, test, choose)
         return finish(s, parts.model, parts.tokenizer, result)

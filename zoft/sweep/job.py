@@ -103,17 +103,12 @@ def start(
     if lock is None:
         return None
     try:
-        facts = {"attempts": job_record(folder).get("attempts", 0) + 1, "started": time.time(), **facts}
-        facts = {k: v for k, v in facts.items() if v != ""} | {
-            "host": socket.gethostname(),
-            "steps": steps(folder),
-        }
-        write(folder / "job.json", json.dumps(facts))
+        facts = begun(folder, **facts)
         with writing(folder / "job.log"), (folder / "job.log").open("ab") as log:
             process = subprocess.Popen(
                 zoft_command("train", "--resume", str(folder), *extra),
                 env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                pass_fds=[lock], start_new_session=True, preexec_fn=_die_with_parent if die_with_me else None,
+                pass_fds=[lock], start_new_session=True, preexec_fn=die_with_parent if die_with_me else None,
             )  # fmt: skip
         write(folder / "job.json", json.dumps({**facts, "pid": process.pid}))
         return process
@@ -121,7 +116,19 @@ def start(
         os.close(lock)
 
 
-def _die_with_parent() -> None:
+def begun(folder: Path, **facts: Any) -> dict[str, Any]:
+    """Note in job.json that an attempt at a job begins; returns what it holds. facts: more for it."""
+    facts = {"attempts": job_record(folder).get("attempts", 0) + 1, "started": time.time(), **facts}
+    facts = {k: v for k, v in facts.items() if v != ""} | {
+        "host": socket.gethostname(),
+        "steps": steps(folder),
+    }
+    write(folder / "job.json", json.dumps(facts))
+    return facts
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent is gone."""
     import ctypes
 
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, Linux

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from zoft.config.compose import once_each, to_yaml
-from zoft.config.schema import Config, fields
+from zoft.config.schema import Config, fields, values
 from zoft.errors import UserError, writing
 from zoft.folder import refuse_unwritable, write
 from zoft.method.configured import compose
@@ -136,11 +136,8 @@ def corners(swept: Sequence[Dimension]) -> list[dict[str, str]]:
 
 def job_name(config: Config, row: Mapping[str, str]) -> str:
     """`lr=1e-6,seed=0-1a2b3c4d`: what was swept, to be read, and a hash of all keys that are not at their default."""
-    flat = dataclasses.asdict(config)
-    flat |= {f"task.{k}": v for k, v in flat.pop("task").items()}
-    made = {
-        n: f.default_factory() for n, f in fields().items() if callable(f.default_factory) and n != "task"
-    }
+    flat = values(config)
+    made = {n: f.default_factory() for n, f in fields().items() if n in flat and callable(f.default_factory)}
     defaults = {name: f.default for name, f in fields().items()} | made
     kept = {k: v for k, v in flat.items() if v != defaults[k] and (k not in MACHINE or k in row)}
     # A value's own type must not count: 1 is 1.0, and a key that a later version adds is at its default.

@@ -226,13 +226,15 @@ def copyable(config: Mapping[str, Any], top: Mapping[str, Any], goal: Mapping[st
     goal: {metric, direction} that it is best by, said in the first line.
     """
     from zoft.config.compose import dump
-    from zoft.config.schema import fields
+    from zoft.config.schema import SECTIONS, fields
 
     known = fields()
-    tree = {k: v for k, v in config.items() if k not in MACHINE and (k == "task" or v != known[k].default)}
-    tree["task"] = {
-        k: v for k, v in config["task"].items() if v not in (None, {}, known[f"task.{k}"].default)
-    }
+    tree = {k: v for k, v in config.items() if k not in MACHINE and (k in SECTIONS or v != known[k].default)}
+    for group in SECTIONS:
+        held = config.get(group, {}).items()
+        tree[group] = {k: v for k, v in held if v not in (None, {}, known[f"{group}.{k}"].default)}
+    if not tree["limits"]:
+        del tree["limits"]
     if str(tree.get("recipe", "")).endswith(".py"):  # a file names no page: --recipe does
         del tree["recipe"]
     metric, word = goal["metric"], "lowest" if goal["direction"] == "minimize" else "highest"

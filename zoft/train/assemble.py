@@ -23,6 +23,7 @@ from zoft.method.trial import try_page
 from zoft.objectives.objectives import Goal, make_objective, reward_of
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.inplace import InPlace
+from zoft.probe.nodes import NodeAxis
 from zoft.train.axis import make_axis, placed_axis
 from zoft.train.header import agree, header_of
 from zoft.train.parts import (
@@ -54,7 +55,7 @@ class Parts:
     dev: list[Example] | None
     scored: list[Example]
     trained: list[Trained]
-    axis: ProbeAxis | InPlace
+    axis: ProbeAxis | InPlace | NodeAxis
     header: dict[str, Any]
 
 
@@ -66,7 +67,7 @@ def assemble(config: Config, folder: str | Path | None = None) -> Parts:
     method = method_of(config.recipe)
     try_page(config, method)
     config = resolve_device(config)
-    data = tasks.load_task(config.task)
+    data = tasks.load_task(config.task, config.limits)
     config, reward = with_objective(config, data), reward_of(config)
     refuse_best_by(config, data)
     refuse_pattern(config, method)
@@ -76,10 +77,12 @@ def assemble(config: Config, folder: str | Path | None = None) -> Parts:
     scored = objective.examples(train)
 
     # The space, then the axis: which tensors are trained, in which precision, and how the model runs at θ + s·z.
-    names = train_names(model, config.train)
+    names = train_names(model, config.train, config.perturb == "nodes")
     config = resolve_precision(config, model, names)
-    config, trained, axis = make_axis(config, model, adopt(model, names), scored)
+    config, trained, axis = make_axis(config, model, adopt(model, names), scored, folder)
     header = header_of(config, base, trained, train) | objective.header()
+    if isinstance(axis, NodeAxis):
+        header["nodes"] = axis.measured.digest()
     return Parts(
         config=config, data=data, model=model, tokenizer=tokenizer, objective=objective, train=train,
         held_out=held_out, dev=dev_examples(config, tokenizer, data), scored=scored, trained=trained, axis=axis,

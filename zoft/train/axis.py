@@ -16,11 +16,13 @@ from zoft.data.example import Example
 from zoft.errors import UserError
 from zoft.evaluation.evaluate import CALIBRATION, spread
 from zoft.method import space
+from zoft.method.blocks import give_turns
 from zoft.method.estimators.named import estimator_of, probes_per_step
 from zoft.method.estimators.two_sided import TWO_SIDED
 from zoft.method.masks import mask_tensors
+from zoft.method.momentum import MOMENTUM, buffer_beta
 from zoft.method.precision import weak_directions
-from zoft.method.rules import attach_rule, rule_of
+from zoft.method.rules import attach_rule, rule_of, rule_words
 from zoft.method.space import Trained, place_in_precision
 from zoft.method.updates import decay_is_lost
 from zoft.models.adapters.attach import place_adapter
@@ -34,18 +36,24 @@ from zoft.probe import proof
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.frozen_blocks import FROZEN_BYTES, Row, prefix_of, rows_of
 from zoft.probe.inplace import InPlace
+from zoft.probe.nodes import NodeAxis
 from zoft.probe.site_forwards import fast, scratch_bytes
 from zoft.probe.sites import Found
 from zoft.train.batches import picked
+from zoft.train.node_axis import calibrated, make_nodes
 from zoft.train.parts import refuse_unquantised, say
 
 
 def make_axis(
-    config: Config, loaded: nn.Module, trained: list[Trained], train: Sequence[Example]
-) -> tuple[Config, list[Trained], ProbeAxis | InPlace]:
+    config: Config,
+    loaded: nn.Module,
+    trained: list[Trained],
+    train: Sequence[Example],
+    folder: str | Path | None = None,
+) -> tuple[Config, list[Trained], ProbeAxis | InPlace | NodeAxis]:
     """The way to run the model at θ + s·z: proved on the run's own first examples, or in place.
 
-    Returns (config with perturb and probes_per_forward resolved, tensors that are really trained, axis).
+    folder: of a run that goes on. Returns (config with perturb and probes_per_forward resolved, tensors that are really trained, axis).
     """
     refuse_other_kind(config.model, loaded, train[0].masked)
     longest, known = max(e.length for e in train), trained_positions(loaded)
@@ -83,6 +91,8 @@ def make_axis(
         say(found.note)
     if config.directions == "example" and not found.stacked:
         raise UserError(f"directions=example: {found.note}; use directions=shared")
+    if config.perturb == "nodes":
+        return node_axis(config, loaded, proof.live(trained, found), train, found, folder)
     auto = config.probes_per_forward == "auto"
     wanted = 2 if auto else int(config.probes_per_forward)
     group = min(wanted, probes_per_step(config)) if found.stacked else 1
@@ -106,6 +116,29 @@ def make_axis(
             return run(small)
 
     return held(cached(config, loaded, trained, train, clean), made), trained, made
+
+
+def node_axis(
+    config: Config, loaded: nn.Module, trained: list[Trained], train: Sequence[Example], found: Found,
+    folder: str | Path | None,
+) -> tuple[Config, list[Trained], NodeAxis]:  # fmt: skip
+    """Build the axis of perturb=nodes: layers proved, in their precision, and measured, or as a resumed run's file has them."""
+    group = 2 if config.probes_per_forward == "auto" else min(2, int(config.probes_per_forward))
+    config = replace(config, probes_per_forward=group)
+    place_in_precision(loaded, trained, config.storage, config.compute)
+    made = make_nodes(config, loaded, trained, found, train)
+
+    def clean() -> torch.Tensor:
+        return losses(loaded, calibration(train)[0].to(config.device))[0]
+
+    config = cached(config, loaded, trained, train, clean)
+    made.place(calibrated(config, loaded, made, train, folder))
+    m = made.measured
+    say(
+        f"{len(made.layers)} linear layers, {len(m.whiteners)} distinct inputs measured on {m.forwards} forwards; "
+        f"{m.sinks:.2%} of the tokens are left out of the layers' scales"
+    )
+    return config, trained, made
 
 
 def drawn(config: Config) -> str:
@@ -147,15 +180,18 @@ def placed_axis(
     place_in_precision(loaded, trained, config.storage, config.compute, uniform=inplace)
     if config.train in ADAPTERS:
         place_adapter(trained, space.DTYPES[config.compute])
-    for line in mask_tensors(trained, config.mask, config.sparsity, config.seed):  # θ is the base, as stored
+    for line in mask_tensors(
+        trained, config.mask, config.sparsity, config.seed, config.mask_every
+    ):  # θ is the base, as stored
+        say(line)
+    for line in give_turns(loaded, trained, config.blocks):
         say(line)
     refuse_denoise(config, trained)
-    rule = rule_of(config)
-    attach_rule(trained, rule)
-    common: dict[str, Any] = {"seed": config.seed, "kind": drawn(config), "beta": config.momentum}
+    attach_rule(trained, rule_of(config))
+    common: dict[str, Any] = {"seed": config.seed, "kind": drawn(config), "beta": buffer_beta(config)}
     probes = estimator_of(config).probes(config.q, config.eps)
     fed: dict[str, Any] = common | {"q": config.q, "eps": config.eps}
-    captured = config.device.startswith("cuda") and config.storage != "fp64" and rule is None
+    captured = config.device.startswith("cuda") and config.storage != "fp64" and not why_eager(config)
     if inplace:
         config = replace(config, probes_per_forward=1)
         if captured and probes == TWO_SIDED.probes(config.q, config.eps):  # the only cycle that is captured
@@ -172,6 +208,21 @@ def placed_axis(
             DeviceAxis(trained, sites, compute=space.DTYPES[config.compute], probes=probes, **fed),
         )
     return config, trained, ProbeAxis(trained, sites, **common)
+
+
+def why_eager(config: Config) -> str:
+    """Say why a config's steps cannot be captured as CUDA graphs; "" where its method lets them be."""
+    if ruled := rule_words(config):
+        return f"{ruled} has no kernel"
+    if (used := estimator_of(config)).second:
+        return f"{used.second.name} asks for a second round of losses that depends on the first"
+    if config.update == MOMENTUM:
+        return f"update={MOMENTUM} has the directions of many steps in one"
+    if config.blocks != "all":
+        return f"blocks={config.blocks} moves other tensors at each step"
+    if config.mask_every:
+        return f"mask_every={config.mask_every} moves other numbers at other steps"
+    return ""
 
 
 def refuse_denoise(config: Config, trained: Sequence[Trained]) -> None:
@@ -205,6 +256,11 @@ def grouped(config: Config, loaded: nn.Module, made: ProbeAxis, train: Sequence[
     with made.clean(batch.rows), Live(kept, count=False) as live:
         losses(loaded, batch)
     each = max(1, live.most - made.scratch_held())  # the scratch was allocated meanwhile
+    return group_of(config, each, room)
+
+
+def group_of(config: Config, each: int, room: int) -> int:
+    """Return how many of a step's probes share a forward, if a probe's activations take `each` bytes and `room` has them."""
     probes = probes_per_step(config)
     shared = (
         probes // config.q if probes % config.q == 0 else 1

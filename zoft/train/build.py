@@ -21,9 +21,11 @@ from zoft.objectives.objectives import Goal, Prompts
 from zoft.parallel.world import this_world
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.inplace import InPlace
+from zoft.probe.nodes import NodeAxis
 from zoft.train.assemble import Parts
-from zoft.train.axis import drawn
+from zoft.train.axis import drawn, why_eager
 from zoft.train.batches import batches_of, picked
+from zoft.train.node_trainer import NodeTrainer, node_rows_of
 from zoft.train.parts import say, trainer_settings
 from zoft.train.trainer import Trainer
 
@@ -34,13 +36,16 @@ def build_trainer(parts: Parts, ledger: Ledger) -> Trainer:
 
 
 def build_trainer_of(
-    config: Config, loaded: nn.Module, made: ProbeAxis | InPlace, train: Sequence[Example], ledger: Ledger,
+    config: Config, loaded: nn.Module, made: ProbeAxis | InPlace | NodeAxis, train: Sequence[Example], ledger: Ledger,
     goal: Goal | None = None,
 ) -> Trainer:  # fmt: skip
     """Build a trainer of parts that were put together by hand; see `build_trainer`."""
     goal = goal or Goal(train[0].objective)
     for line in advice_at_start(config, made.trained) if ledger.last_step < 0 else ():
         say(line)
+    if isinstance(made, NodeAxis):
+        mine, whole = (node_rows_of(config, train, alone) for alone in (True, False))
+        return NodeTrainer(loaded, made, mine, ledger, trainer_settings(config), goal.forward, whole)
     if config.elastic:
         from zoft.train.elastic import ElasticTrainer
 
@@ -62,7 +67,10 @@ def build_trainer_of(
             mine = this_world().examples
             return [Prompts(tuple(mine(picks))) for picks in picked(config, len(train), step)]
 
-    eager = goal.texts is not None or goal.value is not mean_loss or made.trained[0].rule is not None
+    why = why_eager(config)
+    if why and config.device.startswith("cuda"):
+        say(f"steps are not captured as CUDA graphs: {why}")
+    eager = goal.texts is not None or goal.value is not mean_loss or bool(why)
     if eager or not config.device.startswith("cuda") or type(made) in (ProbeAxis, InPlace):
         return Trainer(loaded, made, at, ledger, trainer_settings(config), goal.forward, goal.value)
     from zoft.probe.cuda.axis import DeviceAxis

@@ -13,13 +13,13 @@ import torch
 
 from zoft import __version__
 from zoft.config.digest import LATER, changed, digests
-from zoft.config.schema import ADAPTERS, Config
+from zoft.config.schema import ADAPTERS, Config, fields
 from zoft.data.example import Example
 from zoft.errors import UserError
 from zoft.method import space
 from zoft.method.estimators.named import ESTIMATORS, estimator_of, examples_per_step
 from zoft.method.recipes import method_of
-from zoft.method.rules import RULES, rule_of
+from zoft.method.rules import update_name
 from zoft.method.space import Trained
 from zoft.models.adapters.attach import START, adapter_fingerprint
 from zoft.noise import spec
@@ -31,6 +31,7 @@ DIFFERS = {
     "rows": "was begun on rows with other columns or answers: put back what was changed there",
     "noise_version": "has noise of version {found}, this zoft makes version {value}: use the zoft that wrote it",
     "page": "was begun with another text of its recipe ({found}) than that file has now ({value}): put back what it was",
+    "nodes": "was begun with other measurements of its layers than nodes.safetensors has now: put that file back",
     "adapter": "starts from an adapter ({found}) that is not made here ({value}): put back start.safetensors",
 }
 
@@ -48,6 +49,8 @@ PLAN = (
     "sparsity",
     "eps_mode",
 )
+# Keys of the plan that came later: a header lacks them where they are at their default.
+OWN = ("blocks", "mask_every", "anchor", "rho", "calibration_rows", "node_rank")
 # What it says for people, of how the run began; another machine may go on with it otherwise.
 MADE = ("recipe", "train", "steps", "lr", "schedule", "warmup", "clip", "meazo", "weight_decay", "batch_size", "accumulate",
         "device", "threads", "probes_per_forward", "cache_frozen")  # fmt: skip
@@ -61,10 +64,13 @@ def header_of(
     known = {k: getattr(config, k) for k in PLAN}
     if (name := estimator_of(config).name) not in LATER["estimator"]:
         known["estimator"] = name
-    if rule := rule_of(config):
-        known["update"] = rule.name
+    if (name := update_name(config)) not in LATER["update"]:
+        known["update"] = name
     if config.directions == "example":
         known["examples"] = examples_per_step(config)
+    known |= {k: value for k in OWN if (value := getattr(config, k)) not in LATER[k]}
+    if turns := {t.name: t.turn.mine for t in trained if t.turn is not None}:
+        known["turns"] = turns
     if config.train in ADAPTERS:
         known["adapter"] = adapter_fingerprint(trained)
     found: dict[str, Any] = {
@@ -103,7 +109,7 @@ def data_digest(train: Sequence[Example]) -> str:
 
 def with_plan(config: Config, found: Mapping[str, Any]) -> Config:
     """Return the config with the plan that a ledger was written under."""
-    plan = {k: found[k] for k in PLAN if k in found}
+    plan = {k: found[k] for k in PLAN if k in found} | {k: found.get(k, LATER[k][0]) for k in OWN}
     named = found.get("estimator", "two_sided")
     ruled = found.get("update", "sgd")
     # Those of a page of the user's own are `auto`: the page says which.
@@ -111,7 +117,7 @@ def with_plan(config: Config, found: Mapping[str, Any]) -> Config:
         config,
         **plan,
         estimator=named if named in ESTIMATORS else "auto",
-        update=ruled if ruled in ("sgd", *RULES) else "auto",
+        update=ruled if ruled in fields()["update"].metadata["one_of"] else "auto",
         directions="example" if "examples" in found else "shared",
     )
 

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from zoft.config.schema import ADAPTERS, SETS, Config
-from zoft.data.encode import encode, how
+from zoft.console import escaped
+from zoft.data.encode import encode, how, refuse_foreign_ids
 from zoft.data.example import Example
 from zoft.data.tasks import TaskData, subset
 from zoft.errors import UserError
@@ -29,6 +30,7 @@ from zoft.models.fingerprint import of_model
 from zoft.models.load import find_model, load_model, load_tokenizer
 from zoft.models.quant.linear import Scales, quantise_model, quantised_layers, set_log
 from zoft.models.quant.other_libraries import attach_scales, keep_other_layers, other_layers
+from zoft.models.vocabulary import embedding_rows
 from zoft.parallel.world import this_world, threads_each
 from zoft.train.trainer import Settings
 
@@ -120,7 +122,7 @@ def refuse_pattern(config: Config, method: Method) -> None:
     except Exception:  # of a file or code that has no shapes without weights: seen once it is loaded
         return
     if getattr(shapes.config, "quantization_config", None) is None:
-        train_names(shapes, config.train)
+        train_names(shapes, config.train, config.perturb == "nodes")
 
 
 def run_tokenizer(config: Config) -> Any:
@@ -131,8 +133,11 @@ def run_tokenizer(config: Config) -> Any:
 def encode_examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[list[Example], list[Example]]:
     """Training rows and the evaluation rows that eval_limit keeps, as token ids."""
     held_out = subset(data.eval, config.eval_limit)
+    size = embedding_rows(config.model, config.trust_remote_code)
     train = encode(data.train, tokenizer, data, config.max_length, pack=data.pack)
     made = train, encode(held_out, tokenizer, data, config.max_length)
+    for rows, examples in ((data.train, train), (held_out, made[1])):
+        refuse_foreign_ids(rows, examples, tokenizer, size)
     for line in reading(tokenizer, data):
         say(line)
     if cut := sum(e.cut > 0 for e in train):
@@ -143,15 +148,18 @@ def encode_examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[lis
 
 
 def reading(tokenizer: Any, data: TaskData) -> list[str]:
-    """Say what was recognised in the user's own data, and how it is written for the model; none where templates say."""
-    if not data.reading:
-        return []
-    return [data.reading, how(tokenizer, data)]
+    """Return what was left out of the user's own data and, where no template says, what was recognised in it and how it
+    is written for the model."""
+    return data.left_out + ([data.reading, how(tokenizer, data)] if data.reading else [])
 
 
 def dev_examples(config: Config, tokenizer: Any, data: TaskData) -> list[Example] | None:
     """The rows that a model is chosen by, as token ids; None where task.num_dev and task.k_shot ask for none."""
-    return None if data.dev is None else encode(data.dev, tokenizer, data, config.max_length)
+    if data.dev is None:
+        return None
+    made = encode(data.dev, tokenizer, data, config.max_length)
+    refuse_foreign_ids(data.dev, made, tokenizer, embedding_rows(config.model, config.trust_remote_code))
+    return made
 
 
 def resolve_precision(config: Config, loaded: nn.Module, names: Sequence[str]) -> Config:
@@ -201,7 +209,7 @@ _silent = False
 def say(text: str) -> None:
     """A line about the set-up, for the reader."""
     if not _silent:
-        print(text, file=sys.stderr, flush=True)
+        print(escaped(text), file=sys.stderr, flush=True)
 
 
 @contextmanager

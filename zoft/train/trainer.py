@@ -8,13 +8,23 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from zoft.errors import UserError
 from zoft.ledger.log import Ledger, Record, update_of
-from zoft.method.estimators.estimator import Estimator, Probe, finite, losses_of, projected_gradient, rows_of
+from zoft.method.estimators.estimator import (
+    Estimator,
+    Probe,
+    SecondRound,
+    finite,
+    losses_of,
+    projected_gradient,
+    rows_of,
+)
 from zoft.method.estimators.named import estimator_of
+from zoft.method.momentum import Window, window_beta
 from zoft.method.updates import lr_at, make_update
 from zoft.noise.spec import Update
 from zoft.objectives.losses import Batch, losses, mean_loss
@@ -28,7 +38,8 @@ from zoft.probe.rows import Unfit
 class Settings:
     """Hold what a step needs to know: lr and eps as in the papers, warmup in steps (or a share of them, below 1).
 
-    estimator: a name (estimators.named), or a value of the user's own.
+    estimator: a name (estimators.named), or a value of the user's own. update, momentum: a
+    step is other than plain here with update=conservative and update=momentum alone.
     """
 
     seed: int
@@ -46,6 +57,8 @@ class Settings:
     probes_per_forward: int = 2
     clip: float | None = None
     meazo: float = 0.0
+    update: str = "auto"
+    momentum: float = 0.0
     max_skipped: int = 20
 
 
@@ -69,6 +82,8 @@ class Trainer:
     Source: MeZO (arXiv 2305.17333), Algorithm 1 and, for q > 1, Algorithm 2 with one batch for all directions.
     """
 
+    lr_apart = False  # whether the multipliers have no learning rate in them
+
     def __init__(
         self,
         model: nn.Module,
@@ -90,6 +105,7 @@ class Trainer:
         self.probes = self.estimator.probes(settings.q, settings.eps)  # [P]
         self.eps = torch.tensor(settings.eps, dtype=torch.float64)
         self.state = torch.tensor(self.estimator.state, dtype=torch.float64)
+        self.window = Window(window_beta(settings))
         self.world = this_world()
 
     def step(self) -> dict[str, Any] | None:
@@ -99,23 +115,38 @@ class Trainer:
         θ ← θ - lr·(Σ_k c_k·z_k + weight_decay·θ),  c = estimator.coefficients(losses)
         """
         s, t = self.settings, self.next
+        batches = self.batches(t)
         ask = self.losses_at if self.estimator.per == 1 else self.own_losses_at
-        losses = ask(t, self.probes, self.batches(t))  # [P]
+        losses = ask(t, self.probes, batches)  # [P]
         coefficients, state = self.estimate(losses)  # [q], [S]
         lr = lr_at(t, lr=s.lr, steps=s.steps, schedule=s.schedule, warmup=s.warmup)
-        ruled = self.axis.trained[0].rule is not None
+        ruled = self.lr_apart or self.axis.trained[0].rule is not None
         change = make_update(t, s.seed, coefficients, lr=lr, weight_decay=s.weight_decay, ruled=ruled)
         # A multiplier may overflow fp32 where its losses do not.
         good = finite([*losses, *change.multipliers])
+        if good and self.estimator.second is not None:
+            change = self.asked_again(self.estimator.second, change, batches)
+            good = finite(change.multipliers)
         if not good:
             change = Update(t, s.seed, (0.0,) * self.estimator.directions(s.q))
         rows = rows_of(losses, self.probes)  # [2q]
         metrics = self.write_down(Record(t, change.multipliers, change.decay, rows, not good, lr))
         if good:  # the step is now a fact; the next reader of each tensor applies it
-            self.axis.commit(change)
+            self.commit(change)
             self.state.copy_(state)
         self.next = t + 1
         return metrics
+
+    def commit(self, change: Update) -> None:
+        """Hand a step's update, as the ledger has it, to the weights, with past steps' directions where momentum has them."""
+        self.axis.commit(self.window.take(change))
+
+    def asked_again(self, second: SecondRound, change: Update, batches: Sequence[Batch]) -> Update:
+        """Return a step's update with the multipliers that a second round of probes chooses."""
+        losses = self.losses_at(change.step, second.probes(change.multipliers), batches)
+        chosen = np.asarray(second.choose(losses, change.multipliers), np.float32)  # [q]
+        assert len(chosen) == len(change.multipliers), (len(chosen), second.name)
+        return replace(change, multipliers=tuple(chosen.tolist()))
 
     @torch.no_grad()
     def losses_at(self, step: int, probes: Sequence[Probe], batches: Sequence[Batch]) -> list[float]:
@@ -235,6 +266,8 @@ class Trainer:
         """Go on from weights that have the first `step` of these records in them already (a snapshot's)."""
         assert self.next == 0, f"skip to {step} after {self.next} steps"
         for record in records[:step]:
+            if not record.skipped:
+                self.window.take(update_of(record, self.settings.seed))
             self.pass_by(record)
 
     def pass_by(self, record: Record) -> None:
@@ -250,7 +283,7 @@ class Trainer:
         for record in records:
             self.axis.repeat_step(record.step, self.probes)
             if not record.skipped:
-                self.axis.commit(update_of(record, self.settings.seed))
+                self.commit(update_of(record, self.settings.seed))
             self.pass_by(record)
             on_step(record.step)
         self.axis.flush()

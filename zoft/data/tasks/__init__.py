@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
+from zoft.config.schema import Limits
 from zoft.data.tasks import formats, local, split, template
 from zoft.data.tasks.formats import recognise
 from zoft.data.tasks.local import is_folder
@@ -36,6 +40,7 @@ class TaskData:
     reading: what a recognised layout of a file is and what is learned of it, "" where templates name the columns;
     its rows hold `messages` (turns {role, content, scored}) or `pieces` (text). chat: "auto" | "template" |
     "plain"; pack: short texts share rows; joint: what stands between prompt and completion in plain text.
+    left_out: lines on what its files hold and no row does.
     """
 
     name: str
@@ -51,9 +56,10 @@ class TaskData:
     chat: str = "auto"
     pack: bool = False
     joint: str = ""
+    left_out: list[str] = field(default_factory=list)
 
 
-def load_task(task: Any) -> TaskData:
+def load_task(task: Any, limits: Limits | None = None) -> TaskData:
     """Read, check, render and split the rows of a task.
 
     Without evaluation data, rows whose key falls in the lowest 15 % of hashes are held out (a Hub data set's
@@ -62,6 +68,7 @@ def load_task(task: Any) -> TaskData:
 
     task: the task's settings (name, train, eval, subset, train_limit, prompt, label, choices, target,
     max_words: rows with more words in the prompt's columns are left out; and those of `zoft.data.tasks.split`).
+    limits: what its files may hold; the defaults without.
     Errors: UserError in one line naming file, line, key, value and fix.
     """
     settings = _settings(task)
@@ -70,6 +77,7 @@ def load_task(task: Any) -> TaskData:
     target = template.parse("task.target", task.target) if task.target else None
     null = None if task.null_prompt is None else template.parse("task.null_prompt", task.null_prompt)
     make = ROWS.get(task.name)
+    left_out: list[str] = []
     if task.name in READERS:
         rows = READERS[task.name]()
         held: local.Rows = []
@@ -79,7 +87,7 @@ def load_task(task: Any) -> TaskData:
         def read(key: str, place: str, **which: bool) -> local.Rows:
             # A local copy of a paper's data set is a file; the configuration is that of the data set at the Hub.
             subset = None if make and local.is_file(place) else task.subset
-            return local.read(key, place, subset, **which)
+            return local.read(key, place, subset, limits, notes=left_out, **which)
 
         rows = read("task.train", task.train)
         same = task.eval is None and not local.is_file(task.train)
@@ -128,7 +136,15 @@ def load_task(task: Any) -> TaskData:
     def drawn(train: list[dict[str, Any]], held: list[dict[str, Any]]) -> TaskData:
         train, dev, held, said = split.draw(train, held, task, list(settings["choices"]))
         train = subset(train, task.train_limit)
-        return TaskData(task.name, **settings, train=train, eval=held, notes=[*notes, *said], dev=dev)
+        return TaskData(
+            task.name,
+            **settings,
+            train=train,
+            eval=held,
+            notes=[*notes, *said],
+            dev=dev,
+            left_out=list(dict.fromkeys(left_out)),
+        )
 
     train = rendered("task.train", rows)
     if laid_out:
@@ -310,10 +326,42 @@ def _render(
 def _gold(where: str, column: str, value: Any, labels: list[str]) -> int:
     """Which choice a label is: by its text, a class of the Hub by its name too, True by "true" and the reverse."""
     word = template.as_text(value).strip()
+    if word in labels:
+        return labels.index(word)
     truth = [word.lower(), word.capitalize(), word.upper()] if word.lower() in ("true", "false") else []
-    for name in (word, getattr(value, "name", None), *truth):
+    for name in (getattr(value, "name", None), *truth):
         if name in labels:
             return labels.index(name)
-    raise UserError(
-        f"{where}: {column}={word} is none of task.choices ({', '.join(labels)}){near(word, labels)}"
-    )
+    same = [i for i, label in enumerate(labels) if _same(word, label)]
+    if len(same) == 1:
+        return same[0]
+    # Only another way to write this very label is a hint: the most similar one may be the opposite class.
+    plain = [label for label in labels if _same_but_for_a_slip(_letters(label), _letters(word))]
+    hint = f"; did you mean {plain[0]}?" if len(plain) == 1 else ""
+    raise UserError(f"{where}: {column}={word} is none of task.choices ({', '.join(labels)}){hint}")
+
+
+NUMBER = re.compile(r"-?(0|[1-9]\d{0,40})(\.\d{1,40})?", re.ASCII)
+
+
+def _same(word: str, label: str) -> bool:
+    """Say whether two texts are one number, as 1 and 1.0 are, or the same characters in other code points."""
+    if NUMBER.fullmatch(word) and NUMBER.fullmatch(label):
+        return Decimal(word) == Decimal(label)
+    return unicodedata.normalize("NFC", word) == unicodedata.normalize("NFC", label)
+
+
+def _same_but_for_a_slip(a: str, b: str) -> bool:
+    """Say whether two words are one, or one with a letter left out that is not its first one.
+
+    A letter in front (moral, amoral), another letter (micro, macro) and digits make other words.
+    """
+    long, short = (a, b) if len(a) > len(b) else (b, a)
+    if a == b or len(short) < 5 or len(long) != len(short) + 1 or not (a + b).isalpha():
+        return a == b != ""
+    return any(long[:i] + long[i + 1 :] == short for i in range(1, len(long))) and long[0] == short[0]
+
+
+def _letters(text: str) -> str:
+    """Return a text's letters and digits alone, in one case."""
+    return "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if c.isalnum())

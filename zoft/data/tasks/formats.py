@@ -7,11 +7,13 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from zoft.data.tasks import template
 from zoft.data.tasks.template import near, refuse_cell
 from zoft.errors import UserError
+from zoft.limits import shortened
 
 FORMATS = ("text", "completion", "instruction", "messages", "sharegpt", "label")
 # What a column may be called, by what it is.
@@ -80,11 +82,9 @@ class Reading:
             "sharegpt": "the assistant's turns of {messages}",
         }[self.format if self.format != "messages" or "prompt" in c else "sharegpt"].format(**c)
         with_system = f", system turn {c['system']}" if "system" in c else ""
-        unread = (
-            f"; not read: {', '.join(c or '(a column without a name)' for c in self.unread)}"
-            if self.unread
-            else ""
-        )
+        shown = [shortened(c) if c else "(a column without a name)" for c in self.unread[:20]]
+        more = f" and {len(self.unread) - 20:,} more" if len(self.unread) > 20 else ""
+        unread = f"; not read: {', '.join(shown)}{more}" if shown else ""
         return f"format {self.format}: learns {learned}{with_system}{unread}"
 
 
@@ -184,7 +184,8 @@ def _chosen(first: dict[str, Any]) -> str:
 
 def _labelled(rows: list[tuple[str, dict[str, Any]]], first: Iterable[str]) -> str:
     """The keys that a column of few short values asks for, beside another one to read; nothing where there is none."""
-    for column in first:
+    rows = rows[:10_000]
+    for column in islice(first, 100):
         values = [row.get(column) for _, row in rows]
         held = sorted({str(v) for v in values if isinstance(v, str | int) and len(str(v)) <= 20})
         if 2 <= len(held) <= min(10, len(rows) // 2) and all(str(v) in held for v in values):

@@ -1,62 +1,85 @@
-"""Rows from the user's own data: jsonl, json, csv, tsv, parquet files, folders of them or of texts, or the Hub."""
+"""Rows from the user's own data: a file, a folder of them or of texts, a folder of the datasets package, or the Hub."""
 
 from __future__ import annotations
 
-import csv
-import difflib
-import io
-import json
+import gc
 import os
 import re
 from pathlib import Path
 from typing import Any
 
+from zoft.config.schema import Limits
+from zoft.data.tasks.files import FORMATS, Rows, read_file, refuse_rows, suffix, whole_text
+from zoft.data.tasks.template import near
 from zoft.errors import UserError
+from zoft.limits import COLUMNS
 from zoft.packages import install
 
-FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-LINE_MAX = 10_000_000  # characters of a row
-Rows = list[tuple[str, dict[str, Any]]]  # (where it stands, column -> value)
 
-
-def read(key: str, place: str, subset: str | None = None, *, held_out: bool = False) -> Rows:
-    """The rows of a file, of a folder's files, or of a Hub data set where no such file can be meant.
+def read(
+    key: str,
+    place: str,
+    subset: str | None = None,
+    limits: Limits | None = None,
+    *,
+    held_out: bool = False,
+    notes: list[str] | None = None,
+) -> Rows:
+    """Return the rows of a file, of a folder's files, or of a Hub data set where no such file can be meant.
 
     key: the setting it comes from ("task.train"). place: a path, or a Hub id with an optional split
-    ("stanfordnlp/sst2:validation"). subset: configuration of a Hub data set. held_out: without a split named,
-    take the validation (else test) split of a folder or the Hub rather than train; [] if that has neither, but for
-    a folder that task.eval names: its files.
+    ("stanfordnlp/sst2:validation", "imdb:train[:100]"). subset: configuration of a Hub data set. held_out: without a
+    split named, take the validation (else test) split of a folder or the Hub rather than train; [] if that has neither,
+    but for a folder that task.eval names: its files. notes: gets a line for each thing that was left out.
     Returns (where, row) pairs, a missing cell being None. Errors: UserError naming the line and the fix.
     """
-    path = Path(place).expanduser()
+    path, limits, notes = Path(place).expanduser(), limits or Limits(), [] if notes is None else notes
     if is_file(place) or is_folder(place):
         if subset:
             kind = "file" if is_file(place) else "folder"
             raise UserError(f"task.subset={subset}: {key}={place} is a {kind}; subsets are for Hub data sets")
-        rows = _folder(key, path, held_out) if is_folder(place) else _file(key, path)
+        collects = gc.isenabled()
+        gc.disable()  # rows hold no cycles, and looking for some in millions of them takes longer than reading
+        try:
+            whole = is_folder(place)
+            rows = (
+                _folder(key, path, held_out, limits, notes) if whole else read_file(key, path, limits, notes)
+            )
+        finally:
+            if collects:
+                gc.enable()
         if not rows and held_out and key == "task.train":
             return []
     elif _means_a_file(place, path):
-        raise UserError(f"{key}={place}: {_why_no_file(path)}")
+        raise UserError(f"{key}={place}: {_why_no_file(key, place, path)}")
     else:
-        return _hub(key, place, subset, held_out)
+        return _hub(key, place, subset, held_out, limits)
     if not rows:
         raise UserError(f"{key}={place}: there are no rows in it")
+    _refuse_columns(f"{key}={place}", rows)
     return rows
+
+
+def _refuse_columns(place: str, rows: Rows) -> None:
+    held: set[str] = set()
+    for _, row in rows:
+        held.update(row)
+        if len(held) > COLUMNS:
+            raise UserError(f"{place}: more than {COLUMNS:,} columns; its rows have too many different names")
 
 
 def look(key: str, place: str) -> None:
     """Raise UserError for a file that is not there, cannot be read or is of no known format; a Hub id passes."""
     path = Path(place).expanduser()
     if is_folder(place):
-        for file in _files(key, path):
+        for file in [] if _is_saved(key, path) else _files(key, path):
             look(key, str(file)) if file.suffix.lower() != ".txt" else None
     elif is_file(place):
-        _suffix(key, path)
+        suffix(key, path)
         if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
             raise UserError(f"{key}={place}: cannot be read: Permission denied")
     elif _means_a_file(place, path):
-        raise UserError(f"{key}={place}: {_why_no_file(path)}")
+        raise UserError(f"{key}={place}: {_why_no_file(key, place, path)}")
 
 
 def is_file(place: str) -> bool:
@@ -67,17 +90,50 @@ def is_folder(place: str) -> bool:
     return os.path.isdir(Path(place).expanduser())
 
 
-def _files(key: str, folder: Path) -> list[Path]:
-    """The data files of a folder, by name: all of one kind, .txt or any of FORMATS."""
+def _names(key: str, folder: Path) -> list[str]:
     try:
-        names = sorted(os.listdir(folder))
+        return sorted(os.listdir(folder))
     except OSError as error:
         raise UserError(f"{key}={folder}: cannot be read: {error.strerror}") from None
+
+
+# Files that the datasets package writes beside the data, of which they hold none.
+ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+
+
+def _is_saved(key: str, folder: Path) -> bool:
+    """Say whether a folder is one that save_to_disk of the datasets package wrote."""
+    names = _names(key, folder)
+    return "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= {*names}
+
+
+def _data_files(folder: Path, names: list[str]) -> tuple[list[Path], list[Path]]:
+    """Return (the .txt files, the tables) among the names of a folder."""
+    found = [folder / n for n in names if not n.startswith(".") and n not in ABOUT]
+    found = [f for f in found if f.suffix.lower() in (*FORMATS, ".txt") and os.path.isfile(f)]
+    return [f for f in found if f.suffix.lower() == ".txt"], [f for f in found if f.suffix.lower() != ".txt"]
+
+
+def _files(key: str, folder: Path) -> list[Path]:
+    """Return the data files of a folder, by name: all of one kind, .txt or any of FORMATS.
+
+    A folder without any has them in a folder of its own, as a clone of a data set of the Hub has: in data/, or in the
+    only one that holds some.
+    """
+    names = _names(key, folder)
     if "config.json" in names:
         raise UserError(f"{key}={folder}: is a folder of a model, not of data")
-    found = [folder / n for n in names if not n.startswith(".") and os.path.isfile(folder / n)]
-    texts = [f for f in found if f.suffix.lower() == ".txt"]
-    tables = [f for f in found if f.suffix.lower() in FORMATS]
+    texts, tables = _data_files(folder, names)
+    if not texts and not tables:
+        below = [n for n in names if not n.startswith(".") and os.path.isdir(folder / n)]
+        below = [n for n in below if any(_data_files(folder / n, _names(key, folder / n)))]
+        if len(below) > 1 and "data" not in below:
+            raise UserError(
+                f"{key}={folder}: is a folder of several data sets ({', '.join(below)}); name one: {key}={folder / below[0]}"
+            )
+        if below:
+            folder = folder / ("data" if "data" in below else below[0])
+            texts, tables = _data_files(folder, _names(key, folder))
     if texts and tables:
         raise UserError(
             f"{key}={folder}: is a folder of both {texts[0].name} and {tables[0].name}; give one kind a folder"
@@ -87,16 +143,66 @@ def _files(key: str, folder: Path) -> list[Path]:
     return texts or tables
 
 
-def _folder(key: str, folder: Path, held_out: bool) -> Rows:
+def _folder(key: str, folder: Path, held_out: bool, limits: Limits, notes: list[str]) -> Rows:
+    if _is_saved(key, folder):
+        return _saved(key, folder, held_out, limits)
     files = _files(key, folder)
     chosen = _split(files, held_out)
     if not chosen and key == "task.eval":  # a folder for evaluation alone
         chosen = [f for f in files if not SPLIT.fullmatch(f.stem)]
     rows: Rows = []
+    total = 0
     for file in chosen:
+        total += file.stat().st_size
+        if total > limits.bytes:
+            raise UserError(
+                f"{key}={folder}: more than limits.bytes={limits.bytes:,} bytes; limits.bytes=N reads up to N of them"
+            )
         text = file.suffix.lower() == ".txt"
-        rows += [(str(file), {"text": _decode(file)})] if text else _file(key, file)
+        rows += (
+            [(str(file), {"text": whole_text(file, limits)})] if text else read_file(key, file, limits, notes)
+        )
+        refuse_rows(f"{key}={folder}", len(rows), limits)
     return rows
+
+
+def _saved(key: str, folder: Path, held_out: bool, limits: Limits) -> Rows:
+    """Return the rows of a folder that save_to_disk wrote: of a dict of data sets those of its split."""
+    try:
+        import datasets
+        from pyarrow import ArrowException
+    except ImportError:
+        raise UserError(
+            f"{key}={folder}: written by save_to_disk, which the datasets package reads: {install('datasets')}"
+        ) from None
+    try:
+        found: Any = datasets.load_from_disk(str(folder))
+        split = ""
+        if isinstance(found, datasets.DatasetDict):
+            wanted = ("validation", "test") if held_out else ("train",)
+            split = next((s for s in wanted if s in found), "")
+            if not split and held_out and key == "task.train":
+                return []
+            if not split:
+                raise UserError(
+                    f"{key}={folder}: it has no {' or '.join(wanted)} split ({', '.join(found)}); give the folder of one: "
+                    f"{key}={folder / next(iter(found), 'train')}"
+                )
+            found = found[split]
+        elif held_out and key == "task.train":
+            return []
+        return _rows(f"{folder}[{split}]" if split else str(folder), found, limits)
+    except (
+        ArrowException,
+        OSError,
+        LookupError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        AttributeError,
+    ) as error:
+        said = " ".join(str(error).split())[:160]
+        raise UserError(f"{key}={folder}: not a whole folder of save_to_disk: {said}") from None
 
 
 SPLIT = re.compile(r"(train|valid|validation|val|dev|eval|test)(?:[-_.]\d.*)?", re.I)
@@ -118,174 +224,37 @@ def _split(files: list[Path], held_out: bool) -> list[Path]:
     return next((fs for fs in held if fs), [])
 
 
+SPLIT_OF_HUB = r"(:[\w.+\[\]:%-]+)?"  # validation, train[:100], train+test
+
+
 def _means_a_file(place: str, path: Path) -> bool:
-    hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(:\w+)?", place)
+    hub_id = re.fullmatch(rf"[\w-][\w.-]*(/[\w.-]+)?{SPLIT_OF_HUB}", place)
     return path.suffix.lower() in FORMATS or not hub_id
 
 
-def _why_no_file(path: Path) -> str:
+def _why_no_file(key: str, place: str, path: Path) -> str:
+    """Say why a place is none that is read, and what to write."""
+    scheme, mark, inner = place.partition("://")
+    if mark and scheme == "hf":
+        named = inner.removeprefix("datasets/").split("/")
+        shown = "/".join(part.partition("@")[0] for part in named[:2])
+        return f"no such file; a data set of the Hub is named without {scheme}://, as in {key}={shown or 'stanfordnlp/sst2'}"
+    if mark:
+        return f"no such file; nothing is fetched from {scheme}:// addresses: download it, and give its path"
+    if set("*?[") & set(place):
+        folder = next(p for p in path.parents if not set("*?[") & set(str(p)))
+        return f"no such file; * and its like are not read here: give a folder, whose data files are all read: {key}={folder}"
     if not os.path.isdir(path.parent):
         return f"no such file: there is no folder {path.parent}"
     try:
         # Without their endings, which all are alike by.
         stems = {Path(name).stem: name for name in sorted(os.listdir(path.parent))}
-        close = difflib.get_close_matches(path.stem, list(stems), n=1)
-        return "no such file" + (f"; did you mean {path.parent / stems[close[0]]}?" if close else "")
     except OSError as error:
         return f"no such file that can be seen: {error.strerror}"
+    return "no such file" + near(path.stem, stems, {stem: path.parent / n for stem, n in stems.items()})
 
 
-def _file(key: str, path: Path) -> Rows:
-    kind = _suffix(key, path)
-    if kind == ".parquet":
-        return _parquet(key, path)
-    text = _decode(path)
-    if kind in (".csv", ".tsv"):
-        return _csv(path, text, "\t" if kind == ".tsv" else ",")
-    if kind == ".json" and (text.lstrip().startswith("[") or _is_one_object(text)):
-        return _json(path, text)
-    return _jsonl(path, text)
-
-
-def _is_one_object(text: str) -> bool:
-    """Whether a text is one JSON object of several lines, as objects a line are not."""
-    try:
-        return "\n" in text.strip() and isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _suffix(key: str, path: Path) -> str:
-    kind = path.suffix.lower()
-    if kind not in FORMATS:
-        more = " (or give its folder: each .txt file is a text)" if kind == ".txt" else ""
-        raise UserError(
-            f"{key}={path}: unknown format {kind or '(no suffix)'}; use {', '.join(FORMATS)}{more}"
-        )
-    return kind
-
-
-def _decode(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        marks = {
-            b"\xff\xfe\0\0": "utf-32",
-            b"\0\0\xfe\xff": "utf-32",
-            b"\xff\xfe": "utf-16",
-            b"\xfe\xff": "utf-16",
-        }
-        kind = next((name for mark, name in marks.items() if raw.startswith(mark)), "latin1")
-        raise UserError(
-            f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}); "
-            f"convert it: iconv -f {kind} -t utf-8 {path.name} > new{path.suffix}"
-        ) from None
-
-
-def _jsonl(path: Path, text: str) -> Rows:
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: text may hold other line separators
-        if line.strip():
-            rows.append((f"{path}:{number}", _object(f"{path}:{number}", line)))
-    return rows
-
-
-def _object(where: str, line: str) -> dict[str, Any]:
-    if len(line) > LINE_MAX:
-        raise UserError(
-            f"{where}: {len(line) / 1e6:.0f} million characters in one line; a row is one example"
-        )
-    try:
-        value = json.loads(line, object_pairs_hook=_once)
-    except json.JSONDecodeError as error:
-        said = f"{error.msg} at column {error.colno}"
-        raise UserError(f"{where}: bad JSON: {said}; one object a line is wanted") from None
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a name twice
-        said = "nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise UserError(f"{where}: bad JSON: {said}; one object a line is wanted") from None
-    if not isinstance(value, dict):
-        raise UserError(f'{where}: a {type(value).__name__}, not an object; write {{"column": value, …}}')
-    return value
-
-
-def _json(path: Path, text: str) -> Rows:
-    try:
-        items = json.loads(text, object_pairs_hook=_once)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: bad JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:
-        said = "nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise UserError(f"{path}: bad JSON: {said}") from None
-    items = [items] if isinstance(items, dict) else items
-    for i, item in enumerate(items, 1):
-        if not isinstance(item, dict):
-            raise UserError(f"{path}: item {i} is a {type(item).__name__}, not an object with columns")
-    return [(f"{path}: item {i}", item) for i, item in enumerate(items, 1)]
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a name that comes twice JSON would silently keep the last."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice")
-    return made
-
-
-def _csv(path: Path, text: str, delimiter: str) -> Rows:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: Rows = []
-    header: list[str] = []
-    start = 1
-    limit = csv.field_size_limit(LINE_MAX)  # csv's own is 131,072: a cell may hold a whole document
-    try:
-        for cells in reader:
-            where, start = f"{path}:{start}", reader.line_num + 1
-            if not cells:
-                continue
-            if not header:
-                header = [c.strip() for c in cells]
-                if other := [c for c in ";\t|," if c != delimiter and len(header) == 1 and c in header[0]]:
-                    name = {";": "semicolons", "\t": "tabs", "|": "bars", ",": "commas"}
-                    raise UserError(
-                        f"{where}: its header is one column, {header[0]!r}: cells are parted by {name[delimiter]} here, not "
-                        f"by {name[other[0]]}; write it so"
-                        + (", or call it .tsv" if other[0] == "\t" else "")
-                    )
-                if twice := [c for c in header if header.count(c) > 1]:
-                    raise UserError(f"{where}: two columns are called {twice[0]!r}; rename one")
-                continue
-            if len(cells) != len(header):
-                raise UserError(
-                    f"{where}: {len(cells)} cells where the header has {len(header)} ({', '.join(header)}); "
-                    f'quote cells that hold a {"tab" if delimiter != "," else "comma"}: "…"'
-                )
-            rows.append((where, {c: v if v != "" else None for c, v in zip(header, cells)}))
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: bad CSV: {error}") from None
-    finally:
-        csv.field_size_limit(limit)
-    return rows
-
-
-def _parquet(key: str, path: Path) -> Rows:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise UserError(f"{key}={path}: reading parquet needs pyarrow: {install('pyarrow')}") from None
-    try:
-        items = parquet.read_table(path).to_pylist()
-    except (ArrowException, OSError, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: not a whole parquet file: {' '.join(str(error).split())[:160]}") from None
-    return [(f"{path}: row {i}", item) for i, item in enumerate(items, 1)]
-
-
-def _hub(key: str, place: str, subset: str | None, held_out: bool) -> Rows:
+def _hub(key: str, place: str, subset: str | None, held_out: bool, limits: Limits) -> Rows:
     try:
         import datasets
     except ImportError:
@@ -316,8 +285,16 @@ def _hub(key: str, place: str, subset: str | None, held_out: bool) -> Rows:
         raise UserError(
             f"{key}={place}: no such file, nor a data set to be had: {said[:200]}; {fix}"
         ) from None
+    return _rows(f"{name}[{split}]", data, limits)
+
+
+def _rows(place: str, data: Any, limits: Limits) -> Rows:
+    """Return the rows of a Dataset, a class of its labels knowing its name."""
+    refuse_rows(place, len(data), limits)
+    if len(data.features) > COLUMNS:
+        raise UserError(f"{place}: {len(data.features):,} columns; at most {COLUMNS:,} are read")
     names = {c: f.names for c, f in data.features.items() if type(f).__name__ == "ClassLabel"}
-    return [(f"{place}[{split}] row {i}", _named(row, names)) for i, row in enumerate(data)]
+    return [(f"{place} row {i}", _named(row, names)) for i, row in enumerate(data.with_format(None))]
 
 
 class Label(int):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import string
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from zoft.errors import UserError
+from zoft.errors import UserError, nearest
 
 MASK = (
     "[MASK]"  # in a template: the place that a masked language model fills, whatever its tokenizer calls it
@@ -108,7 +108,18 @@ def _no_text(value: str) -> str:
     return "a zero byte" if "\0" in value else ""
 
 
-def near(word: str, words: Iterable[str]) -> str:
-    """A hint with the nearest of words, or nothing."""
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+def near(word: str, words: Iterable[str], shown: Mapping[str, Any] | None = None) -> str:
+    """Return a hint with the nearest of words, or nothing; of one that looks the same, the code points in which they differ.
+
+    shown: what stands for each of them in the hint.
+    """
+    words = list(words)
+    same = [
+        w
+        for w in words
+        if w != word and unicodedata.normalize("NFC", w) == unicodedata.normalize("NFC", word)
+    ]
+    if same:
+        return f"; {ascii(same[0])} is, in other code points than {ascii(word)}"
+    close = nearest(word, words)
+    return f"; did you mean {(shown or {}).get(close, close)}?" if close else ""

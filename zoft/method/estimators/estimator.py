@@ -37,6 +37,24 @@ class Probe(NamedTuple):
 
 
 @dataclass(frozen=True)
+class SecondRound:
+    """How a step asks for losses again, once it has its multipliers, before it takes them.
+
+    probes(multipliers) -> the second round's R evaluation points, from the step's multipliers [q] (fp32 values, lr inside).
+    choose(losses, multipliers) -> the multipliers [q] that the step takes; losses [R] in the order of the points, on the same
+    batch, NaN and infinities among them. The ledger keeps what it returns, rounded to fp32.
+    count(q) -> R, without building the points.
+
+    It runs on the CPU, in plain Python: on a GPU a step with a second round is not captured.
+    """
+
+    name: str
+    probes: Callable[[Sequence[float]], list[Probe]]
+    choose: Callable[[Sequence[float], Sequence[float]], Sequence[float]]
+    count: Callable[[int], int]
+
+
+@dataclass(frozen=True)
 class Estimator:
     """How the losses of a step's probes become one coefficient per direction: Σ_k c_k·z_k estimates the gradient.
 
@@ -47,6 +65,7 @@ class Estimator:
     count(q) -> P, without building the probes.
     state: the numbers that the state begins with; () has none.
     sized: the loss's scale cancels in c, so that lr is the size of a step.
+    second: a second round of probes, from the first one's result; None: the step is made of the first alone.
     per: how many examples of a step have directions of their own (`per_example`); 1: all share theirs. Then there are
     q·per directions, P counts the probes of all examples, and losses[p·per + e] is example e's at probe p.
 
@@ -66,6 +85,7 @@ class Estimator:
     count: Callable[[int], int]
     state: tuple[float, ...] = ()
     sized: bool = False
+    second: SecondRound | None = None
     per: int = 1
 
     def directions(self, q: int) -> int:

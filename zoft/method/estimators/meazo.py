@@ -9,6 +9,7 @@ those of every estimator with a state are; a limit (`clip`) is laid on c_k and n
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from zoft.errors import UserError
@@ -38,4 +39,4 @@ def meazo(base: Estimator, beta: float, clip: float | None = None) -> Estimator:
             c = c.clamp(-clip / q, clip / q)
         return c / ((new[0] / (1.0 - new[1])).sqrt() + ZETA), new
 
-    return Estimator(base.name, base.probes, coefficients, base.count, (0.0, 1.0), sized=True)
+    return replace(base, coefficients=coefficients, state=(0.0, 1.0), sized=True)

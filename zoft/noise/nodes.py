@@ -1,0 +1,69 @@
+"""Draw the signs that node perturbation adds to a layer's outputs: a pure function of example, token and unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zoft.noise.spec import NODE, NODE_BITS, key
+
+_LOW = 0xFFFFFFFF
+LONGEST = 1 << (32 - NODE_BITS)  # tokens of a row at most
+WIDEST = 128 << NODE_BITS  # units of a layer at most
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Say which tokens of a batch are real, and what each one's noise is drawn by.
+
+    places: int64 [N], flat indices row·T + t of the tokens that are no padding. rows, parts, positions: int64 [N], as
+    the specification has them (noise.spec, node). owners: int64 [N], the place in the batch of each token's example.
+    """
+
+    places: Tensor
+    rows: Tensor
+    parts: Tensor
+    positions: Tensor
+    owners: Tensor
+
+    def to(self, device: torch.device | str) -> Tokens:
+        """Return the same on another device; `parts`, which keys are made of, stay on the CPU."""
+        return Tokens(**{k: v if k == "parts" else v.to(device) for k, v in vars(self).items()})
+
+
+def node_signs(tokens: Tokens, units: int, tid: int, seed: int, step: int) -> Tensor:
+    """Return the signs u of a layer's outputs: fp32 [N, units], ±1, on the device of `tokens`.
+
+    tid: of the layer's matrix. seed, step: the run's. The bits are the same on every device.
+    """
+    assert units <= WIDEST, f"{units} units of a layer, at most {WIDEST}"
+    parts = tokens.parts.tolist()
+    table = {part: key(seed, step, part) for part in set(parts)}
+    keys = np.array([table[part] for part in parts], np.uint32).reshape(-1, 2)
+    if tokens.rows.device.type == "cpu":
+        from zoft.noise import kernels
+
+        out = torch.empty(len(parts), units)
+        kernels.node_signs(out.numpy(), tid, tokens.rows.numpy(), tokens.positions.numpy(), keys)
+        return out
+    wide = torch.from_numpy(keys.astype(np.int64)).to(tokens.rows.device)
+    return _signs_by_torch(tokens.rows, tokens.positions, wide, units, tid)
+
+
+def _signs_by_torch(rows: Tensor, positions: Tensor, keys: Tensor, units: int, tid: int) -> Tensor:
+    """Return `node_signs` by plain torch operations on any device; keys: int64 [N, 2]."""
+    blocks = torch.arange(-(-units // 128), device=rows.device)
+    a = (positions[:, None] << NODE_BITS) + blocks  # [N, blocks]
+    b = (rows[:, None] & _LOW).expand_as(a)
+    c, d = torch.full_like(a, tid), torch.full_like(a, NODE)
+    p, q = keys[:, :1], keys[:, 1:]
+    for _ in range(10):
+        x, y = a * 0xD2511F53, c * 0xCD9E8D57  # modulo 2⁶⁴: all their bits, the sign's place included
+        a, b, c, d = (y >> 32 & _LOW) ^ b ^ p, y & _LOW, (x >> 32 & _LOW) ^ d ^ q, x & _LOW
+        p, q = (p + 0x9E3779B9) & _LOW, (q + 0xBB67AE85) & _LOW
+    words = torch.stack((a, b, c, d), -1)[..., None]  # [N, blocks, 4, 1]
+    bits = words >> torch.arange(32, device=rows.device) & 1  # [N, blocks, 4, 32]
+    return bits.flatten(1)[:, :units].float() * 2 - 1
