@@ -14,6 +14,7 @@ from zoft.errors import UserError
 
 HEADER_MAX = 100_000_000  # bytes of a safetensors header; the format's own limit
 LAYERS_MAX = 1_000  # the deepest models have under 200; a class is made for each before a tensor is missed
+LAYERS_UNSEEN = 100  # up to so many are made to name the tensor that is missing
 DIMENSIONS_MAX = 64
 RANK_MAX = 65_536  # of a LoRA pair
 PATTERN_MAX = 10_000  # characters of an adapter's pattern
@@ -51,6 +52,12 @@ def check_folder(name: str, folder: Path) -> dict[str, str]:
     tensors: dict[str, str] = {}
     for file in _weights(name, folder, config):
         tensors |= _header(name, file)
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > max(len(tensors), LAYERS_UNSEEN):  # each has a tensor at least
+        raise UserError(
+            f"model={name}: config.json: num_hidden_layers={layers}, and the checkpoint has {len(tensors)} tensors; "
+            "fetch it again"
+        )
     return tensors
 
 

@@ -377,4 +377,4 @@ def set_pad_token(tokenizer: Any) -> None:
     if tokenizer.pad_token_id is None:
         # Padding is masked and never scored, so any token that exists will do.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
-        tokenizer.lent_pad_token = tokenizer.pad_token  # taken off again where it is saved
+        tokenizer.lent_padding = tokenizer.pad_token  # taken off again where it is saved

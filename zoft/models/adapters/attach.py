@@ -32,8 +32,8 @@ from zoft.models.checkpoint import (
     pattern_fault,
     read_object,
 )
-from zoft.models.finite import refuse_non_finite
 from zoft.models.fingerprint import Stored, raw_bytes
+from zoft.models.finite import refuse_non_finite
 from zoft.models.kind import ADDED, blocks_of, is_masked, quiet
 from zoft.models.saving import NOT_WRITTEN, save_tokenizer, whole_folder
 
