@@ -31,7 +31,9 @@ def change(folder, make):
     save_file({n: t.contiguous() for n, t in make(load_file(file)).items()}, file, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("name", ["mtp.layers.0.proj.weight", "v_head.summary.weight", "model.layers.9.x.weight"])
+@pytest.mark.parametrize(
+    "name", ["mtp.layers.0.proj.weight", "v_head.summary.weight", "model.layers.9.x.weight"]
+)
 def test_a_tensor_that_no_one_uses_is_named(folder, capsys, name):
     change(folder, lambda s: s | {name: torch.ones(2, 2)})
     load_model(str(folder))
@@ -40,7 +42,16 @@ def test_a_tensor_that_no_one_uses_is_named(folder, capsys, name):
 
 def test_a_name_that_the_class_hides_is_named_too(folder, capsys, monkeypatch):
     monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp.*"])
-    change(folder, lambda s: s | {"mtp.proj.weight": torch.ones(2), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)})
+    change(
+        folder,
+        lambda s: (
+            s
+            | {
+                "mtp.proj.weight": torch.ones(2),
+                "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2),
+            }
+        ),
+    )
     load_model(str(folder))
     assert "1 tensor is neither used nor saved: mtp.proj.weight" in capsys.readouterr().err
 

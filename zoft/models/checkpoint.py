@@ -83,6 +83,24 @@ def check_adapter(name: str, folder: Path) -> dict[str, Any]:
     return found
 
 
+def check_saved(name: str, folder: Path) -> None:
+    """Refuse a folder of a saved model or adapter whose files are not whole. Imports nothing heavy.
+
+    name: the folder, as a message names it. Errors: UserError.
+    """
+    if _is_file(folder / ADAPTER_CONFIG):
+        read_object(name, folder / ADAPTER_CONFIG, "adapter")
+        if not _is_file(folder / ADAPTER_WEIGHTS):
+            raise UserError(f"adapter={name}: {ADAPTER_WEIGHTS} is missing")
+        _header(name, folder / ADAPTER_WEIGHTS, "adapter")
+    else:
+        config = read_object(name, folder / "config.json")
+        for file in _weights(name, folder, config):
+            _header(name, file)
+    for file in folder.glob("*.json"):
+        read_object(name, file)
+
+
 def check_adapter_values(name: str, found: Mapping[str, Any]) -> None:
     """Refuse values of an adapter_config.json that no LoRA can have, and patterns that may take for ever.
 
@@ -206,6 +224,14 @@ def pickles(name: str) -> str:
 
 def _header(name: str, path: Path, key: str = "model") -> dict[str, str]:
     """{tensor: dtype} of a safetensors file whose header and length fit together."""
+    return {tensor: entry["dtype"] for tensor, entry in read_header(name, path, key).items()}
+
+
+def read_header(name: str, path: Path, key: str = "model") -> dict[str, dict[str, Any]]:
+    """Return {tensor: {dtype, shape, data_offsets}} of a safetensors file whose header and length fit together.
+
+    name, key: the user's word for what the file belongs to, and its key. Errors: UserError for a file that is not whole.
+    """
 
     def bad(what: str) -> UserError:
         return UserError(f"{key}={name}: {path.name} is damaged: {what}; fetch it again")
@@ -248,7 +274,7 @@ def _header(name: str, path: Path, key: str = "model") -> dict[str, str]:
         at = end
     if 8 + length + at != size:
         raise bad(f"{size} bytes where its header tells of {8 + length + at}")
-    return {tensor: entry["dtype"] for tensor, entry in header.items()}
+    return header
 
 
 def read_object(name: str, path: Path, key: str = "model") -> dict[str, Any]:
