@@ -86,12 +86,12 @@ def logged(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except (ValueError, RecursionError):  # the last line of a killed run
             continue
-        if isinstance(row, dict) and _is_line(row):
+        if isinstance(row, dict) and is_line(row):
             rows.append(row)
     return rows
 
 
-def _is_line(row: Mapping[str, Any]) -> bool:
+def is_line(row: Mapping[str, Any]) -> bool:
     """Return whether a row has the shape of a line that a run writes: numbers, and one level of them below `eval`."""
 
     def number(x: Any) -> bool:
