@@ -106,7 +106,9 @@ def header_of(
     if train:
         found["data"] = data_digest(train)
     if held_out:
-        named = json.dumps([config.task.eval, config.task.num_eval], default=str).encode()
+        named = json.dumps(
+            [Path(str(config.task.eval)).name, config.task.num_eval, config.eval_limit]
+        ).encode()
         asked = hashlib.blake2b(named, digest_size=4).hexdigest()
         found["evaluation"] = {"rows": data_digest(held_out), "asked": asked}
     found |= page_of(config)
@@ -157,7 +159,7 @@ def said_of_resume(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: 
                 f"({has['rows']}): put back what was changed there"
             )
         lines.append(
-            "task.eval, task.num_eval: other evaluation rows than before; figures before and after do not compare"
+            "task.eval, task.num_eval, eval_limit: other evaluation rows than before; figures before and after do not compare"
         )
     return lines
 
