@@ -56,6 +56,9 @@ def stopped(place, steps=4):
     path = place / "run" / "ledger"
     log = read_ledger(path)
     path.unlink()
+    for file in (place / "run" / "snapshots").iterdir():
+        if int(file.name[5:13]) >= steps:
+            file.unlink()
     with Ledger.create(path, log.header) as made:
         for record in log.records[:steps]:
             for event in log.events:

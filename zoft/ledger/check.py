@@ -53,6 +53,8 @@ def header_faults(header: Mapping[str, Any], records: Sequence[Record] = ()) -> 
     q, examples = header.get("q", 1), header.get("examples", 1)
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
         return [*wrong, f"its header has examples={examples!r}"]
+    if isinstance(q, bool) or not isinstance(q, int) or q < 1:
+        return wrong if any("q=" in line for line in wrong) else [*wrong, f"its header has q={q!r}"]
     other = next((r for r in records if len(r.multipliers) != q * examples), None)
     if other:
         has = f"q={q}" if examples == 1 else f"q={q} for each of {examples} examples"
