@@ -91,7 +91,7 @@ def looked_at(folder):
 
 # Keys of a sound header, changed or gone.
 @drawn
-@given(st.dictionaries(st.sampled_from([*header(), "floors", "turns", "examples", "update", "data", "x"]), plain, max_size=2),
+@given(st.dictionaries(st.sampled_from([*header(), "floors", "turns", "examples", "update", "data", "blocks", "rho", "node_rank", "mask_every", "x"]), plain, max_size=2),
        st.sets(st.sampled_from(list(header())), max_size=1))  # fmt: skip
 def test_headers(tmp_path, changes, gone):
     head = {k: v for k, v in (header() | changes).items() if k not in gone}

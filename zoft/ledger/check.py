@@ -65,9 +65,11 @@ def header_faults(header: Mapping[str, Any], records: Sequence[Record] = ()) -> 
 def value_faults(header: Mapping[str, Any]) -> list[str]:
     """What is no resolved value of its key, of those that the header shares with a config."""
     wrong, known = [], fields()
-    for (
-        name
-    ) in "seed noise momentum eps q storage compute perturb mask sparsity mask_every blocks anchor".split():
+    shared = (
+        "seed noise momentum eps q storage compute perturb mask sparsity mask_every blocks anchor "
+        "eps_mode rho calibration_rows node_rank"
+    )
+    for name in shared.split():
         value = header.get(name)
         if name not in header or name not in known or (value is None and known[name].default is None):
             continue
@@ -112,6 +114,10 @@ def kind_faults(header: Mapping[str, Any]) -> list[str]:
         ]
         odd += [n for n in floors if isinstance(trained, dict) and n not in trained]
         wrong += [f"its header's floors has {odd[0]}={floors[odd[0]]!r}"] if odd else []
+    if isinstance(turns := header.get("turns"), dict):
+        odd = [n for n, x in turns.items() if isinstance(x, bool) or not isinstance(x, int) or x < 0]
+        odd += [n for n in turns if isinstance(trained, dict) and n not in trained]
+        wrong += [f"its header's turns has {odd[0]}={turns[odd[0]]!r}"] if odd else []
     if isinstance(config := header.get("config"), dict) and not all(
         isinstance(v, str) for v in config.values()
     ):
