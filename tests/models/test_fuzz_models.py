@@ -246,6 +246,10 @@ patterns = st.sampled_from(
 def test_adapter_config(folder, adapter, changes):
     from peft import PeftModel
 
+    from zoft.models.adapters import attach
+
+    attach.PATTERN_SECONDS = 2.0  # a case has 10 s in all
+
     path = adapter / ADAPTER_CONFIG
     whole = path.read_bytes()
     path.write_text(json.dumps(json.loads(whole) | changes))

@@ -129,7 +129,7 @@ BAD = [
     {"lora_alpha": "8"}, {"lora_alpha": float("nan")}, {"target_modules": 5}, {"target_modules": [1]}, {"target_modules": {"a": 1}},
     {"target_modules": "("}, {"exclude_modules": "*"}, {"rank_pattern": []}, {"rank_pattern": {"q_proj": "x"}},
     {"rank_pattern": {"(": 2}}, {"alpha_pattern": {"q_proj": None}}, {"layers_to_transform": "a"}, {"layers_pattern": 3},
-    {"lora_dropout": "no"}, {"use_rslora": "yes"}, {"fan_in_fan_out": 3}, {"target_modules": "x" * 20000},
+    {"lora_dropout": "no"}, {"use_rslora": "yes"}, {"init_lora_weights": 1}, {"rank_pattern": None}, {"alpha_pattern": None}, {"fan_in_fan_out": 3}, {"target_modules": "x" * 20000},
 ]  # fmt: skip
 
 
@@ -137,6 +137,13 @@ BAD = [
 def test_values_of_an_adapter_are_checked(adapter, changes):
     settings(adapter, **changes)
     with pytest.raises(UserError, match=f"adapter_config.json: {next(iter(changes))}"):
+        check_adapter("a", adapter)
+
+
+@pytest.mark.parametrize("changes", [{"r": 3}, {"r": 65_536}, {"rank_pattern": {"v_proj": 40_000}}])
+def test_a_rank_without_tensors_is_refused_before_it_is_made(adapter, changes):
+    settings(adapter, **changes)
+    with pytest.raises(UserError, match="and its tensors have rank 2 at most"):
         check_adapter("a", adapter)
 
 

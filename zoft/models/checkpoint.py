@@ -79,7 +79,7 @@ def check_adapter(name: str, folder: Path) -> dict[str, Any]:
     check_adapter_values(name, found)
     if not _is_file(folder / ADAPTER_WEIGHTS):
         raise UserError(f"adapter={name}: no {ADAPTER_WEIGHTS} in this folder; zoft loads safetensors only")
-    _header(name, folder / ADAPTER_WEIGHTS, key)
+    refuse_larger_ranks(name, found, read_header(name, folder / ADAPTER_WEIGHTS, key))
     return found
 
 
@@ -117,12 +117,13 @@ def check_adapter_values(name: str, found: Mapping[str, Any]) -> None:
         return isinstance(x, str) or (isinstance(x, list) and all(isinstance(n, str) for n in x))
 
     def counts(x: Any, sound: Callable[[Any], bool]) -> bool:
-        return x is None or (isinstance(x, dict) and all(map(sound, x.values())))
+        return isinstance(x, dict) and all(map(sound, x.values()))
 
     sound: dict[str, tuple[Callable[[Any], bool], str]] = {
         "r": (lambda x: whole(x) and 0 < x <= RANK_MAX, f"a whole number from 1 to {RANK_MAX}"),
         "lora_alpha": (positive, "a number above 0"),
         "lora_dropout": (lambda x: not isinstance(x, bool) and isinstance(x, (int, float)) and 0 <= x <= 1, "0 to 1"),
+        "init_lora_weights": (lambda x: isinstance(x, (bool, str)), "true, false or a name"),
         "use_rslora": (lambda x: isinstance(x, bool), "true or false"),
         "fan_in_fan_out": (lambda x: isinstance(x, bool), "true or false"),
         "target_modules": (lambda x: x is None or names(x), "a list of names, or a pattern"),
@@ -141,6 +142,21 @@ def check_adapter_values(name: str, found: Mapping[str, Any]) -> None:
     for key, pattern in adapter_patterns(found):
         if fault := pattern_fault(pattern):
             raise UserError(f"adapter={name}: {ADAPTER_CONFIG}: {key}: {pattern[:60]!r} {fault}")
+
+
+def refuse_larger_ranks(name: str, found: Mapping[str, Any], held: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse a rank of which an adapter holds no tensor: peft would make pairs of that size before it misses them.
+
+    held: the header of the adapter's file, from read_header. Errors: UserError.
+    """
+    ranks = [
+        entry["shape"][0] for key, entry in held.items() if "lora_" in key and "A" in key and entry["shape"]
+    ]
+    asked = max([found.get("r", 8), *(found.get("rank_pattern") or {}).values()])
+    if ranks and asked > max(ranks):
+        raise UserError(
+            f"adapter={name}: {ADAPTER_CONFIG}: rank {asked}, and its tensors have rank {max(ranks)} at most; fetch it again"
+        )
 
 
 def adapter_patterns(found: Mapping[str, Any]) -> list[tuple[str, str]]:

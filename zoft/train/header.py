@@ -18,6 +18,7 @@ from zoft.config.digest import LATER, changed, digests
 from zoft.config.schema import ADAPTERS, Config, fields
 from zoft.data.example import Example
 from zoft.errors import UserError
+from zoft.folder import write
 from zoft.method import space
 from zoft.method.estimators.named import ESTIMATORS, estimator_of, examples_per_step
 from zoft.method.recipes import method_of
@@ -231,12 +232,10 @@ def agree(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> 
 
 def keep_prefix_start(config: Config, trained: Sequence[Trained], folder: Path) -> None:
     """Write a prefix's start beside the ledger: another machine's forward pass would round otherwise."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     from zoft.parallel.world import this_world
 
     path = folder / START
     if config.train == "prefix" and this_world().rank == 0 and not path.exists():
-        draft = path.with_name(f".{path.name}.new")
-        save_file({t.name: t.stored.detach().cpu().contiguous() for t in trained}, draft)
-        draft.replace(path)
+        write(path, save({t.name: t.stored.detach().cpu().contiguous() for t in trained}))

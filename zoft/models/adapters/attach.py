@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from zoft.config.schema import Config
-from zoft.errors import UserError
+from zoft.errors import UserError, is_memory
 from zoft.limits import PATTERN_SECONDS, at_most_seconds
 from zoft.models.adapters import start as adapter_start
 from zoft.models.adapters.kept_in_place import adapter_folder, complete, lora_pairs, plain_shapes
@@ -27,10 +27,13 @@ from zoft.models.adapters.start import normal, tokens_of, uniform
 from zoft.models.calls import misread_prefix
 from zoft.models.checkpoint import (
     ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     adapter_patterns,
     check_adapter_values,
     pattern_fault,
+    read_header,
     read_object,
+    refuse_larger_ranks,
 )
 from zoft.models.fingerprint import Stored, raw_bytes
 from zoft.models.finite import refuse_non_finite
@@ -288,6 +291,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Any:
     try:
         settings = read_object(str(folder), Path(folder) / ADAPTER_CONFIG, "adapter")
         check_adapter_values(str(folder), settings)
+        if (weights := Path(folder) / ADAPTER_WEIGHTS).is_file() and settings.get("peft_type") == "LORA":
+            refuse_larger_ranks(str(folder), settings, read_header(str(folder), weights, "adapter"))
         _match_in_time(model, f"adapter={folder}", (p for _, p in adapter_patterns(settings)))
         with _quiet(), plain_shapes(model), torch.random.fork_rng(devices=[]):
             if next(model.parameters()).is_meta:
@@ -298,7 +303,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Any:
             if made.active_peft_config.peft_type == "PREFIX_TUNING" and (line := misread_prefix(made)):
                 raise UserError(f"{folder}: {line}; use a newer peft")
             return made.eval().requires_grad_(False)
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
+    except (ValueError, RuntimeError, OSError, LookupError, TypeError, AttributeError) as error:
+        if is_memory(error):
+            raise
         raise UserError(f"{folder}: {' '.join(str(error).split())[:200]}") from None
 
 
