@@ -50,8 +50,22 @@ def check_folder(name: str, folder: Path) -> dict[str, str]:
             "or a model that it is merged into"
         )
     tensors: dict[str, str] = {}
+    largest = 0
     for file in _weights(name, folder, config):
-        tensors |= _header(name, file)
+        held = read_header(name, file)
+        tensors |= {tensor: entry["dtype"] for tensor, entry in held.items()}
+        largest = max([largest, *(n for entry in held.values() for n in entry["shape"])])
+    for key in (
+        "hidden_size",
+        "vocab_size",
+        "n_embd",
+        "d_model",
+    ):  # a model of that size is made before tensors are missed
+        size = config.get(key)
+        if isinstance(size, int) and size > largest and not config.get("quantization_config"):
+            raise UserError(
+                f"model={name}: config.json: {key}={size}, and no dimension of a tensor is above {largest}; fetch it again"
+            )
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and layers > max(len(tensors), LAYERS_UNSEEN):  # each has a tensor at least
         raise UserError(
