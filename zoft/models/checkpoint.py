@@ -15,6 +15,17 @@ from zoft.errors import UserError
 HEADER_MAX = 100_000_000  # bytes of a safetensors header; the format's own limit
 LAYERS_MAX = 1_000  # the deepest models have under 200; a class is made for each before a tensor is missed
 LAYERS_UNSEEN = 100  # up to so many are made to name the tensor that is missing
+# Keys of a config.json whose value some tensor has as a dimension, or a larger one.
+SIZES = (
+    "hidden_size",
+    "vocab_size",
+    "n_embd",
+    "d_model",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 DIMENSIONS_MAX = 64
 RANK_MAX = 65_536  # of a LoRA pair
 PATTERN_MAX = 10_000  # characters of an adapter's pattern
@@ -55,12 +66,7 @@ def check_folder(name: str, folder: Path) -> dict[str, str]:
         held = read_header(name, file)
         tensors |= {tensor: entry["dtype"] for tensor, entry in held.items()}
         largest = max([largest, *(n for entry in held.values() for n in entry["shape"])])
-    for key in (
-        "hidden_size",
-        "vocab_size",
-        "n_embd",
-        "d_model",
-    ):  # a model of that size is made before tensors are missed
+    for key in SIZES:  # a model of that size is made before tensors are missed
         size = config.get(key)
         if isinstance(size, int) and size > largest and not config.get("quantization_config"):
             raise UserError(
