@@ -205,6 +205,7 @@ def test_names():
         estimator="auto",
         update="auto",
         directions="shared",
+        perturb="auto",
         clip=None,
         meazo=0.0,
         q=3,
@@ -216,6 +217,8 @@ def test_names():
     assert estimator_of(config) is ONE_SIDED and forwards_per_step(config) == 4 * 8
     config.meazo = 0.9
     assert estimator_of(config).state == (0.0, 1.0) and forwards_per_step(config) == 4 * 8
+    config.perturb = "nodes"  # its update pass is a forward more
+    assert forwards_per_step(config) == 5 * 8
 
 
 def test_estimators_are_there_without_torch():

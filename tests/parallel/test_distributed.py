@@ -193,8 +193,8 @@ def other_data(rank):
 
         plain = tasks.load_task
 
-        def load(task, *limits):
-            data = plain(task, *limits)
+        def load(task, *more):
+            data = plain(task, *more)
             data.train.reverse()
             return data
 

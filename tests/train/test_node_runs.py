@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from zoft.cli.replay import export_run, replay_run_folder
 from zoft.errors import UserError
-from zoft.ledger.log import read_ledger
+from zoft.ledger.log import Ledger, read_ledger
 from zoft.method.configured import compose, load_run
 from zoft.run.start import train_run
+from zoft.train.assemble import assemble
+from zoft.train.build import build_trainer
 
 SETTINGS = """recipe: node
 steps: 8
@@ -84,6 +87,64 @@ def test_a_run_counts_its_forwards_resumes_and_is_replayed(folder, capsys):
     run("c", "seed=1")
     assert model("c/model") != model("a/model")
     capsys.readouterr()
+
+
+def trainer_in(name, *overrides):
+    """The run's own trainer, with its ledger open in a folder of that name."""
+    parts = assemble(compose("mine.yaml", [f"output_dir={name}", *overrides]))
+    Path(name).mkdir()
+    return build_trainer(parts, Ledger.create(Path(name, "ledger"), parts.header))
+
+
+def bits(trainer):
+    return {n: p.detach().clone().view(torch.int32) for n, p in trainer.model.named_parameters()}
+
+
+def test_a_skipped_step_runs_no_update_pass(folder):
+    """Weights keep their bits, two forwards per example are counted instead of three, and steps after it go on."""
+    trainer = trainer_in("a")
+    plain, bad = trainer.forward, {3, 4}
+
+    def forward(model, batch):
+        sums, counts = plain(model, batch)
+        return (sums * float("inf") if trainer.next in bad else sums), counts
+
+    trainer.forward = forward
+    trainer.run(until=3)
+    before, counted = bits(trainer), trainer.forwards
+    trainer.run(until=5)
+    after = bits(trainer)
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert trainer.forwards - counted == 2 * 2 * 6
+    trainer.run()
+    last = bits(trainer)
+    assert any(not torch.equal(before[n], last[n]) for n in before)
+    assert [r.skipped for r in trainer.ledger.records] == [i in bad for i in range(8)]
+    trainer.ledger.close()
+    again = trainer_in("b")
+    again.replay(read_ledger("a/ledger").records)
+    replayed = bits(again)
+    assert all(torch.equal(last[n], replayed[n]) for n in last)
+    again.ledger.close()
+
+
+@pytest.mark.parametrize("storage", ["fp32", "bf16"])
+def test_a_learning_rate_of_0_writes_nothing(folder, storage):
+    trainer = trainer_in("a", "lr=0", f"storage={storage}")
+    stored = trainer.axis.trained[0].stored
+    stored.view(-1)[0] = -0.0
+    word = torch.int16 if stored.itemsize == 2 else torch.int32
+    before = [t.stored.clone().view(word) for t in trainer.axis.trained]
+    trainer.run()
+    assert all(torch.equal(a, t.stored.view(word)) for a, t in zip(before, trainer.axis.trained))
+    assert all(any(r.multipliers) and r.lr == 0 for r in trainer.ledger.records)
+    trainer.ledger.close()
+
+
+def test_replay_refuses_to_denoise(folder):
+    run("a", "steps=2", "eval_every=0", "storage=bf16", "compute=bf16")
+    with pytest.raises(UserError, match="perturb=nodes"):
+        replay_run_folder("a", "x", denoise=True)
 
 
 def test_replay_refuses_other_data_and_lost_measurements(folder):
@@ -173,7 +234,6 @@ def test_killed_and_resumed(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["data", "probes"])
 def test_two_processes_end_where_one_does(folder, parallel):
-    import torch
     from safetensors.torch import load_file
 
     run("a", "eval_every=0", "storage=fp32")
