@@ -231,6 +231,8 @@ HEADERS = {
     "arrays nested": ([("x", nested(3000))], "nested more than 4 deep"),
     "10^8 bytes": ([("x", struct.pack("<IIQ", 9, 0, 10**8))], "an array of 100,000,000 values"),
     "many arrays": ([(f"x{i}", struct.pack("<IIQ", 9, 0, 2_000_000) + b"\0" * 2_000_000) for i in range(3)], "5,000,000"),
+    "2^31 blocks": ([("llama.block_count", u32(2**31))], "llama.block_count=2147483648, and it has 0 tensors"),
+    "blocks, text": ([("qwen2.block_count", struct.pack("<IQ", 8, 1) + b"x")], "qwen2.block_count=x, and it has 0 tensors"),
     "a key twice": ([("x", u32(1)), ("x", u32(2))], "x is there twice"),
 }  # fmt: skip
 
@@ -274,3 +276,19 @@ def test_layers_without_tensors_are_refused_before_they_are_made(folder):
     with pytest.raises(UserError, match="num_hidden_layers=1000"):
         check_folder("m", folder)
     assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize(
+    "key, value", [("hidden_size", 1_600_000), ("intermediate_size", 100_000_000), ("vocab_size", 10_000_000), ("head_dim", 10_000_000)]
+)  # fmt: skip
+def test_a_model_is_no_larger_than_its_checkpoint(folder, key, value):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(UserError, match=r"describes a model of [\d,]+ numbers, and the checkpoint has 4,944"):
+        load_model(str(folder))
+
+
+def test_laying_a_model_out_draws_no_number(folder):
+    before = torch.get_rng_state()
+    load_model(str(folder))
+    assert torch.equal(torch.get_rng_state(), before)

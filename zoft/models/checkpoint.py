@@ -15,17 +15,6 @@ from zoft.errors import UserError
 HEADER_MAX = 100_000_000  # bytes of a safetensors header; the format's own limit
 LAYERS_MAX = 1_000  # the deepest models have under 200; a class is made for each before a tensor is missed
 LAYERS_UNSEEN = 100  # up to so many are made to name the tensor that is missing
-# Keys of a config.json whose value some tensor has as a dimension, or a larger one.
-SIZES = (
-    "hidden_size",
-    "vocab_size",
-    "n_embd",
-    "d_model",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
 DIMENSIONS_MAX = 64
 RANK_MAX = 65_536  # of a LoRA pair
 PATTERN_MAX = 10_000  # characters of an adapter's pattern
@@ -47,8 +36,8 @@ BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16"
 WHOLE = {d for d in BITS if d[0] in "IU" or d == "BOOL"}  # dtypes that are no floats
 
 
-def check_folder(name: str, folder: Path) -> dict[str, str]:
-    """Refuse a folder that cannot be loaded, or not safely; returns {tensor: safetensors dtype}. Imports nothing heavy.
+def check_folder(name: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """Refuse a folder that cannot be loaded, or not safely; returns its headers' {tensor: entry}. Imports nothing heavy.
 
     name: the user's word for the model. Errors: UserError where config.json is no model's, a weight file is not
     whole, lies outside of the folder or is a pickle, or the folder is an adapter on another model.
@@ -60,18 +49,9 @@ def check_folder(name: str, folder: Path) -> dict[str, str]:
             f"model={name}: adapter_config.json: it is an adapter on another model; give it as adapter={name}, "
             "or a model that it is merged into"
         )
-    tensors: dict[str, str] = {}
-    largest = 0
+    tensors: dict[str, dict[str, Any]] = {}
     for file in _weights(name, folder, config):
-        held = read_header(name, file)
-        tensors |= {tensor: entry["dtype"] for tensor, entry in held.items()}
-        largest = max([largest, *(n for entry in held.values() for n in entry["shape"])])
-    for key in SIZES:  # a model of that size is made before tensors are missed
-        size = config.get(key)
-        if isinstance(size, int) and size > largest and not config.get("quantization_config"):
-            raise UserError(
-                f"model={name}: config.json: {key}={size}, and no dimension of a tensor is above {largest}; fetch it again"
-            )
+        tensors |= read_header(name, file)
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and layers > max(len(tensors), LAYERS_UNSEEN):  # each has a tensor at least
         raise UserError(
@@ -112,11 +92,11 @@ def check_saved(name: str, folder: Path) -> None:
         read_object(name, folder / ADAPTER_CONFIG, "adapter")
         if not _is_file(folder / ADAPTER_WEIGHTS):
             raise UserError(f"adapter={name}: {ADAPTER_WEIGHTS} is missing")
-        _header(name, folder / ADAPTER_WEIGHTS, "adapter")
+        read_header(name, folder / ADAPTER_WEIGHTS, "adapter")
     else:
         config = read_object(name, folder / "config.json")
         for file in _weights(name, folder, config):
-            _header(name, file)
+            read_header(name, file)
     for file in folder.glob("*.json"):
         read_object(name, file)
 
@@ -256,11 +236,6 @@ def pickles(name: str) -> str:
         f'import AutoModelForCausalLM as M; M.from_pretrained("{name}").save_pretrained("converted")\', then copy '
         "the tokenizer's files there, and model=converted"
     )
-
-
-def _header(name: str, path: Path, key: str = "model") -> dict[str, str]:
-    """{tensor: dtype} of a safetensors file whose header and length fit together."""
-    return {tensor: entry["dtype"] for tensor, entry in read_header(name, path, key).items()}
 
 
 def read_header(name: str, path: Path, key: str = "model") -> dict[str, dict[str, Any]]:

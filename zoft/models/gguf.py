@@ -103,6 +103,11 @@ def read_gguf(path: Path) -> File:
             f"model={path}: not a whole GGUF file (general.alignment={str(align)[:40]!r} is no number of bytes from 1 to "
             f"{ALIGNMENT_MAX}); fetch it again"
         )
+    for key, blocks in fields.items():
+        if key.endswith(".block_count") and (not isinstance(blocks, int) or not 0 <= blocks <= len(tensors)):
+            raise UserError(
+                f"model={path}: not a whole GGUF file ({key}={str(blocks)[:40]}, and it has {len(tensors)} tensors); fetch it again"
+            )
     start = -(-at // align) * align
     placed = {name: (shape, kind, start + offset) for name, (shape, kind, offset) in tensors.items()}
     return File(path, fields, placed, data)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft.errors import UserError, is_memory
+from zoft.errors import UserError, is_memory, one_line
+from zoft.limits import at_most_seconds, shortened
 from zoft.models.checkpoint import WHOLE, check_config, check_folder, pickles
 from zoft.models.finite import refuse_non_finite
 from zoft.models.kind import auto_class, quiet
@@ -71,8 +73,11 @@ def find_model(model: str) -> Source:
     return Source("hub", model, model, model)
 
 
-def check_model(source: Source) -> dict[str, str]:
-    """Refuse a model that cannot be loaded, or not safely, before anything heavy; {tensor: dtype} of a folder."""
+def check_model(source: Source) -> dict[str, dict[str, Any]]:
+    """Refuse a model that cannot be loaded, or not safely, before anything heavy.
+
+    Returns the headers' {tensor: {dtype, shape, data_offsets}} of a folder, {} of others. Errors: UserError.
+    """
     if source.kind == "folder":
         return check_folder(source.name, Path(source.place))
     if source.kind == "gguf":
@@ -175,6 +180,10 @@ def _load_checked(model: str, dtype: Any, trust_remote_code: bool) -> tuple[Any,
     source = find_model(model)
     held = check_model(source)
     with quiet(), user_errors(source):
+        if held:
+            _refuse_larger(
+                source, trust_remote_code, sum(math.prod(entry["shape"]) for entry in held.values())
+            )
         loaded, tokenizer = (_load_gguf if source.kind == "gguf" else _load_pretrained)(
             source, dtype, trust_remote_code
         )
@@ -201,6 +210,9 @@ def _load_gguf(source: Source, dtype: Any, trust_remote_code: bool) -> tuple[Any
 
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if loaded is None:
+        _refuse_larger(
+            source, trust_remote_code, sum(math.prod(shape) for shape, _, _ in file.tensors.values())
+        )
         loaded = _whole(source, **where, dtype=dtype)
         # Its weights are plain ones by now; these marks would only stop it from being saved.
         loaded.hf_quantizer = None
@@ -246,6 +258,43 @@ def _load_pretrained(source: Source, dtype: Any, trust_remote_code: bool) -> tup
     tokenizer = AutoTokenizer.from_pretrained(source.place, **extra)
     loaded.checkpoint_dtype = getattr(torch, own) if isinstance(own, str) else own
     return loaded, tokenizer
+
+
+LAYOUT_SECONDS = 60.0
+LARGER, UNSEEN = 2, 50_000_000  # a model may have so many times its checkpoint's numbers, and so many more
+
+
+def _refuse_larger(source: Source, trust_remote_code: bool, held: int) -> None:
+    """Refuse a config whose model is far larger than its checkpoint: what is missing would be made before it is missed.
+
+    held: numbers in the checkpoint. The model is laid out on the meta device, without memory. A quantised checkpoint packs
+    numbers, and is left to its loader. Errors: UserError.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    place = source.place
+    if source.kind == "gguf":
+        place, where = str(Path(place).parent), {"gguf_file": Path(place).name}
+    config = AutoConfig.from_pretrained(place, **where)
+    if getattr(config, "quantization_config", None) and source.kind != "gguf":
+        return
+    kind = auto_class(source.name, config)
+    slow = f"model={source.name}: laying out the model that its config describes takes more than {LAYOUT_SECONDS:g} s"
+    try:
+        with at_most_seconds(LAYOUT_SECONDS, slow), torch.random.fork_rng(devices=[]), torch.device("meta"):
+            made = kind.from_config(config, **({} if source.kind == "gguf" else where))
+    except UserError:
+        raise
+    except Exception:  # loading it says what is wrong
+        return
+    wanted = sum(p.numel() for p in made.parameters())
+    if wanted > LARGER * held + UNSEEN:
+        raise UserError(
+            f"model={source.name}: its config describes a model of {wanted:,} numbers, and the checkpoint has {held:,}; "
+            "fetch it again"
+        )
 
 
 def _whole(source: Source, **where: Any) -> Any:
@@ -302,8 +351,9 @@ def _name_what_is_dropped(name: str, model: Any, held: Iterable[str]) -> None:
     found = sorted(n for n in hidden | set(model.__dict__.pop("dropped", ())) if not _MADE.search(n))
     if found and int(os.environ.get("RANK", "0")) == 0:
         more = f" and {len(found) - 3} others" if len(found) > 3 else ""
-        said = f"model={name}: {len(found)} tensors are neither used nor saved: {', '.join(found[:3])}{more}"
-        print(said.replace("1 tensors are", "1 tensor is") if len(found) == 1 else said, file=sys.stderr)
+        said = f"model={name}: {len(found)} tensors are neither used nor saved: {', '.join(shortened(n) for n in found[:3])}{more}"
+        said = said.replace("1 tensors are", "1 tensor is") if len(found) == 1 else said
+        print(one_line(said), file=sys.stderr)
 
 
 @contextmanager
@@ -344,13 +394,13 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     return made
 
 
-def _refuse_whole_numbers(name: str, model: nn.Module, held: dict[str, str]) -> None:
+def _refuse_whole_numbers(name: str, model: nn.Module, held: Mapping[str, Mapping[str, Any]]) -> None:
     """Weights that were whole numbers in the checkpoint, where no quantisation explains it."""
     if getattr(model, "hf_quantizer", None) is None:
         for key, p in model.named_parameters():
-            if p.is_floating_point() and held.get(key, "F32") in WHOLE:
+            if p.is_floating_point() and key in held and held[key]["dtype"] in WHOLE:
                 raise UserError(
-                    f"model={name}: tensor {key} is {held[key]} in the checkpoint, not a float; it is damaged"
+                    f"model={name}: tensor {key} is {held[key]['dtype']} in the checkpoint, not a float; it is damaged"
                 )
 
 
