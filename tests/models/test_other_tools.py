@@ -140,6 +140,60 @@ def test_values_of_an_adapter_are_checked(adapter, changes):
         check_adapter("a", adapter)
 
 
+MORE = [{"megatron_config": "x", "megatron_core": "planted"}, {"use_qalora": True}, {"arrow_config": {"a": 1}}, {"monteclora_config": {"a": 1}},
+        {"alora_invocation_tokens": [1]}, {"use_dora": True}, {"bias": "all"}, {"of_a_later_peft": 1}]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", MORE, ids=str)
+def test_an_adapter_that_is_more_than_its_pairs_is_refused(folder, adapter, changes, tmp_path, monkeypatch):
+    from zoft.models.adapters.attach import load_adapter
+
+    (tmp_path / "planted.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')"
+    )  # peft imports megatron_core
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings(adapter, **changes)
+    model = load_model(str(folder))[0]
+    for read in (lambda: check_adapter("a", adapter), lambda: load_adapter(model, adapter)):
+        with pytest.raises(UserError, match=f"with {next(iter(changes))}; plain"):
+            read()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["XLORA", "VERA", "CPT", 5, None, ["LORA"], {}])
+def test_an_adapter_of_another_kind_is_refused(folder, adapter, kind):
+    from zoft.models.adapters.attach import load_adapter
+
+    settings(adapter, peft_type=kind)
+    with pytest.raises(UserError, match="plain ones of LORA, PREFIX_TUNING, PROMPT_TUNING are read"):
+        load_adapter(load_model(str(folder))[0], adapter)
+
+
+@pytest.mark.parametrize(
+    "changes, part",
+    [
+        ({"num_virtual_tokens": 10**9}, "its prompt has 16,000,000,000 numbers, and its largest tensor 48"),
+        ({"token_dim": 10**9}, "its prompt has 3,000,000,000 numbers"),
+        ({"num_virtual_tokens": "3"}, 'num_virtual_tokens="3" is not a whole number'),
+        ({"prompt_tuning_init": "TEXT", "tokenizer_name_or_path": "planted/elsewhere"}, "with tokenizer_name_or_path"),
+        ({"tokenizer_kwargs": {"trust_remote_code": True}}, "with tokenizer_kwargs"),
+        ({"prompt_tuning_init": "SAMPLE_VOCAB"}, "with prompt_tuning_init"),
+    ],
+)  # fmt: skip
+def test_a_prompts_values_are_checked(folder, tmp_path, changes, part):
+    from peft import PromptTuningConfig, get_peft_model
+
+    from zoft.models.adapters.attach import load_adapter
+
+    model = load_model(str(folder))[0]
+    get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).save_pretrained(
+        tmp_path / "a"
+    )
+    settings(tmp_path / "a", **changes)
+    with pytest.raises(UserError, match=part):
+        load_adapter(load_model(str(folder))[0], tmp_path / "a")
+
+
 @pytest.mark.parametrize("changes", [{"r": 3}, {"r": 65_536}, {"rank_pattern": {"v_proj": 40_000}}])
 def test_a_rank_without_tensors_is_refused_before_it_is_made(adapter, changes):
     settings(adapter, **changes)

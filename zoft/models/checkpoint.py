@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import warnings
@@ -20,15 +21,32 @@ RANK_MAX = 65_536  # of a LoRA pair
 PATTERN_MAX = 10_000  # characters of an adapter's pattern
 CONFIG_MAX = 64_000_000  # bytes of a JSON file of a model
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# What an adapter_config.json may say beyond plain LoRA pairs.
-MORE_THAN_PAIRS = (
-    "use_dora",
-    "lora_bias",
-    "modules_to_save",
-    "layer_replication",
-    "trainable_token_indices",
-    "target_parameters",
+# Keys of an adapter_config.json that may have a value, by the adapter's kind: of any other one, peft may compute something
+# else, read another file or import a module.
+ANY_ADAPTER = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "task_type",
 )
+PROMPT = (
+    "num_attention_heads",
+    "num_layers",
+    "num_transformer_submodules",
+    "num_virtual_tokens",
+    "token_dim",
+)
+PLAIN: dict[str, tuple[str, ...]] = {
+    "LORA": ("r", "lora_alpha", "lora_dropout", "init_lora_weights", "use_rslora", "fan_in_fan_out", "target_modules",
+             "exclude_modules", "layers_pattern", "layers_to_transform", "rank_pattern", "alpha_pattern", "bias",
+             "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+             "runtime_config"),
+    "PREFIX_TUNING": (*PROMPT, "encoder_hidden_size"),
+    "PROMPT_TUNING": (*PROMPT, "prompt_tuning_init"),
+}  # fmt: skip
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".msgpack", ".h5")
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
         "U16": 16, "U8": 8, "BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
@@ -72,14 +90,13 @@ def check_adapter(name: str, folder: Path) -> dict[str, Any]:
         raise UserError(f"adapter={name}: {what}; give one that PEFT saved, like runs/NAME/adapter")
     found = read_object(name, folder / ADAPTER_CONFIG, key)
     kind = str(found.get("peft_type"))
-    odd = [k for k in MORE_THAN_PAIRS if found.get(k)] + ["bias"] * (found.get("bias", "none") != "none")
-    if kind != "LORA" or odd:
-        what = f"LoRA with {odd[0]}" if kind == "LORA" else kind
+    if kind != "LORA" or adapter_extra(found):
+        what = f"LoRA with {adapter_extra(found)}" if kind == "LORA" else kind
         raise UserError(f"adapter={name}: it is {what[:200]}; plain LoRA pairs are what stays in place")
     check_adapter_values(name, found)
     if not _is_file(folder / ADAPTER_WEIGHTS):
         raise UserError(f"adapter={name}: no {ADAPTER_WEIGHTS} in this folder; zoft loads safetensors only")
-    refuse_larger_ranks(name, found, read_header(name, folder / ADAPTER_WEIGHTS, key))
+    refuse_larger(name, found, read_header(name, folder / ADAPTER_WEIGHTS, key))
     return found
 
 
@@ -101,11 +118,26 @@ def check_saved(name: str, folder: Path) -> None:
         read_object(name, file)
 
 
+def adapter_extra(found: Mapping[str, Any]) -> str:
+    """Return the first key by which an adapter of a known kind is more than its pairs or its prompt; "" where none is."""
+    plain = (*ANY_ADAPTER, *PLAIN[str(found["peft_type"])])
+    odd = [k for k, value in found.items() if value and k not in plain]
+    odd += ["bias"] * (found.get("bias", "none") != "none")
+    odd += ["prompt_tuning_init"] * (found.get("prompt_tuning_init", "RANDOM") != "RANDOM")
+    return odd[0] if odd else ""
+
+
 def check_adapter_values(name: str, found: Mapping[str, Any]) -> None:
-    """Refuse values of an adapter_config.json that no LoRA can have, and patterns that may take for ever.
+    """Refuse an adapter_config.json of a kind that zoft does not read, and values that no adapter can have.
 
     name: the user's word for the adapter. Errors: UserError that names the key and its value.
     """
+    kind = str(found.get("peft_type"))
+    if kind not in PLAIN or (extra := adapter_extra(found)):
+        what = f"{kind} with {extra}" if kind in PLAIN else kind[:200]
+        raise UserError(
+            f"adapter={name}: {ADAPTER_CONFIG}: it is {what}; plain ones of {', '.join(PLAIN)} are read"
+        )
 
     def whole(x: Any) -> bool:
         return isinstance(x, int) and not isinstance(x, bool)
@@ -134,6 +166,7 @@ def check_adapter_values(name: str, found: Mapping[str, Any]) -> None:
         "rank_pattern": (
             lambda x: counts(x, lambda n: whole(n) and 0 < n <= RANK_MAX), f"names with ranks from 1 to {RANK_MAX}"),
         "alpha_pattern": (lambda x: counts(x, positive), "names with numbers above 0"),
+        **{key: (lambda x: whole(x) and 0 < x < 1 << 31, "a whole number above 0") for key in PROMPT},
     }  # fmt: skip
     for key, (fits, right) in sound.items():
         if key in found and not fits(found[key]):
@@ -144,11 +177,21 @@ def check_adapter_values(name: str, found: Mapping[str, Any]) -> None:
             raise UserError(f"adapter={name}: {ADAPTER_CONFIG}: {key}: {pattern[:60]!r} {fault}")
 
 
-def refuse_larger_ranks(name: str, found: Mapping[str, Any], held: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse a rank of which an adapter holds no tensor: peft would make pairs of that size before it misses them.
+def refuse_larger(name: str, found: Mapping[str, Any], held: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse a rank or a prompt of which an adapter holds no tensor: peft would make it before it misses it.
 
     held: the header of the adapter's file, from read_header. Errors: UserError.
     """
+    if found["peft_type"] != "LORA":
+        layers = 2 * found.get("num_layers", 1) if found["peft_type"] == "PREFIX_TUNING" else 1
+        asked = found.get("num_virtual_tokens", 1) * layers * found.get("token_dim", 1)
+        most = max((math.prod(entry["shape"]) for entry in held.values()), default=0)
+        if asked > most:
+            raise UserError(
+                f"adapter={name}: {ADAPTER_CONFIG}: its prompt has {asked:,} numbers, and its largest tensor {most:,}; "
+                "fetch it again"
+            )
+        return
     ranks = [
         entry["shape"][0] for key, entry in held.items() if "lora_" in key and "A" in key and entry["shape"]
     ]

@@ -33,7 +33,7 @@ from zoft.models.checkpoint import (
     pattern_fault,
     read_header,
     read_object,
-    refuse_larger_ranks,
+    refuse_larger,
 )
 from zoft.models.fingerprint import Stored, raw_bytes
 from zoft.models.finite import refuse_non_finite
@@ -260,10 +260,14 @@ def adapter_fingerprint(trained: Sequence[Stored]) -> str:
 def _restore(model: nn.Module, start: Path) -> None:
     from safetensors.torch import load_file
 
-    kept = load_file(start)
-    refuse_non_finite(str(start), kept, "put back the file that the run wrote")
+    back = "put back the file that the run wrote"
+    held = read_header(str(start), start, "adapter")
     for name, p in named(model):
-        assert kept[name].shape == p.shape, (name, kept[name].shape, p.shape)
+        if name not in held or held[name]["shape"] != list(p.shape):
+            raise UserError(f"{start}: tensor {name} {list(p.shape)} is not in it; {back}")
+    kept = load_file(start)
+    refuse_non_finite(str(start), kept, back)
+    for name, p in named(model):
         p.data = kept[name].to(p.device)
 
 
@@ -291,8 +295,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Any:
     try:
         settings = read_object(str(folder), Path(folder) / ADAPTER_CONFIG, "adapter")
         check_adapter_values(str(folder), settings)
-        if (weights := Path(folder) / ADAPTER_WEIGHTS).is_file() and settings.get("peft_type") == "LORA":
-            refuse_larger_ranks(str(folder), settings, read_header(str(folder), weights, "adapter"))
+        if (weights := Path(folder) / ADAPTER_WEIGHTS).is_file():
+            refuse_larger(str(folder), settings, read_header(str(folder), weights, "adapter"))
         _match_in_time(model, f"adapter={folder}", (p for _, p in adapter_patterns(settings)))
         with _quiet(), plain_shapes(model), torch.random.fork_rng(devices=[]):
             if next(model.parameters()).is_meta:
