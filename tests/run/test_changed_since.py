@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import hostile
@@ -129,6 +130,35 @@ def test_evaluation_rows_that_are_asked_for_are_said(place):
     assert done.exit_code == 0, done.output
     assert "other evaluation rows than before" in done.stderr
     assert read_ledger(place / "run" / "ledger").records == log.records
+
+
+def swapped(text, one, other):
+    """Two words of a tokenizer's file with each other's ids."""
+    first, second = (re.search(rf"{w}: (\d+)", text)[1] for w in (one, other))
+    return text.replace(f"{one}: {first}", f"{one}: {second}").replace(
+        f"{other}: {second}", f"{other}: {first}"
+    )
+
+
+def test_what_ends_a_text_or_spells_it_is_in_the_header(tmp_path):
+    tiny.place(tmp_path, KEYS + "objective: exact_match\nmax_new_tokens: 4\n")
+    assert zoft(tmp_path, "train", "--config", "mine.yaml", "output_dir=run").exit_code == 0
+    for file in ("result.json", "metrics.jsonl"):
+        (tmp_path / "run" / file).unlink()
+    assert zoft(tmp_path, "train", "--resume", "run").exit_code == 0
+    whole = (tmp_path / "tiny" / "tokenizer.json").read_text()
+    (tmp_path / "run" / "result.json").unlink()
+    for change in (
+        lambda m: (m / "generation_config.json").write_text('{"eos_token_id": [2, 7]}'),
+        lambda m: (m / "tokenizer.json").write_text(swapped(whole, '"y"', '":"')),
+    ):
+        with hostile.working(tmp_path):
+            change(tmp_path / "tiny")
+        done = zoft(tmp_path, "train", "--resume", "run")
+        assert done.exit_code == 2 and "other ends of texts, or other words" in done.stderr, done.output
+        (tmp_path / "tiny" / "generation_config.json").unlink(missing_ok=True)
+        (tmp_path / "tiny" / "tokenizer.json").write_text(whole)
+    assert zoft(tmp_path, "train", "--resume", "run").exit_code == 0
 
 
 def test_other_versions_are_one_line(place):
@@ -272,6 +302,19 @@ def test_a_planted_link_is_refused_before_training(place, name):
     done = zoft(place, "train", "--config", "mine.yaml", "output_dir=new")
     assert done.exit_code == 2 and done.stderr.startswith("error: output_dir=new: "), done.output
     assert "loading" not in done.stderr and not (place / "target").exists()
+
+
+@pytest.mark.parametrize("name", ["ledger", "metrics.jsonl", "snapshots"])
+def test_a_stopped_run_is_not_written_through_a_link(place, name):
+    stopped(place)
+    shutil.copytree(place / "run", place / "other")
+    path = place / "run" / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.symlink_to(place / "other" / name)
+    before = hostile.digest(place)
+    done = zoft(place, "train", "--resume", "run")
+    assert done.exit_code == 2 and f"run: {name} is a link" in done.stderr, done.output
+    assert hostile.digest(place) == before
 
 
 def test_a_draft_is_never_written_through_a_link(tmp_path):

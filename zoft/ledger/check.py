@@ -90,7 +90,18 @@ def kind_faults(header: Mapping[str, Any]) -> list[str]:
     trained = header.get("trained")
     wrong = [
         f"its header's {name} is no text"
-        for name in ("zoft", "data", "rows", "page", "adapter", "nodes", "estimator", "update", "reward")
+        for name in (
+            "zoft",
+            "data",
+            "rows",
+            "writing",
+            "page",
+            "adapter",
+            "nodes",
+            "estimator",
+            "update",
+            "reward",
+        )
         if not isinstance(header.get(name, ""), str)
     ]
     for name in ("model", "versions", "evaluation", "floors", "turns"):

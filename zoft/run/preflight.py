@@ -32,6 +32,9 @@ OURS = (
 # Names under which files are written before they take their own.
 DRAFTS = ("ledger.new", ".config.yaml.new", ".env.json.new", ".result.json.new")
 
+# What a resumed run writes in place, and deletes from.
+LINKED = ("ledger", "metrics.jsonl", "snapshots")
+
 # What drivers make in /dev: NVIDIA's, WSL's, Jetson's, AMD's.
 DRIVERS = ("nvidiactl", "nvidia0", "dxg", "nvmap", "nvhost-gpu", "kfd")
 
@@ -47,6 +50,11 @@ def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None
     refuse_missing_devices(config)
     if resume is None and not dry_run:
         claim_folder(Path(str(config.output_dir)))
+    for name in LINKED if resume else ():
+        if (Path(str(resume)) / name).is_symlink():
+            raise UserError(
+                f"{resume}: {name} is a link, which would be written through; put what it leads to in its place"
+            )
     if resume and (Path(resume) / "ledger").exists():  # damage shows before weights load
         from zoft.ledger.check import refuse_unsound
         from zoft.ledger.log import read_ledger

@@ -21,6 +21,7 @@ from zoft.method.recipes import method_of
 from zoft.method.space import Trained, adopt, train_names
 from zoft.method.trial import try_page
 from zoft.objectives.objectives import Goal, make_objective, reward_of
+from zoft.objectives.text import writing_digest
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.inplace import InPlace
 from zoft.probe.nodes import NodeAxis
@@ -81,6 +82,8 @@ def assemble(config: Config, folder: str | Path | None = None) -> Parts:
     config = resolve_precision(config, model, names)
     config, trained, axis = make_axis(config, model, adopt(model, names), scored, folder)
     header = header_of(config, base, trained, train, model=model, held_out=held_out) | objective.header()
+    if objective.texts is not None:
+        header["writing"] = writing_digest(model, tokenizer)
     if isinstance(axis, NodeAxis):
         header["nodes"] = axis.measured.digest()
     return Parts(

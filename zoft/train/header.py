@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,8 @@ DIFFERS = {
     "base": "starts from other weights ({found}) than this model has ({value})",
     "data": "was begun on other training data: put back what was changed there",
     "rows": "was begun on rows with other columns or answers: put back what was changed there",
+    "writing": "was begun with other ends of texts, or other words of the tokenizer, than the model's folder has now: put back what "
+    "was changed there",
     "noise_version": "has noise of version {found}, this zoft makes version {value}: use the zoft that wrote it",
     "page": "was begun with another text of its recipe ({found}) than that file has now ({value}): put back what it was",
     "nodes": "was begun with other measurements of its layers than nodes.safetensors has now: put that file back",
@@ -120,7 +123,8 @@ def header_of(
 
 def versions() -> dict[str, str]:
     """Return the versions of what computes a run's numbers."""
-    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
+    found = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
+    return {**found, "python": platform.python_version()}
 
 
 def model_settings(model: Any) -> dict[str, Any]:
