@@ -6,7 +6,9 @@ prompts included; what a checkpoint's generation_config asks for (sampling, pena
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -145,6 +147,13 @@ def _special(model: Any, tokenizer: Any) -> tuple[list[int], int]:
         found += [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
     pad = getattr(tokenizer, "pad_token_id", None)
     return list(dict.fromkeys(found)), (found or [0])[0] if pad is None else pad
+
+
+def writing_digest(model: Any, tokenizer: Any) -> str:
+    """Return a hash of what turns tokens into texts: the ids that end one, and what all ids together say."""
+    said = tokenizer.decode(sorted(tokenizer.get_vocab().values()), clean_up_tokenization_spaces=False)
+    made = json.dumps([sorted(_special(model, tokenizer)[0]), said])
+    return f"blake2b:{hashlib.blake2b(made.encode(), digest_size=16).hexdigest()}"
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import nn
 from zoft.config.schema import Config
 from zoft.data.example import Example
 from zoft.errors import UserError
+from zoft.folder import write
 from zoft.method.estimators.estimator import Probe
 from zoft.method.space import Trained
 from zoft.objectives.losses import losses
@@ -111,10 +112,8 @@ def calibrated(
 
 def keep_calibration(axis: Any, folder: Path) -> None:
     """Write the measurements of a run's layers beside its ledger, which has their digest."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path = folder / FILE
     if isinstance(axis, NodeAxis) and this_world().rank == 0 and not path.exists():
-        draft = path.with_name(f".{path.name}.new")
-        save_file(axis.measured.tensors(), draft)
-        draft.replace(path)
+        write(path, save(axis.measured.tensors()))
