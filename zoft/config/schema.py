@@ -26,6 +26,7 @@ BY_TRAIN: dict[str, dict[str, Any]] = {
 # Objectives of text that the model writes, and others that have no gradient either.
 GENERATED = ("exact_match", "f1", "reward")
 NO_GRADIENT = ("accuracy", "macro_f1", *GENERATED)
+ROLLOUT = ("temperature", "members_per_batch", "shaping", "shaping_group")  # keys of written text alone
 # Keys that say something of some trained sets only.
 LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_layers")
 ONLY = {**dict.fromkeys(LORA, ("lora",)), "virtual_tokens": ("prefix", "prompt")}
@@ -154,6 +155,31 @@ class Config:
     max_new_tokens: int = key(50, "tokens that are written after a prompt, at most", least=1)
     stop: str | None = key(
         "\n", "text that ends what is written, and is left out; null: end-of-text alone", template=True
+    )
+    temperature: float = key(
+        0.0,
+        "how training texts are written: 0 takes the most probable token, above it tokens are drawn, with one die for each "
+        "(step, row, token) that all members share; evaluation takes the most probable one",
+        least=0,
+        most=100,
+    )
+    members_per_batch: int | str = key(
+        "auto",
+        "members (probes of a step) whose texts are written in one batch, over one copy of the weights: for noise=rank1 and "
+        "train=lora, prefix, prompt; 1 writes one member after another; auto: as many as fit in half of the free memory",
+        least=1,
+        one_of=("auto",),
+    )
+    shaping: str = key(
+        "none",
+        "what a step makes of its members' rewards: nothing, z-scores over members, or centred ranks (lr is then the size of a "
+        "step, and a step without spread is skipped)",
+        one_of=("none", "zscore", "ranks"),
+    )
+    shaping_group: str = key(
+        "all",
+        "what is shaped: each member's mean reward (all), or the rewards after each prompt (prompt)",
+        one_of=("all", "prompt"),
     )
     hold_probe: bool | str = key(
         "auto",
