@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -156,3 +158,48 @@ def test_two_processes_have_the_ledger_of_one(tmp_path):
     one, rows, probes = (losses(folder / d) for d in ("one", "rows", "probes"))
     assert len({float(x) for x in one.flatten()}) > 2
     assert np.array_equal(one, rows) and np.array_equal(one, probes)
+
+
+def test_a_verifiable_task_is_data_and_reward_in_one_name(place):
+    keys = ["task=arithmetic", "task.level=1", "model=tiny", "steps=2", "batch_size=2", "q=2", "noise=rank1", "max_length=128",
+            "max_new_tokens=4", "threads=1", "eval_limit=3", "shaping=zscore", "output_dir=sums"]  # fmt: skip
+    done = CliRunner().invoke(app, ["train", *keys])
+    assert done.exit_code == 0, (done.output, done.exception)
+    result = json.loads((place / "sums/result.json").read_text())
+    assert 0 <= result["after"]["reward"] <= 1
+    assert "objective: reward" in (place / "sums/config.yaml").read_text()
+    done = CliRunner().invoke(app, ["eval", "sums", "--json", "--examples", "each.jsonl"])
+    assert done.exit_code == 0 and json.loads(done.stdout)["reward"] == pytest.approx(
+        result["after"]["reward"]
+    ), done.output
+    learned = [k for k in keys if not k.startswith(("shaping", "output"))]
+    done = CliRunner().invoke(app, ["train", *learned, "objective=lm", "output_dir=learned"])
+    assert done.exit_code == 0, (done.output, done.exception)
+
+
+def test_a_served_reward_is_the_files(place):
+    """The same numbers from a server give the same ledger."""
+    names: dict = {}
+    exec(SCORE, names)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            data = json.dumps({"rewards": names["score"](body["rows"], body["texts"])}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/"
+    keys = ["--config", "my.yaml", "steps=3", "save_model=false"]
+    zoft("train", *keys, "output_dir=served", reward=url)
+    zoft("train", *keys, "output_dir=filed")
+    server.shutdown()
+    server.server_close()
+    assert np.array_equal(losses(place / "served"), losses(place / "filed"))

@@ -64,7 +64,8 @@ def train(
         int, typer.Option(metavar="N", min=1, help="Processes that share each step (a GPU each, if any).")
     ] = 1,
     reward: Annotated[
-        str | None, typer.Option(metavar="FILE.py:FUNCTION", help="Maximise a reward of your own; runs FILE.")
+        str | None,
+        typer.Option(metavar="FILE.py:FUNCTION|URL", help="Maximise a reward of your own; runs FILE."),
     ] = None,
     recipe: Page = None,
 ) -> None:
@@ -192,7 +193,7 @@ def evaluate(
     ] = 1000,
     reward: Annotated[
         str | None,
-        typer.Option(metavar="FILE.py:FUNCTION", help="Judge texts by a reward of your own; runs FILE."),
+        typer.Option(metavar="FILE.py:FUNCTION|URL", help="Judge texts by a reward of your own; runs FILE."),
     ] = None,
     lm_eval: Annotated[
         str | None,

@@ -7,7 +7,18 @@ import math
 import re
 from typing import Any
 
-from zoft.config.schema import ADAPTERS, GENERATED, LORA, ONLY, ROLLOUT, SECTIONS, SETS, Config, fields
+from zoft.config.schema import (
+    ADAPTERS,
+    GENERATED,
+    LORA,
+    ONLY,
+    ROLLOUT,
+    SECTIONS,
+    SETS,
+    VERIFIED,
+    Config,
+    fields,
+)
 from zoft.errors import UserError, nearest
 
 
@@ -118,7 +129,7 @@ def _check_adapter(config: Config) -> None:
 
 def _check_objective(config: Config) -> None:
     """Refuse keys of an objective where they do nothing; a reward that is named is the objective."""
-    if config.reward is not None and config.objective == "auto":
+    if config.objective == "auto" and (config.reward is not None or config.task.name in VERIFIED):
         config.objective = "reward"
     found, written = fields(), config.objective in GENERATED
     for name in ("reward", "reward_seconds"):

@@ -31,6 +31,8 @@ LATER: dict[str, tuple] = {
     "temperature": (0.0,),
     "shaping": ("none",),
     "shaping_group": ("all",),
+    "task.rows": (None,),
+    "task.level": (None,),
 }
 
 

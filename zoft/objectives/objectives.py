@@ -20,19 +20,21 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoft.config.schema import GENERATED, Config
+from zoft.config.schema import GENERATED, VERIFIED, Config
 from zoft.data.encode import prompts
 from zoft.data.example import Example
 from zoft.data.tasks import TaskData, subset
 from zoft.errors import UserError
 from zoft.method.estimators.named import forwards_per_step
-from zoft.objectives import losses
+from zoft.objectives import losses, verify
 from zoft.objectives import text as generate
 from zoft.objectives.decode import dice
 from zoft.objectives.losses import Batch, mean_loss
@@ -137,8 +139,15 @@ def objective_keys(config: Config, data: TaskData) -> dict[str, Any]:
 
 
 def reward_of(config: Config) -> Reward | None:
-    """The reward that the command line names; its file is run here. Raises UserError."""
-    return None if config.reward is None else load(config.reward, config.reward_seconds)
+    """The reward that the command line names, whose file is run here, or the task's own. Raises UserError."""
+    if config.reward is not None:
+        return load(config.reward, config.reward_seconds)
+    name = config.task.name
+    if config.objective != "reward" or name not in VERIFIED:
+        return None
+    return Reward(
+        f"task={name}", Path(verify.__file__), partial(verify.scores, name), config.reward_seconds, "its own"
+    )
 
 
 def make_objective(config: Config, data: TaskData, tokenizer: Any, mine: Reward | None = None) -> Goal:

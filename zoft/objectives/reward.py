@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from zoft.errors import UserError, nearest
+from zoft.objectives.served import digest_of, is_address, server_of
 
+TRIES_OF_SERVED = 10  # times reward_seconds that a call of a server may take, its requests one after another
 GRACE = 5.0  # seconds, before a process is ended that its reward does not give back
 
 
@@ -164,8 +166,22 @@ def run_for(seconds: float, work: Callable[[], Any]) -> tuple[bool, Any]:
     return bool(box), box[0] if box else None
 
 
+def check_reward(named: str) -> None:
+    """Refuse a reward that is not there, before anything heavy loads. Raises UserError."""
+    if is_address(named):
+        server_of(named, 1.0)
+    else:
+        look(named)
+
+
 def load(named: str, seconds: float) -> Reward:
-    """Return the function that `path/to/file.py:function` names; runs the file, for `seconds` at most. Raises UserError."""
+    """Return the function that `path/to/file.py:function` names, or the server at an address; runs the file, for `seconds` at most.
+
+    Raises UserError."""
+    if is_address(named):
+        return Reward(
+            named, Path(named), server_of(named, seconds), TRIES_OF_SERVED * seconds, digest_of(named)
+        )
     path, function = look(named)
     name = f"{path.name}:{function}"
     try:

@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from zoft.config.schema import GENERATED, Config
+from zoft.config.schema import GENERATED, Config, lacks_reward
 from zoft.errors import UserError
 from zoft.folder import ASKED, refuse_unwritable
 from zoft.method.configured import again
@@ -80,14 +80,14 @@ def refuse_missing_devices(config: Config) -> None:
 
 def refuse_reward(config: Config, resume: str | Path | None, *, must: bool = True) -> None:
     """Refuse a reward that is not there, and to train on one (must) that is not named on the command line."""
-    if must and config.objective == "reward" and config.reward is None:
+    if must and lacks_reward(config):
         if resume:
             raise again(resume)
         raise UserError("objective=reward: name the function: --reward my_reward.py:score")
     if config.reward is not None:
         from zoft.objectives import reward as rewards
 
-        rewards.look(config.reward)
+        rewards.check_reward(config.reward)
 
 
 def check_elastic(config: Config) -> None:
