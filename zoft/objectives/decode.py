@@ -150,7 +150,12 @@ def _front(model: Any) -> int:
 
 
 class _Call:
-    """The forwards of one generation: the first reads the contexts, each next one a token a row."""
+    """The forwards of one generation: the first reads the contexts, each next one a token a row.
+
+    On a GPU the second token's forward is captured as a CUDA graph and replayed for those after it, anew whenever rows leave:
+    shapes are static, the place in the cache is a tensor. A cache whose layers slide decides in Python and is not captured, nor
+    is a model whose forward cannot be.
+    """
 
     def __init__(self, model: Any, rows: int, length: int) -> None:
         self.model, self.base = model, model.get_base_model() if puts_before(model) else model
@@ -160,6 +165,12 @@ class _Call:
         self.extra: dict[str, Any] = {"use_cache": True}
         if takes(self.base, "logits_to_keep"):
             self.extra["logits_to_keep"] = 1
+        self.captures = next(model.parameters()).is_cuda and _is_static(self.cache)
+        self.eager = 0  # forwards of one token since the rows changed
+        self.graph: Any = None
+        self.held: tuple[Tensor, Tensor, Tensor, Tensor] | None = (
+            None  # token, mask, place, logits of the graph
+        )
 
     def first(self, ids: Tensor, mask: Tensor, places: Tensor) -> Tensor:
         """Return the logits after the contexts [N, V]."""
@@ -177,8 +188,28 @@ class _Call:
         return self._run(inputs, mask, places[:, start : front + ids.shape[1]])
 
     def next(self, token: Tensor, mask: Tensor, place: Tensor) -> Tensor:
-        """Return the logits after one more token of each row [N, V]."""
-        return self._run({"input_ids": token[:, None]}, mask, place[:, None])
+        """Return the logits after one more token of each row [N, V]; the next call may overwrite them."""
+        if self.captures and self.graph is None and self.eager:
+            self._capture(token, mask, place)
+        if self.graph is None or self.held is None:
+            self.eager += 1
+            return self._run({"input_ids": token[:, None]}, mask, place[:, None])
+        self.held[0].copy_(token)
+        self.held[2].copy_(place)
+        self.graph.replay()
+        return self.held[3]
+
+    def _capture(self, token: Tensor, mask: Tensor, place: Tensor) -> None:
+        """Capture a token's forward; where that fails, all go on one by one."""
+        token, mask, place = token.clone(), mask.clone(), place.clone()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                logits = self._run({"input_ids": token[:, None]}, mask, place[:, None])
+        except RuntimeError:
+            self.captures = False
+            return
+        self.graph, self.held = graph, (token, mask, place, logits)
 
     def _run(self, inputs: dict[str, Tensor], mask: Tensor, places: Tensor) -> Tensor:
         given = {**inputs, "attention_mask": mask, **self.extra, str(self.name): self.cache}
@@ -188,6 +219,7 @@ class _Call:
 
     def keep(self, at: Tensor) -> None:
         """Let the rows at these places of the batch stay."""
+        self.graph, self.held, self.eager = None, None, 0
         for layer in self.cache.layers:
             layer.keys, layer.values = layer.keys[at], layer.values[at]
             if hasattr(layer, "batch_size"):
@@ -195,6 +227,13 @@ class _Call:
 
     def bytes(self) -> int:
         return cache_bytes(self.cache)
+
+
+def _is_static(cache: Any) -> bool:
+    """Say whether all layers of a cache keep their tokens where they are, without a window."""
+    from transformers.cache_utils import StaticLayer
+
+    return all(type(layer) is StaticLayer for layer in cache.layers)
 
 
 def static_cache(model: Any, length: int) -> Any:

@@ -33,6 +33,7 @@ from zoft.train.axis import memory_left
 from zoft.train.parts import say
 from zoft.train.trainer import Settings, Trainer
 
+PROVED = 5  # tokens; on a GPU the third and later ones come of a captured forward
 MANY_FLAT = 20  # steps without spread in a row after which a line says what helps
 
 
@@ -202,7 +203,7 @@ def prove(
 ) -> tuple[str, int]:
     """Compare what members compute together with what each computes alone, on the run's own prompts.
 
-    The logits of three tokens, at up to three probes of a step, after the shortest and the longest prompt; then of both prompts
+    The logits of the first tokens, at up to three probes of a step, after the shortest and the longest prompt; then of both prompts
     side by side, padded: where only these differ, rows of one length go together (texts.mixed). Returns (why not, or "";
     how many members half of the free memory has room for).
     """
@@ -211,7 +212,7 @@ def prove(
     short, long = min(texts.contexts, key=len), max(texts.contexts, key=len)
     refuse_longer_rows(model, len(long), config.max_new_tokens)
     ends, pad = text._special(model, tokenizer)
-    tokens, tolerance = min(3, config.max_new_tokens), text._tolerance(model)
+    tokens, tolerance = min(PROVED, config.max_new_tokens), text._tolerance(model)
     took: list[float] = []
 
     def together(rows: Sequence[Sequence[int]]) -> list[Tensor]:
