@@ -228,6 +228,27 @@ def evaluate(
 
 
 @app.command(cls=Verb, context_settings=_LOOSE)
+def samples(
+    folder: Annotated[str, typer.Argument(metavar="RUN")],
+    overrides: Overrides = None,
+    count: Annotated[int, typer.Option("-n", min=1, help="How many held-out rows.")] = 5,
+    reward: Annotated[
+        str | None, typer.Option(metavar="FILE.py:FUNCTION|URL", help="The run's reward; runs FILE.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what the base and a run's model write after the same prompts, scored: zoft samples runs/mine -n 5."""
+    from zoft.cli.samples import samples_of, samples_text
+    from zoft.console import escaped
+
+    found = samples_of(folder, count, reward, overrides or [])
+    if as_json:
+        typer.echo("\n".join(json.dumps(sample) for sample in found))
+    else:
+        typer.echo("\n".join(escaped(line) for line in samples_text(found).split("\n")))
+
+
+@app.command(cls=Verb, context_settings=_LOOSE)
 def baseline(
     overrides: Overrides = None,
     config: Source = None,

@@ -92,9 +92,14 @@ def load_run(run: str | Path, overrides: Sequence[str] = (), *, trains: bool = T
     return strict(tree, keys_of=mine)
 
 
+def reward_named(run: str | Path) -> Any:
+    """Return the reward of the user's own that a run's config.yaml names, or None."""
+    return yaml_tree(Path(run) / "config.yaml").get("reward")
+
+
 def again(run: str | Path) -> UserError:
     """Return what a run says whose reward was not named on the command line."""
-    named = yaml_tree(Path(run) / "config.yaml").get("reward")
+    named = reward_named(run)
     return UserError(f"{run}: its reward runs code; name it again, --reward {named}")
 
 
