@@ -33,9 +33,10 @@ def test_a_page_trains_what_can_be_trained(page, line, monkeypatch, tmp_path):
     words = shlex.split(line, comments=True)[2:]
     if "--recipe" in words or "--resume" in words:
         pytest.skip("a page of the reader's own, or a run, which another test makes")
-    if "--nproc" in words:
-        at = words.index("--nproc")
+    for option in {"--nproc", "--reward"} & {*words}:
+        at = words.index(option)
         del words[at : at + 2]
+        words += ["objective=f1"] if option == "--reward" else []  # a file of the reader's own; of text, too
     words = ["mezo/reviews" if w.endswith(".yaml") else w for w in words]  # a config of the reader's own
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["validate", *words])

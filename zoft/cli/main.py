@@ -64,7 +64,8 @@ def train(
         int, typer.Option(metavar="N", min=1, help="Processes that share each step (a GPU each, if any).")
     ] = 1,
     reward: Annotated[
-        str | None, typer.Option(metavar="FILE.py:FUNCTION", help="Maximise a reward of your own; runs FILE.")
+        str | None,
+        typer.Option(metavar="FILE.py:FUNCTION|URL", help="Maximise a reward of your own; runs FILE."),
     ] = None,
     recipe: Page = None,
 ) -> None:
@@ -192,7 +193,7 @@ def evaluate(
     ] = 1000,
     reward: Annotated[
         str | None,
-        typer.Option(metavar="FILE.py:FUNCTION", help="Judge texts by a reward of your own; runs FILE."),
+        typer.Option(metavar="FILE.py:FUNCTION|URL", help="Judge texts by a reward of your own; runs FILE."),
     ] = None,
     lm_eval: Annotated[
         str | None,
@@ -224,6 +225,27 @@ def evaluate(
         raise UserError(f"--lm-eval-path {lm_eval_path}: does nothing without --lm-eval TASKS")
     found = evaluate_config(resolved, adapter, resamples=resamples, out=examples)
     typer.echo(json.dumps(found) if as_json else evaluation_text(found))
+
+
+@app.command(cls=Verb, context_settings=_LOOSE)
+def samples(
+    folder: Annotated[str, typer.Argument(metavar="RUN")],
+    overrides: Overrides = None,
+    count: Annotated[int, typer.Option("-n", min=1, help="How many held-out rows.")] = 5,
+    reward: Annotated[
+        str | None, typer.Option(metavar="FILE.py:FUNCTION|URL", help="The run's reward; runs FILE.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what the base and a run's model write after the same prompts, scored: zoft samples runs/mine -n 5."""
+    from zoft.cli.samples import samples_of, samples_text
+    from zoft.console import escaped
+
+    found = samples_of(folder, count, reward, overrides or [])
+    if as_json:
+        typer.echo("\n".join(json.dumps(sample) for sample in found))
+    else:
+        typer.echo("\n".join(escaped(line) for line in samples_text(found).split("\n")))
 
 
 @app.command(cls=Verb, context_settings=_LOOSE)

@@ -26,6 +26,8 @@ BY_TRAIN: dict[str, dict[str, Any]] = {
 # Objectives of text that the model writes, and others that have no gradient either.
 GENERATED = ("exact_match", "f1", "reward")
 NO_GRADIENT = ("accuracy", "macro_f1", *GENERATED)
+VERIFIED = ("countdown", "arithmetic", "gsm8k")  # tasks whose answers a program checks
+ROLLOUT = ("temperature", "members_per_batch", "shaping", "shaping_group")  # keys of written text alone
 # Keys that say something of some trained sets only.
 LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_layers")
 ONLY = {**dict.fromkeys(LORA, ("lora",)), "virtual_tokens": ("prefix", "prompt")}
@@ -49,7 +51,9 @@ def key(default: Any, doc: str, **limits: Any) -> Any:
 class Task:
     """Where examples come from and how each becomes a prompt and what is scored after it."""
 
-    name: str = key("", "a task of configs/task: sst2, squad, …, reviews, or local (your own data)")
+    name: str = key(
+        "", "a task of configs/task: sst2, squad, …, reviews, countdown, or local (your own data)"
+    )
     train: str | None = key(
         None,
         "training data: a .jsonl, .csv, .tsv, .json or .parquet file, a folder of such or of .txt files, or a Hub "
@@ -111,8 +115,23 @@ class Task:
     k_shot: int | None = key(
         None, "train on so many rows of each class, with as many more as the dev set", least=1
     )
+    rows: int | None = key(
+        None,
+        "rows that task=countdown or task=arithmetic makes, at most; null makes 2,000",
+        least=1,
+        most=1000000,
+    )
+    level: int | None = key(
+        None,
+        "task=countdown, task=arithmetic: how hard their rows are, from 1 (two numbers below 10) to 4; null is 2",
+        least=1,
+        most=4,
+    )
     data_seed: int = key(
-        0, "of those permutations (the papers: 0; k_shot: 13, 21, 42, 87, 100)", least=0, below=1 << 32
+        0,
+        "of those permutations (the papers: 0; k_shot: 13, 21, 42, 87, 100), and of the rows that a task makes",
+        least=0,
+        below=1 << 32,
     )
     balanced: bool = key(False, "as many rows of each class in num_train and num_dev")
 
@@ -148,12 +167,38 @@ class Config:
     )
     reward: str | None = key(
         None,
-        "my_reward.py:score, a function (rows, texts) -> a number a row; only on the command line, as --reward",
+        "my_reward.py:score, a function (rows, texts) -> a number a row, or http://127.0.0.1:PORT/PATH, a server that gives them; only "
+        "on the command line, as --reward",
     )
     reward_seconds: float = key(60.0, "what one call of the reward may take", above=0, most=1e6)
     max_new_tokens: int = key(50, "tokens that are written after a prompt, at most", least=1)
     stop: str | None = key(
         "\n", "text that ends what is written, and is left out; null: end-of-text alone", template=True
+    )
+    temperature: float = key(
+        0.0,
+        "how training texts are written: 0 takes the most probable token, above it tokens are drawn, with one die for each "
+        "(step, row, token) that all members share; evaluation takes the most probable one",
+        least=0,
+        most=100,
+    )
+    members_per_batch: int | str = key(
+        "auto",
+        "members (probes of a step) whose texts are written in one batch, over one copy of the weights: for noise=rank1 and "
+        "train=lora, prefix, prompt; 1 writes one member after another; auto: as many as fit in half of the free memory",
+        least=1,
+        one_of=("auto",),
+    )
+    shaping: str = key(
+        "none",
+        "what a step makes of its members' rewards: nothing, z-scores over members, or centred ranks (lr is then the size of a "
+        "step, and a step without spread is skipped)",
+        one_of=("none", "zscore", "ranks"),
+    )
+    shaping_group: str = key(
+        "all",
+        "what is shaped: each member's mean reward (all), or the rewards after each prompt (prompt)",
+        one_of=("all", "prompt"),
     )
     hold_probe: bool | str = key(
         "auto",
@@ -397,6 +442,11 @@ def filled(tree: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
             unset = {k: v for k, v in unset.items() if not k.startswith("lora_")}
         tree = {**tree, **unset}
     return tree
+
+
+def lacks_reward(config: Any) -> bool:
+    """Say whether a config asks for a reward that neither the command line nor its task gives."""
+    return config.objective == "reward" and config.reward is None and config.task.name not in VERIFIED
 
 
 SECTIONS: dict[str, type[Task] | type[Limits]] = {"task": Task, "limits": Limits}  # groups of keys

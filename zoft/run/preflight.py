@@ -7,10 +7,10 @@ import re
 import sys
 from pathlib import Path
 
-from zoft.config.schema import GENERATED, Config
+from zoft.config.schema import GENERATED, Config, lacks_reward
 from zoft.errors import UserError
 from zoft.folder import ASKED, refuse_unwritable
-from zoft.method.configured import again
+from zoft.method.configured import again, reward_named
 from zoft.method.recipes import is_page
 from zoft.parallel.launch import process_place
 from zoft.run.tracker import require_tracker
@@ -93,14 +93,17 @@ def refuse_missing_devices(config: Config) -> None:
 
 def refuse_reward(config: Config, resume: str | Path | None, *, must: bool = True) -> None:
     """Refuse a reward that is not there, and to train on one (must) that is not named on the command line."""
-    if must and config.objective == "reward" and config.reward is None:
+    own = (
+        resume is not None and config.reward is None and reward_named(resume)
+    )  # a task's reward is not a run's own
+    if must and (lacks_reward(config) or own):
         if resume:
             raise again(resume)
         raise UserError("objective=reward: name the function: --reward my_reward.py:score")
     if config.reward is not None:
         from zoft.objectives import reward as rewards
 
-        rewards.look(config.reward)
+        rewards.check_reward(config.reward)
 
 
 def check_elastic(config: Config) -> None:

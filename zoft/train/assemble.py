@@ -24,6 +24,7 @@ from zoft.objectives.objectives import Goal, make_objective, reward_of
 from zoft.objectives.text import writing_digest
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.inplace import InPlace
+from zoft.probe.members import Members
 from zoft.probe.nodes import NodeAxis
 from zoft.train.axis import make_axis, placed_axis
 from zoft.train.header import agree, header_of, model_settings
@@ -36,6 +37,7 @@ from zoft.train.parts import (
     resolve_precision,
 )
 from zoft.train.resolve import with_objective
+from zoft.train.rollouts import with_members
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Parts:
     trained: list[Trained]
     axis: ProbeAxis | InPlace | NodeAxis
     header: dict[str, Any]
+    members: Members | None = None  # where the members of a step write together
 
 
 def assemble(config: Config, folder: str | Path | None = None) -> Parts:
@@ -81,6 +84,9 @@ def assemble(config: Config, folder: str | Path | None = None) -> Parts:
     names = train_names(model, config.train, config.perturb == "nodes")
     config = resolve_precision(config, model, names)
     config, trained, axis = make_axis(config, model, adopt(model, names), scored, folder)
+    members = None
+    if objective.texts is not None:
+        config, members = with_members(config, model, tokenizer, axis, objective.texts)
     header = header_of(config, base, trained, train, model=model, held_out=held_out) | objective.header()
     if objective.texts is not None:
         header["writing"] = writing_digest(model, tokenizer)
@@ -89,7 +95,7 @@ def assemble(config: Config, folder: str | Path | None = None) -> Parts:
     return Parts(
         config=config, data=data, model=model, tokenizer=tokenizer, objective=objective, train=train,
         held_out=held_out, dev=dev_examples(config, tokenizer, data), scored=scored, trained=trained, axis=axis,
-        header=header,
+        header=header, members=members,
     )  # fmt: skip
 
 

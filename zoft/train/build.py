@@ -21,23 +21,27 @@ from zoft.objectives.objectives import Goal, Prompts
 from zoft.parallel.world import this_world
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.inplace import InPlace
+from zoft.probe.members import Members
 from zoft.probe.nodes import NodeAxis
 from zoft.train.assemble import Parts
 from zoft.train.axis import drawn, why_eager
 from zoft.train.batches import batches_of, picked
 from zoft.train.node_trainer import NodeTrainer, node_rows_of
 from zoft.train.parts import say, trainer_settings
+from zoft.train.rollouts import RolloutTrainer
 from zoft.train.trainer import Trainer
 
 
 def build_trainer(parts: Parts, ledger: Ledger) -> Trainer:
     """Build the trainer of a run: on a GPU, one whose steps are captured where the objective is a mean over rows."""
-    return build_trainer_of(parts.config, parts.model, parts.axis, parts.scored, ledger, parts.objective)
+    return build_trainer_of(
+        parts.config, parts.model, parts.axis, parts.scored, ledger, parts.objective, parts.members
+    )
 
 
 def build_trainer_of(
     config: Config, loaded: nn.Module, made: ProbeAxis | InPlace | NodeAxis, train: Sequence[Example],
-    ledger: Ledger | None, goal: Goal | None = None,
+    ledger: Ledger | None, goal: Goal | None = None, members: Members | None = None,
 ) -> Trainer:  # fmt: skip
     """Build a trainer of parts that were put together by hand; see `build_trainer`. ledger: None only to replay."""
     goal = goal or Goal(train[0].objective)
@@ -64,7 +68,9 @@ def build_trainer_of(
 
         def at(step: int) -> list[Prompts]:
             mine = this_world().examples
-            return [Prompts(tuple(mine(picks))) for picks in picked(config, len(train), step)]
+            return [Prompts(tuple(mine(picks)), step) for picks in picked(config, len(train), step)]
+
+        return RolloutTrainer(loaded, made, at, ledger, trainer_settings(config), goal.texts, members)
 
     why = why_eager(config)
     if why and config.device.startswith("cuda"):
