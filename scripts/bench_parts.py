@@ -210,7 +210,7 @@ def trainer_step(
 
 def resolved(config: Config, model: Any, rows: list[Example]) -> tuple[Config, Any, Any]:
     """(config with nothing left at auto, trained tensors, axis), as a recipe makes them."""
-    names = space.train_names(model, config.train)
+    names = space.train_names(model, config.train, config.perturb == "nodes")
     config = parts.resolve_precision(config, model, names)
     return setup_axis.make_axis(config, model, space.adopt(model, names), rows)
 
@@ -264,6 +264,14 @@ def config_for(args: Any, rows: int, perturb: str, dtype: str) -> Config:
         steps=1 << 20, batch_size=rows, device=args.device, perturb=perturb,
         mask="none" if inplace and args.mask == "magnitude" else args.mask, storage=dtype if inplace else args.storage, compute=dtype if inplace else args.compute,
         probes_per_forward=1 if inplace else args.probes_per_forward,
+    )  # fmt: skip
+
+
+def node_config_for(args: Any, rows: int) -> Config:
+    """A run's config of recipe=node at its defaults, but for an lr that leaves random weights alone."""
+    return Config(
+        model="random", task=Task(name="random"), recipe="node", train="upper", perturb="nodes", noise="rademacher", directions="example",
+        lr=1e-7, eps=1e-2, steps=1 << 20, batch_size=rows, device=args.device, storage=args.storage, compute=args.compute,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ python scripts/bench_step.py --model opt-125m --model opt-1.3b --shape 16x32 --s
 python scripts/bench_step.py --model opt-13b --skip reference --json out.json --plot out.png
 python scripts/bench_step.py --model opt-1.3b --train lora --q 8 --probes-per-forward 16 --skip inplace
 python scripts/bench_step.py --model opt-1.3b --model opt-13b --shape 16x32 --mask magnitude --skip inplace --skip reference
+python scripts/bench_step.py --model opt-1.3b --shape 16x256 --nodes --skip inplace --skip reference
 python scripts/bench_step.py --model opt-1.3b --shape 16x256 --targets 64 --skip inplace --skip reference
 python scripts/bench_step.py --model tiny --shape 4x16 --steps 3 --device cpu
 """
@@ -91,13 +92,16 @@ def cell(
 def steps_of(
     args: argparse.Namespace, model: Any, batch: int, tokens: int, row: dict[str, Any], run: Any
 ) -> None:
-    """The three ways to take a step."""
+    """The ways to take a step."""
     device, seconds, steps = args.device, args.seconds, args.steps
     row["trained"] = parts.trained_numbers(model, args.train)
     examples = parts.random_rows(model, 8 * batch, tokens, args.padded, args.targets)
     for part, perturb in (("probe", "auto"), ("inplace", "inplace")):
         config = parts.config_for(args, batch, perturb, args.dtype)
         run(part, lambda config=config: parts.trainer_step(model, config, examples, seconds, steps))
+    if args.nodes:
+        config = parts.node_config_for(args, batch)
+        run("nodes", lambda: parts.trainer_step(model, config, examples, seconds, steps))
     # Last: it moves the weights.
     run("reference", lambda: parts.reference(model, batch, tokens, device, seconds, steps, args.train))
 
@@ -189,7 +193,23 @@ def tables(rows: list[dict[str, Any]], q: int) -> str:
         lines.append(
             _line([f"{r['model']} {r['batch']}×{r['tokens']}", *shown, _figure(r["peak_over_inference"], "")])
         )
+    if any("nodes" in r for r in rows):
+        lines += ["", *node_table([r for r in rows if "nodes" in r])]
     return "\n".join(lines)
+
+
+def node_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown: node perturbation's step and its peak, each beside the probe axis's."""
+    head = ["node perturbation", "ms", "÷ probe axis", "peak, GB", "÷ probe axis", "trained"]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for r in rows:
+        n, p = r["nodes"], r["probe"]
+        ratios = [_ratio(n.get(k), p.get(k)) for k in ("ms", "peak_bytes")]
+        peak = None if n.get("peak_bytes") is None else n["peak_bytes"] / 1e9
+        cells = [n.get("ms"), ratios[0], peak, ratios[1], n.get("trained")]
+        shown = [_figure(c, n.get("error", "") if i == 0 else "") for i, c in enumerate(cells)]
+        lines.append(_line([f"{r['model']} {r['batch']}×{r['tokens']}", *shown]))
+    return lines
 
 
 def _line(cells: list[str]) -> str:
@@ -268,6 +288,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--mask", default="none", choices=("none", "magnitude", "random"), help="Sparse-MeZO's, sparsity 0.75"
     )
     parser.add_argument("--q", type=int, default=1, help="directions a step")
+    parser.add_argument(
+        "--nodes",
+        action="store_true",
+        help="also a step of node perturbation of the upper half of the blocks",
+    )
     parser.add_argument("--padded", action="store_true", help="half of the rows shorter than the shape says")
     parser.add_argument(
         "--targets",

@@ -86,9 +86,26 @@ def logged(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except (ValueError, RecursionError):  # the last line of a killed run
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if isinstance(row, dict) and is_line(row):
             rows.append(row)
     return rows
+
+
+def is_line(row: Mapping[str, Any]) -> bool:
+    """Return whether a row has the shape of a line that a run writes: numbers, and one level of them below `eval`."""
+
+    def number(x: Any) -> bool:
+        return x is None or (isinstance(x, int | float) and abs(x) < 1e300) or x != x
+
+    step, evals = row.get("step"), row.get("eval", {})
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 1 << 32:
+        return False
+    if not isinstance(evals, dict) or not all(map(number, evals.values())):
+        return False
+    seconds = row.get("seconds", 0.0)
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < 1e12:
+        return False
+    return all(number(value) for key, value in row.items() if key != "eval")
 
 
 def finite(value: Any) -> Any:

@@ -69,7 +69,9 @@ def write(path: Path, text: str | bytes) -> None:
     data = text.encode("utf-8") if isinstance(text, str) else text
     with writing(path):
         try:
-            with draft.open("wb") as file:
+            draft.unlink(missing_ok=True)  # of a killed process; or a link, which would be written through
+            fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            with open(fd, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())

@@ -62,6 +62,7 @@ SURFACE = {
         "-c",
         "overrides",
     ],
+    "samples": ["--help", "--json", "--reward", "-n", "folder", "overrides"],
     "report": ["--csv", "--help", "--metrics", "--png", "runs"],
     "join": ["--help", "--secret", "--trust-remote-code", "place"],
     "sweep": [

@@ -88,7 +88,8 @@ def test_every_key_and_header_key_that_is_named_exists(tmp_path):
     for name in re.findall(r"`([a-z_]+)=", DOC):
         assert name in fields(), name
     config = Config(model="m", task=Task(name="local"), storage="fp32", compute="fp32", update="sign")
-    header = headers.header_of(config, "b", build(tmp_path, tiny.llama()).axis.trained, examples())
+    trainer, rows = build(tmp_path, tiny.llama()), examples()
+    header = headers.header_of(config, "b", trainer.axis.trained, rows, model=trainer.model, held_out=rows)
     table = DOC[DOC.index("| key of the JSON") : DOC.index("Readers keep unknown keys")]
     named = {
         name

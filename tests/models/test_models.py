@@ -197,7 +197,7 @@ def test_saving_replaces_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(
         type(tokenizer), "save_pretrained", lambda *a: (_ for _ in ()).throw(OSError("disk full"))
     )
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=f"cannot write {out}: disk full"):
         saving.save_model(model, tokenizer, out)
     assert os.listdir(tmp_path) == ["model"] and fingerprint.of_model(load.load_model(str(out))[0]) == first
     monkeypatch.undo()

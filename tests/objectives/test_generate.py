@@ -131,9 +131,9 @@ def test_a_model_that_padding_disturbs_gets_rows_of_one_length():
 def test_a_nan_is_noted_and_not_taken_for_a_token():
     model, tokenizer = tiny.llama(), tiny.tokenizer()
     how = {"max_new_tokens": 4, "stop": None, "context": None, "progress": lambda done: None}
-    assert all(ok for _, ok in generation.texts(model, tokenizer, CONTEXTS, **how))
+    assert all(made.sound for made in generation.texts(model, tokenizer, CONTEXTS, **how))
     model.model.norm.weight.data[3] = float("nan")
-    assert not any(ok for _, ok in generation.texts(model, tokenizer, CONTEXTS, **how))
+    assert not any(made.sound for made in generation.texts(model, tokenizer, CONTEXTS, **how))
 
 
 def test_a_model_without_a_head_is_refused_in_one_line():

@@ -178,6 +178,15 @@ def test_holding_a_probe_gives_the_run_of_one_that_makes_it_for_each_token(tmp_p
     assert (tmp_path / "True").read_bytes() == (tmp_path / "False").read_bytes()
 
 
+def test_a_held_probe_of_rank_1_is_the_one_that_is_made_for_each_token(tmp_path):
+    found = []
+    for hold in (True, False):
+        trainer = build(tmp_path, "reward", noise="rank1", lr=0.0, name=f"{hold}", hold_probe=hold)
+        trainer.run()
+        found.append([r.losses for r in read_ledger(tmp_path / f"{hold}")[1]])
+    assert np.allclose(*found, atol=1e-7) and len({x for losses in found[0] for x in losses}) > 3
+
+
 def test_a_reward_that_breaks_leaves_every_bit(tmp_path):
     breaks = VOWELS.replace("append(texts)", "append(1 / (len(calls) < 3))")
     trainer = build(tmp_path, "reward", reward=breaks)

@@ -57,7 +57,8 @@ def build(
 ):
     from zoft.probe.cuda.axis import DeviceAxis
     from zoft.probe.cuda.inplace import DeviceInPlace
-    from zoft.train.cuda_graphs import CapturedTrainer, bucket
+    from zoft.train.batches import bucket
+    from zoft.train.cuda_graphs import CapturedTrainer
 
     model = make().cuda()
     group = {"probes_per_forward": 1} if inplace else {}

@@ -56,7 +56,9 @@ def examples(n=6, candidates=1, masked=False, objective="choice", seed=0):
 def axis_of(model, train, data, eps=1e-2):
     names = space.train_names(model, train, True)
     trained = space.adopt(model, names)
-    found = proof.find_sites(model, trained, lambda b: losses(model, b)[0], *calibration(data), eps)
+    device = next(model.parameters()).device
+    two = (b.to(device) for b in calibration(data))
+    found = proof.find_sites(model, trained, lambda b: losses(model, b)[0], *two, eps)
     for t in trained:
         t.compute = t.stored.dtype
     return NodeAxis(model, layers_of(trained, found), seed=SEED)

@@ -349,3 +349,88 @@ def test_a_run_may_listen_on_ipv6(tmp_path):
     )
     line.close()
     run.close("done")
+
+
+@pytest.fixture
+def listening(tmp_path, monkeypatch):
+    """A coordinator that listens, and (address, secret) of it."""
+    from types import SimpleNamespace
+
+    from zoft.parallel import messages
+    from zoft.train import elastic
+
+    monkeypatch.setattr(messages, "HANDSHAKE_SECONDS", 1.5)
+    monkeypatch.setattr(elastic, "STRANGERS", 8)
+    run = elastic.ElasticTrainer.__new__(elastic.ElasticTrainer)
+    run.ledger = SimpleNamespace(path=tmp_path / "ledger")
+    run.open(Config(elastic=True))
+    where = json.loads((tmp_path / "join.json").read_text())
+    yield run, address(where["address"]), bytes.fromhex(where["secret"])
+    run.close("done")
+
+
+def test_strangers_are_few_at_a_time_and_have_no_time(listening):
+    """140 connections that say nothing, or a byte now and then, take no descriptor for long; a worker gets in after them."""
+    import os
+    import time
+
+    _, place, secret = listening
+    before = len(os.listdir("/proc/self/fd"))
+    idle = [socket.create_connection(place, timeout=5) for _ in range(140)]
+    time.sleep(0.5)
+    theirs = len(os.listdir("/proc/self/fd")) - before - len(idle)
+    assert theirs <= 8
+    until = time.monotonic() + 4
+    while time.monotonic() < until:  # slow bytes buy no time
+        for s in idle:
+            try:
+                s.sendall(b"x")
+            except OSError:
+                pass
+        time.sleep(0.5)
+    Line(socket.create_connection(place, timeout=5), secret, False).close()
+    for s in idle:
+        s.close()
+
+
+@pytest.mark.parametrize(
+    "kind, data, facts",
+    [
+        ("at", b"", {}), ("at", b"", {"step": "x"}), ("at", b"", {"step": -1}), ("refuses", b"", {}),
+        ("pairs", b"", {"step": 0}), ("pairs", b"x" * 16, {"step": 0, "columns": -1}),
+        ("pairs", b"x" * 9, {"step": 0, "columns": 2}), ("digest", b"", {"step": 0}), ("digest", b"", {"digest": "x"}),
+    ],
+)  # fmt: skip
+def test_a_message_of_another_form_ends_its_own_connection(listening, kind, data, facts):
+    run, place, secret = listening
+    line = Line(socket.create_connection(place, timeout=5), secret, False)
+    line.send(kind, data, **facts)
+    assert run.events.get(timeout=5)[1] is None  # as of a worker that is gone
+
+
+def test_pairs_that_were_not_asked_for_are_passed_over(listening):
+    from types import SimpleNamespace
+
+    from zoft.method.estimators.estimator import Probe
+
+    run, place, secret = listening
+    run.axis, run.next = SimpleNamespace(settle=lambda: None), 0
+    run.value = lambda totals: totals[:, 0] / totals[:, 1]
+    run.sums_at = lambda step, probes, batch: torch.tensor([[probes[0].scale, 2.0]], dtype=torch.float64)
+    line = Line(socket.create_connection(place, timeout=5), secret, False)
+    line.send("at", step=0)
+    worker = run.events.get(timeout=5)[0]
+    worker.ready = True
+    run.workers.append(worker)
+
+    def answer():
+        facts, _ = line.receive()
+        wrong = PAIR.pack(9, 9) + struct.pack("<2d", 1e9, 1) + PAIR.pack(0, 0) + struct.pack("<2d", 1e9, 1)
+        line.send("pairs", wrong, step=0, columns=2)
+        line.send("pairs", PAIR.pack(*facts["pairs"][0]) + struct.pack("<3d", 1e9, 1, 1), step=0, columns=3)
+        good = b"".join(PAIR.pack(p, b) + struct.pack("<2d", probes[p].scale, 2.0) for p, b in facts["pairs"])
+        line.send("pairs", good, step=0, columns=2)
+
+    probes = [Probe(k, s) for k in range(2) for s in (1.0, -1.0)]
+    threading.Thread(target=answer, daemon=True).start()
+    assert run.losses_at(0, probes, [None]) == [p.scale / 2 for p in probes]

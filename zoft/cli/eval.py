@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft.config.schema import GENERATED, Config
+from zoft.config.schema import GENERATED, Config, lacks_reward
 from zoft.errors import UserError, writing
 from zoft.method.configured import compose, load_run
 from zoft.replay.saved_model import folder_name, metrics_table
@@ -72,7 +72,7 @@ def _source(
         for key in BASE:
             if key in keys and (saved is None or key == "adapter"):
                 raise UserError(f"{key}: {target} is a run, whose own model is judged; leave it out")
-        if config.objective == "reward" and config.reward is None:
+        if lacks_reward(config):
             named = yaml_tree(folder / "config.yaml").get("reward")
             print(f"{target}: its reward runs code, so it is not asked here; --reward {named} asks it",
                   file=sys.stderr)  # fmt: skip
@@ -190,7 +190,7 @@ def evaluate_config(
     from zoft.train.resolve import with_objective
 
     with explain_memory(config):
-        writes = config.objective in GENERATED and (config.objective, config.reward) != ("reward", None)
+        writes = config.objective in GENERATED and not lacks_reward(config)
         mine = reward_of(config)
         data = tasks.load_task(config.task, config.limits)
         config = with_objective(config, data) if writes else config

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zoft.config.digest import changed, digests
+from zoft.console import escaped
 from zoft.errors import UserError
 from zoft.ledger.check import header_faults, plan_of, trained_faults
 from zoft.ledger.format import Log, Record, decode
@@ -105,7 +106,7 @@ def ledger_text(found: Mapping[str, Any]) -> str:
         after = ", ".join(str(e["step"]) for e in some[-LISTED:])
         rows.append((kind, f"{len(some)}, after {'…, ' * (len(some) > LISTED)}{after} steps"))
         rows += [("", e["file"]) for e in some if e.get("file")]
-    return "\n".join(f"{name:11}{value}" for name, value in rows if value)
+    return escaped("\n".join(f"{name:11}{value}" for name, value in rows if value))
 
 
 def verify_ledger(run: str | Path) -> list[str]:

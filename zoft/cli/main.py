@@ -83,7 +83,7 @@ def train(
     ] = 1,
     reward: Annotated[
         str | None,
-        typer.Option(metavar="FILE.py:FUNCTION", help="Maximise a reward of your own; runs its code."),
+        typer.Option(metavar="FILE.py:FUNCTION|URL", help="Maximise a reward of your own; runs its code."),
     ] = None,
     recipe: Page = None,
 ) -> None:
@@ -245,7 +245,7 @@ def evaluate(
     reward: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE.py:FUNCTION",
+            metavar="FILE.py:FUNCTION|URL",
             help="Evaluate generated texts by a reward of your own; runs its code.",
         ),
     ] = None,
@@ -279,6 +279,27 @@ def evaluate(
         raise UserError(f"--lm-eval-path {lm_eval_path}: does nothing without --lm-eval TASKS")
     found = evaluate_config(resolved, adapter, resamples=resamples, out=examples)
     typer.echo(json.dumps(found) if as_json else evaluation_text(found))
+
+
+@app.command(cls=Verb, context_settings=_LOOSE, epilog="zoft samples runs/mine -n 5")
+def samples(
+    folder: Annotated[str, typer.Argument(metavar="RUN", help="Folder of the run.")],
+    overrides: Overrides = None,
+    count: Annotated[int, typer.Option("-n", min=1, help="Number of held-out rows.")] = 5,
+    reward: Annotated[
+        str | None, typer.Option(metavar="FILE.py:FUNCTION|URL", help="Reward of the run; runs its code.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show scored texts of the base and of a run's model for the same prompts."""
+    from zoft.cli.samples import samples_of, samples_text
+    from zoft.console import escaped
+
+    found = samples_of(folder, count, reward, overrides or [])
+    if as_json:
+        typer.echo("\n".join(json.dumps(sample) for sample in found))
+    else:
+        typer.echo("\n".join(escaped(line) for line in samples_text(found).split("\n")))
 
 
 @app.command(cls=Verb, context_settings=_LOOSE, epilog="zoft baseline --config mezo/reviews --method icl")

@@ -7,7 +7,18 @@ import math
 import re
 from typing import Any
 
-from zoft.config.schema import ADAPTERS, GENERATED, LORA, ONLY, SECTIONS, SETS, Config, fields
+from zoft.config.schema import (
+    ADAPTERS,
+    GENERATED,
+    LORA,
+    ONLY,
+    ROLLOUT,
+    SECTIONS,
+    SETS,
+    VERIFIED,
+    Config,
+    fields,
+)
 from zoft.errors import UserError, nearest
 
 
@@ -118,7 +129,7 @@ def _check_adapter(config: Config) -> None:
 
 def _check_objective(config: Config) -> None:
     """Refuse keys of an objective where they do nothing; a reward that is named is the objective."""
-    if config.reward is not None and config.objective == "auto":
+    if config.objective == "auto" and (config.reward is not None or config.task.name in VERIFIED):
         config.objective = "reward"
     found, written = fields(), config.objective in GENERATED
     for name in ("reward", "reward_seconds"):
@@ -126,9 +137,9 @@ def _check_objective(config: Config) -> None:
             raise UserError(
                 f"{name}={getattr(config, name)}: objective={config.objective} asks no reward; leave one out"
             )
-    for name in ("max_new_tokens", "stop", "hold_probe"):
+    for name in ("max_new_tokens", "stop", "hold_probe", *ROLLOUT):
         evaluated = (
-            name != "hold_probe" and not config.task.choices
+            name in ("max_new_tokens", "stop") and not config.task.choices
         )  # text to learn is judged by what is written
         if not (written or evaluated) and getattr(config, name) != found[name].default:
             raise UserError(
@@ -146,6 +157,13 @@ def _check_objective(config: Config) -> None:
         raise UserError(
             f"probes_per_forward={config.probes_per_forward}: text is written at one probe at a time; leave it out"
         )
+    if config.members_per_batch not in ("auto", 1) and (config.elastic or config.perturb == "inplace"):
+        other = "elastic=true" if config.elastic else "perturb=inplace"
+        raise UserError(
+            f"members_per_batch={config.members_per_batch}: {other} has one probe at a time; leave it out"
+        )
+    if config.temperature and config.elastic:
+        raise UserError(f"temperature={config.temperature:g}: elastic=true writes greedily; leave one out")
     if config.cache_frozen is True:
         raise UserError("cache_frozen=true: keeps the outputs of whole rows, and text grows; leave it out")
     if config.perturb == "inplace" and config.hold_probe is True:

@@ -13,7 +13,7 @@ FREE = ("model", "adapter", "output_dir", "device", "threads", "parallel", "elas
         "probes_per_forward", "cache_frozen", "eval_every", "eval_limit",
         "max_skipped", "on_divergence", "sync", "snapshot_every", "keep_last", "keep_best", "best_by", "save_best", "save_model",
         "save_dequantised", "save_dtype", "track",
-        "trust_remote_code", "task.train", "task.eval", "task.num_eval", "reward", "reward_seconds", "hold_probe",
+        "trust_remote_code", "task.train", "task.eval", "task.num_eval", "reward", "reward_seconds", "hold_probe", "members_per_batch",
         "task.null_prompt",
         "limits.rows", "limits.bytes", "limits.cell")  # fmt: skip
 
@@ -28,6 +28,11 @@ LATER: dict[str, tuple] = {
     "rho": (0.1,),
     "calibration_rows": (256,),
     "node_rank": (32,),
+    "temperature": (0.0,),
+    "shaping": ("none",),
+    "shaping_group": ("all",),
+    "task.rows": (None,),
+    "task.level": (None,),
 }
 
 

@@ -26,6 +26,8 @@ BY_TRAIN: dict[str, dict[str, Any]] = {
 # Objectives of text that the model writes, and others that have no gradient either.
 GENERATED = ("exact_match", "f1", "reward")
 NO_GRADIENT = ("accuracy", "macro_f1", *GENERATED)
+VERIFIED = ("countdown", "arithmetic", "gsm8k")  # tasks whose answers a program checks
+ROLLOUT = ("temperature", "members_per_batch", "shaping", "shaping_group")  # keys of written text alone
 # Keys that say something of some trained sets only.
 LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_layers")
 ONLY = {**dict.fromkeys(LORA, ("lora",)), "virtual_tokens": ("prefix", "prompt")}
@@ -124,9 +126,21 @@ class Task:
     k_shot: int | None = key(
         None, "train on this many rows of each class, and take as many more for the dev set", least=1
     )
+    rows: int | None = key(
+        None,
+        "largest number of rows that task=countdown or task=arithmetic makes; null makes 2,000",
+        least=1,
+        most=1000000,
+    )
+    level: int | None = key(
+        None,
+        "for task=countdown and task=arithmetic, difficulty from 1 (two numbers below 10) to 4; null is 2",
+        least=1,
+        most=4,
+    )
     data_seed: int = key(
         0,
-        "seed of these permutations (the papers use 0; for k_shot 13, 21, 42, 87, 100)",
+        "seed of these permutations (the papers use 0; for k_shot 13, 21, 42, 87, 100), and of the rows that a task makes",
         least=0,
         below=1 << 32,
     )
@@ -172,8 +186,8 @@ class Config:
     )
     reward: str | None = key(
         None,
-        "my_reward.py:score, a function of rows and texts that returns a number per row; only on the "
-        "command line, as --reward",
+        "my_reward.py:score, a function of rows and texts that returns a number per row, or "
+        "http://127.0.0.1:PORT/PATH, a server that returns them; only on the command line, as --reward",
     )
     reward_seconds: float = key(60.0, "longest time of one call of the reward, in seconds", above=0, most=1e6)
     max_new_tokens: int = key(50, "largest number of tokens that are generated after a prompt", least=1)
@@ -181,6 +195,31 @@ class Config:
         "\n",
         "text at which generation ends, itself left out; null ends at the end-of-text token only",
         template=True,
+    )
+    temperature: float = key(
+        0.0,
+        "temperature of generation in training: 0 takes the most probable token; above 0 tokens are drawn, with random "
+        "numbers per step, row and token that all probes share. Evaluation takes the most probable token",
+        least=0,
+        most=100,
+    )
+    members_per_batch: int | str = key(
+        "auto",
+        "number of members (probes of a step) that generate text in one batch, with one copy of the weights; for noise=rank1 and "
+        "train=lora, prefix, prompt. 1 takes one member after another; auto takes as many as fit into half of the free memory",
+        least=1,
+        one_of=("auto",),
+    )
+    shaping: str = key(
+        "none",
+        "how a step shapes its members' rewards: not at all, z-scores over members, or centred ranks. With ranks and z-scores "
+        "lr is the size of a step, and a step whose rewards are all equal is skipped",
+        one_of=("none", "zscore", "ranks"),
+    )
+    shaping_group: str = key(
+        "all",
+        "scope of the shaping: each member's mean reward (all), or the rewards after each prompt (prompt)",
+        one_of=("all", "prompt"),
     )
     hold_probe: bool | str = key(
         "auto",
@@ -472,6 +511,11 @@ def filled(tree: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
             unset = {k: v for k, v in unset.items() if not k.startswith("lora_")}
         tree = {**tree, **unset}
     return tree
+
+
+def lacks_reward(config: Any) -> bool:
+    """Say whether a config asks for a reward that neither the command line nor its task gives."""
+    return config.objective == "reward" and config.reward is None and config.task.name not in VERIFIED
 
 
 SECTIONS: dict[str, type[Task] | type[Limits]] = {"task": Task, "limits": Limits}  # groups of keys

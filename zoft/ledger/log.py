@@ -70,7 +70,7 @@ class Ledger:
         # Locked, written and synced under another name first: a crash in here leaves no ledger at all, and of
         # two creators the second meets the lock or the finished file.
         draft = path.with_name(path.name + ".new")
-        fd = _open(draft, os.O_RDWR | os.O_CREAT)
+        fd = _open(draft, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)  # a link there would be written through
         try:
             _lock(fd, path)
             _refuse_existing(path)  # again: now nobody else can make it
@@ -143,7 +143,17 @@ class Ledger:
         self._extend(*encode_event(event, self._crc), f"the {event.kind} at step {done}")
         self.events.append(event)
 
+    def check_size(self) -> None:
+        """Raise UserError where another process has cut the file, or written to it, since this one last did."""
+        found = os.fstat(self._fd).st_size
+        if found != self._size:
+            raise UserError(
+                f"ledger: another program changed {self.path} while the run went on: it has {found:,} bytes in place of "
+                f"{self._size:,}; resume the run, which goes on after the last whole step"
+            )
+
     def _extend(self, data: bytes, crc: int, what: str) -> None:
+        self.check_size()
         try:
             size = _write(self._fd, data, self._size)
         except OSError as error:

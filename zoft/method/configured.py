@@ -17,6 +17,7 @@ from zoft.method.method import settle
 from zoft.method.momentum import check_momentum
 from zoft.method.recipes import is_page, method_of, owners
 from zoft.method.rules import check_update
+from zoft.method.shaping import check_shaping
 from zoft.yaml_files import yaml_tree
 
 
@@ -56,6 +57,7 @@ def strict(
     made = settle(check_config(typed(tree, page.filled)), page, owners() if keys_of is None else keys_of)
     check_estimator(made)
     check_update(made)
+    check_shaping(made)
     check_momentum(made)
     if made.output_dir is not None:
         made.output_dir = str(Path(made.output_dir).expanduser())
@@ -90,9 +92,14 @@ def load_run(run: str | Path, overrides: Sequence[str] = (), *, trains: bool = T
     return strict(tree, keys_of=mine)
 
 
+def reward_named(run: str | Path) -> Any:
+    """Return the reward of the user's own that a run's config.yaml names, or None."""
+    return yaml_tree(Path(run) / "config.yaml").get("reward")
+
+
 def again(run: str | Path) -> UserError:
     """Return what a run says whose reward was not named on the command line."""
-    named = yaml_tree(Path(run) / "config.yaml").get("reward")
+    named = reward_named(run)
     return UserError(f"{run}: its reward runs code; name it again, --reward {named}")
 
 

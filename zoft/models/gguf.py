@@ -7,6 +7,7 @@ are built from the header; for anything else `load` returns None and the caller 
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ from zoft.packages import install
 # struct codes of GGUF's scalar types; 8 is a string, 9 an array.
 SCALARS = dict(enumerate(["B", "b", "H", "h", "I", "i", "f", "?"])) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+ITEMS_MAX = 5_000_000  # values in a header, the words and merges of its tokenizer included
+DEPTH_MAX = 4  # arrays within each other
+DIMENSIONS_MAX = 8
+ALIGNMENT_MAX = 1 << 20  # bytes
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # token types
 
 LLAMA_KEYS = {
@@ -71,28 +76,51 @@ def read_gguf(path: Path) -> File:
         magic, version, n_tensors, n_fields = struct.unpack_from("<4sIQQ", data)
         if magic != b"GGUF" or version not in (2, 3):
             raise UserError(f"model={path}: not a GGUF file of version 2 or 3")
-        at = 24
+        at, left = 24, [ITEMS_MAX]
         fields: dict[str, Any] = {}
         for _ in range(n_fields):
-            key, at = _value(data, at, STRING)
+            key, at = _value(data, at, STRING, left)
+            if key in fields:
+                raise ValueError(f"{key[:200]} is there twice")
             (kind,) = struct.unpack_from("<I", data, at)
-            fields[key], at = _value(data, at + 4, kind)
+            fields[key], at = _value(data, at + 4, kind, left)
         tensors = {}
         for _ in range(n_tensors):
-            name, at = _value(data, at, STRING)
+            name, at = _value(data, at, STRING, left)
+            if name in tensors:
+                raise ValueError(f"tensor {name[:200]} is there twice")
             (dims,) = struct.unpack_from("<I", data, at)
+            if dims > DIMENSIONS_MAX:
+                raise ValueError(f"tensor {name[:200]} has {dims} dimensions, more than {DIMENSIONS_MAX}")
             *shape, kind, offset = struct.unpack_from(f"<{dims}QIQ", data, at + 4)
             at += 4 + 8 * dims + 12
             tensors[name] = (tuple(reversed(shape)), kind, offset)
     except (struct.error, ValueError, KeyError, OverflowError) as error:
         raise UserError(f"model={path}: not a whole GGUF file ({error}); fetch it again") from None
     align = fields.get("general.alignment", 32)
+    if isinstance(align, bool) or not isinstance(align, int) or not 0 < align <= ALIGNMENT_MAX:
+        raise UserError(
+            f"model={path}: not a whole GGUF file (general.alignment={str(align)[:40]!r} is no number of bytes from 1 to "
+            f"{ALIGNMENT_MAX}); fetch it again"
+        )
+    for key, blocks in fields.items():
+        if key.endswith(".block_count") and (not isinstance(blocks, int) or not 0 <= blocks <= len(tensors)):
+            raise UserError(
+                f"model={path}: not a whole GGUF file ({key}={str(blocks)[:40]}, and it has {len(tensors)} tensors); fetch it again"
+            )
     start = -(-at // align) * align
     placed = {name: (shape, kind, start + offset) for name, (shape, kind, offset) in tensors.items()}
     return File(path, fields, placed, data)
 
 
-def _value(data: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
+def _value(data: mmap.mmap, at: int, kind: int, left: list[int], depth: int = 0) -> tuple[Any, int]:
+    """Return a value of a type at a byte, and the byte behind it. left: how many values the header may still hold.
+
+    Raises ValueError and struct.error where it does not fit into the file or into the limits.
+    """
+    left[0] -= 1
+    if left[0] < 0:
+        raise ValueError(f"its header holds more than {ITEMS_MAX:,} values")
     if kind == STRING:
         (n,) = struct.unpack_from("<Q", data, at)
         if at + 8 + n > len(data):
@@ -103,12 +131,17 @@ def _value(data: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
         return struct.unpack_from(code, data, at)[0], at + struct.calcsize(code)
     inner, count = struct.unpack_from("<IQ", data, at)
     at += 12
+    if depth == DEPTH_MAX:
+        raise ValueError(f"arrays are nested more than {DEPTH_MAX} deep")
+    if count > left[0]:
+        raise ValueError(f"an array of {count:,} values, where a header may hold {ITEMS_MAX:,}")
     if inner in SCALARS:
+        left[0] -= count
         code = f"<{count}{SCALARS[inner]}"
         return list(struct.unpack_from(code, data, at)), at + struct.calcsize(code)
     items = []
     for _ in range(count):
-        item, at = _value(data, at, inner)
+        item, at = _value(data, at, inner, left, depth + 1)
         items.append(item)
     return items, at
 
@@ -127,9 +160,9 @@ def tensor(file: File, name: str) -> Any:
     shape, kind, start = file.tensors[name]
     try:
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-        n = int(np.prod(shape)) // block * size
+        n = math.prod(shape) // block * size  # Python's numbers: NumPy's would wrap at 2^63
         raw = np.frombuffer(file.data, np.uint8, n, start).reshape(*shape[:-1], shape[-1] // block * size)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UserError(
             f"model={file.path}: tensor {name} is damaged ({error}); fetch the file again"
         ) from None

@@ -13,11 +13,15 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+# Ends of the names of classes whose head writes no tokens.
+NO_LANGUAGE = ("Classification", "QuestionAnswering", "MultipleChoice", "RewardModel", "SentencePrediction")
+
+
 def auto_class(name: str, config: Any) -> Any:
     """transformers' Auto class for a checkpoint with this config: of masked language models, else of causal ones.
 
     name: the user's word for the model. config: a transformers config, or None for a GGUF file.
-    Errors: UserError for an encoder-decoder model.
+    Errors: UserError for an encoder-decoder model, and for one whose head is no language model's.
     """
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
     from transformers.models.auto.modeling_auto import (
@@ -31,6 +35,12 @@ def auto_class(name: str, config: Any) -> Any:
         )
     kinds = getattr(config, "architectures", None) or []
     kind = getattr(config, "model_type", "")
+    odd = [k for k in kinds if isinstance(k, str) and k.endswith(NO_LANGUAGE)]
+    if odd and len(odd) == len(kinds):
+        raise UserError(
+            f"model={name}: config.json: architectures={odd[0]}: it has a head that is no language model's, which would be "
+            "dropped; give the language model that it was made from, and its classes as task.choices"
+        )
     masked = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if masked or any(k.endswith("ForMaskedLM") for k in kinds):
         return AutoModelForMaskedLM

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoft.errors import UserError, is_memory
+from zoft.errors import UserError, is_memory, one_line
+from zoft.limits import at_most_seconds, shortened
 from zoft.models.checkpoint import WHOLE, check_config, check_folder, pickles
+from zoft.models.finite import refuse_non_finite
 from zoft.models.kind import auto_class, quiet
 from zoft.packages import packaged_file
 
@@ -69,8 +73,11 @@ def find_model(model: str) -> Source:
     return Source("hub", model, model, model)
 
 
-def check_model(source: Source) -> dict[str, str]:
-    """Refuse a model that cannot be loaded, or not safely, before anything heavy; {tensor: dtype} of a folder."""
+def check_model(source: Source) -> dict[str, dict[str, Any]]:
+    """Refuse a model that cannot be loaded, or not safely, before anything heavy.
+
+    Returns the headers' {tensor: {dtype, shape, data_offsets}} of a folder, {} of others. Errors: UserError.
+    """
     if source.kind == "folder":
         return check_folder(source.name, Path(source.place))
     if source.kind == "gguf":
@@ -173,9 +180,14 @@ def _load_checked(model: str, dtype: Any, trust_remote_code: bool) -> tuple[Any,
     source = find_model(model)
     held = check_model(source)
     with quiet(), user_errors(source):
+        if held:
+            _refuse_larger(
+                source, trust_remote_code, sum(math.prod(entry["shape"]) for entry in held.values())
+            )
         loaded, tokenizer = (_load_gguf if source.kind == "gguf" else _load_pretrained)(
             source, dtype, trust_remote_code
         )
+    _name_what_is_dropped(model, loaded, held)
     loaded.eval().requires_grad_(False)
     _refuse_whole_numbers(model, loaded, held)
     _refuse_words_without_weights(model, loaded, tokenizer)
@@ -198,6 +210,9 @@ def _load_gguf(source: Source, dtype: Any, trust_remote_code: bool) -> tuple[Any
 
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if loaded is None:
+        _refuse_larger(
+            source, trust_remote_code, sum(math.prod(shape) for shape, _, _ in file.tensors.values())
+        )
         loaded = _whole(source, **where, dtype=dtype)
         # Its weights are plain ones by now; these marks would only stop it from being saved.
         loaded.hf_quantizer = None
@@ -245,6 +260,43 @@ def _load_pretrained(source: Source, dtype: Any, trust_remote_code: bool) -> tup
     return loaded, tokenizer
 
 
+LAYOUT_SECONDS = 60.0
+LARGER, UNSEEN = 2, 50_000_000  # a model may have so many times its checkpoint's numbers, and so many more
+
+
+def _refuse_larger(source: Source, trust_remote_code: bool, held: int) -> None:
+    """Refuse a config whose model is far larger than its checkpoint: what is missing would be made before it is missed.
+
+    held: numbers in the checkpoint. The model is laid out on the meta device, without memory. A quantised checkpoint packs
+    numbers, and is left to its loader. Errors: UserError.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    place = source.place
+    if source.kind == "gguf":
+        place, where = str(Path(place).parent), {"gguf_file": Path(place).name}
+    config = AutoConfig.from_pretrained(place, **where)
+    if getattr(config, "quantization_config", None) and source.kind != "gguf":
+        return
+    kind = auto_class(source.name, config)
+    slow = f"model={source.name}: laying out the model that its config describes takes more than {LAYOUT_SECONDS:g} s"
+    try:
+        with at_most_seconds(LAYOUT_SECONDS, slow), torch.random.fork_rng(devices=[]), torch.device("meta"):
+            made = kind.from_config(config, **({} if source.kind == "gguf" else where))
+    except UserError:
+        raise
+    except Exception:  # loading it says what is wrong
+        return
+    wanted = sum(p.numel() for p in made.parameters())
+    if wanted > LARGER * held + UNSEEN:
+        raise UserError(
+            f"model={source.name}: its config describes a model of {wanted:,} numbers, and the checkpoint has {held:,}; "
+            "fetch it again"
+        )
+
+
 def _whole(source: Source, **where: Any) -> Any:
     """The model that from_pretrained makes, if the checkpoint has all of it: the rest would be drawn at random."""
     from transformers import AutoConfig
@@ -257,6 +309,10 @@ def _whole(source: Source, **where: Any) -> Any:
         **where, output_loading_info=True, ignore_mismatched_sizes=True
     )
     loaded, info = found
+    _refuse_prefix(
+        source, {n if isinstance(n, str) else n[0] for n in info["missing_keys"]}, info["unexpected_keys"]
+    )
+    loaded.dropped = sorted(info["unexpected_keys"])
     for what, names in (("is missing", info["missing_keys"]), ("has another shape", info["mismatched_keys"])):
         if names:
             first = min(n if isinstance(n, str) else n[0] for n in names)
@@ -265,6 +321,39 @@ def _whole(source: Source, **where: Any) -> Any:
                 f"model={source.name}: tensor {first} {what} in the checkpoint{more}; fetch it again"
             )
     return loaded
+
+
+def _refuse_prefix(source: Source, missing: set[str], unexpected: Iterable[str]) -> None:
+    """Raise UserError where the checkpoint has a missing tensor under a name with something in front of it."""
+    for name in sorted(unexpected):
+        own = next((m for m in missing if name.endswith(f".{m}")), None)
+        if own is not None:
+            prefix = name.removesuffix(own)
+            raise UserError(
+                f"model={source.name}: its tensors are named {prefix}…, as {name}: a wrapped or compiled model was saved; "
+                f"save the model inside, or take {prefix} off every name"
+            )
+
+
+# Buffers of older transformers' files, which a model makes from its config.
+_MADE = re.compile(r"(inv_freq|masked_bias|position_ids|(attn|attention)\.bias)$")
+
+
+def _name_what_is_dropped(name: str, model: Any, held: Iterable[str]) -> None:
+    """Say, in a line on stderr, which of the checkpoint's tensors are neither used nor saved.
+
+    transformers leaves some names out of its own report, by patterns of the model's class: those are found here.
+    held: names of the folder's tensors; empty where it is no folder.
+    """
+    patterns = getattr(type(model), "_keys_to_ignore_on_load_unexpected", None) or []
+    here = model.state_dict()
+    hidden = {n for n in held if n not in here and any(re.search(p, n) for p in patterns)}
+    found = sorted(n for n in hidden | set(model.__dict__.pop("dropped", ())) if not _MADE.search(n))
+    if found and int(os.environ.get("RANK", "0")) == 0:
+        more = f" and {len(found) - 3} others" if len(found) > 3 else ""
+        said = f"model={name}: {len(found)} tensors are neither used nor saved: {', '.join(shortened(n) for n in found[:3])}{more}"
+        said = said.replace("1 tensors are", "1 tensor is") if len(found) == 1 else said
+        print(one_line(said), file=sys.stderr)
 
 
 @contextmanager
@@ -305,13 +394,13 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     return made
 
 
-def _refuse_whole_numbers(name: str, model: nn.Module, held: dict[str, str]) -> None:
+def _refuse_whole_numbers(name: str, model: nn.Module, held: Mapping[str, Mapping[str, Any]]) -> None:
     """Weights that were whole numbers in the checkpoint, where no quantisation explains it."""
     if getattr(model, "hf_quantizer", None) is None:
         for key, p in model.named_parameters():
-            if p.is_floating_point() and held.get(key, "F32") in WHOLE:
+            if p.is_floating_point() and key in held and held[key]["dtype"] in WHOLE:
                 raise UserError(
-                    f"model={name}: tensor {key} is {held[key]} in the checkpoint, not a float; it is damaged"
+                    f"model={name}: tensor {key} is {held[key]['dtype']} in the checkpoint, not a float; it is damaged"
                 )
 
 
@@ -325,16 +414,12 @@ def _refuse_words_without_weights(name: str, model: Any, tokenizer: Any) -> None
             f"model={name}: its tokenizer has {words} words and its embedding {rows} rows; they do not belong together"
         )
     if rows is not None and tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
+        # What is saved has it no more: padding with it would end in an error.
         tokenizer.pad_token = None  # padding is masked: another token will do
 
 
 def _refuse_non_finite(name: str, model: nn.Module) -> None:
-    import torch
-
-    for key, p in model.state_dict().items():
-        # The extremes carry any NaN or infinity with them, without a mask of the tensor's size.
-        if p.is_floating_point() and p.numel() and not torch.stack(torch.aminmax(p)).isfinite().all():
-            raise UserError(f"model={name}: tensor {key} holds NaN or infinity; the checkpoint is damaged")
+    refuse_non_finite(f"model={name}", model.state_dict(), "the checkpoint is damaged")
 
 
 def set_pad_token(tokenizer: Any) -> None:
@@ -342,3 +427,4 @@ def set_pad_token(tokenizer: Any) -> None:
     if tokenizer.pad_token_id is None:
         # Padding is masked and never scored, so any token that exists will do.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+        tokenizer.lent_padding = tokenizer.pad_token  # taken off again where it is saved

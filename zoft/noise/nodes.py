@@ -34,19 +34,38 @@ class Tokens:
         return Tokens(**{k: v if k == "parts" else v.to(device) for k, v in vars(self).items()})
 
 
+def cells_of(tokens: Tokens, count: int, seed: int, step: int) -> Tensor:
+    """Return what kernels draw the signs of a step by, for all `count` = R·T places of a batch: int32 [5, count], on the CPU.
+
+    The rows of it are the example's place in the training set, the position, the two words of the key (as int32), and 1
+    where there is a token.
+    """
+    out = np.zeros((5, count), np.uint32)
+    places = tokens.places.numpy()
+    out[0, places] = tokens.rows.numpy()
+    out[1, places] = tokens.positions.numpy()
+    out[2:4, places] = _keys(tokens, seed, step).T
+    out[4, places] = 1
+    return torch.from_numpy(out.view(np.int32))
+
+
+def _keys(tokens: Tokens, seed: int, step: int) -> np.ndarray:
+    """Return the key of each token at a step, uint32 [N, 2]."""
+    used, which = np.unique(tokens.parts.numpy(), return_inverse=True)
+    return np.array([key(seed, step, int(part)) for part in used], np.uint32).reshape(-1, 2)[which]
+
+
 def node_signs(tokens: Tokens, units: int, tid: int, seed: int, step: int) -> Tensor:
     """Return the signs u of a layer's outputs: fp32 [N, units], ±1, on the device of `tokens`.
 
     tid: of the layer's matrix. seed, step: the run's. The bits are the same on every device.
     """
     assert units <= WIDEST, f"{units} units of a layer, at most {WIDEST}"
-    parts = tokens.parts.tolist()
-    table = {part: key(seed, step, part) for part in set(parts)}
-    keys = np.array([table[part] for part in parts], np.uint32).reshape(-1, 2)
+    keys = _keys(tokens, seed, step)
     if tokens.rows.device.type == "cpu":
         from zoft.noise import kernels
 
-        out = torch.empty(len(parts), units)
+        out = torch.empty(len(keys), units)
         kernels.node_signs(out.numpy(), tid, tokens.rows.numpy(), tokens.positions.numpy(), keys)
         return out
     wide = torch.from_numpy(keys.astype(np.int64)).to(tokens.rows.device)

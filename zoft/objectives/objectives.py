@@ -20,20 +20,23 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoft.config.schema import GENERATED, Config
+from zoft.config.schema import GENERATED, VERIFIED, Config
 from zoft.data.encode import prompts
 from zoft.data.example import Example
 from zoft.data.tasks import TaskData, subset
 from zoft.errors import UserError
 from zoft.method.estimators.named import forwards_per_step
-from zoft.objectives import losses
+from zoft.objectives import losses, verify
 from zoft.objectives import text as generate
+from zoft.objectives.decode import dice
 from zoft.objectives.losses import Batch, mean_loss
 from zoft.objectives.metrics import exact_match, token_f1
 from zoft.objectives.reward import Reward, load
@@ -136,8 +139,15 @@ def objective_keys(config: Config, data: TaskData) -> dict[str, Any]:
 
 
 def reward_of(config: Config) -> Reward | None:
-    """The reward that the command line names; its file is run here. Raises UserError."""
-    return None if config.reward is None else load(config.reward, config.reward_seconds)
+    """The reward that the command line names, whose file is run here, or the task's own. Raises UserError."""
+    if config.reward is not None:
+        return load(config.reward, config.reward_seconds)
+    name = config.task.name
+    if config.objective != "reward" or name not in VERIFIED:
+        return None
+    return Reward(
+        f"task={name}", Path(verify.__file__), partial(verify.scores, name), config.reward_seconds, "its own"
+    )
 
 
 def make_objective(config: Config, data: TaskData, tokenizer: Any, mine: Reward | None = None) -> Goal:
@@ -183,6 +193,7 @@ class Prompts:
     """A batch of rows to write after: which of the training rows they are."""
 
     picks: tuple[int, ...]
+    step: int = 0
 
     @property
     def rows(self) -> int:
@@ -195,6 +206,16 @@ class Prompts:
         return self
 
 
+@dataclass(frozen=True)
+class Scored:
+    """Texts of some members after some rows [P, R]: what they say, their scores, their tokens. Scores are NaN throughout a member
+    some of whose logits were none."""
+
+    texts: list[list[str]]
+    scores: Tensor  # fp64 [P, R]
+    tokens: Tensor  # fp64 [P, R]
+
+
 class Texts:
     """Texts that the model writes after prompts, and their scores: of training rows at a probe, of held-out ones at θ."""
 
@@ -202,6 +223,8 @@ class Texts:
         self.name, self.tokenizer = config.objective, tokenizer
         self.how: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "stop": config.stop}
         self.room, self.data = config.max_length - config.max_new_tokens, data
+        self.temperature, self.seed = config.temperature, config.seed
+        self.mixed = True  # whether rows of unequal length are written together, where members are
         self.train = data.train
         self.contexts = prompts(self.train, tokenizer, self.room, data)
         prompts(
@@ -215,25 +238,43 @@ class Texts:
 
     def forward(self, model: Any, batch: Prompts) -> tuple[Tensor, Tensor]:
         """(-score of each row's text [E], ones), fp64 on the CPU; NaN throughout where logits were none."""
+        scores = self.rollouts(model, batch).scores[0]
+        return 0 - scores, torch.ones_like(scores)
+
+    def rollouts(self, model: Any, batch: Prompts, members: Any = None, count: int = 1) -> Scored:
+        """Write after a batch's rows at each of `count` members, and score all texts at once.
+
+        members: probe.Members inside their `at`; None: the model as it is, count 1.
+        """
 
         def did(rows: int) -> None:
             self.done = self.done % self.each + rows
             if self.done < self.each:  # after the last one comes the step's own line
                 self.progress(f"{self.done} of {self.each} texts")
 
-        made = generate.texts(
-            model,
-            self.tokenizer,
-            [self.contexts[i] for i in batch.picks],
-            context=None,
-            progress=did,
-            **self.how,
-        )
-        ones = torch.ones(batch.rows, dtype=torch.float64)
-        if not all(sound for _, sound in made):
-            return ones * torch.nan, ones
-        scores = self.scores(self.name, [self.train[i] for i in batch.picks], [text for text, _ in made])
-        return 0 - torch.tensor(scores, dtype=torch.float64), ones
+        contexts = [self.contexts[i] for i in batch.picks]
+        if members is None and not self.temperature:
+            made = generate.texts(model, self.tokenizer, contexts, context=None, progress=did, **self.how)
+        else:
+            u = (
+                dice(self.seed, batch.step, batch.picks, self.how["max_new_tokens"])
+                if self.temperature
+                else None
+            )
+            made = generate.texts_of_members(
+                model, self.tokenizer, contexts, members, count, mixed=self.mixed, temperature=self.temperature, u=u,
+                progress=did, **self.how,
+            )  # fmt: skip
+        n = batch.rows
+        grid = [made[p * n : (p + 1) * n] for p in range(count)]
+        sound = [p for p, row in enumerate(grid) if all(text.sound for text in row)]
+        scores = torch.full((count, n), torch.nan, dtype=torch.float64)
+        if sound:
+            rows = [self.train[i] for i in batch.picks] * len(sound)
+            found = self.scores(self.name, rows, [text.text for p in sound for text in grid[p]], len(sound))
+            scores[sound] = torch.tensor(found, dtype=torch.float64).view(len(sound), n)
+        tokens = torch.tensor([[float(text.tokens) for text in row] for row in grid], dtype=torch.float64)
+        return Scored([[text.text for text in row] for row in grid], scores, tokens)
 
     def evaluate(
         self, model: Any, context: Callable[[int], AbstractContextManager], rows: Sequence[dict[str, Any]]
@@ -261,12 +302,14 @@ class Texts:
         names = ("reward",) if self.reward else ("exact_match", "f1")
         return texts, {n: self.scores(n, rows, texts) for n in names}
 
-    def scores(self, name: str, rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[float]:
-        """A number a row, the larger the better."""
+    def scores(
+        self, name: str, rows: Sequence[dict[str, Any]], texts: Sequence[str], members: int = 1
+    ) -> list[float]:
+        """A number a row, the larger the better; a reward may take reward_seconds for each of so many members."""
         if name == "reward":
             assert self.reward is not None
             shown = [{"prompt": r["prompt"], **r.get("columns", {})} for r in rows]
-            return self.reward(shown, texts, [r["where"] for r in rows])
+            return self.reward(shown, texts, [r["where"] for r in rows], members)
         score = exact_match if name == "exact_match" else token_f1
         return [score(text, answers(row)) for row, text in zip(rows, texts, strict=True)]
 

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from zoft.errors import UserError, nearest
+from zoft.objectives.served import digest_of, is_address, server_of
 
+TRIES_OF_SERVED = 10  # times reward_seconds that a call of a server may take, its requests one after another
 GRACE = 5.0  # seconds, before a process is ended that its reward does not give back
 
 
@@ -39,18 +41,20 @@ class Reward:
     digest: str
 
     def __call__(
-        self, rows: Sequence[dict[str, Any]], texts: Sequence[str], where: Sequence[str]
+        self, rows: Sequence[dict[str, Any]], texts: Sequence[str], where: Sequence[str], times: int = 1
     ) -> list[float]:
         """The rewards [R] of texts made after rows; where: what messages call the rows.
 
-        rows: the user's own columns, and `prompt`; copies, so that nothing done to them lasts. Raises UserError, one
+        rows: the user's own columns, and `prompt`; copies, so that nothing done to them lasts. times: how many times `seconds`
+        the call may take. Raises UserError, one
         line with the function and the row, for an exception, a call that lasts too long, a wrong number of
         rewards, or one that is no finite number.
         """
-        ended, found = self._call(rows, texts, where)
+        ended, found = self._call(rows, texts, where, times)
         if not ended:
+            many = f"{times} × " if times > 1 else ""
             raise UserError(
-                f"reward {self.name}: no answer in reward_seconds={self.seconds:g} for {_rows(where)}; "
+                f"reward {self.name}: no answer in {many}reward_seconds={self.seconds:g} for {_rows(where)}; "
                 "make it faster, or raise reward_seconds"
             )
         if isinstance(found, UserError):
@@ -62,7 +66,7 @@ class Reward:
         return found
 
     def _call(
-        self, rows: Sequence[dict[str, Any]], texts: Sequence[str], where: Sequence[str]
+        self, rows: Sequence[dict[str, Any]], texts: Sequence[str], where: Sequence[str], times: int = 1
     ) -> tuple[bool, Any]:
         """Return (whether it ended in time, the rewards or what was raised).
 
@@ -70,7 +74,7 @@ class Reward:
         are made when they are asked for.
         """
         copies = [dict(row) for row in rows], list(texts)
-        return run_for(self.seconds, lambda: self._numbers(self.function(*copies), where))
+        return run_for(times * self.seconds, lambda: self._numbers(self.function(*copies), where))
 
     def _numbers(self, found: Any, where: Sequence[str]) -> list[float]:
         """Return what the function returned as one number per row. Raises UserError."""
@@ -162,8 +166,22 @@ def run_for(seconds: float, work: Callable[[], Any]) -> tuple[bool, Any]:
     return bool(box), box[0] if box else None
 
 
+def check_reward(named: str) -> None:
+    """Refuse a reward that is not there, before anything heavy loads. Raises UserError."""
+    if is_address(named):
+        server_of(named, 1.0)
+    else:
+        look(named)
+
+
 def load(named: str, seconds: float) -> Reward:
-    """Return the function that `path/to/file.py:function` names; runs the file, for `seconds` at most. Raises UserError."""
+    """Return the function that `path/to/file.py:function` names, or the server at an address; runs the file, for `seconds` at most.
+
+    Raises UserError."""
+    if is_address(named):
+        return Reward(
+            named, Path(named), server_of(named, seconds), TRIES_OF_SERVED * seconds, digest_of(named)
+        )
     path, function = look(named)
     name = f"{path.name}:{function}"
     try:

@@ -6,7 +6,9 @@ prompts included; what a checkpoint's generation_config asks for (sampling, pena
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,6 +24,7 @@ from zoft.data.example import front_of
 from zoft.errors import UserError
 from zoft.models.calls import one_cache_name, puts_before, takes
 from zoft.models.kind import quiet, refuse_longer_rows
+from zoft.objectives.decode import Written, decode
 
 TOKENS = 8192  # a batch's rows × (width + max_new_tokens) at most: what its key-value cache holds
 _TOLERANCE = 1e-3, 0.1  # of logits, in their own spread, that padding may change: fp32 and wider, 16 bits
@@ -50,20 +53,20 @@ def generate(
     outer white space. Raises UserError for a model that cannot generate.
     """
     how: Any = {"max_new_tokens": max_new_tokens, "stop": stop, "context": context, "progress": progress}
-    return [text for text, _ in texts(model, tokenizer, contexts, **how)]
+    return [made.text for made in texts(model, tokenizer, contexts, **how)]
 
 
 @torch.no_grad()
 def texts(
     model: Any, tokenizer: Any, contexts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: str | None,
     context: Callable[[int], AbstractContextManager] | None, progress: Callable[[int], Any],
-) -> list[tuple[str, bool]]:  # fmt: skip
-    """As `generate`, each text with whether its logits were numbers throughout."""
+) -> list[Written]:  # fmt: skip
+    """As `generate`, each text with its tokens and whether its logits were numbers throughout."""
     assert all(map(len, contexts)), "an empty context"
     refuse_longer_rows(model, max(map(len, contexts), default=0), max_new_tokens)
     ends, pad = _special(model, tokenizer)
     around = context or (lambda rows: nullcontext())
-    made: list[tuple[str, bool]] = [("", False)] * len(contexts)
+    made = [Written("", 0, False)] * len(contexts)
     with _plain(model):
         _refuse_unseen(model, contexts, pad, around)
         mixed = _pads_well(model, contexts, pad, around)
@@ -75,8 +78,40 @@ def texts(
                     stopping_criteria=[stopped], logits_processor=[watch],
                 ).tolist()  # fmt: skip
             for i, row, bad in zip(chosen, new, watch.bad.tolist(), strict=True):
-                made[i] = stopped.text(row), not bad
+                made[i] = stopped.written(row, not bad)
             progress(len(chosen))
+    return made
+
+
+@torch.no_grad()
+def texts_of_members(
+    model: Any, tokenizer: Any, contexts: Sequence[Sequence[int]], members: Any, count: int, *, mixed: bool, max_new_tokens: int,
+    stop: str | None, temperature: float = 0.0, u: Tensor | None = None, progress: Callable[[int], Any] = lambda done: None,
+) -> list[Written]:  # fmt: skip
+    """Texts of `count` members after each context, member-major [P·R], in one batch where rows may be padded.
+
+    members: probe.Members, inside their `at`; None: the model as it is, count 1. mixed: whether rows of unequal length go
+    together. u: [R, max_new_tokens], the dice of each row.
+    """
+    assert all(map(len, contexts)), "an empty context"
+    refuse_longer_rows(model, max(map(len, contexts)), max_new_tokens)
+    ends, pad = _special(model, tokenizer)
+    ended = _Stop(tokenizer, stop, ends)
+    lengths = [0] if mixed else sorted({len(c) for c in contexts}, reverse=True)
+    made = [Written("", 0, False)] * (count * len(contexts))
+    with _plain(model):
+        for n in lengths:
+            chosen = [i for i, c in enumerate(contexts) if mixed or len(c) == n]
+            if n != lengths[0] and members is not None:
+                members.again()
+            rows, sound = decode(
+                model, [contexts[i] for i in chosen], members, count=count, pad=pad, ends=ends, max_new_tokens=max_new_tokens,
+                temperature=temperature, u=None if u is None else u[chosen], done=lambda i, row: ended.holds(row),
+            )  # fmt: skip
+            for k, (row, good) in enumerate(zip(rows, sound, strict=True)):
+                p, r = divmod(k, len(chosen))
+                made[p * len(contexts) + chosen[r]] = ended.written(row, good)
+            progress(count * len(chosen))
     return made
 
 
@@ -116,11 +151,21 @@ class _Stop(StoppingCriteria):
             self.done[i] = self.done[i] or self.stop in self._decode(row)
         return torch.tensor(self.done, device=input_ids.device)
 
-    def text(self, row: list[int]) -> str:
-        """What a row of new tokens says, up to its end."""
+    def holds(self, row: list[int]) -> bool:
+        """Say whether new tokens hold the stop text."""
+        return self.stop is not None and self.stop in self._decode(row)
+
+    def written(self, row: list[int], sound: bool) -> Written:
+        """What a row of new tokens says, up to its end, and how many tokens it took, one that ends it among them."""
         end = next((n for n, token in enumerate(row) if token in self.ends), len(row))
-        text = self._decode(row[:end])
-        return (text if self.stop is None else text.partition(self.stop)[0]).strip()
+        text, tokens = self._decode(row[:end]), min(end + 1, len(row))
+        if self.stop is not None and self.stop in text:
+            text = text.partition(self.stop)[0]
+            low, tokens = 0, end
+            while low + 1 < tokens:  # the fewest tokens that hold it
+                middle = (low + tokens) // 2
+                low, tokens = (low, middle) if self.holds(row[:middle]) else (middle, tokens)
+        return Written(text.strip(), tokens, sound)
 
     def _decode(self, row: list[int]) -> str:
         return self.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -145,6 +190,13 @@ def _special(model: Any, tokenizer: Any) -> tuple[list[int], int]:
         found += [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
     pad = getattr(tokenizer, "pad_token_id", None)
     return list(dict.fromkeys(found)), (found or [0])[0] if pad is None else pad
+
+
+def writing_digest(model: Any, tokenizer: Any) -> str:
+    """Return a hash of what turns tokens into texts: the ids that end one, and what all ids together say."""
+    said = tokenizer.decode(sorted(tokenizer.get_vocab().values()), clean_up_tokenization_spaces=False)
+    made = json.dumps([sorted(_special(model, tokenizer)[0]), said])
+    return f"blake2b:{hashlib.blake2b(made.encode(), digest_size=16).hexdigest()}"
 
 
 @contextmanager

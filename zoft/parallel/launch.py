@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -49,11 +48,10 @@ def start_processes(count: int, args: Sequence[str], folder: str) -> int:
 
     Signals go on to all of them, once each. Where one dies the others stop, and the run can be resumed: code 75.
     """
-    # Rank 0 serves the others on this very socket: no other machine reaches it, and nobody takes the port meanwhile.
-    meeting = socket.create_server(("127.0.0.1", 0))
-    port, fd = meeting.getsockname()[1], meeting.fileno()
-    common = {**os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": str(port), "ZOFT_PARENT": str(os.getpid()), "USE_LIBUV": "0"}  # fmt: skip
+    # They meet by a file in a folder of this user's own: nothing listens, and who may not read the folder takes no part.
+    private = tempfile.TemporaryDirectory(prefix="zoft-meeting-", ignore_cleanup_errors=True)
+    common = {**os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "ZOFT_PARENT": str(os.getpid()),
+              "ZOFT_MEETING": str(Path(private.name) / "ranks")}  # fmt: skip
     if sys.platform.startswith("linux"):  # whatever this machine's name resolves to
         common.setdefault("GLOO_SOCKET_IFNAME", "lo")
     command = zoft_command(*args)
@@ -61,12 +59,11 @@ def start_processes(count: int, args: Sequence[str], folder: str) -> int:
     # A session of their own: Ctrl-C in a terminal reaches this process, which passes it on.
     children: list[Any] = [
         subprocess.Popen(
-            command, env={**common, "RANK": str(r), "LOCAL_RANK": str(r), **({} if r else {"ZOFT_MEETING": str(fd)})},
-            stderr=said[r] if r else None, start_new_session=True, pass_fds=() if r else (fd,),
+            command, env={**common, "RANK": str(r), "LOCAL_RANK": str(r)}, stderr=said[r] if r else None,
+            start_new_session=True,
         )
         for r in range(count)
     ]  # fmt: skip
-    meeting.close()
 
     failed: int | None = (
         None  # the first that ended otherwise than well; of several at a time, one that was killed
@@ -80,6 +77,7 @@ def start_processes(count: int, args: Sequence[str], folder: str) -> int:
             if ended and failed is None:
                 failed = min(ended, key=lambda r: children[r].returncode > 0)
                 _end(children)
+    private.cleanup()
     if failed is None:
         return 0
     code = children[failed].returncode

@@ -15,6 +15,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ VERSION = 1  # of the messages between a run and its workers; another one is ref
 LARGEST = 1 << 32  # bytes of a frame: a ledger of 2²⁷ records
 HEAD = struct.Struct("<IQ")  # bytes of the JSON, bytes after it
 CODE = 16
-HANDSHAKE_SECONDS = 20.0
+HANDSHAKE_SECONDS = 20.0  # for both proofs together
 
 
 class Closed(Exception):
@@ -46,9 +47,10 @@ class Line:
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            until = time.monotonic() + HANDSHAKE_SECONDS
             connection.settimeout(HANDSHAKE_SECONDS)
             connection.sendall(mine)
-            theirs = self._exactly(32)
+            theirs = self._exactly(32, until)
             nonces = mine + theirs if serves else theirs + mine
             self._keys = {  # of what this side sends (True) and receives
                 ours: hmac.digest(
@@ -57,7 +59,7 @@ class Line:
                 for ours in (True, False)
             }
             connection.sendall(self._code(True, b"hello"))
-            if not hmac.compare_digest(self._exactly(CODE), self._code(False, b"hello")):
+            if not hmac.compare_digest(self._exactly(CODE, until), self._code(False, b"hello")):
                 raise Closed("another secret")
         except OSError as error:
             connection.close()
@@ -115,9 +117,11 @@ class Line:
     def _code(self, ours: bool, content: bytes) -> bytes:
         return hmac.digest(self._keys[ours], content, hashlib.sha256)[:CODE]
 
-    def _exactly(self, size: int) -> bytes:
+    def _exactly(self, size: int, until: float | None = None) -> bytes:
         parts = []
         while size:
+            if until is not None:  # however slowly its bytes come
+                self.connection.settimeout(max(1e-3, until - time.monotonic()))
             part = self.connection.recv(min(size, 1 << 20))
             if not part:
                 raise Closed("the connection was closed")

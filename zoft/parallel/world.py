@@ -292,22 +292,22 @@ def joined_processes(config: Config, folder: str) -> Iterator[World]:
             _current.pop()
 
 
-def meeting_store(size: int) -> dist.TCPStore | None:
-    """Return rank 0's store on the socket that `zoft train --nproc` has opened on this machine alone; None without one.
+def meeting_store(size: int) -> dist.Store | None:
+    """Return the store in the private file that `zoft train --nproc` names; None without one.
 
-    torch's own listens on every interface, and whoever connects may read and write it.
+    torch's own store listens on every interface, and whoever connects may read and write it. A file has an owner.
     """
-    fd = os.environ.pop("ZOFT_MEETING", None)  # it is used once
-    if fd is None:
+    path = os.environ.pop("ZOFT_MEETING", None)  # it is used once
+    if path is None:
         return None
-    port = int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(
-        "127.0.0.1", port, size, True, MEETING, master_listen_fd=int(fd), use_libuv=False
-    )  # fmt: skip
+    store = dist.FileStore(path, size)
+    store.set_timeout(MEETING)
+    return store
 
 
 def meet(rank: int, size: int) -> None:
     """Make the process group that everything but a GPU's losses goes by. Raises UserError where they do not find each other."""
+    private = "ZOFT_MEETING" in os.environ
     where = [f"{name}={os.environ.get(name, '')}" for name in ("MASTER_ADDR", "MASTER_PORT")]
     try:
         with quiet():
@@ -315,7 +315,9 @@ def meet(rank: int, size: int) -> None:
             dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=WAITING)
     except (RuntimeError, ValueError, OSError) as error:
         said, time = " ".join(str(error).split()), f"{MEETING.total_seconds():.0f} s"
-        if not os.environ.get("MASTER_ADDR"):
+        if private:
+            why = f"--nproc {size}: the processes could not meet within {time} ({said[:200]}); start all of them again"
+        elif not os.environ.get("MASTER_ADDR"):
             why = f"{where[0]}: says where rank 0 is; set it, or let `zoft train --nproc` or torchrun do so"
         elif not os.environ.get("MASTER_PORT", "").isdigit():
             why = f"{where[1]}: is no port; give a number, such as 29500"

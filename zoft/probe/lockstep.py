@@ -40,12 +40,14 @@ class Lockstep:
                 forwards[0]()
             return
         errors: list[BaseException] = []
+        # A new thread would launch on the default stream, and outside of a graph that is being captured.
+        stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
         def work(i: int) -> None:
             self.local.i = i
             try:
                 self._wait()
-                with torch.no_grad():
+                with torch.no_grad(), torch.cuda.stream(stream):
                     forwards[i]()
             except BaseException as error:  # raised again by the caller, below
                 if not isinstance(error, _Ended):

@@ -51,6 +51,14 @@ class Layer:
         return self.trained.stored.shape[1 if self.turned else 0]
 
 
+def shares(change: Update, microbatches: Sequence[Tokens]) -> list[Tensor]:
+    """Return each microbatch's part of a step's coefficients c_i = -multipliers, fp64 [its examples]."""
+    c = -torch.tensor(change.multipliers, dtype=torch.float64)  # [N]
+    counts = [int(tokens.owners.max()) + 1 for tokens in microbatches]
+    assert sum(counts) == len(c), f"{sum(counts)} examples, {len(c)} coefficients"
+    return list(c.split(counts))
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Say whether it is transformers' Conv1D: y = x W + b, W [n, m]."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
@@ -137,28 +145,25 @@ class NodeAxis:
 
         A probe's direction does not matter: the signs belong to examples. Its scale does; 0 adds nothing.
         """
+        self.step = step
         scales = [p.scale for p in probes]
         if not any(scales):
             yield
             return
+        with self._hooked(lambda layer, args, out: self.add(layer, out, scales)):
+            yield
+
+    def add(self, layer: Layer, out: Tensor, scales: Sequence[float]) -> Tensor:
+        """Return a layer's outputs [P·R, T, m], those of probe p with scales[p]·σ·u of this batch's tokens added."""
         tokens = self.tokens
         assert tokens is not None, "tokens are set before probes are run"
-
-        def add(layer: Layer, out: Tensor) -> Tensor:
-            y = out.reshape(len(scales), -1, layer.units)  # [P, R·T, m]
-            assert y.shape[1] >= len(tokens.places) and not y.shape[1] % max(rows, 1), (
-                layer.name,
-                out.shape,
-                rows,
-            )
-            u = node_signs(tokens, layer.units, layer.trained.id, self.seed, step).to(y.dtype)  # [N, m]
-            y = y.clone() if y.data_ptr() == out.data_ptr() else y
-            for p, scale in enumerate(scales):
-                y[p].index_add_(0, tokens.places, u, alpha=scale * layer.sigma)
-            return y.view(out.shape)
-
-        with self._hooked(lambda layer, args, out: add(layer, out)):
-            yield
+        y = out.reshape(len(scales), -1, layer.units)  # [P, R·T, m]
+        assert y.shape[1] >= len(tokens.places), (layer.name, out.shape, len(tokens.places))
+        u = node_signs(tokens, layer.units, layer.trained.id, self.seed, self.step).to(y.dtype)  # [N, m]
+        y = y.clone() if y.data_ptr() == out.data_ptr() else y
+        for p, scale in enumerate(scales):
+            y[p].index_add_(0, tokens.places, u, alpha=scale * layer.sigma)
+        return y.view(out.shape)
 
     @contextmanager
     def clean(self, rows: int = 0) -> Iterator[None]:
@@ -184,30 +189,36 @@ class NodeAxis:
         microbatches: (inputs [R, T], tokens), whose owners count the examples of the microbatch. If all c are 0, only the
         decay moves the weights.
         """
-        todo = {layer.name for layer in self.layers}
-        lock = Lockstep(len(microbatches))
-        c = -torch.tensor(change.multipliers, dtype=torch.float64)  # [N]
-        starts, at = [], 0
-        for _, tokens in microbatches:
-            starts.append(at)
-            at += int(tokens.owners.max()) + 1
-        assert at == len(c), f"{at} examples, {len(c)} coefficients"
+        each = shares(change, [tokens for _, tokens in microbatches])
 
-        def move(layer: Layer, items: list[Any]) -> None:
-            todo.discard(layer.name)
+        def move(layer: Layer, xs: list[Tensor]) -> None:
             g = None
-            for (x, tokens), start in zip(items, starts, strict=True):
-                part = self.gradient(layer, x, tokens, c[start:], change.step)
+            for x, (_, tokens), c in zip(xs, microbatches, each, strict=True):
+                part = self.gradient(layer, x, tokens, c, change.step)
                 g = part if g is None else g.add_(part)
             assert g is not None
             move_layer(layer, g, change)
 
-        def forward(inputs: Mapping[str, Tensor], tokens: Tokens) -> None:
+        self.pass_over([inputs for inputs, _ in microbatches], move)
+        self.moved(change)
+
+    def pass_over(
+        self, microbatches: Sequence[Mapping[str, Tensor]], move: Callable[[Layer, list[Tensor]], None]
+    ) -> None:
+        """Run one clean forward of each microbatch, all in step: move(layer, its input [R·T, n] in each of them) is called
+        for every trained layer once all of them have passed it. What follows the last layer is not run."""
+        todo = {layer.name for layer in self.layers}
+        lock = Lockstep(len(microbatches))
+
+        def all_met(layer: Layer, xs: list[Tensor]) -> None:
+            todo.discard(layer.name)
+            move(layer, xs)
+
+        def forward(inputs: Mapping[str, Tensor]) -> None:
             done: set[str] = set()
 
             def meet(layer: Layer, args: tuple, out: Tensor) -> None:
-                x = args[0].reshape(-1, args[0].shape[-1])  # [R·T, n]
-                lock.meet((x, tokens), lambda items: move(layer, items))
+                lock.meet(args[0].reshape(-1, args[0].shape[-1]), lambda xs: all_met(layer, xs))
                 done.add(layer.name)
                 if len(done) == len(self.layers):
                     raise _Passed  # what follows the last trained layer moves nothing
@@ -220,15 +231,18 @@ class NodeAxis:
                 return
             raise AssertionError(f"a forward did not reach {sorted(todo)}")
 
-        calls = [lambda i=inputs, t=tokens: forward(i, t) for inputs, tokens in microbatches]
+        calls = [lambda i=inputs: forward(i) for inputs in microbatches]
         with uncached(self.model), self._hooked(lambda layer, args, out: lock.local.meet(layer, args, out)):
             lock.run(calls)
+
+    def moved(self, change: Update) -> None:
+        """Note that the weights are at this step."""
         mark = [Update(change.step, change.seed, (0.0,))]
         for t in self.trained:
             mark_advanced(t, mark)
 
     def gradient(self, layer: Layer, x: Tensor, tokens: Tokens, c: Tensor, step: int) -> Tensor:
-        """Return one batch's part of Ĝ [m, n], fp32 (fp64 for fp64 weights), from x [R·T, n] and c [≥ examples]."""
+        """Return one batch's part of Ĝ [m, n], fp32 (fp64 for fp64 weights), from x [R·T, n] and c [examples]."""
         wide = torch.promote_types(layer.trained.stored.dtype, torch.float32)
         x = x[tokens.places].to(wide)  # [N, n]
         if layer.whitener is not None:

@@ -70,6 +70,20 @@ def in_slabs(t: Trained) -> bool:
     return t.stored.ndim == 2 and nbytes(t) > SLAB
 
 
+def signs_at(
+    t: Trained, seed: int, step: int, probes: Sequence[Probe], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the signs of a matrix's rows [P, m] and columns [P, n] at each probe of a step."""
+    which = [p.direction for p in probes]
+    own = list(dict.fromkeys(which))  # the two probes of a direction have the same
+    m, n = t.stored.shape
+    a, b = outer_signs(m, n, t.id, [key(seed, step, k) for k in own], t.stored.device)
+    if len(own) < len(which):
+        places = torch.tensor([own.index(k) for k in which], device=a.device)
+        a, b = a[places], b[places]
+    return a.to(dtype), b.to(dtype)
+
+
 class Scratch:
     """Make the probes of trained tensors in scratch memory when a site asks for them, and bring θ up to date as it is read.
 
@@ -199,12 +213,13 @@ class Scratch:
     def outer(
         self, weight: Trained, bias: Trained | None, plain_bias: Any, xs: torch.Tensor, transposed: bool
     ) -> torch.Tensor | None:
-        """Return `outer_product`, or None where making each probe's weights costs less."""
-        return outer_product(self, weight, bias, plain_bias, xs, transposed)
+        """Return `outer_product`, or None where each probe's weights are there, or making them costs less."""
+        return None if self._holding else outer_product(self, weight, bias, plain_bias, xs, transposed)
 
     def plain_product(self, t: Trained, x: torch.Tensor, transposed: bool) -> torch.Tensor:
         """Return x @ θᵀ (transposed), or x @ θ: a matrix at θ itself, with all updates in. x: [n, in], in its compute dtype."""
-        if t.stored.dtype == t.compute and not self._holding:
+        assert not self._holding, f"{t.name}: θ itself, where a probe is held"
+        if t.stored.dtype == t.compute:
             advance_trained(t, self.updates, self.kind, self.beta)
             return x @ (t.stored.T if transposed else t.stored)
         if transposed and in_slabs(t):
@@ -224,15 +239,7 @@ class Scratch:
         self, t: Trained, probes: Sequence[Probe], dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the signs of a matrix's rows [P, m] and columns [P, n] at each probe."""
-        which = [p.direction for p in probes]
-        own = list(dict.fromkeys(which))  # the two probes of a direction have the same
-        keys = [key(self.seed, self.step, k) for k in own]
-        m, n = t.stored.shape
-        a, b = outer_signs(m, n, t.id, keys, t.stored.device)
-        if len(own) < len(which):
-            places = torch.tensor([own.index(k) for k in which], device=a.device)
-            a, b = a[places], b[places]
-        return a.to(dtype), b.to(dtype)
+        return signs_at(t, self.seed, self.step, probes, dtype)
 
     def shared_noise(self, t: Trained) -> torch.Tensor:
         """Return the noise that a step's flipped directions share, of a tensor's shape, in its compute dtype."""

@@ -23,7 +23,7 @@ from zoft.method.space import Trained
 from zoft.probe.rows import Call, Seen, compare, look
 
 # Questions about a tensor that never look at its values.
-_METADATA = {
+METADATA = {
     "__get__", "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "element_size", "nelement",
     "ndimension", "is_contiguous", "__hash__", "__repr__", "data_ptr", "storage_offset", "get_device", "__len__",
 }  # fmt: skip
@@ -273,7 +273,7 @@ def _is_metadata(func: Callable) -> bool:
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return getattr(getattr(func, "__self__", None), "__name__", "") not in _VALUE_PROPERTIES
-    return name in _METADATA
+    return name in METADATA
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:

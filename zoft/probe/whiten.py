@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 SINK = 16.0  # times the median of ‖y‖² over a batch's tokens: a token beyond it is an attention sink
-ROOM = 1 << 30  # bytes of covariances that are summed in one sweep over the examples
+ROOM = 1 << 29  # bytes of covariances that are summed in one sweep over the examples
+PART = 1024  # tokens whose vectors are in fp64 at one time
 DENSE = 4096  # columns up to which all eigenpairs are computed
 ROUNDS = 30  # of subspace iteration, for wider inputs
 
@@ -34,7 +35,7 @@ class Whitener:
 
 
 def whitener_of(c: Tensor, rho: float, rank: int) -> Whitener:
-    """Return P of a covariance C, fp64 [n, n], by its `rank` leading eigenpairs, all others being taken at their mean.
+    """Return P of a covariance C [n, n] by its `rank` leading eigenpairs, all others being taken at their mean.
 
     rho: ρ, what is added to the diagonal in units of C's mean eigenvalue.
     """
@@ -111,7 +112,7 @@ def measure(
 
     layers: (name, linear layer), which take [.., n] and give [.., m]. batches: (batch, places of its valid tokens
     int64 [N] in the flattened rows, examples). run(batch): a forward. dtype: that the whiteners are kept in.
-    C is the mean over valid tokens of x·xᵀ, summed in fp64. σ is the rms of the output over valid tokens that are no sink:
+    C is the mean over valid tokens of x·xᵀ, summed in fp64 (in `dtype` for more than DENSE inputs). σ is the rms of the output over valid tokens that are no sink:
     a token whose ‖y‖² is beyond SINK times the median of its batch is left out, of σ alone. Layers that are called with one
     and the same tensor, one after the other, share its C.
     """
@@ -125,10 +126,12 @@ def measure(
     while todo:
         chosen: list[int] = []
         size = 0
-        while todo and (not chosen or size + 8 * widths[todo[0]] ** 2 <= ROOM):
-            size += 8 * widths[todo[0]] ** 2
+        while todo and (not chosen or size + _bytes(widths[todo[0]], dtype) <= ROOM):
+            size += _bytes(widths[todo[0]], dtype)
             chosen.append(todo.pop(0))
-        c = {i: torch.zeros(widths[i], widths[i], dtype=torch.float64, device=device) for i in chosen}
+        c = {
+            i: torch.zeros(widths[i], widths[i], dtype=_sums(widths[i], dtype), device=device) for i in chosen
+        }
         looks = {
             name: _Look(
                 c.get(inputs[name]) if owners[inputs[name]] == name else None,
@@ -146,7 +149,7 @@ def measure(
                 forwards += examples
         seen = sum(len(places) for _, places, _ in batches)
         for i in chosen:
-            w = whitener_of(c.pop(i) / seen, rho, rank)
+            w = whitener_of(c.pop(i).div_(seen), rho, rank)
             whiteners[i] = Whitener(w.vectors.to(dtype), w.gains.to(dtype), w.mean.to(dtype))
     sigmas = {name: (s.squares / s.numbers) ** 0.5 for name, s in scales.items()}
     sinks = sum(s.sinks for s in scales.values()) / sum(s.tokens for s in scales.values())
@@ -164,7 +167,7 @@ class Scale:
 
     def add(self, y: Tensor) -> None:
         """Take the outputs of a batch's valid tokens [N, m]."""
-        size = y.double().square().sum(1)  # [N]
+        size = torch.cat([part.double().square().sum(1) for part in y.split(PART)])  # [N]
         keep = size <= SINK * size.median()
         self.squares += float(size[keep].sum())
         self.numbers += float(keep.sum()) * y.shape[1]
@@ -182,10 +185,20 @@ class _Look:
 
     def __call__(self, module: nn.Module, args: tuple, out: Tensor) -> None:
         if self.c is not None:
-            x = args[0].reshape(-1, len(self.c))[self.places].double()
-            self.c.addmm_(x.T, x)
+            for part in args[0].reshape(-1, len(self.c))[self.places].split(PART):
+                x = part.to(self.c.dtype)
+                self.c.addmm_(x.T, x)
         if self.scale is not None:
             self.scale.add(out.reshape(-1, out.shape[-1])[self.places])
+
+
+def _sums(n: int, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that a covariance of n inputs is summed in: fp64, but where it would be large beside the layer."""
+    return torch.float64 if n <= DENSE else torch.promote_types(dtype, torch.float32)
+
+
+def _bytes(n: int, dtype: torch.dtype) -> int:
+    return n * n * _sums(n, dtype).itemsize
 
 
 def _width(module: nn.Module) -> int:

@@ -19,9 +19,9 @@ from zoft.replay.snapshot import load_snapshot, newest_snapshot
 from zoft.replay.tensors import denoise, replay_tensors, requested, result_and_facts
 from zoft.train import parts
 from zoft.train.assemble import assemble, assemble_again
+from zoft.train.build import build_trainer_of
 from zoft.train.header import agree
 from zoft.train.node_axis import FILE as CALIBRATION
-from zoft.train.node_trainer import NodeTrainer, node_rows_of
 from zoft.train.parts import resolve_device, said_before, trainer_settings
 from zoft.train.trainer import Trainer
 
@@ -73,10 +73,7 @@ def repeated(config: Config, folder: Path, log: Log) -> tuple[Any, Any, Config]:
         made = assemble(config, folder)
     agree(log.header, made.header, folder)
     assert isinstance(made.axis, NodeAxis), type(made.axis)
-    whole = node_rows_of(made.config, made.scored, False)
-    trainer = NodeTrainer(
-        made.model, made.axis, whole, None, trainer_settings(made.config), made.objective.forward, whole
-    )
+    trainer = build_trainer_of(made.config, made.model, made.axis, made.scored, None, made.objective)
     catch_up(trainer, folder, made.config, log, parts.say)
     if prefix := made.model.__dict__.get("keeps_rows"):
         prefix.remove()

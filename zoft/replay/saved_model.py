@@ -102,6 +102,23 @@ def read_result(folder: Path) -> dict[str, Any]:
         ) from None
 
 
+def saved_faults(folder: Path, config: Config) -> str:
+    """Return what is wrong with the files of the model of a finished run; "" where they are whole, or not there at all.
+
+    A folder that is gone was moved by the user. Files are compared with their own headers, by length: no tensor is read.
+    """
+    from zoft.models.checkpoint import check_saved
+
+    place = folder / folder_name(config)
+    if not config.save_model or not place.is_dir():
+        return ""
+    try:
+        check_saved(str(place), place)
+    except UserError as error:
+        return str(error).removesuffix("; fetch it again")
+    return ""
+
+
 def result_summary(result: Mapping[str, Any]) -> str:
     """Return the text that a user reads at the end of a run."""
     rows = metrics_table({"before": result["before"], "after": result["after"]})

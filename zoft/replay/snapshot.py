@@ -52,8 +52,7 @@ def take_snapshot(folder: Path, ledger: Ledger, trained: Sequence[Trained]) -> s
     tensors |= {f"{t.name}@{key}": value for t in trained for key, value in t.state.items()}
     try:
         path.parent.mkdir(exist_ok=True)
-        for left in path.parent.glob(".*.new"):  # of a killed run
-            left.unlink()
+        remove_drafts(folder)
         digest = write_tensors(path, tensors, _facts(ledger.header, step))
     except OSError as error:
         raise UserError(
@@ -62,6 +61,12 @@ def take_snapshot(folder: Path, ledger: Ledger, trained: Sequence[Trained]) -> s
     ledger.note(Event("snapshot", step, digest))
     size, seconds = path.stat().st_size / 1e6, time.monotonic() - began
     return f"snapshot at step {step}: {size:.4g} MB in {seconds:.1f} s"
+
+
+def remove_drafts(folder: Path) -> None:
+    """Delete what a killed run has left of snapshots that never were whole."""
+    for left in (folder / FOLDER).glob(".*.new"):
+        left.unlink(missing_ok=True)
 
 
 def newest_snapshot(
@@ -88,7 +93,7 @@ def fault_of(path: Path, header: Mapping[str, Any], event: Event) -> str:
         return "is no file"
     try:
         if digest_of(path) == event.digest:
-            return ""
+            return content_fault(path, header)
     except FileNotFoundError:
         return MISSING
     except OSError as error:
@@ -107,6 +112,66 @@ def fault_of(path: Path, header: Mapping[str, Any], event: Event) -> str:
     return "is damaged: its checksum does not match"
 
 
+def content_fault(path: Path, header: Mapping[str, Any]) -> str:
+    """Return what a snapshot with the right digest holds otherwise than its run's header says; "" where nothing.
+
+    A digest tells that the ledger and the file belong together, and not that both are a run's. Checked are the tensors'
+    names, shapes and dtypes, and that no trained weight or momentum is NaN or infinity. Loads no torch.
+    """
+    from zoft.models.checkpoint import read_header
+
+    try:
+        held = read_header(str(path), path)
+    except UserError as error:
+        return f"is damaged: {str(error).partition(' is damaged: ')[2] or error}"
+    trained = header.get("trained")
+    if not isinstance(trained, dict):  # check.py says so
+        return ""
+    dtypes = {"fp64": "F64", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+    for name, (_, shape, dtype) in trained.items():
+        entry = held.get(name)
+        if entry is None:
+            return f"lacks {name}"
+        if (entry["shape"], entry["dtype"]) != (shape, dtypes[dtype]):
+            return f"has {name} as {entry['dtype']} {entry['shape']}, its header as {dtypes[dtype]} {shape}"
+    with path.open("rb") as file:
+        begin = 8 + int.from_bytes(file.read(8), "little")
+        for name, entry in held.items():
+            own, _, key = name.rpartition("@")
+            if name not in trained and own not in trained:
+                return f"has {name[:200]}, which is not trained"
+            if name not in trained and key == "momentum" and entry["shape"] != trained[own][1]:
+                return f"has {name} in another shape than {own}"
+            if (name in trained or key == "momentum") and not _finite(file, begin, entry):
+                return f"holds NaN or infinity in {name}"
+    return ""
+
+
+# dtype of a safetensors file -> (its words as NumPy has them, the bits that NaN and infinity alone have all set).
+EXPONENTS = {
+    "F64": ("<u8", 0x7FF0 << 48),
+    "F32": ("<u4", 0x7F80 << 16),
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+}
+
+
+def _finite(file: Any, begin: int, entry: Mapping[str, Any]) -> bool:
+    """Return whether the words of a tensor hold no NaN and no infinity; file: open, its tensors from byte `begin` on."""
+    import numpy as np
+
+    if entry["dtype"] not in EXPONENTS:
+        return True
+    words, bits = EXPONENTS[entry["dtype"]]
+    start, end = entry["data_offsets"]
+    file.seek(begin + start)
+    for at in range(start, end, CHUNK):
+        found = np.frombuffer(file.read(min(CHUNK, end - at)), words)
+        if ((found & np.dtype(words).type(bits)) == bits).any():
+            return False
+    return True
+
+
 def load_snapshot(path: Path, trained: Sequence[Trained], step: int) -> None:
     """Put a sound snapshot of `step` (from `newest`) into the weights."""
     import torch
@@ -115,6 +180,13 @@ def load_snapshot(path: Path, trained: Sequence[Trained], step: int) -> None:
     with safe_open(path, "pt") as file:
         names, ours = set(file.keys()), {t.name for t in trained}
         assert ours == {n if n in ours else n.rpartition("@")[0] for n in names}, sorted(names)[:3]
+        for t in trained:
+            for key, value in t.state.items():
+                n = f"{t.name}@{key}"
+                if n not in names or tuple(file.get_slice(n).get_shape()) != tuple(value.shape):
+                    raise UserError(
+                        f"{path}: {n} is not in it as this run keeps it; delete the file and resume"
+                    )
         for t in trained:
             value = file.get_tensor(t.name)
             assert (value.shape, value.dtype) == (t.stored.shape, t.stored.dtype), (

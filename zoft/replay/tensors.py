@@ -116,6 +116,7 @@ def replay_tensors(config: Config, folder: Path, out: Path, ask: Ask) -> int:
     """
     config, log = requested(resolve_device(config), folder, ask)
     base = find_base(config, log.header["base"], str(folder))
+    headers.agree(log.header, {"model": headers.model_settings(base.model)}, folder)
     dtype = base.model.checkpoint_dtype if config.save_dtype == "auto" else space.DTYPES[config.save_dtype]
     found = start(folder, log, ask)
     result, facts = result_and_facts(config, folder, log, ask)

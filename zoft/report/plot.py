@@ -8,7 +8,7 @@ from typing import Any
 
 from zoft.errors import writing
 from zoft.pictures import pyplot, refuse_other_ends
-from zoft.report.runs import Group
+from zoft.report.runs import Group, Run
 
 COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8d6a9f", "#c98b1b", "#5c6b73", "#b5651d", "#3a7d7c")
 PANELS = 3  # metrics that are drawn where none are asked for
@@ -27,6 +27,7 @@ def draw(some: Sequence[Group], metrics: Sequence[str], out: Path) -> None:
     refuse_other_ends("--png", out)
     shown = list(metrics)[:PANELS]
     trained = any(r.losses for g in some for r in g.runs)
+    wrote = any(r.texts for g in some for r in g.runs)  # then minus the loss is the reward
     count = max(1, len(shown) + trained)
     figure, axes = plt.subplots(
         1, count, figsize=(PANEL_INCHES * count, HEIGHT_INCHES), dpi=120, layout="constrained", squeeze=False
@@ -36,14 +37,16 @@ def draw(some: Sequence[Group], metrics: Sequence[str], out: Path) -> None:
     named: dict[str, Any] = {}  # a line a group, for the legend
     for g, colour in zip(some, _colours(len(some))):
         runs = g.finished or g.runs
-        losses = [[smooth(r.losses, r.each) for r in runs]] if trained else []
+        losses = [[smooth(_trained(r, wrote), r.each) for r in runs]] if trained else []
         curves = [[curve(r.evals, m, r.each) for r in runs] for m in shown]
         for i, (panel, lines) in enumerate(zip(axes[0], losses + curves)):
             line = _band(panel, lines, colour, points=i > 0 or not trained, finished=bool(g.finished))
             if line is not None:
                 named[_label(g)] = line
     for panel, title in zip(
-        axes[0], ["training loss, averaged"] * trained + [m.replace("_", " ") for m in shown]
+        axes[0],
+        ["training reward, averaged" if wrote else "training loss, averaged"] * trained
+        + [m.replace("_", " ") for m in shown],
     ):
         panel.set(xlabel="forwards", ylabel=title)
         panel.grid(alpha=0.25)
@@ -60,6 +63,11 @@ def draw(some: Sequence[Group], metrics: Sequence[str], out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, bbox_inches="tight", pad_inches=0.08)
     plt.close(figure)
+
+
+def _trained(run: Run, wrote: bool) -> dict[int, float]:
+    """What is drawn of a run's steps: their losses, or where some run wrote texts the rewards of those that did."""
+    return {s: told["reward"] for s, told in run.texts.items()} if wrote else run.losses
 
 
 def curve(evals: dict[int, dict[str, float]], metric: str, each: int) -> list[tuple[int, float]]:

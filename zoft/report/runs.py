@@ -20,6 +20,8 @@ from zoft.yaml_files import yaml_tree
 METRICS = (
     "accuracy", "macro_f1", "auc", "calibrated_accuracy", "exact_match", "f1", "reward", "loss", "perplexity"
 )  # fmt: skip
+# What a step that writes texts says of them.
+TOLD = ("reward", "reward_spread", "length", "differ")
 # Keys that do not tell runs apart; what a run is judged on does, though it decides no weight.
 SAME = {"seed", "output_dir", *FREE} - {"model", "adapter", "reward", "save_best", "best_by", "eval_limit", "task.train",
         "task.eval", "task.num_eval", "task.null_prompt"}  # fmt: skip
@@ -40,6 +42,9 @@ class Run:
     result: dict[str, Any]  # empty where it is not finished
     losses: dict[int, float]  # of each step
     evals: dict[int, dict[str, float]]  # of the weights after so many steps
+    texts: dict[int, dict[str, float]] = field(
+        default_factory=dict
+    )  # of each step, where it wrote some: TOLD
 
     @property
     def label(self) -> str:
@@ -90,6 +95,7 @@ def read(folder: Path) -> Run:
         folder, int(flat.get("seed", 0)), about, steps, each, result,
         {r["step"]: float("nan") if r.get("loss") is None else r["loss"] for r in rows if "eval" not in r},
         {r["step"]: r["eval"] for r in rows if "eval" in r},
+        {r["step"]: {k: r[k] for k in TOLD} for r in rows if all(isinstance(r.get(k), (int, float)) for k in TOLD)},
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from zoft import tables
 from zoft.errors import UserError
 from zoft.report import names
-from zoft.report.runs import METRICS, Group, Run, folders, read
+from zoft.report.runs import METRICS, TOLD, Group, Run, folders, read
 from zoft.tables import csv_text
 
 
@@ -118,6 +118,33 @@ def markdown(found: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:
     return tables.markdown(["", "n", "steps", "forwards", *metrics, "seconds", "peak GB"], lines)
 
 
+def texts_table(some: Sequence[Group]) -> str:
+    """Return a table of what finished runs wrote while they trained, first and last tenth of their steps; "" where none wrote."""
+    lines = []
+    for g in some:
+        wrote = [run for run in g.finished if run.texts]
+        if not wrote:
+            continue
+        cells = [g.name]
+        for key in TOLD:
+            ends = []
+            for last in (False, True):
+                means = [statistics.fmean(values) for run in wrote if (values := _tenth(run, key, last))]
+                sd = f" ± {statistics.stdev(means):.4g}" if len(means) > 1 else ""
+                ends.append(f"{statistics.fmean(means):.4g}{sd}")
+            cells.append(" → ".join(ends))
+        lines.append(cells)
+    heads = ["texts while training", "reward", "spread over members", "tokens", "differ"]
+    return tables.markdown(heads, lines) if lines else ""
+
+
+def _tenth(run: Run, key: str, last: bool) -> list[float]:
+    """Return a figure of the first or last tenth of a run's steps."""
+    steps = sorted(run.texts)
+    n = max(1, len(steps) // 10)
+    return [run.texts[s][key] for s in (steps[-n:] if last else steps[:n])]
+
+
 def _whole(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}"
 
@@ -160,4 +187,6 @@ def report_runs(
         plot.draw(some, list(metrics) or chosen, Path(png_to))
     left_out = [*cut(some), *unfinished(some)]
     tabled = [markdown(found, chosen)] if found else []
+    if texts := texts_table(some):
+        tabled += ["", texts]
     return "\n".join([*tabled, *[""][: len(tabled) and len(left_out)], *left_out])

@@ -64,6 +64,8 @@ def fit(
     check_metric(config, evals[0])
     log = Log(s.ledger.header, s.ledger.records, s.ledger.events)  # the ledger's own lists: they grow
     catch_up(trainer, s.folder, config, log, t.note)
+    if world.rank == 0:  # a kill may have come between a snapshot and the removal of an older one
+        prune_snapshots(s.folder, config, s.ledger.events, evals)
     watch = Watch(config, trainer.axis.trained, steps_of(s.ledger, config))
     cores = watch_cores(config, world.size)
     folder = Presence(s.ledger, {"config.yaml": to_yaml(config)})

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
 
-from zoft.config.schema import GENERATED, Config
+from zoft.config.schema import GENERATED, Config, lacks_reward
 from zoft.errors import UserError
 from zoft.folder import ASKED, refuse_unwritable
-from zoft.method.configured import again
+from zoft.method.configured import again, reward_named
 from zoft.method.recipes import is_page
 from zoft.parallel.launch import process_place
 from zoft.run.tracker import require_tracker
@@ -28,6 +29,12 @@ OURS = (
     "snapshots",
 )
 
+# Names under which files are written before they take their own.
+DRAFTS = ("ledger.new", ".config.yaml.new", ".env.json.new", ".result.json.new")
+
+# What a resumed run writes in place, and deletes from.
+LINKED = ("ledger", "metrics.jsonl", "snapshots")
+
 # What drivers make in /dev: NVIDIA's, WSL's, Jetson's, AMD's.
 DRIVERS = ("nvidiactl", "nvidia0", "dxg", "nvmap", "nvhost-gpu", "kfd")
 
@@ -43,6 +50,11 @@ def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None
     refuse_missing_devices(config)
     if resume is None and not dry_run:
         claim_folder(Path(str(config.output_dir)))
+    for name in LINKED if resume else ():
+        if (Path(str(resume)) / name).is_symlink():
+            raise UserError(
+                f"{resume}: {name} is a link, which would be written through; put what it leads to in its place"
+            )
     if resume and (Path(resume) / "ledger").exists():  # damage shows before weights load
         from zoft.ledger.check import refuse_unsound
         from zoft.ledger.log import read_ledger
@@ -60,12 +72,13 @@ def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None
 def claim_folder(folder: Path) -> None:
     """Refuse a folder that holds a run, or files that a run would overwrite."""
     refuse_unwritable("output_dir", folder)
-    if (folder / "ledger").exists():
+    if os.path.lexists(folder / "ledger"):
         raise UserError(
             f"output_dir={folder}: it holds a run; continue it with `zoft train --resume {folder}`, "
             "or choose another name with output_dir=…"
         )
-    taken = [name for name in OURS if (folder / name).exists()]
+    taken = [name for name in OURS if os.path.lexists(folder / name)]  # a link to nothing is in the way, too
+    taken += [name for name in DRAFTS if (folder / name).is_symlink()]
     if taken:
         held = "a baseline" if ASKED in taken else taken[0]
         raise UserError(f"output_dir={folder}: {held} is in the way; choose another name with output_dir=…")
@@ -80,14 +93,17 @@ def refuse_missing_devices(config: Config) -> None:
 
 def refuse_reward(config: Config, resume: str | Path | None, *, must: bool = True) -> None:
     """Refuse a reward that is not there, and to train on one (must) that is not named on the command line."""
-    if must and config.objective == "reward" and config.reward is None:
+    own = (
+        resume is not None and config.reward is None and reward_named(resume)
+    )  # a task's reward is not a run's own
+    if must and (lacks_reward(config) or own):
         if resume:
             raise again(resume)
         raise UserError("objective=reward: name the function: --reward my_reward.py:score")
     if config.reward is not None:
         from zoft.objectives import reward as rewards
 
-        rewards.look(config.reward)
+        rewards.check_reward(config.reward)
 
 
 def check_elastic(config: Config) -> None:

@@ -47,14 +47,19 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
     """
     from zoft.env import environment
     from zoft.ledger.log import Ledger
+    from zoft.models.saving import clean_leftovers
     from zoft.parallel.world import this_world
-    from zoft.train.header import agree
+    from zoft.replay.saved_model import folder_name
+    from zoft.replay.snapshot import remove_drafts
+    from zoft.train.header import agree, said_of_resume
 
     world = this_world()
     folder, first = Path(resume or str(config.output_dir)), world.rank == 0
     if not first:
         ledger = world.ledger(None)
     elif resume and (folder / "ledger").exists():
+        clean_leftovers(folder / folder_name(config))
+        remove_drafts(folder)
         ledger = Ledger.open(folder / "ledger", sync=config.sync)
     else:
         if resume is None:  # another run may have begun there while the model was loading
@@ -70,10 +75,13 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
             world.ledger(ledger)
         world.stop = stop
         agree(ledger.header, header, folder)
+        lines = said_of_resume(ledger.header, header, folder) if resume else []
         with Tracker(
             folder if first else None, config.steps, track=config.track, config=dataclasses.asdict(config),
             resume_step=ledger.last_step + 1, known=steps_of(ledger, config), device=config.device,
         ) as tracker:  # fmt: skip
+            for line in lines if first else ():
+                tracker.note(line)
             try:
                 yield Session(folder, ledger, tracker, config, stop)
             finally:  # steps that were under way when something stopped the run; what does not fit, a resume fills in
@@ -104,6 +112,7 @@ class Presence:
         if not now and time.monotonic() - self.looked < LOOK_SECONDS:
             return
         self.looked = time.monotonic()
+        self.ledger.check_size()
         path, fd = self.ledger.path, self.ledger.fileno()
         mine = os.fstat(fd)
         with suppress(OSError):

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from zoft.config.schema import Config
 from zoft.env import untested
-from zoft.errors import UserError
+from zoft.errors import UserError, writing
 from zoft.folder import ASKED, alone
 from zoft.parallel.launch import process_place
-from zoft.replay.saved_model import read_result
+from zoft.replay.saved_model import read_result, saved_faults
 from zoft.run.guards import explain_memory
 from zoft.run.preflight import (
     check_elastic,
@@ -35,6 +35,11 @@ def train_run(config: Config, *, resume: str | Path | None = None, dry_run: bool
     """
     if resume and (Path(resume) / "result.json").exists():
         found = read_result(Path(resume))
+        if wrong := saved_faults(Path(resume), config):
+            print(f"{resume}: this run is finished, but {wrong}: it is written again", file=sys.stderr)
+            with writing(Path(resume) / "result.json"):
+                (Path(resume) / "result.json").unlink()
+            return train_run(config, resume=resume, dry_run=dry_run)
         print(f"{resume}: this run is finished; its result follows", file=sys.stderr)
         return found
     if resume and (Path(resume) / ASKED).exists():

@@ -32,6 +32,8 @@ def cancel(root: str | Path, which: Sequence[str]) -> str:
             raise UserError(f"--cancel {root}: {word} is done")
         names += found
     for path in [root / n for n in names] or [root]:
+        if path.is_symlink() and names:
+            raise UserError(f"--cancel {root}: {path.name} is a link; cancel it where it is")
         with writing(path / "cancelled"):
             (path / "cancelled").touch()
     chosen = names or [n for n in known if job_state(root / n) != "done"]
@@ -57,10 +59,28 @@ def _stop(root: Path, names: Sequence[str]) -> list[str]:
             continue
         if record.get("host") != socket.gethostname():
             hosts.append(str(record.get("host")))
-        elif isinstance(record.get("pid"), int):
+        elif _holds(record.get("pid"), root / name / ".lock"):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(record["pid"], signal.SIGTERM)
     return sorted(set(hosts))
+
+
+def _holds(pid: object, lock: Path) -> bool:
+    """Return whether a process has the lock of a job open: job.json may name any process, and ids are given again.
+
+    Linux; elsewhere any process of this user that job.json names is taken for the job's.
+    """
+    if isinstance(pid, bool) or not isinstance(pid, int) or pid <= 1:  # 0 and less are whole groups
+        return False
+    if not Path("/proc/self/fd").is_dir():
+        return True
+    with contextlib.suppress(OSError):
+        mine = lock.stat()
+        for number in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.stat(f"/proc/{pid}/fd/{number}"), mine):
+                    return True
+    return False
 
 
 def _orphaned(pid: object) -> bool:

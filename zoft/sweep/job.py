@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from zoft.console import escaped, is_line
 from zoft.errors import writing
 from zoft.folder import write
 from zoft.packages import zoft_command
@@ -28,6 +29,7 @@ from zoft.signals import RESUME
 # done: has a result; running: its lock is held; stopped: began and may go on; pending: never began.
 STATES = ("done", "running", "stopped", "failed", "cancelled", "pending")
 TAIL_BYTES = 1 << 14
+OBJECT_BYTES = 1 << 24  # of job.json or result.json
 
 
 def job_state(folder: Path) -> str:
@@ -46,9 +48,33 @@ def job_state(folder: Path) -> str:
 
 def job_record(folder: Path) -> dict[str, Any]:
     """Return job.json's content: {attempts, started, host, pid, slurm} and, once it ended, {ended, code, error, signalled}."""
+    found = _object(folder / "job.json")
+    kept = {k: v for k, v in found.items() if k not in KINDS or _is(v, KINDS[k])}
+    # What is shown is one line, and no sequence that a terminal would follow.
+    return {k: escaped(" ".join(v.split())) if isinstance(v, str) else v for k, v in kept.items()}
+
+
+# What job.json holds; a value of another kind is passed over.
+KINDS: dict[str, tuple[type, ...]] = {
+    "attempts": (int,), "started": (int, float), "ended": (int, float), "steps": (int,), "pid": (int,), "code": (int,),
+    "host": (str,), "error": (str,), "signalled": (bool,),
+}  # fmt: skip
+
+
+def _is(value: Any, kinds: tuple[type, ...]) -> bool:
+    """Return whether a value from a file is of one of these kinds, and no number without bounds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+    return isinstance(value, kinds) and abs(value) < 1 << 53  # neither NaN nor infinity is
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file of a job holds; {} where it cannot be read, or is of another shape."""
     try:
-        found = json.loads((folder / "job.json").read_bytes())
-    except (OSError, ValueError):
+        if not path.is_file() or path.stat().st_size > OBJECT_BYTES:
+            return {}
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -166,9 +192,9 @@ def tail(path: Path) -> bytes:
 def progress(folder: Path) -> dict[str, Any]:
     """Return the last step's line of a job's metrics.jsonl, {} before the first."""
     for line in reversed(tail(folder / "metrics.jsonl").splitlines()):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
-            if isinstance(row, dict) and "loss" in row and isinstance(row.get("step"), int):
+            if isinstance(row, dict) and "loss" in row and is_line(row):
                 return row
     return {}
 
@@ -180,8 +206,8 @@ def steps(folder: Path) -> int:
 
 def result(folder: Path) -> dict[str, Any]:
     """Return result.json's content, {} where there is none, or none that can be read."""
-    try:
-        found = json.loads((folder / "result.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and isinstance(found.get("after"), dict) else {}
+    found = _object(folder / "result.json")
+    for when in ("before", "after"):
+        if when in found and not is_line({"step": 0, "eval": found[when]}):
+            return {}
+    return found if "after" in found else {}

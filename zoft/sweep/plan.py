@@ -217,12 +217,23 @@ def read_plan(root: str | Path) -> dict[str, Any]:
         raise UserError(f"{root}: not a sweep's folder (it has no {PLAN})")
     try:
         found = json.loads(path.read_bytes())
-        assert isinstance(found["swept"], list)
-        assert all(isinstance(row, dict) for row in found["jobs"].values())
-    except (ValueError, LookupError, TypeError, AttributeError, AssertionError):
+        assert isinstance(found["swept"], list) and all(isinstance(k, str) for k in found["swept"])
+        rows = found["jobs"].values()
+        assert all(isinstance(row, dict) and all(isinstance(v, str) for v in row.values()) for row in rows)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError):
         raise UserError(
             f"{path}: damaged; the sweep's own command writes it again once it is deleted"
         ) from None
+    for name in found["jobs"]:  # a job is a folder in the sweep's own
+        if (
+            name != Path(name).name
+            or name in ("", ".", "..")
+            or "\0" in name
+            or len(name.encode(errors="replace")) > 255
+        ):
+            raise UserError(
+                f"{path}: {name[:100]!r} is no name of a job: it would be outside of {root}; delete that entry"
+            )
     return found
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from zoft.console import short
+from zoft.console import escaped, short
 from zoft.errors import UserError
 from zoft.folder import write
 from zoft.run.selection import LOWER_IS_BETTER
@@ -68,11 +68,13 @@ def status_text(root: str | Path, metric: str | None = None) -> str:
     ]  # fmt: skip
     counts = [f"{n} {s}" for s in STATES if (n := sum(r["state"] == s for r in rows))]
     left = in_all(rows)
-    return "\n".join(
-        [
-            *aligned([head, *lines]),
-            f"{root}: {', '.join(counts)}" + (f"; about {clock(left)} left" if left else ""),
-        ]
+    return escaped(
+        "\n".join(
+            [
+                *aligned([head, *lines]),
+                f"{root}: {', '.join(counts)}" + (f"; about {clock(left)} left" if left else ""),
+            ]
+        )
     )
 
 
@@ -202,7 +204,7 @@ def results_text(
     text += ["", f"best {metric} {_shown(top['after'][metric])}: {values or top['name']} ({file})"]
     if not any(improved(r, metric, turn) for r in rows):
         text.append(f"no job has a better {metric} than before training")
-    return "\n".join(text)
+    return escaped("\n".join(text))
 
 
 def improved(row: Mapping[str, Any], metric: str, turn: int) -> bool:

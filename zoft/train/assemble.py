@@ -21,11 +21,13 @@ from zoft.method.recipes import method_of
 from zoft.method.space import Trained, adopt, train_names
 from zoft.method.trial import try_page
 from zoft.objectives.objectives import Goal, make_objective, reward_of
+from zoft.objectives.text import writing_digest
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.inplace import InPlace
+from zoft.probe.members import Members
 from zoft.probe.nodes import NodeAxis
 from zoft.train.axis import make_axis, placed_axis
-from zoft.train.header import agree, header_of
+from zoft.train.header import agree, header_of, model_settings
 from zoft.train.parts import (
     dev_examples,
     encode_examples,
@@ -35,6 +37,7 @@ from zoft.train.parts import (
     resolve_precision,
 )
 from zoft.train.resolve import with_objective
+from zoft.train.rollouts import with_members
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Parts:
     trained: list[Trained]
     axis: ProbeAxis | InPlace | NodeAxis
     header: dict[str, Any]
+    members: Members | None = None  # where the members of a step write together
 
 
 def assemble(config: Config, folder: str | Path | None = None) -> Parts:
@@ -80,13 +84,18 @@ def assemble(config: Config, folder: str | Path | None = None) -> Parts:
     names = train_names(model, config.train, config.perturb == "nodes")
     config = resolve_precision(config, model, names)
     config, trained, axis = make_axis(config, model, adopt(model, names), scored, folder)
-    header = header_of(config, base, trained, train) | objective.header()
+    members = None
+    if objective.texts is not None:
+        config, members = with_members(config, model, tokenizer, axis, objective.texts)
+    header = header_of(config, base, trained, train, model=model, held_out=held_out) | objective.header()
+    if objective.texts is not None:
+        header["writing"] = writing_digest(model, tokenizer)
     if isinstance(axis, NodeAxis):
         header["nodes"] = axis.measured.digest()
     return Parts(
         config=config, data=data, model=model, tokenizer=tokenizer, objective=objective, train=train,
         held_out=held_out, dev=dev_examples(config, tokenizer, data), scored=scored, trained=trained, axis=axis,
-        header=header,
+        header=header, members=members,
     )  # fmt: skip
 
 
@@ -108,7 +117,7 @@ def assemble_again(config: Config, folder: Path, header: Mapping[str, Any]) -> R
     from zoft.models.adapters.attach import adapter_fingerprint
 
     model, tokenizer, found = load_run_model(config, folder)
-    agree(header, {"base": found}, folder)
+    agree(header, {"base": found, "model": model_settings(model)}, folder)
     config, trained, axis = placed_axis(config, model, adopt(model, list(header["trained"])))
     if "adapter" in header and config.storage == header["storage"]:
         agree(header, {"adapter": adapter_fingerprint(trained)}, folder)

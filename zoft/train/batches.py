@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from zoft.config.schema import Config
 from zoft.data.example import Example
@@ -99,3 +102,40 @@ def _philox(c: list[np.ndarray], key: tuple[int, int]) -> list[np.ndarray]:
         c = [p1 >> 32 ^ c[1] ^ k0, p1 & 0xFFFFFFFF, p0 >> 32 ^ c[3] ^ k1, p0 & 0xFFFFFFFF]
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
     return c
+
+
+def bucket(batch: Batch, even: bool = False) -> Batch:
+    """The batch padded to a width and a number of scored positions that other batches have too; same losses.
+
+    even: each example has as many positions as any other, and keeps to that.
+    """
+    rows, width = batch.inputs["input_ids"].shape
+    wide = rounded(width, 8 if width <= 128 else 32)
+    if wide != width:
+        inputs = {k: nn.functional.pad(v, (0, wide - width)) for k, v in batch.inputs.items()}
+        batch = replace(
+            batch, inputs=inputs, positions=batch.positions // width * wide + batch.positions % width
+        )
+    if batch.tokens is None:
+        parts, deep = batch.examples if even else 1, batch.slots.shape[2]
+        positions, targets = batch.positions.view(parts, -1), batch.targets.view(parts, -1)
+        scored = positions.shape[1]
+        n = rounded(scored, 8 if even else max(rows, 8))
+        slots = torch.where(batch.slots < 0, -1, batch.slots // scored * n + batch.slots % scored)
+        batch = replace(
+            batch,
+            # Positions nobody's slot reads: the last one again, so that they stay in the order of the rows.
+            positions=torch.cat([positions, positions[:, -1:].expand(-1, n - scored)], 1).flatten(),
+            targets=torch.cat([targets, targets[:, -1:].expand(-1, n - scored)], 1).flatten(),
+            slots=nn.functional.pad(slots, (0, rounded(deep, 4) - deep), value=-1),
+        )
+    return batch
+
+
+def rounded(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def tensors_of(batch: Batch) -> list[tuple[str, Tensor]]:
+    named = {**batch.inputs, **{k: v for k, v in vars(batch).items() if isinstance(v, Tensor)}}
+    return sorted(named.items())

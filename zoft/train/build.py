@@ -21,31 +21,34 @@ from zoft.objectives.objectives import Goal, Prompts
 from zoft.parallel.world import this_world
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.inplace import InPlace
+from zoft.probe.members import Members
 from zoft.probe.nodes import NodeAxis
 from zoft.train.assemble import Parts
 from zoft.train.axis import drawn, why_eager
 from zoft.train.batches import batches_of, picked
 from zoft.train.node_trainer import NodeTrainer, node_rows_of
 from zoft.train.parts import say, trainer_settings
+from zoft.train.rollouts import RolloutTrainer
 from zoft.train.trainer import Trainer
 
 
 def build_trainer(parts: Parts, ledger: Ledger) -> Trainer:
     """Build the trainer of a run: on a GPU, one whose steps are captured where the objective is a mean over rows."""
-    return build_trainer_of(parts.config, parts.model, parts.axis, parts.scored, ledger, parts.objective)
+    return build_trainer_of(
+        parts.config, parts.model, parts.axis, parts.scored, ledger, parts.objective, parts.members
+    )
 
 
 def build_trainer_of(
-    config: Config, loaded: nn.Module, made: ProbeAxis | InPlace | NodeAxis, train: Sequence[Example], ledger: Ledger,
-    goal: Goal | None = None,
+    config: Config, loaded: nn.Module, made: ProbeAxis | InPlace | NodeAxis, train: Sequence[Example],
+    ledger: Ledger | None, goal: Goal | None = None, members: Members | None = None,
 ) -> Trainer:  # fmt: skip
-    """Build a trainer of parts that were put together by hand; see `build_trainer`."""
+    """Build a trainer of parts that were put together by hand; see `build_trainer`. ledger: None only to replay."""
     goal = goal or Goal(train[0].objective)
-    for line in advice_at_start(config, made.trained) if ledger.last_step < 0 else ():
+    for line in advice_at_start(config, made.trained) if ledger is not None and ledger.last_step < 0 else ():
         say(line)
     if isinstance(made, NodeAxis):
-        mine, whole = (node_rows_of(config, train, alone) for alone in (True, False))
-        return NodeTrainer(loaded, made, mine, ledger, trainer_settings(config), goal.forward, whole)
+        return node_trainer_of(config, loaded, made, train, ledger, goal)
     if config.elastic:
         from zoft.train.elastic import ElasticTrainer
 
@@ -65,7 +68,9 @@ def build_trainer_of(
 
         def at(step: int) -> list[Prompts]:
             mine = this_world().examples
-            return [Prompts(tuple(mine(picks))) for picks in picked(config, len(train), step)]
+            return [Prompts(tuple(mine(picks)), step) for picks in picked(config, len(train), step)]
+
+        return RolloutTrainer(loaded, made, at, ledger, trainer_settings(config), goal.texts, members)
 
     why = why_eager(config)
     if why and config.device.startswith("cuda"):
@@ -86,9 +91,29 @@ def build_trainer_of(
     return CapturedTrainer(loaded, made, at, ledger, trainer_settings(config), goal.forward, capture=why)
 
 
+def node_trainer_of(
+    config: Config, model: nn.Module, axis: NodeAxis, train: Sequence[Example], ledger: Ledger | None, goal: Goal
+) -> NodeTrainer:  # fmt: skip
+    """Build the trainer of a run of node perturbation; ledger None: one that repeats the steps of a ledger."""
+    device = config.device.startswith("cuda")
+    where = "cpu" if device else config.device
+    whole = node_rows_of(config, train, False, where, device)
+    mine = whole if this_world().size == 1 else node_rows_of(config, train, True, where, device)
+    settings = trainer_settings(config)
+    if not device:
+        return NodeTrainer(model, axis, mine, ledger, settings, goal.forward, whole)
+    from zoft.train.node_graphs import DeviceNodeTrainer
+
+    why = "cache_frozen looks rows up on the CPU" if config.cache_frozen else ""
+    masked = not mask_is_idle(config, model, axis, train)
+    return DeviceNodeTrainer(
+        model, axis, mine, ledger, settings, goal.forward, whole, capture=why, masked=masked
+    )
+
+
 @torch.no_grad()
 def mask_is_idle(
-    config: Config, loaded: nn.Module, made: ProbeAxis | InPlace, train: Sequence[Example]
+    config: Config, loaded: nn.Module, made: ProbeAxis | InPlace | NodeAxis, train: Sequence[Example]
 ) -> bool:
     """Say whether padding on the right changes nothing, as in a causal model: then attention needs no mask."""
     by_length = sorted(train, key=lambda e: e.length)

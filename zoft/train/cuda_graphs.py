@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from zoft.parallel.world import ALONE, STOP
 from zoft.probe.cuda.axis import DeviceAxis
 from zoft.probe.cuda.inplace import DeviceInPlace
 from zoft.probe.rows import Unfit
+from zoft.train.batches import bucket, tensors_of
 from zoft.train.trainer import Settings, Trainer
 
 BEHIND = 4  # steps that the device may be ahead of the ledger
@@ -210,7 +211,7 @@ class CapturedTrainer(Trainer):
 
     def _shape(self, batches: list[Batch]) -> Shape:
         """The captured shape of these batches, holding them."""
-        what = tuple((k, tuple(v.shape)) for b in batches for k, v in _tensors(b))
+        what = tuple((k, tuple(v.shape)) for b in batches for k, v in tensors_of(b))
         shape = self.shapes.get(what)
         if shape is None:
             shape = Shape([b.to(self.axis.flat_device) for b in batches], None)
@@ -219,7 +220,7 @@ class CapturedTrainer(Trainer):
                 self.shapes[what] = shape
             return shape
         for mine, new in zip(shape.batches, batches):
-            for (_, a), (_, b) in zip(_tensors(mine), _tensors(new)):
+            for (_, a), (_, b) in zip(tensors_of(mine), tensors_of(new)):
                 # From pageable memory the copy would wait for the device.
                 a.copy_(b if b.is_cuda else b.pin_memory(), non_blocking=True)
         return shape
@@ -293,40 +294,3 @@ class CapturedTrainer(Trainer):
             raise self.failure
 
     landed: list[dict[str, Any] | None] = []
-
-
-def bucket(batch: Batch, even: bool = False) -> Batch:
-    """The batch padded to a width and a number of scored positions that other batches have too; same losses.
-
-    even: each example has as many positions as any other, and keeps to that.
-    """
-    rows, width = batch.inputs["input_ids"].shape
-    wide = rounded(width, 8 if width <= 128 else 32)
-    if wide != width:
-        inputs = {k: nn.functional.pad(v, (0, wide - width)) for k, v in batch.inputs.items()}
-        batch = replace(
-            batch, inputs=inputs, positions=batch.positions // width * wide + batch.positions % width
-        )
-    if batch.tokens is None:
-        parts, deep = batch.examples if even else 1, batch.slots.shape[2]
-        positions, targets = batch.positions.view(parts, -1), batch.targets.view(parts, -1)
-        scored = positions.shape[1]
-        n = rounded(scored, 8 if even else max(rows, 8))
-        slots = torch.where(batch.slots < 0, -1, batch.slots // scored * n + batch.slots % scored)
-        batch = replace(
-            batch,
-            # Positions nobody's slot reads: the last one again, so that they stay in the order of the rows.
-            positions=torch.cat([positions, positions[:, -1:].expand(-1, n - scored)], 1).flatten(),
-            targets=torch.cat([targets, targets[:, -1:].expand(-1, n - scored)], 1).flatten(),
-            slots=nn.functional.pad(slots, (0, rounded(deep, 4) - deep), value=-1),
-        )
-    return batch
-
-
-def rounded(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def _tensors(batch: Batch) -> list[tuple[str, Tensor]]:
-    named = {**batch.inputs, **{k: v for k, v in vars(batch).items() if isinstance(v, Tensor)}}
-    return sorted(named.items())

@@ -24,16 +24,18 @@ import torch
 
 from zoft import __version__
 from zoft.config.schema import Config
+from zoft.console import escaped
 from zoft.errors import UserError
 from zoft.ledger.log import Record
 from zoft.method.estimators.estimator import Probe
 from zoft.objectives.losses import Batch
 from zoft.parallel.launch import with_parent
-from zoft.parallel.messages import JOIN, VERSION, Closed, Line, address, invite, packed, pairs_of
+from zoft.parallel.messages import JOIN, PAIR, VERSION, Closed, Line, address, invite, packed, pairs_of
 from zoft.parallel.world import weights_digest
 from zoft.train.trainer import Trainer
 
 LAG = 8  # steps that a worker may lack when it is given its first pairs
+STRANGERS = 64  # connections at a time that have not proven the secret; more are closed at once
 PATIENCE = 60.0  # seconds that the others may take longer than the coordinator's own share, at least
 
 
@@ -44,6 +46,24 @@ class Worker:
         self.line, self.name = line, name
         self.ready = False
         self.owes: set[tuple[int, int]] = set()
+
+
+def is_sound(facts: dict[str, Any], data: bytes) -> bool:
+    """Return whether a worker's message has the form that its kind has. Kinds that nobody reads may have any."""
+
+    def whole(key: str) -> bool:
+        return isinstance(facts.get(key), int) and 0 <= facts[key] < 1 << 32
+
+    match facts["kind"]:
+        case "at":
+            return whole("step")
+        case "pairs":
+            return whole("step") and whole("columns") and len(data) % (PAIR.size + 8 * facts["columns"]) == 0
+        case "digest":
+            return whole("step") and isinstance(facts.get("digest"), str)
+        case "refuses":
+            return isinstance(facts.get("why"), str)
+    return True
 
 
 class ElasticTrainer(Trainer):
@@ -61,6 +81,7 @@ class ElasticTrainer(Trainer):
         self.secret = secrets.token_bytes(32)
         self.events: queue.Queue[tuple[Worker, dict | None, bytes]] = queue.Queue()
         self.workers: list[Worker] = []
+        self.unproven = threading.BoundedSemaphore(STRANGERS)
         host, port = address(config.listen)
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -84,6 +105,9 @@ class ElasticTrainer(Trainer):
                     return
                 time.sleep(0.1)  # one that went away while it waited, or no descriptors left for now
                 continue
+            if not self.unproven.acquire(blocking=False):
+                connection.close()
+                continue
             threading.Thread(target=self._listen, args=(connection, f"{host}:{port}"), daemon=True).start()
 
     def _listen(self, connection: socket.socket, name: str) -> None:
@@ -91,11 +115,15 @@ class ElasticTrainer(Trainer):
             worker = Worker(Line(connection, self.secret, serves=True), name)
         except Closed:
             return  # a stranger
+        finally:
+            self.unproven.release()
         try:
             while True:
                 facts, data = worker.line.receive()
+                if not is_sound(facts, data):
+                    raise Closed("a message of another form")
                 self.events.put((worker, facts, data))
-        except (Closed, ValueError):
+        except (Closed, ValueError, RecursionError):
             self.events.put((worker, None, b""))
 
     def losses_at(self, step: int, probes: Sequence[Probe], batches: Sequence[Batch]) -> list[float]:
@@ -124,9 +152,14 @@ class ElasticTrainer(Trainer):
                             todo += self._lose(w, "does not answer")
                     continue
                 if facts is not None and facts["kind"] == "pairs" and facts["step"] == step:
+                    known = next(iter(found.values()))  # of this process's own share
                     for p, b, totals in pairs_of(data, facts["columns"]):
-                        worker.owes.discard((p, b))
-                        found[p, b] = totals
+                        if (
+                            p,
+                            b,
+                        ) in worker.owes and totals.shape == known.shape:  # nothing that was not asked for
+                            worker.owes.discard((p, b))
+                            found[p, b] = totals
                 else:
                     todo += self._take(worker, facts, data)
         self.axis.settle()
@@ -190,7 +223,7 @@ class ElasticTrainer(Trainer):
         return 1 + sum(w.ready for w in self.workers)
 
     def _say(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        print(escaped(line), file=sys.stderr, flush=True)
 
     def write_down(self, record: Record) -> dict[str, Any]:
         metrics = super().write_down(record)

@@ -12,6 +12,7 @@ from torch import nn
 from zoft.config.schema import Config
 from zoft.data.example import Example
 from zoft.errors import UserError
+from zoft.folder import write
 from zoft.method.estimators.estimator import Probe
 from zoft.method.space import Trained
 from zoft.objectives.losses import losses
@@ -33,7 +34,7 @@ def make_nodes(
 
     Raises UserError for a layer that is not linear, runs more than once or does not see every token, or a failed proof.
     """
-    axis = NodeAxis(loaded, layers_of(trained, found), seed=config.seed)
+    axis = axis_of_layers(config, loaded, layers_of(trained, found))
     picks = list(dict.fromkeys([0, max(range(len(train)), key=lambda i: train[i].length)]))
     rows = rows_with_tokens([train[i] for i in picks], picks, config.device)
     refuse_other_tokens(axis, loaded, rows)
@@ -52,6 +53,15 @@ def make_nodes(
             f"perturb=nodes: stacked losses differ from single ones by {off:.2g}; use recipe=mezo"
         )
     return axis
+
+
+def axis_of_layers(config: Config, loaded: nn.Module, layers: list[Layer]) -> NodeAxis:
+    """Return the axis of these layers for the run's device."""
+    if not config.device.startswith("cuda"):
+        return NodeAxis(loaded, layers, seed=config.seed)
+    from zoft.probe.cuda.nodes import DeviceNodes
+
+    return DeviceNodes(loaded, layers, seed=config.seed)
 
 
 def _losses(axis: NodeAxis, model: nn.Module, rows: Rows, probes: list[Probe]) -> torch.Tensor:
@@ -102,10 +112,8 @@ def calibrated(
 
 def keep_calibration(axis: Any, folder: Path) -> None:
     """Write the measurements of a run's layers beside its ledger, which has their digest."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path = folder / FILE
     if isinstance(axis, NodeAxis) and this_world().rank == 0 and not path.exists():
-        draft = path.with_name(f".{path.name}.new")
-        save_file(axis.measured.tensors(), draft)
-        draft.replace(path)
+        write(path, save(axis.measured.tensors()))

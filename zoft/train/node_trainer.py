@@ -18,7 +18,7 @@ from zoft.noise.spec import Update
 from zoft.objectives.losses import Batch, collate
 from zoft.parallel.world import this_world
 from zoft.probe.nodes import NodeAxis, tokens_of
-from zoft.train.batches import picked
+from zoft.train.batches import bucket, picked
 from zoft.train.trainer import Settings, Trainer
 
 
@@ -30,8 +30,13 @@ class Rows:
     tokens: Tokens
 
 
-def rows_with_tokens(examples: Sequence[Example], picks: Sequence[int], device: str) -> Rows:
-    """Return a microbatch of examples, whose places in the training set are `picks`."""
+def rows_with_tokens(
+    examples: Sequence[Example], picks: Sequence[int], device: str, few_shapes: bool = False
+) -> Rows:
+    """Return a microbatch of examples, whose places in the training set are `picks`.
+
+    few_shapes: padded to one of a few shapes, as steps that are captured want it.
+    """
     batch = collate(examples)
     lone = batch.rows == len(examples)
     owners: list[int] = []  # of each row
@@ -44,6 +49,7 @@ def rows_with_tokens(examples: Sequence[Example], picks: Sequence[int], device: 
         candidates += range(count)
         shared += [common_tokens(rows) if count > 1 else max(map(len, rows)) + len(e.after)] * count
     assert len(owners) == batch.rows, (len(owners), batch.rows)
+    batch = bucket(batch) if few_shapes else batch
     tokens = tokens_of(batch.inputs, owners, [picks[i] for i in owners], candidates, shared)
     return Rows(batch.to(device), tokens.to(device))
 
@@ -53,13 +59,19 @@ def common_tokens(rows: Sequence[Sequence[int]]) -> int:
     return next((i for i, column in enumerate(zip(*rows)) if len({*column}) > 1), min(map(len, rows)))
 
 
-def node_rows_of(config: Config, train: Sequence[Example], mine: bool) -> Callable[[int], list[Rows]]:
-    """Return step -> its microbatches; mine: this process's examples alone."""
+def node_rows_of(
+    config: Config, train: Sequence[Example], mine: bool, device: str, few_shapes: bool = False
+) -> Callable[[int], list[Rows]]:
+    """Return step -> its microbatches on a device; mine: this process's examples alone. The last step's are kept."""
     share = this_world().examples if mine else lambda picks: picks
+    last: dict[int, list[Rows]] = {}
 
     def at(step: int) -> list[Rows]:
-        found = [list(share(picks)) for picks in picked(config, len(train), step)]
-        return [rows_with_tokens([train[i] for i in picks], picks, config.device) for picks in found]
+        if step not in last:
+            found = [list(share(picks)) for picks in picked(config, len(train), step)]
+            last.clear()
+            last[step] = [rows_with_tokens([train[i] for i in p], p, device, few_shapes) for p in found]
+        return last[step]
 
     return at
 

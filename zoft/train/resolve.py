@@ -93,7 +93,7 @@ def absolute_paths(config: Config) -> Config:
     task = dataclasses.replace(config.task, train=fixed(config.task.train), eval=fixed(config.task.eval))
     model = config.model if config.model in PACKAGED else str(fixed(config.model))
     reward = config.reward
-    if reward is not None:
+    if reward is not None and "://" not in reward:
         place, _, function = reward.rpartition(":")
         reward = f"{fixed(place)}:{function}"
     recipe = str(fixed(config.recipe)) if is_page(config.recipe) else config.recipe

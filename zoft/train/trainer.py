@@ -60,6 +60,9 @@ class Settings:
     update: str = "auto"
     momentum: float = 0.0
     max_skipped: int = 20
+    members_per_batch: int = 1
+    shaping: str = "none"
+    shaping_group: str = "all"
 
 
 def metrics_of(record: Record, probes: Sequence[Probe]) -> dict[str, Any]:
@@ -100,6 +103,7 @@ class Trainer:
         self.next = 0  # the step to be taken
         self.forwards = 0  # examples × probes so far
         self.skipped_in_a_row = 0
+        self.flat = False  # the step's losses say nothing about its directions
         self.halted = False  # a process of the run was asked to stop; all know it after the same step
         self.estimator = estimator_of(settings)
         self.probes = self.estimator.probes(settings.q, settings.eps)  # [P]
@@ -123,7 +127,7 @@ class Trainer:
         ruled = self.lr_apart or self.axis.trained[0].rule is not None
         change = make_update(t, s.seed, coefficients, lr=lr, weight_decay=s.weight_decay, ruled=ruled)
         # A multiplier may overflow fp32 where its losses do not.
-        good = finite([*losses, *change.multipliers])
+        good = finite([*losses, *change.multipliers]) and not self.flat
         if good and self.estimator.second is not None:
             change = self.asked_again(self.estimator.second, change, batches)
             good = finite(change.multipliers)
@@ -238,7 +242,7 @@ class Trainer:
         """Append a step to the ledger; returns its metrics. Raises UserError after too many skipped ones in a row."""
         assert self.ledger is not None, "a step is written down"
         self.ledger.append(record)
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if record.skipped else 0
+        self.count_skipped(record)
         s = self.settings
         if self.skipped_in_a_row >= s.max_skipped:
             raise UserError(
@@ -246,6 +250,10 @@ class Trainer:
                 "the weights are as before them: start again with a lower lr, or with compute=fp32"
             )
         return metrics_of(record, self.probes)
+
+    def count_skipped(self, record: Record) -> None:
+        """Count the steps in a row whose losses were not finite."""
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if record.skipped else 0
 
     def run(
         self, on_step: Callable[[dict[str, Any]], None] = lambda metrics: None, until: int | None = None
@@ -275,7 +283,7 @@ class Trainer:
         assert record.step == self.next, (record.step, self.next)
         if self.estimator.state and not record.skipped:
             self.state.copy_(self.estimate(losses_of(record.losses, self.probes))[1])
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if record.skipped else 0
+        self.count_skipped(record)
         self.next += 1
 
     def replay(self, records: Sequence[Record], on_step: Callable[[int], None] = lambda step: None) -> None:

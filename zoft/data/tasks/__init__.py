@@ -12,13 +12,21 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from zoft.config.schema import Limits
+from zoft.config.schema import VERIFIED, Limits
 from zoft.data.tasks import formats, local, split, template
 from zoft.data.tasks.formats import recognise
 from zoft.data.tasks.local import is_folder
 from zoft.data.tasks.named import PROMPTS, READERS
 from zoft.data.tasks.papers import ROWS, Made
 from zoft.data.tasks.template import MASK, at_mask, columns, near, refuse_cell
+from zoft.data.tasks.verifiable import (
+    GSM8K,
+    MAKERS,
+    check_verifiable,
+    generated,
+    gsm8k,
+    refuse_generator_keys,
+)
 from zoft.errors import UserError
 
 FEW = 50  # evaluation rows: 0.5/√50 is a standard error of 7 points of accuracy
@@ -71,6 +79,9 @@ def load_task(task: Any, limits: Limits | None = None) -> TaskData:
     limits: what its files may hold; the defaults without.
     Errors: UserError in one line naming file, line, key, value and fix.
     """
+    refuse_generator_keys(task)
+    if task.name in VERIFIED:
+        return _verifiable(task, limits)
     settings = _settings(task)
     laid_out = formats.wanted(task)
     prompt, after = at_mask("task.prompt", template.parse("task.prompt", settings["prompt"]))
@@ -151,21 +162,68 @@ def load_task(task: Any, limits: Limits | None = None) -> TaskData:
         settings["joint"] = formats.joined(train)
     if held:
         return drawn(train, rendered("task.eval", held))
+    train, held_out = _held_out(train, notes)
+    return drawn(train, held_out)
+
+
+def _held_out(
+    rows: list[dict[str, Any]], notes: list[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return (rows to train on, rows held out by the hash of their text). Raises UserError where either is empty."""
     bar = int(HELD_OUT * 2**64)
-    train, held_out = [r for r in train if r["key"] >= bar], [r for r in train if r["key"] < bar]
+    train, held_out = [r for r in rows if r["key"] >= bar], [r for r in rows if r["key"] < bar]
     if not train or not held_out:
-        n = len(train) + len(held_out)
         raise UserError(
-            f"task.train: {n} rows ({len({r['key'] for r in [*train, *held_out]})} of different text) are too few to hold "
+            f"task.train: {len(rows)} rows ({len({r['key'] for r in rows})} of different text) are too few to hold "
             "some out; give task.eval a file"
         )
     few = "; so few judge little: task.eval=FILE gives rows of your own" if len(held_out) < FEW else ""
     notes.append(f"{len(held_out):,} of them held out for evaluation by a hash of their text{few}")
-    return drawn(train, held_out)
+    return train, held_out
+
+
+def _verifiable(task: Any, limits: Limits | None) -> TaskData:
+    """Return the rows of a task whose answers a program checks: made by its generator, or read."""
+    check_task(task)
+    left_out: list[str] = []
+    held: list[dict[str, Any]] = []
+    if task.name in MAKERS:
+        rows, notes = generated(task)
+    else:
+
+        def read(key: str, place: str, **which: bool) -> list[dict[str, Any]]:
+            subset = None if local.is_file(place) else task.subset or "main"
+            found = local.read(key, place, subset, limits, notes=left_out, **which)
+            return [gsm8k(where, row) for where, row in found]
+
+        place = task.train or GSM8K
+        rows = read("task.train", place)
+        notes = [f"{place}: {len(rows):,} rows"]
+        ours = None if local.is_file(place) else place.partition(":")[0]
+        if other := task.eval or ours:
+            held = read("task.eval", other, held_out=True)
+            notes.append(f"{other}: {len(held):,} rows for evaluation")
+    train, judged = (rows, held) if held else _held_out(rows, notes)
+    train, judged = (
+        _short_enough(key, some, task) for key, some in (("task.train", train), ("task.eval", judged))
+    )
+    train, dev, judged, said = split.draw(train, judged, task, [])
+    return TaskData(
+        task.name, "lm", "", None, {}, train=subset(train, task.train_limit), eval=judged, notes=[*notes, *said], dev=dev,
+        reading=f"task={task.name}: a question and an answer that is checked", chat=task.chat, left_out=left_out,
+    )  # fmt: skip
 
 
 def check_task(task: Any) -> None:
     """Refuse what can be refused before anything heavy loads: settings, templates, a file that is not there."""
+    refuse_generator_keys(task)
+    if task.name in VERIFIED:
+        check_verifiable(task)
+        split.check(task, classes=False)
+        for key, place in (("task.train", task.train), ("task.eval", task.eval)):
+            if place:
+                local.look(key, place)
+        return
     settings = _settings(task)
     at_mask("task.prompt", template.parse("task.prompt", settings["prompt"]))
     if task.target:
@@ -208,7 +266,7 @@ def _settings(task: Any) -> dict[str, Any]:
                 f"task.choices: task={task.name} has the labels {', '.join(PROMPTS[task.name][1])}"
             )
     elif task.name != "local" and task.name not in ROWS:
-        known = [*ROWS, *PROMPTS]
+        known = [*ROWS, *PROMPTS, *VERIFIED]
         hint = near(task.name, [*known, "local"])
         raise UserError(f"task={task.name}: no such task; use {', '.join(known)} or local{hint}")
     else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,15 +19,27 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from zoft.config.schema import Config
-from zoft.errors import UserError
+from zoft.errors import UserError, is_memory
+from zoft.limits import PATTERN_SECONDS, at_most_seconds
 from zoft.models.adapters import start as adapter_start
 from zoft.models.adapters.kept_in_place import adapter_folder, complete, lora_pairs, plain_shapes
 from zoft.models.adapters.start import normal, tokens_of, uniform
 from zoft.models.calls import misread_prefix
 from zoft.models.card import write_card
+from zoft.models.checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    adapter_patterns,
+    check_adapter_values,
+    pattern_fault,
+    read_header,
+    read_object,
+    refuse_larger,
+)
 from zoft.models.fingerprint import Stored, raw_bytes
+from zoft.models.finite import refuse_non_finite
 from zoft.models.kind import ADDED, blocks_of, is_masked, quiet
-from zoft.models.saving import whole_folder
+from zoft.models.saving import NOT_WRITTEN, save_tokenizer, whole_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -88,6 +100,10 @@ def _pairs(model: nn.Module, config: Config) -> Any:
     from peft import LoraConfig, get_peft_model
 
     targets = _targets(model, config.lora_targets)
+    if isinstance(targets, str) and targets != "all-linear":
+        if fault := pattern_fault(targets):
+            raise UserError(f"lora_targets={targets}: {fault.removesuffix('; fetch it again')}")
+        _match_in_time(model, f"lora_targets={targets}", [targets])
     layers: dict[str, Any] = {}
     if config.lora_layers is not None:
         prefix, blocks = blocks_of(model)
@@ -245,9 +261,14 @@ def adapter_fingerprint(trained: Sequence[Stored]) -> str:
 def _restore(model: nn.Module, start: Path) -> None:
     from safetensors.torch import load_file
 
-    kept = load_file(start)
+    back = "put back the file that the run wrote"
+    held = read_header(str(start), start, "adapter")
     for name, p in named(model):
-        assert kept[name].shape == p.shape, (name, kept[name].shape, p.shape)
+        if name not in held or held[name]["shape"] != list(p.shape):
+            raise UserError(f"{start}: tensor {name} {list(p.shape)} is not in it; {back}")
+    kept = load_file(start)
+    refuse_non_finite(str(start), kept, back)
+    for name, p in named(model):
         p.data = kept[name].to(p.device)
 
 
@@ -257,10 +278,11 @@ def save_adapter(model: Any, folder: str | Path, *, tokenizer: Any = None, card:
     adapter_config.json and adapter_model.safetensors, which PeftModel.from_pretrained reads; the tokenizer, if one is
     given; card: text of README.md, see card.model_card.
     """
+    refuse_non_finite("nothing is saved", dict(named(model)), NOT_WRITTEN)
     with whole_folder(folder) as place, _quiet():
         model.save_pretrained(str(place), save_embedding_layers=False)
         if tokenizer is not None:
-            tokenizer.save_pretrained(place)
+            save_tokenizer(tokenizer, place)
         write_card(place, card)
 
 
@@ -271,15 +293,23 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Any:
     if lora_pairs(model):
         raise UserError(f"{folder}: the model has an adapter in place already")
     try:
+        settings = read_object(str(folder), Path(folder) / ADAPTER_CONFIG, "adapter")
+        check_adapter_values(str(folder), settings)
+        if (weights := Path(folder) / ADAPTER_WEIGHTS).is_file():
+            refuse_larger(str(folder), settings, read_header(str(folder), weights, "adapter"))
+        _match_in_time(model, f"adapter={folder}", (p for _, p in adapter_patterns(settings)))
         with _quiet(), plain_shapes(model), torch.random.fork_rng(devices=[]):
             if next(model.parameters()).is_meta:
                 return get_peft_model(model, PeftConfig.from_pretrained(str(folder)))
             made: Any = PeftModel.from_pretrained(model, str(folder))
+            refuse_non_finite(f"adapter={folder}", dict(named(made)), "the adapter is damaged")
             complete(made, Path(folder))
             if made.active_peft_config.peft_type == "PREFIX_TUNING" and (line := misread_prefix(made)):
                 raise UserError(f"{folder}: {line}; use a newer peft")
             return made.eval().requires_grad_(False)
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
+    except (ValueError, RuntimeError, OSError, LookupError, TypeError, AttributeError) as error:
+        if is_memory(error):
+            raise
         raise UserError(f"{folder}: {' '.join(str(error).split())[:200]}") from None
 
 
@@ -297,6 +327,21 @@ def merge_adapter(model: Any) -> Any:
 
 def _dtype(model: nn.Module) -> torch.dtype:
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
+def _match_in_time(model: nn.Module, what: str, patterns: Iterable[str]) -> None:
+    """Match patterns with the names of all modules, as peft will. Raises UserError where it takes PATTERN_SECONDS.
+
+    what: what holds the patterns, as the message begins.
+    """
+    names = [name for name, _ in model.named_modules()]
+    slow = f"{what}: its patterns take more than {PATTERN_SECONDS:g} s to match; name the modules in a list"
+    with at_most_seconds(PATTERN_SECONDS, slow):
+        for form in (f"({p})" for p in patterns):
+            for ways in (form, rf"(.*\.)?{form}$", rf".*\.{form}\.(\d+)\."):
+                compiled = re.compile(ways)
+                for name in names:
+                    compiled.match(name)
 
 
 @contextmanager

@@ -1,0 +1,277 @@
+"""Steps whose losses are rewards of written text: many members in one batch, their rewards shaped, what they wrote counted."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoft.config.schema import Config
+from zoft.errors import UserError
+from zoft.ledger.log import Ledger, Record
+from zoft.method.estimators.estimator import Probe, finite
+from zoft.method.estimators.named import estimator_of, probes_per_step
+from zoft.method.shaping import shape_rewards
+from zoft.models.calls import cache_name
+from zoft.models.kind import refuse_longer_rows
+from zoft.objectives import text
+from zoft.objectives.decode import decode
+from zoft.objectives.objectives import Prompts, Texts
+from zoft.parallel.world import STOP, this_world
+from zoft.probe.axis import ProbeAxis
+from zoft.probe.inplace import InPlace
+from zoft.probe.members import Members, why_alone
+from zoft.probe.nodes import NodeAxis
+from zoft.probe.rows import Unfit
+from zoft.train.axis import memory_left
+from zoft.train.parts import say
+from zoft.train.trainer import Settings, Trainer
+
+PROVED = 5  # tokens; on a GPU the third and later ones come of a captured forward
+MANY_FLAT = 20  # steps without spread in a row after which a line says what helps
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a step's members wrote [P, N]: rewards, tokens, and a number for each text that equal texts share."""
+
+    rewards: Tensor
+    tokens: Tensor
+    marks: Tensor
+
+
+class RolloutTrainer(Trainer):
+    """A trainer whose losses are minus the rewards of texts.
+
+    texts: the objective's. members: where the members of a step write together, settings.members_per_batch at a time.
+    """
+
+    def __init__(
+        self, model: nn.Module, axis: ProbeAxis | InPlace, batches: Callable[[int], Sequence[Any]], ledger: Ledger | None,
+        settings: Settings, texts: Texts, members: Members | None,
+    ) -> None:  # fmt: skip
+        super().__init__(model, axis, batches, ledger, settings)
+        self.texts, self.members = texts, members
+        self.seen: Seen | None = None  # of the step's first round
+        self.flat_in_a_row = 0
+
+    def step(self) -> dict[str, Any] | None:
+        """Update θ once; the step's metrics have the rewards' mean and spread, the texts' length, and how many differ."""
+        self.seen = None
+        metrics = super().step()
+        return metrics if metrics is None or self.seen is None else metrics | told(self.seen)
+
+    @torch.no_grad()
+    def losses_at(self, step: int, probes: Sequence[Probe], batches: Sequence[Any]) -> list[float]:
+        """Return minus the mean reward at each probe [len(probes)], over all rows of the step."""
+        s, world = self.settings, self.world
+        mine = probes[world.probes(len(probes))]
+        group = s.members_per_batch if self.members is not None else 1
+        n = s.batch_size * s.accumulate
+        own = world.examples(range(s.batch_size))
+        totals = torch.zeros(len(mine), n, 3, dtype=torch.float64)  # of other processes' rows: 0
+        for i in range(0, len(mine), group):
+            here = mine[i : i + group]
+            for j, batch in enumerate(batches):
+                places = [j * s.batch_size + e for e in own]
+                if places:
+                    totals[i : i + len(here), places] = self.rolled(step, here, batch)
+        self.axis.settle()
+        counts = torch.full((len(mine), 1), float(len(own) * len(batches)), dtype=torch.float64)
+        every = torch.cat([totals.flatten(1), counts], 1)
+        if world.size > 1:
+            every, flags = world.exchange(every)
+            self.halted = self.halted or bool(int(flags) & STOP)
+        rewards, tokens, marks = every[:, :-1].view(-1, n, 3).unbind(2)
+        if self.seen is None:
+            self.seen = Seen(rewards, tokens, marks)
+        return (0 - rewards.sum(1) / n).tolist()
+
+    def rolled(self, step: int, probes: Sequence[Probe], batch: Prompts) -> Tensor:
+        """Return [P, R, 3]: reward, tokens and mark of what each of some members writes after a batch's rows."""
+        if self.members is None:
+            (probe,) = probes
+            with self.axis.at(step, [probe], batch.rows):
+                found = self.texts.rollouts(self.model, batch)
+        else:
+            with self.members.at(step, probes):
+                found = self.texts.rollouts(self.model, batch, self.members, len(probes))
+        self.forwards += batch.rows * len(probes)
+        marks = torch.tensor([[mark(text) for text in row] for row in found.texts], dtype=torch.float64)
+        return torch.stack([found.scores, found.tokens, marks], -1)
+
+    def estimate(self, losses: Sequence[float]) -> tuple[list[float], Tensor]:
+        """Return a step's coefficients from its rewards as they are, or shaped."""
+        s = self.settings
+        self.flat = False
+        if s.shaping == "none" or not finite(losses):
+            return super().estimate(losses)
+        assert self.seen is not None
+        shaped = shape_rewards(self.seen.rewards, s.shaping, s.shaping_group)
+        if shaped is None:
+            self.flat = True
+            return [0.0] * self.estimator.directions(s.q), self.state
+        values = (0 - shaped).to(self.state.device)
+        coefficients, state = self.estimator.run(values, s.q, torch.ones_like(self.eps), self.state)
+        return coefficients.tolist(), state
+
+    def count_skipped(self, record: Record) -> None:
+        """Count steps whose rewards were no numbers; those whose members all had one reward are not of them."""
+        flat = record.skipped and finite(record.losses)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if record.skipped and not flat else 0
+        self.flat_in_a_row = self.flat_in_a_row + 1 if flat else 0
+        if self.flat_in_a_row == MANY_FLAT:
+            print(
+                f"step {record.step}: {MANY_FLAT} steps in a row were skipped, for all their members had one reward: raise eps "
+                "so that texts differ, or q or batch_size, or take a reward that has more than two values",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+
+
+def mark(text: str) -> float:
+    """Return 48 bits of a text's hash: a whole number that fp64 holds."""
+    return float(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big"))
+
+
+def told(seen: Seen) -> dict[str, float]:
+    """Return what metrics.jsonl says of a step's texts.
+
+    reward: the mean. reward_spread: standard deviation over members of their mean reward. length: mean tokens. differ: share of
+    texts that are not what most members wrote after the same prompt.
+    """
+    means = seen.rewards.mean(1)  # [P]
+    same = (
+        (seen.marks[None] == seen.marks[:, None]).sum(1).amax(0)
+    )  # [N]: members that wrote the commonest text
+    return {
+        "reward": float(means.mean()),
+        "reward_spread": float(means.std(unbiased=False)),
+        "length": float(seen.tokens.mean()),
+        "differ": float(1 - same.double().mean() / len(seen.marks)),
+    }
+
+
+# ---- how many members write together ---------------------------------------------------------------------------------
+
+
+def with_members(
+    config: Config, model: nn.Module, tokenizer: Any, axis: ProbeAxis | InPlace | NodeAxis, texts: Texts
+) -> tuple[Config, Members | None]:
+    """Resolve members_per_batch: (the config, the members, or None where they write one after another).
+
+    Raises UserError where more than one member is asked for and cannot be.
+    """
+    asked, world = config.members_per_batch, this_world()
+    auto = asked == "auto"
+    if asked == 1 or config.elastic or isinstance(axis, NodeAxis):
+        return replace(config, members_per_batch=1), None
+    why = why_alone(axis, sum(p.numel() for p in model.parameters()))
+    members, room = None, 0
+    if not why:
+        assert isinstance(axis, ProbeAxis)
+        copies = Members(axis).copied_bytes()
+        members = Members(axis, copies=config.hold_probe is True and copies <= memory_left(config.device))
+        why, room = prove(config, model, tokenizer, axis, members, texts)
+    if not world.all(not why):
+        why = why or "another process of this run cannot"
+        if not auto:
+            raise UserError(f"members_per_batch={asked}: {why}; use 1")
+        gain = probes_per_step(config)
+        if gain > 1 and "noise=" in why:
+            say(
+                f"text is written one member at a time: {why}; with noise=rank1 (or train=lora) the {gain} members of a step write "
+                "in one batch over one copy of the weights"
+            )
+        elif gain > 1:
+            say(f"text is written one member at a time: {why}")
+        return replace(config, members_per_batch=1), None
+    probes = probes_per_step(config)
+    fit = min(probes, max(1, room)) if auto else min(int(asked), probes)
+    fit = world.minimum(math.ceil(probes / math.ceil(probes / fit)) if auto else fit)
+    return replace(config, members_per_batch=fit), members
+
+
+@torch.no_grad()
+def prove(
+    config: Config, model: Any, tokenizer: Any, axis: ProbeAxis, members: Members, texts: Texts
+) -> tuple[str, int]:
+    """Compare what members compute together with what each computes alone, on the run's own prompts.
+
+    The logits of the first tokens, at up to three probes of a step, after the shortest and the longest prompt; then of both prompts
+    side by side, padded: where only these differ, rows of one length go together (texts.mixed). Returns (why not, or "";
+    how many members half of the free memory has room for).
+    """
+    probes = estimator_of(config).probes(config.q, config.eps)
+    some = list(dict.fromkeys([probes[0], probes[-1], probes[len(probes) // 2]]))
+    short, long = min(texts.contexts, key=len), max(texts.contexts, key=len)
+    refuse_longer_rows(model, len(long), config.max_new_tokens)
+    ends, pad = text._special(model, tokenizer)
+    tokens, tolerance = min(PROVED, config.max_new_tokens), text._tolerance(model)
+    took: list[float] = []
+
+    def together(rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Logits [P, R, V] of each token."""
+        found: list[Tensor] = []
+        with members.at(0, some):
+            decode(
+                model, rows, members, count=len(some), pad=pad, ends=[], max_new_tokens=tokens,
+                watch=lambda x: found.append(x.double().view(len(some), len(rows), -1).clone()),
+                cache_seen=lambda size, length: took.append(size / length / (len(some) * len(rows))),
+            )  # fmt: skip
+        return found
+
+    def alike(mine: list[Tensor], other: list[Tensor]) -> bool:
+        """mine, other: logits [V] of each token; those after a token that differs are of other texts."""
+        for x, y in zip(mine, other, strict=True):
+            finite_ones = y[y.isfinite()]
+            if not bool(((x - y).abs() <= tolerance * finite_ones.std()).logical_or(x == y).all()):
+                return False
+            if int(x.argmax()) != int(y.argmax()):
+                return True
+        return True
+
+    if cache_name(model) is None:
+        return f"{type(model).__name__} has no cache of keys and values", 0
+    try:
+        with text._plain(model):
+            texts.mixed = True
+            for context in dict.fromkeys((short, long)):
+                mine = together([context])
+                for p, probe in enumerate(some):
+                    with axis.at(0, [probe], 1):
+                        out = text._run(
+                            model,
+                            [context],
+                            pad,
+                            max_new_tokens=tokens,
+                            output_logits=True,
+                            return_dict_in_generate=True,
+                        )
+                    alone = [x[0].double() for x in out.logits]
+                    if not alike([x[p, 0] for x in mine], alone):
+                        return "members that write together have other logits than one alone", 0
+            if len(short) != len(long):
+                both = together([short, long])
+                lone = together([short])
+                texts.mixed = all(
+                    alike([x[p, 0] for x in both], [x[p, 0] for x in lone]) for p in range(len(some))
+                )
+                texts.mixed = this_world().all(texts.mixed)
+    except Unfit as error:
+        return str(error), 0
+    except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
+        return (
+            f"{type(model).__name__} does not write with a static cache ({' '.join(str(error).split())[:80]})",
+            0,
+        )
+    rows = max(1, len(this_world().examples(range(config.batch_size))))
+    length = len(long) + config.max_new_tokens
+    vocabulary = int(mine[0].shape[-1])
+    each = rows * (took[0] * length + 16 * vocabulary) + members.held_bytes(1)
+    return "", int(memory_left(config.device) // 2 // max(1, each))
