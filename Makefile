@@ -4,6 +4,7 @@
 # make test-slow   the slow ones: the real model, every architecture of transformers, kernels in full
 # make test-gpu    those that need a CUDA device
 # make test-slurm  those on a real Slurm of one node, which is installed first where apt can
+# make docs   the site of docs/, in site/; fails on a broken link
 # make lint   ruff and mypy           make UV= …: pip even where there is uv
 # make test-lowest   the tests marked `compat` with the lowest versions that pyproject.toml promises
 # make test-newest   the same with the newest there are: the built wheel, installed outside the source tree
@@ -11,7 +12,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := setup
-.PHONY: setup dev real demo test test-slow test-gpu test-slurm test-lowest test-newest slurm lint lock clean
+.PHONY: setup dev real demo test test-slow test-gpu test-slurm test-lowest test-newest slurm docs lint lock clean
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -126,10 +127,15 @@ test-newest:
 lock: dev
 	$(BIN)/python scripts/lock.py
 
+# --no-deps leaves zoft and its libraries as they are: the site is made of docs/ and of docstrings, which are read, not run.
+docs: dev
+	$(if $(GPU),$(INSTALL) -e ".[docs]",$(LOCKED) -r constraints/lock-docs.txt)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .venv-lowest build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-lowest site build dist .pytest_cache .mypy_cache .ruff_cache

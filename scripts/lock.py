@@ -3,8 +3,8 @@
     python scripts/lock.py --uv uv
 
 Needs uv, and asks the package index for the newest versions. Writes constraints/lock.txt (what zoft needs),
-lock-dev.txt (with what the tests need), lock-real.txt (the real model and data), lock-lowest.txt (the lowest versions
-that pyproject.toml promises), and zoft/tested.txt, from which README's line is made.
+lock-dev.txt (with what the tests need), lock-docs.txt (with what `make docs` needs), lock-real.txt (the real model and data), lock-lowest.txt (the lowest versions
+that pyproject.toml promises), and zoft/tested.txt, from which the line of docs/running.md is made.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def tested() -> str:
     return "\n".join(lines) + "\n"
 
 
-def readme(text: str) -> str:
-    """Return README's text with the line that says what was tested."""
+def running(text: str) -> str:
+    """Return the text of docs/running.md with the line that says what was tested."""
     return re.sub(r"^Tested with.*$", lambda _: env.tested_line(), text, flags=re.M)
 
 
@@ -83,6 +83,7 @@ def main() -> None:
     parts = ["pyproject.toml", "constraints/build.in", "-c", "constraints/cpu.txt"]
     compile("lock-dev.txt", *parts, "--extra", "dev")
     compile("lock.txt", *parts, "-c", "constraints/lock-dev.txt")
+    compile("lock-docs.txt", *parts, "--extra", "docs", "-c", "constraints/lock-dev.txt")
     compile("lock-real.txt", "constraints/real.in", universal="")
     with tempfile.TemporaryDirectory() as folder:
         lowest = Path(folder, "lowest.txt")
@@ -90,8 +91,8 @@ def main() -> None:
         lowest.write_text("".join(kept), encoding="utf-8")
         compile("lock-lowest.txt", *parts, "--extra", "dev", "-c", str(lowest))
     (ROOT / "zoft" / env.TESTED).write_text(tested(), encoding="utf-8")
-    page = ROOT / "README.md"
-    page.write_text(readme(page.read_text(encoding="utf-8")), encoding="utf-8")
+    page = ROOT / "docs" / "running.md"
+    page.write_text(running(page.read_text(encoding="utf-8")), encoding="utf-8")
     print(env.tested_line())
 
 

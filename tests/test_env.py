@@ -1,4 +1,4 @@
-"""Tested versions: what the locks, zoft/tested.txt, README and `zoft env` say of them."""
+"""Tested versions: what the locks, zoft/tested.txt, docs/running.md and `zoft env` say of them."""
 
 import importlib.metadata
 import json
@@ -25,10 +25,10 @@ def lock(monkeypatch):
     return lock
 
 
-def test_the_file_and_the_readme_are_made_of_the_locks(lock):
+def test_the_file_and_the_page_are_made_of_the_locks(lock):
     assert (ROOT / "zoft" / env.TESTED).read_text(encoding="utf-8") == lock.tested()
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text.count(env.tested_line()) == 1 and lock.readme(text) == text
+    text = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
+    assert text.count(env.tested_line()) == 1 and lock.running(text) == text
 
 
 def test_the_lowest_lock_has_exactly_what_pyproject_promises(lock):

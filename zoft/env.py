@@ -44,7 +44,7 @@ def untested() -> str:
 
 
 def tested_line() -> str:
-    """Return README's line about tested versions."""
+    """Return the line of docs/running.md about tested versions."""
     shown = "python torch transformers peft datasets accelerate hydra-core typer wandb numpy numba".split()
     rows = {name: tested()[name] for name in shown}
     spans = (f"{n} {a}" if a == b else f"{n} {a} to {b}" for n, (a, b) in rows.items())

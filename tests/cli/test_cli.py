@@ -93,7 +93,7 @@ SURFACE = {
     "validate": ["--config", "--help", "--recipe", "-c", "overrides"],
     "estimate": ["--config", "--help", "--json", "--recipe", "-c", "overrides"],
     "data": ["--config", "--help", "--json", "-c", "-n", "overrides"],
-    "keys": ["--help"],
+    "keys": ["--help", "name"],
     "env": ["--help", "--json"],
 }
 
@@ -155,6 +155,11 @@ def test_help_and_version():
         result = invoke(flag)
         assert result.exit_code == 0 and all(f"\n  {verb} " in result.output for verb in SURFACE)
         assert invoke("train", flag).exit_code == 0
+    for verb, command in get_command(app).commands.items():
+        shown = invoke(verb, "--help").output
+        assert re.fullmatch(r"[A-Z][^\n]*\.", command.help) and command.epilog.startswith(f"zoft {verb}")
+        assert command.help in result.output and command.epilog in result.output and command.epilog in shown
+        assert all(p.help for p in command.params if p.param_type_name == "option" and not p.hidden), verb
     assert invoke("--version").output == f"zoft {__version__}\n"
     assert "train" in invoke().output
 

@@ -9,7 +9,8 @@ import yaml
 
 from zoft.bench.plan import read_bench
 from zoft.config.compose import describe, names, packaged, parse, to_yaml
-from zoft.config.schema import Config, Task, describe_keys, fields
+from zoft.config.keys import TOPICS, describe_key, describe_keys, topics
+from zoft.config.schema import Config, Task, fields
 from zoft.errors import UserError
 from zoft.method.configured import compose, load_run
 
@@ -343,8 +344,9 @@ def test_a_mask_by_magnitude_goes_with_no_move_in_place():
 
 
 def test_keys_are_documented_and_reachable():
-    listed = describe_keys().splitlines()
-    assert [line.split()[0] for line in listed] == list(fields())
+    listed = [line for line in describe_keys().splitlines() if line.startswith("  ")]
+    assert sorted(line.split()[0] for line in listed) == sorted(fields())
+    assert {name for names in TOPICS.values() for name in names} <= set(fields())
     for name, f in fields().items():
         assert len(f.metadata["doc"]) > 5, name
         if name not in ("task", "task.choices", "task.columns"):
@@ -352,6 +354,16 @@ def test_keys_are_documented_and_reachable():
     schema = {f.name for f in dataclasses.fields(Config)}
     assert schema == set(yaml.safe_load(to_yaml(compose(REVIEWS))))
     assert Path(packaged("recipes") / "mezo.py").is_file()
+
+
+def test_a_key_is_explained_in_full():
+    full = describe_key("lr", {"node": 2e-3})
+    assert "learning rate" in full and "at least 0" in full and "lora 0.0001" in full and "node 0.002" in full
+    for name in (*fields(), *topics()):
+        assert describe_key(name, {}), name
+    assert "\n  lr" not in describe_key("precision", {}) and "storage" in describe_key("precision", {})
+    with pytest.raises(UserError, match="did you mean lora_rank"):
+        describe_key("lorarank", {})
 
 
 @pytest.mark.parametrize(

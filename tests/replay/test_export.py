@@ -41,7 +41,8 @@ def test_a_merged_model_is_the_runs(place, tmp_path, dtype):  # noqa: F811
     assert GenerationConfig.from_pretrained(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     result = json.loads((run / "result.json").read_text())
-    assert f"| base | {place / 'half'} |" in card and "| accuracy after |" in card and "after" in result
+    after = result["after"]["accuracy"]
+    assert f"## Base\n\n{place / 'half'}\n" in card and f"| {after:.4g} |\n" in card
 
 
 def test_a_chat_template_goes_with_it(place, tmp_path):  # noqa: F811

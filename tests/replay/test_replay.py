@@ -173,7 +173,7 @@ def test_denoise_is_the_sum_rounded_once(place, tmp_path, capsys):
 
         assert off(noisy) > 5 * off(clean), (n, off(noisy), off(clean))
     card = (tmp_path / "denoised" / "README.md").read_text()
-    assert "denoised at the end" in card and "accuracy after" not in card
+    assert "denoised at the end" in card and "| accuracy |" not in card
     assert "fp32 storage" in (tmp_path / "exact" / "README.md").read_text()
 
 

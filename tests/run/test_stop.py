@@ -141,9 +141,9 @@ def test_a_signal_while_a_resumed_run_loads_says_resume_me(place):
 
 
 @pytest.mark.slow
-def test_the_batch_script_of_the_readme_asks_for_its_job_again(place):
+def test_the_batch_script_of_the_docs_asks_for_its_job_again(place):
     """srun and scontrol stand in for Slurm's; everything else is as it is printed."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
     (script,) = re.findall(r"```\n(#SBATCH.*?)```", text, re.S)
     stubs = {
         "srun": 'exec "$@"',

@@ -29,8 +29,14 @@ def _light(param: Any) -> Any:
 
 
 class Verb(TyperCommand):
+    """A verb of zoft, whose epilog is an example of its use."""
+
     def get_params(self, ctx: Any) -> list[Any]:
         return [_light(param) for param in super().get_params(ctx)]
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the example below the options, as it is typed."""
+        formatter.write(f"\nExample:\n  {self.epilog}\n")
 
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # click's, which newer versions of typer bring along
@@ -56,6 +62,12 @@ class Verbs(TyperGroup):
 
     def get_params(self, ctx: Any) -> list[Any]:
         return [_light(param) for param in super().get_params(ctx)]
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write two lines per verb: its purpose and an example."""
+        formatter.write("\nCommands:\n")
+        for name, verb in self.commands.items():
+            formatter.write(f"  {name:9} {verb.help}\n{'':12}{verb.epilog}\n")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:

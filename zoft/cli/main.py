@@ -27,16 +27,29 @@ app = typer.Typer(
 # `--lr 3` reaches parse(), which says what to write instead.
 _LOOSE = {"ignore_unknown_options": True}
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)]
-Args = Annotated[list[str] | None, typer.Argument(metavar="[RUN] [KEY=VALUE]...", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Keys of the config; `zoft keys` lists them.", show_default=False
+    ),
+]
+Args = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RUN] [KEY=VALUE]...",
+        help="Run or model folder, and keys of the config.",
+        show_default=False,
+    ),
+]
 Source = Annotated[
-    str | None, typer.Option("--config", "-c", metavar="NAME|FILE", help="A packaged config or a .yaml file.")
+    str | None, typer.Option("--config", "-c", metavar="NAME|FILE", help="Packaged config or .yaml file.")
 ]
 Page = Annotated[
-    str | None, typer.Option("--recipe", metavar="FILE.py", help="A recipe's page of your own; runs FILE.")
+    str | None,
+    typer.Option("--recipe", metavar="FILE.py", help="Page with a method of your own; runs its code."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: where it ran.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: the device of the run.")]
 
 
 def _version(wanted: bool) -> None:
@@ -54,22 +67,27 @@ def _root(
     """Fine-tune language models with forward passes only."""
 
 
-@app.command(cls=Verb, context_settings=_LOOSE)
+@app.command(
+    cls=Verb, context_settings=_LOOSE, epilog="zoft train --config mezo/reviews lr=1e-5 output_dir=runs/mine"
+)
 def train(
     overrides: Overrides = None,
     config: Source = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; train nothing.")] = False,
-    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Continue a stopped run.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and train nothing.")] = False,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Continue this stopped run.")] = None,
     nproc: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Processes that share each step (a GPU each, if any).")
+        int,
+        typer.Option(
+            metavar="N", min=1, help="Number of processes that share each step (one GPU each, if any)."
+        ),
     ] = 1,
     reward: Annotated[
         str | None,
-        typer.Option(metavar="FILE.py:FUNCTION|URL", help="Maximise a reward of your own; runs FILE."),
+        typer.Option(metavar="FILE.py:FUNCTION|URL", help="Maximise a reward of your own; runs its code."),
     ] = None,
     recipe: Page = None,
 ) -> None:
-    """Fine-tune a model: zoft train --config mezo/reviews lr=1e-5."""
+    """Fine-tune a model, or continue a stopped run."""
     from zoft.method.configured import compose, load_run
     from zoft.parallel.launch import process_place, start_elastic, start_processes
     from zoft.replay.saved_model import plan_text, result_summary
@@ -111,44 +129,71 @@ def train(
         typer.echo(plan_text(result) if dry_run else result_summary(result))
 
 
-@app.command(cls=Verb)
+@app.command(cls=Verb, epilog="zoft join runs/mine")
 def join(
-    place: Annotated[str, typer.Argument(metavar="RUN|HOST:PORT")],
+    place: Annotated[str, typer.Argument(metavar="RUN|HOST:PORT", help="Folder or address of the run.")],
     secret: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A copy of the run's join.json, for HOST:PORT.")
+        str | None, typer.Option(metavar="FILE", help="Copy of the run's join.json, needed for HOST:PORT.")
     ] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the run's model.")
+        bool, typer.Option("--trust-remote-code", help="Allow code that comes with the run's model.")
     ] = False,
 ) -> None:
-    """Work for a run with elastic=true, from now until it ends: zoft join runs/mine."""
+    """Work for a run with elastic=true, from now until it ends."""
     from zoft.cli.join import join_run
 
     typer.echo(join_run(place, secret, trust_remote_code))
 
 
-@app.command(cls=Verb, context_settings=_LOOSE)
+@app.command(
+    cls=Verb,
+    context_settings=_LOOSE,
+    epilog="zoft sweep --config mezo/reviews lr=1e-4,5e-4 'seed=range(0,3)'",
+)
 def sweep(
-    words: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUES]...", show_default=False)] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUES]...", help="Keys, each with one or more values.", show_default=False
+        ),
+    ] = None,
     config: Source = None,
     launcher: Annotated[str, typer.Option(metavar="local|slurm", help="Where jobs run.")] = "local",
-    jobs: Annotated[int | None, typer.Option(help="Jobs at a time; default: one a GPU, else 1.")] = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Go on in the background.")] = False,
-    slurm: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Slurm options; single ones: slurm.time=2:00:00.")
+    jobs: Annotated[
+        int | None, typer.Option(help="Number of jobs at a time; default: one per GPU, else 1.")
     ] = None,
-    trials: Annotated[int | None, typer.Option(help="Search with Optuna, so many trials.")] = None,
-    metric: Annotated[str | None, typer.Option(help="Best by this; default: accuracy or loss.")] = None,
-    direction: Annotated[str | None, typer.Option(metavar="minimize|maximize", help="Of the metric.")] = None,
-    plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw the results.")] = None,
-    status: Annotated[str | None, typer.Option(metavar="DIR", help="Which jobs are done.")] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Show --status until all has ended.")] = False,
-    cancel: Annotated[str | None, typer.Option(metavar="DIR", help="Stop all jobs, or those named.")] = None,
-    results: Annotated[str | None, typer.Option(metavar="DIR", help="Table, results.csv, best.yaml.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Continue in the background.")] = False,
+    slurm: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="File of Slurm options; a single one is slurm.time=2:00:00."),
+    ] = None,
+    trials: Annotated[int | None, typer.Option(help="Search with Optuna, with this many trials.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Metric that decides the best job; default: accuracy, else loss.")
+    ] = None,
+    direction: Annotated[
+        str | None,
+        typer.Option(
+            metavar="minimize|maximize", help="Direction of the metric; default: known by its name."
+        ),
+    ] = None,
+    plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Plot the results.")] = None,
+    status: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Show which jobs of this sweep are done.")
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Repeat --status until all jobs have ended.")
+    ] = False,
+    cancel: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Stop all jobs of this sweep, or the named ones.")
+    ] = None,
+    results: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Print the table; write results.csv and best.yaml.")
+    ] = None,
     recipe: Page = None,
     as_json: Json = False,
 ) -> None:
-    """Run a config with many values: zoft sweep --config mezo/reviews lr=1e-4,5e-4 'seed=range(0,3)'."""
+    """Train with every combination of several values."""
     from zoft.sweep.command import Asked, run_sweep_command
 
     asked = Asked(
@@ -158,52 +203,61 @@ def sweep(
     run_sweep_command(asked, _with(words, recipe), typer.echo)
 
 
-@app.command(cls=Verb, context_settings=_LOOSE)
+@app.command(
+    cls=Verb, context_settings=_LOOSE, epilog="zoft bench --config bench/estimators --tasks reviews --seeds 3"
+)
 def bench(
     overrides: Overrides = None,
     config: Source = None,
-    only: Annotated[list[str] | None, typer.Option(metavar="ROW", help="Only this row; repeatable.")] = None,
-    tasks: Annotated[str, typer.Option(metavar="A,B", help="Only these tasks.")] = "",
-    seeds: Annotated[int | None, typer.Option(help="The first so many of the file's seeds.")] = None,
-    jobs: Annotated[int, typer.Option(help="Processes that share the runs.")] = 1,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="ROW", help="Run only this row; may be repeated.")
+    ] = None,
+    tasks: Annotated[str, typer.Option(metavar="A,B", help="Run only these tasks.")] = "",
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds, from the first of the file.")] = None,
+    jobs: Annotated[int, typer.Option(help="Number of processes that share the runs.")] = 1,
     gradient: Annotated[
-        bool, typer.Option("--gradient", help="Also lay each row's steps beside the true gradient.")
+        bool, typer.Option("--gradient", help="Also compare each row's steps with the true gradient.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; run nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and run nothing.")] = False,
     worker: Annotated[float | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Rank configs on tasks at equal forwards: zoft bench --config bench/estimators --tasks reviews --seeds 3."""
+    """Rank configs on tasks at equal forwards."""
     from zoft.bench.command import Asked, run_bench_command
 
     asked = Asked(config, only or (), tasks, seeds, jobs, gradient, dry_run, worker)
     run_bench_command(asked, overrides or [], typer.echo, lambda line: typer.echo(line, err=True))
 
 
-@app.command("eval", cls=Verb, context_settings=_LOOSE)
+@app.command("eval", cls=Verb, context_settings=_LOOSE, epilog="zoft eval runs/mine")
 def evaluate(
     args: Args = None,
     config: Source = None,
     as_json: Json = False,
     examples: Annotated[
         str | None,
-        typer.Option(metavar="FILE.jsonl", help="Write a line an example: scores, prediction, right."),
+        typer.Option(
+            metavar="FILE.jsonl", help="Write one line per example: scores, prediction, right or wrong."
+        ),
     ] = None,
     resamples: Annotated[
-        int, typer.Option(min=0, help="Of the bootstrap that gives 95 % intervals; 0 gives none.")
+        int, typer.Option(min=0, help="Bootstrap resamples for the 95 % intervals; 0 prints none.")
     ] = 1000,
     reward: Annotated[
         str | None,
-        typer.Option(metavar="FILE.py:FUNCTION|URL", help="Judge texts by a reward of your own; runs FILE."),
+        typer.Option(
+            metavar="FILE.py:FUNCTION|URL",
+            help="Evaluate generated texts by a reward of your own; runs its code.",
+        ),
     ] = None,
     lm_eval: Annotated[
         str | None,
-        typer.Option(metavar="TASKS", help="Tasks of lm-evaluation-harness instead: arc_easy,boolq."),
+        typer.Option(metavar="TASKS", help="Run tasks of lm-evaluation-harness instead: arc_easy,boolq."),
     ] = None,
     lm_eval_path: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Where task files of your own are.")
+        str | None, typer.Option(metavar="DIR", help="Folder with task files of your own.")
     ] = None,
 ) -> None:
-    """Evaluate a run's model, any model or an adapter: zoft eval runs/mine; zoft eval DIR --config mezo/reviews."""
+    """Evaluate the model of a run, any model, or an adapter."""
     from zoft.cli.eval import GIVE, evaluate_config, evaluated_config, evaluation_text, harness
 
     # A sweep's folders are named lr=0.001-…: a path that exists is no key.
@@ -248,7 +302,7 @@ def samples(
         typer.echo("\n".join(escaped(line) for line in samples_text(found).split("\n")))
 
 
-@app.command(cls=Verb, context_settings=_LOOSE)
+@app.command(cls=Verb, context_settings=_LOOSE, epilog="zoft baseline --config mezo/reviews --method icl")
 def baseline(
     overrides: Overrides = None,
     config: Source = None,
@@ -261,10 +315,14 @@ def baseline(
             "forward-gradient.",
         ),
     ] = "zero-shot",
-    demos: Annotated[int | None, typer.Option(min=1, help="Demonstrations of icl; default: 32.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Of first-order; default: 3.")] = None,
+    demos: Annotated[
+        int | None, typer.Option(min=1, help="Number of demonstrations for icl; default: 32.")
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Epochs of the first-order methods; default: 3.")
+    ] = None,
 ) -> None:
-    """What a model scores without zeroth-order training: zoft baseline --config mezo/reviews --method icl."""
+    """Score a model without zeroth-order training."""
     from zoft.baselines.methods import baseline_settings, baseline_text, run_baseline
 
     if epochs is not None and not epochs > 0:
@@ -273,21 +331,19 @@ def baseline(
     typer.echo(baseline_text(run_baseline(resolved, ask)))
 
 
-@app.command(cls=Verb)
+@app.command(cls=Verb, epilog="zoft replay runs/mine --step 100 --out rebuilt")
 def replay(
-    folder: Annotated[str, typer.Argument(metavar="RUN")],
+    folder: Annotated[str, typer.Argument(metavar="RUN", help="Folder of the run.")],
     out: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Where the model is written; without it, what would be made."),
+        typer.Option(metavar="DIR", help="Folder to write; without it, only print what would be made."),
     ] = None,
-    step: Annotated[
-        int | None, typer.Option(min=0, help="The model after so many steps; default: the last.")
-    ] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="Number of steps to replay; default: all.")] = None,
     storage: Annotated[
-        str | None, typer.Option(metavar="fp32", help="Keep 16-bit weights in fp32: nothing is rounded.")
+        str | None, typer.Option(metavar="fp32", help="Keep 16-bit weights in fp32, without rounding.")
     ] = None,
     denoise: Annotated[
-        bool, typer.Option("--denoise", help="Sum in fp32, round to the run's storage once.")
+        bool, typer.Option("--denoise", help="Sum the updates in fp32 and round once to the run's storage.")
     ] = False,
     device: Device = None,
     recipe: Page = None,
@@ -302,19 +358,19 @@ def replay(
     )
 
 
-@app.command(cls=Verb)
+@app.command(cls=Verb, epilog="zoft export runs/mine --merge --out exported")
 def export(
-    folder: Annotated[str, typer.Argument(metavar="RUN")],
-    out: Annotated[str, typer.Option(metavar="DIR", help="Where it is written.")],
-    merge: Annotated[bool, typer.Option("--merge", help="The whole model, for transformers.")] = False,
-    adapter: Annotated[bool, typer.Option("--adapter", help="What was trained beside it, for PEFT.")] = False,
+    folder: Annotated[str, typer.Argument(metavar="RUN", help="Folder of the run.")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder to write.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Write the whole model, for transformers.")] = False,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Write the adapter alone, for PEFT.")] = False,
     dtype: Annotated[
         str | None, typer.Option(help="fp32, fp16 or bf16; default: the run's save_dtype.")
     ] = None,
     device: Device = None,
     recipe: Page = None,
 ) -> None:
-    """Write a run's model as others load it, and check it: zoft export runs/mine --merge --out mine."""
+    """Write a run's model for other libraries, and check it."""
     from zoft.cli.replay import export_run
 
     typer.echo(
@@ -322,18 +378,18 @@ def export(
     )
 
 
-@app.command(cls=Verb)
+@app.command(cls=Verb, epilog="zoft ledger runs/mine --verify")
 def ledger(
-    folder: Annotated[str, typer.Argument(metavar="RUN")],
+    folder: Annotated[str, typer.Argument(metavar="RUN", help="Folder of the run.")],
     verify: Annotated[
-        bool, typer.Option("--verify", help="Check the ledger, its config and snapshots.")
+        bool, typer.Option("--verify", help="Check the ledger, the config and the snapshots.")
     ] = False,
     plot: Annotated[
-        str | None, typer.Option(metavar="FILE.png", help="Draw losses and coefficients of all steps.")
+        str | None, typer.Option(metavar="FILE.png", help="Plot losses and coefficients of all steps.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a run's ledger holds, also while the run goes on: steps, losses, coefficients, events, base, plan."""
+    """Show a run's steps, losses and events, also while it runs."""
     from zoft.cli.ledger import ledger_json, ledger_summary, ledger_text, plot_ledger, verify_ledger
 
     found = ledger_summary(folder)
@@ -346,23 +402,27 @@ def ledger(
         typer.echo(plot_ledger(folder, plot), err=as_json)
 
 
-@app.command(cls=Verb)
+@app.command(cls=Verb, epilog="zoft report runs --png curve.png")
 def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...")],
-    metrics: Annotated[str, typer.Option(help="Which metrics: accuracy,auc; default: all there are.")] = "",
-    csv: Annotated[str | None, typer.Option(metavar="FILE.csv", help="Write the table there too.")] = None,
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Folders of runs, or folders that contain runs.")
+    ],
+    metrics: Annotated[str, typer.Option(help="Metrics to show, such as accuracy,auc; default: all.")] = "",
+    csv: Annotated[
+        str | None, typer.Option(metavar="FILE.csv", help="Also write the table to this file.")
+    ] = None,
     png: Annotated[
-        str | None, typer.Option(metavar="FILE.png", help="Draw metrics against forwards.")
+        str | None, typer.Option(metavar="FILE.png", help="Plot metrics against forwards.")
     ] = None,
 ) -> None:
-    """One table of runs, or of all below a folder, mean ± sd over seeds: zoft report runs --png curve.png."""
+    """Print one table of runs, mean ± sd over seeds."""
     from zoft.report.table import report_runs
 
     asked = [m for m in metrics.replace(",", " ").split() if m]
     typer.echo(report_runs(runs, asked, csv_to=csv, png_to=png))
 
 
-@app.command("ls", cls=Verb)
+@app.command("ls", cls=Verb, epilog="zoft ls")
 def list_configs() -> None:
     """List the packaged configs."""
     from zoft.config.compose import BENCH, describe, names
@@ -376,9 +436,12 @@ def list_configs() -> None:
             typer.echo(f"  {whole if group == BENCH else name:20} {describe(whole)}")
 
 
-@app.command(cls=Verb)
-def cp(name: str, dest: str) -> None:
-    """Copy a packaged config, to make it your own: zoft cp mezo/reviews my.yaml."""
+@app.command(cls=Verb, epilog="zoft cp mezo/reviews my.yaml")
+def cp(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a packaged config.")],
+    dest: Annotated[str, typer.Argument(metavar="DEST", help="File or folder to write.")],
+) -> None:
+    """Copy a packaged config, to make it your own."""
     from zoft.config.compose import BENCH, GROUPS, names, nearest, packaged
 
     known = names() + [f"{group}/{n}" for group in (*GROUPS, BENCH) for n in names(group)]
@@ -398,20 +461,20 @@ def cp(name: str, dest: str) -> None:
     typer.echo(f"{target}: zoft {verb} --config {target}" if verb else str(target))
 
 
-@app.command(cls=Verb, context_settings=_LOOSE)
+@app.command(cls=Verb, context_settings=_LOOSE, epilog="zoft validate --config mezo/reviews lr=1e-5")
 def validate(overrides: Overrides = None, config: Source = None, recipe: Page = None) -> None:
-    """Check a config and print it resolved; loads no model and no data."""
+    """Check a config and print it with all defaults; loads no model and no data."""
     from zoft.config.compose import to_yaml
     from zoft.method.configured import compose
 
     typer.echo(to_yaml(compose(config, _with(overrides, recipe))), nl=False)
 
 
-@app.command(cls=Verb, context_settings=_LOOSE)
+@app.command(cls=Verb, context_settings=_LOOSE, epilog="zoft estimate --config mezo/reviews batch_size=32")
 def estimate(
     overrides: Overrides = None, config: Source = None, recipe: Page = None, as_json: Json = False
 ) -> None:
-    """Say what a run would take, memory and time a step, without loading weights."""
+    """Print the memory and time that a run will need, without loading weights."""
     from zoft.method.configured import compose
 
     resolved = compose(config, _with(overrides, recipe))
@@ -423,14 +486,14 @@ def estimate(
     typer.echo(json.dumps(console.finite(found)) if as_json else estimate_text(found))
 
 
-@app.command(cls=Verb, context_settings=_LOOSE)
+@app.command(cls=Verb, context_settings=_LOOSE, epilog="zoft data --config mezo/reviews -n 5")
 def data(
     overrides: Overrides = None,
     config: Source = None,
-    count: Annotated[int, typer.Option("-n", min=1, help="How many examples.")] = 3,
+    count: Annotated[int, typer.Option("-n", min=1, help="Number of examples.")] = 3,
     as_json: Json = False,
 ) -> None:
-    """Show training examples as the model reads them, scored tokens marked, and counts of them all."""
+    """Show training examples as the model reads them, and count their tokens."""
     from zoft.cli.data import show_data
     from zoft.method.configured import compose
 
@@ -438,15 +501,24 @@ def data(
     show_data(compose(config, overrides or []), count, typer.echo, as_json=as_json, colour=colour)
 
 
-@app.command(cls=Verb)
-def keys() -> None:
-    """List every key with its type, default and meaning."""
-    from zoft.config.schema import describe_keys
+@app.command(cls=Verb, epilog="zoft keys lr")
+def keys(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[KEY|TOPIC]", help="Key or topic to explain; default: all keys.")
+    ] = None,
+) -> None:
+    """List all keys by topic, or explain one."""
+    from zoft.config.keys import describe_key, describe_keys
+    from zoft.method.recipes import method_of, names
 
-    typer.echo(describe_keys())
+    if name is None:
+        typer.echo(describe_keys())
+        return
+    defaults = {recipe: method_of(recipe).defaults for recipe in names()}
+    typer.echo(describe_key(name, {recipe: some[name] for recipe, some in defaults.items() if name in some}))
 
 
-@app.command(cls=Verb)
+@app.command(cls=Verb, epilog="zoft env")
 def env(as_json: Json = False) -> None:
     """Print versions and hardware, for a bug report."""
     from zoft.env import environment

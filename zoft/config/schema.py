@@ -51,69 +51,80 @@ def key(default: Any, doc: str, **limits: Any) -> Any:
 class Task:
     """Where examples come from and how each becomes a prompt and what is scored after it."""
 
-    name: str = key(
-        "", "a task of configs/task: sst2, squad, …, reviews, countdown, or local (your own data)"
-    )
+    name: str = key("", "name of a packaged task (`zoft ls` lists them), or local for your own data")
     train: str | None = key(
         None,
-        "training data: a .jsonl, .csv, .tsv, .json or .parquet file, a folder of such or of .txt files, or a Hub "
-        "data set id[:split]",
+        "training data: a .jsonl, .csv, .tsv, .json or .parquet file, a folder of such files or of .txt "
+        "files, or a Hub data set id[:split]",
     )
-    eval: str | None = key(None, "evaluation data, like train; null holds a fixed part of train out, by hash")
+    eval: str | None = key(
+        None,
+        "evaluation data, in the form of task.train; null holds out a fixed part of task.train, chosen by"
+        " a hash",
+    )
     subset: str | None = key(None, "configuration of a Hub data set that has several (glue has sst2, rte, …)")
     train_limit: int | None = key(
         None, "train on a fixed subset of this many examples; null takes all", least=1
     )
     max_words: int | None = key(
         None,
-        "leave out rows with more words in the prompt's columns (of a recognised layout: in all it reads); null takes all",
+        "leave out rows with more words than this in the columns that are read; null takes all rows",
         least=1,
     )
     prompt: str | None = key(
-        None, "template with column names in braces: 'Review: {text}\\nSentiment:'", template=True
+        None,
+        "template of the prompt, with column names in braces: 'Review: {text}\\nSentiment:'",
+        template=True,
     )
     label: str | None = key(None, "column that holds the label")
     choices: dict[Any, str] = key(
         {},
-        "label -> the text that stands for it: {negative: ' terrible', …}",
+        "map from each label to the text that is scored for it: {negative: ' terrible', …}",
         example='{label: " text", other: " text"}',
     )
     target: str | None = key(
-        None, "template of the text to learn, where labels do not fit (LM loss)", template=True
+        None, "template of the text to learn, for data without labels (LM loss)", template=True
     )
     format: str = key(
         "auto",
-        "layout of your own data, where no template names its columns; auto goes by their names and says what it found",
+        "layout of your own data, if no template names its columns; auto recognises it by the column "
+        "names and prints what it found",
         one_of=("auto", "text", "completion", "instruction", "messages", "sharegpt", "label"),
     )
     columns: dict[Any, str] = key(
         {},
-        "what a layout calls a column -> your column: {prompt: question, completion: reply}",
+        "map from a layout's column names to yours: {prompt: question, completion: reply}",
         example="{prompt: question, completion: reply}",
     )
     chat: str = key(
         "auto",
-        "how turns are written: with the tokenizer's chat template, or plain, as text; auto is plain where prompt and "
-        "completion are all there is and the tokenizer has no template",
+        "how turns are written: with the tokenizer's chat template, or as plain text; auto writes plain "
+        "text only for pairs of prompt and completion when the tokenizer has no template",
         one_of=("auto", "template", "plain"),
     )
-    pack: bool = key(False, "format=text: texts follow each other in rows of max_length, not one text a row")
+    pack: bool = key(
+        False,
+        "fill rows of max_length tokens with several texts, instead of one text per row; needs task.format=text",
+    )
     null_prompt: str | None = key(
         None,
-        "the prompt without what it asks about, for `zoft baseline --method sfc`; null: the template, columns empty",
+        "prompt without its content, for `zoft baseline --method sfc`; null takes task.prompt with empty "
+        "columns",
         template=True,
     )
     num_train: int | None = key(
-        None, "train on so many rows, the first of a permutation by data_seed; null takes all", least=1
+        None, "train on this many rows, the first of a permutation by task.data_seed; null takes all", least=1
     )
     num_dev: int | None = key(
-        None, "rows after them in that permutation, kept aside as the dev set; null has none", least=1
+        None, "use the next rows of that permutation, this many, as the dev set; null has no dev set", least=1
     )
     num_eval: int | None = key(
-        None, "evaluate on so many rows, the first of a permutation by data_seed; null takes all", least=1
+        None,
+        "evaluate on this many rows, the first of a permutation by task.data_seed; null takes all",
+        least=1,
     )
     k_shot: int | None = key(
-        None, "train on so many rows of each class, with as many more as the dev set", least=1
+        None, "train on this many rows of each class, and take as many more for the dev set", least=1
     )
     rows: int | None = key(
         None,
@@ -129,20 +140,24 @@ class Task:
     )
     data_seed: int = key(
         0,
-        "of those permutations (the papers: 0; k_shot: 13, 21, 42, 87, 100), and of the rows that a task makes",
+        "seed of these permutations (the papers use 0; for k_shot 13, 21, 42, 87, 100), and of the rows that a task makes",
         least=0,
         below=1 << 32,
     )
-    balanced: bool = key(False, "as many rows of each class in num_train and num_dev")
+    balanced: bool = key(False, "share num_train and num_dev evenly among the classes")
 
 
 @dataclass
 class Limits:
     """What a data file may hold; zoft.limits has the bounds that no key raises, docs/running.md all of them."""
 
-    rows: int = key(bounds.ROWS, "rows of a data file or folder, at most", least=1)
-    bytes: int = key(bounds.BYTES, "bytes of a data file, or of what a packed one holds, at most", least=1)
-    cell: int = key(bounds.CELL, "characters of a cell or a line of a data file, at most", least=1)
+    rows: int = key(bounds.ROWS, "largest number of rows of a data file or folder", least=1)
+    bytes: int = key(
+        bounds.BYTES, "largest number of bytes of a data file, or of what a packed one holds", least=1
+    )
+    cell: int = key(
+        bounds.CELL, "largest number of characters of a cell, or of a line, of a data file", least=1
+    )
 
 
 @dataclass
@@ -150,30 +165,36 @@ class Config:
     """A run. Short names, one level, `task` and `limits` being the only groups with keys of their own."""
 
     recipe: str = key(
-        "mezo", "the method: a file of recipes/, or on the command line a page of your own (--recipe FILE.py)"
+        "mezo",
+        "method: a packaged one (mezo, sparse_mezo, lora_zo, qzo, node); on the command line also a page "
+        "of your own (--recipe FILE.py)",
     )
-    model: str = key("", "a name of configs/model, a folder, a .gguf file, or a Hub id")
+    model: str = key("", "name of a packaged model, a folder, a .gguf file, or a Hub id")
     task: Task = field(default_factory=Task, metadata={"doc": "a name of configs/task; its keys are task.…"})
     train: str = key(
         "all",
-        "trained tensors: all, upper (linear layers of the upper half of the blocks), last-2, norms, bias, head, scales, or a pattern searched in their names; "
-        "or lora, prefix, prompt: tensors added to a frozen model",
+        "which tensors are trained: all, upper (linear layers of the upper half of the blocks), last-2 "
+        "(the last two blocks), norms, bias, head, scales, or a pattern that is searched in tensor names;"
+        " or an adapter: lora, prefix, prompt",
     )
     objective: str = key(
         "auto",
-        "what is minimised: a loss (over candidates, or of the text to learn; auto: the task's own), or minus a metric: of "
-        "predictions (accuracy, macro_f1) or of text that the model writes (exact_match, f1, a reward of your own)",
+        "what is minimised: a loss over label words (choice) or over text (lm), or minus a metric: "
+        "accuracy or macro_f1 of predictions, exact_match, f1 or a reward of generated text; auto is the "
+        "task's own loss",
         one_of=("auto", "choice", "lm", *NO_GRADIENT),
     )
     reward: str | None = key(
         None,
-        "my_reward.py:score, a function (rows, texts) -> a number a row, or http://127.0.0.1:PORT/PATH, a server that gives them; only "
-        "on the command line, as --reward",
+        "my_reward.py:score, a function of rows and texts that returns a number per row, or the address of a server that gives "
+        "them, http://127.0.0.1:PORT/PATH; only on the command line, as --reward",
     )
-    reward_seconds: float = key(60.0, "what one call of the reward may take", above=0, most=1e6)
-    max_new_tokens: int = key(50, "tokens that are written after a prompt, at most", least=1)
+    reward_seconds: float = key(60.0, "longest time of one call of the reward, in seconds", above=0, most=1e6)
+    max_new_tokens: int = key(50, "largest number of tokens that are generated after a prompt", least=1)
     stop: str | None = key(
-        "\n", "text that ends what is written, and is left out; null: end-of-text alone", template=True
+        "\n",
+        "text at which generation ends, itself left out; null ends at the end-of-text token only",
+        template=True,
     )
     temperature: float = key(
         0.0,
@@ -202,223 +223,267 @@ class Config:
     )
     hold_probe: bool | str = key(
         "auto",
-        "text is written with a probe's weights made once, beside the model's own; false: anew for each token, in "
-        "less memory; auto: once where half of the free memory holds what is trained",
+        "keep a probe's weights in memory while it generates text (faster, one more copy of what is "
+        "trained); false computes them for each token; auto keeps them if half of the free memory has "
+        "room",
         one_of=("auto",),
     )
     lora_rank: int | None = key(None, "rank of the LoRA pairs; null is 8", least=1)
-    lora_alpha: int | None = key(None, "a LoRA pair counts lora_alpha / lora_rank times; null is 16", least=1)
+    lora_alpha: int | None = key(
+        None, "scale of the LoRA pairs: B A is multiplied by lora_alpha / lora_rank; null is 16", least=1
+    )
     lora_targets: str | None = key(
         None,
-        "modules that get a LoRA pair: ends of their names ('q_proj v_proj'), all-linear, or a pattern for whole names; "
-        "null: query and value projections, as peft has them for the model's type",
+        "modules that get a LoRA pair: ends of their names ('q_proj v_proj'), all-linear, or a pattern "
+        "for whole names; null takes query and value projections, as peft lists them for the model",
     )
     lora_layers: str | None = key(
-        None, "last-6: LoRA pairs in the last 6 blocks only", pattern=(r"last-[1-9]\d*", "last-1, last-2, …")
+        None,
+        "last-6 puts LoRA pairs into the last 6 blocks only; null takes all blocks",
+        pattern=(r"last-[1-9]\d*", "last-1, last-2, …"),
     )
     adapter: str | None = key(
         None,
-        "folder of a saved LoRA adapter that is put in place, frozen, and stays there while other tensors are trained; "
-        "train=lora trains on from it",
+        "folder of a saved LoRA adapter that stays in place, frozen, while other tensors are trained; "
+        "train=lora continues to train it",
     )
     virtual_tokens: int | None = key(
-        None, "length of the prefix (null is 5) or the prompt (null is 10)", least=1
+        None, "length of the prefix (null is 5) or of the prompt (null is 10)", least=1
     )
     lr: float = key(
         1e-6,
-        "learning rate; all weights want 1e-7 to 1e-5; not set: lora 1e-4, prefix 1e-2, prompt 1e-3, "
-        "scales 1e-7",
+        "learning rate: θ moves by lr times the gradient estimate; all weights of a large model need 1e-7"
+        " to 1e-5. If unset: lora 1e-4, prefix 1e-2, prompt 1e-3, scales 1e-7",
         least=0,
     )
-    schedule: str = key("constant", "learning rate over the steps", one_of=("constant", "linear", "cosine"))
-    warmup: float = key(0, "warm-up steps; below 1, a fraction of all steps", least=0)
+    schedule: str = key(
+        "constant", "how the learning rate changes over the steps", one_of=("constant", "linear", "cosine")
+    )
+    warmup: float = key(0, "number of warm-up steps; below 1 it is a fraction of all steps", least=0)
     estimator: str = key(
         "auto",
-        "how a step's losses become its update: two_sided (the loss at θ ± eps·z of each direction, 2q forwards), one_sided "
-        "(at θ + eps·z of each and once at θ, q + 1 forwards; wants a smaller eps), normalised (one_sided over the spread of "
-        "the step's losses, q of 2 or more; lr is then the size of a step); auto: the recipe's, two_sided",
+        "how a step's losses become its update: two_sided (the loss at θ ± eps·z of each direction, 2q "
+        "forwards per example), one_sided (at θ + eps·z of each direction and once at θ, q + 1 forwards; "
+        "use a smaller eps), normalised (one_sided divided by the spread of the step's losses; needs q of"
+        " 2 or more, and lr is the size of a step); auto is the recipe's own",
         one_of=("auto", "two_sided", "one_sided", "normalised"),
     )
     clip: float | None = key(
         None,
-        "largest projected gradient, (l+ - l-)/2eps, that a step may use; null: any (recipe=qzo: 100)",
+        "largest projected gradient (l₊ − l₋)/(2·eps) that a step may use; null has no limit (recipe=qzo:"
+        " 100)",
         above=0,
     )
     meazo: float = key(
         0.0,
-        "divide steps by the root of the projected gradient's running second moment, of this decay (0.99); lr is then "
-        "the size of a step; 0 does not",
+        "divide steps by the root of the projected gradient's running second moment with this decay "
+        "(0.99); lr is then the size of a step; 0 turns it off",
         least=0,
         below=1,
     )
     max_forwards: int | None = key(
-        None, "stop at so many forwards (examples × probes): fewer steps than `steps` if need be", least=1
+        None, "stop after this many counted forwards (examples × probes), even if `steps` is larger", least=1
     )
-    weight_decay: float = key(0.0, "decoupled decay, times lr, not for biases and norms", least=0)
+    weight_decay: float = key(
+        0.0,
+        "decoupled weight decay: θ is multiplied by 1 − lr·weight_decay in each step; not for biases and "
+        "norms",
+        least=0,
+    )
     anchor: float = key(
         0.0,
-        "decay towards the weights that training began with, times lr, of all trained tensors; keeps a second copy of them",
+        "pull all trained tensors towards the weights that training began with: θ moves by −lr·anchor·(θ "
+        "− θ₀); keeps a second copy of them",
         least=0,
     )
     update: str = key(
         "auto",
-        "how a step moves the weights: by lr times the estimate (sgd), by lr against its sign (sign), or as Adam does, with "
-        "two fp32 moments for each trained number (adam), lr being the size of a step with these two; conservative: to the best of "
-        "θ and θ ± lr times the estimate on the same batch, 3 more forwards; momentum: with the directions of past steps drawn again, for noise that is cheap to draw; auto is the recipe's own (sgd)",
+        "how the estimate g moves θ: sgd (by lr·g), sign (by lr·sign(g)), adam (two fp32 moments per "
+        "trained number; lr is the size of a step, as with sign), conservative (to the best of θ and θ ± "
+        "lr·g on the same batch, 3 more forwards), momentum (draws the directions of past steps again; "
+        "needs cheap noise); auto is the recipe's own, sgd",
         one_of=("auto", "sgd", "sign", "adam", "momentum", "conservative"),
     )
     momentum: float = key(
         0.0,
-        "what each step keeps of the one before: update=sgd has a buffer for each trained number (0: none), update=momentum has none",
+        "share of the previous step's update that is added to this one; update=sgd keeps a buffer for it "
+        "(0 keeps none), update=momentum needs no buffer",
         least=0,
         below=1,
     )
     eps: float = key(
         1e-3,
-        "probe size: the loss is asked at θ ± eps·z; not set: lora 1e-2, prefix 1e-1, prompt 1e-2",
+        "size of a probe: the loss is evaluated at θ ± eps·z. If unset: lora 1e-2, prefix 1e-1, prompt 1e-2",
         above=0,
         most=1000,
     )
     noise: str = key(
         "gaussian",
-        "what z is drawn from: gaussian, rademacher (signs), or rank1 (signs a bᵀ of rank 1 for each matrix, which no "
-        "scratch copy of the weights is made for)",
+        "distribution of z: gaussian, rademacher (random signs), or rank1 (z = a bᵀ per matrix with sign "
+        "vectors a and b; needs no scratch copy of the weights)",
         one_of=("gaussian", "rademacher", "rank1"),
     )
     directions: str = key(
         "shared",
-        "shared: all examples of a step are asked about the same directions; example: each about its own, at no more "
-        "forwards (of gaussian and rademacher noise one draw serves all of a step, its signs flipped for each example)",
+        "shared: all examples of a step use the same directions; example: each example has its own, with "
+        "as many forwards (with gaussian and rademacher noise their signs differ and the draw is shared)",
         one_of=("shared", "example"),
     )
     mask: str = key(
         "auto",
-        "recipe=sparse_mezo: which numbers of each matrix move: those that are small in the base (magnitude; auto), as "
-        "many at random, or all",
+        "for recipe=sparse_mezo, which numbers of each matrix move: the small ones of the base "
+        "(magnitude), as many at random (random), or all (none); auto is magnitude there",
         one_of=("auto", "magnitude", "random", "none"),
     )
     sparsity: float = key(
-        0.75, "recipe=sparse_mezo: share of each matrix that stays as it is", least=0, below=1
+        0.75, "for recipe=sparse_mezo, share of each matrix that stays fixed", least=0, below=1
     )
     mask_every: int = key(
         0,
-        "recipe=sparse_mezo, mask=random: steps between new draws of which numbers move (1: each step anew); 0 draws once",
+        "for recipe=sparse_mezo with mask=random, steps between new draws of the mask (1: every step); 0 "
+        "draws it once",
         least=0,
         below=1 << 32,
     )
     blocks: str = key(
         "all",
-        "which trained tensors a step probes and moves: all, or those of one block of the model (tensors outside of its blocks "
-        "are one more), drawn for each step (random) or in turn (cyclic)",
+        "which trained tensors a step probes and moves: all, or those of one transformer block, drawn at "
+        "random or taken in turn (cyclic); tensors outside of the blocks count as one more block",
         one_of=("all", "random", "cyclic"),
     )
     q: int = key(
-        1, "directions a step; `estimator` says at which points each is probed", least=1, most=1 << 16
+        1,
+        "number of directions per step; `estimator` decides how often each is probed",
+        least=1,
+        most=1 << 16,
     )
-    steps: int = key(1000, "updates in all", least=1, below=1 << 32)
-    batch_size: int = key(16, "examples a batch, those of all processes together", least=1, most=1 << 20)
-    accumulate: int = key(1, "batches a step, under one set of directions", least=1, most=1 << 20)
-    seed: int = key(0, "of noise and data order", least=0, below=1 << 64)
-    eval_every: int = key(0, "steps between evaluations; 0 evaluates before and after only", least=0)
+    steps: int = key(1000, "number of updates", least=1, below=1 << 32)
+    batch_size: int = key(16, "examples per batch, over all processes together", least=1, most=1 << 20)
+    accumulate: int = key(1, "batches per step; all of them use the step's directions", least=1, most=1 << 20)
+    seed: int = key(0, "seed of the noise and of the data order", least=0, below=1 << 64)
+    eval_every: int = key(0, "steps between evaluations; 0 evaluates before and after training only", least=0)
     eval_limit: int | None = key(
         None, "evaluate on a fixed subset of this many examples; null takes all", least=1
     )
-    max_length: int = key(512, "tokens an example, cut on the left of the prompt", least=2)
-    bits: int | None = key(
-        None, "quantise the linear layers, as the model is loaded, to whole numbers of 4 or 8 bits and scales"
+    max_length: int = key(
+        512, "largest number of tokens per example; a longer prompt is cut on its left", least=2
     )
-    group: int = key(128, "columns that share a scale: 32, 64 or 128 (a row that is shorter is one group)")
-    zero_points: bool = key(True, "a zero point for each scale; false: codes are symmetric about 0")
-    quantise_head: bool = key(False, "the output matrix, too, where it is not the embedding")
+    bits: int | None = key(
+        None, "quantise the linear layers to 4 or 8 bits while the model is loaded; null does not"
+    )
+    group: int = key(128, "number of columns that share a scale: 32, 64 or 128 (a shorter row is one group)")
+    zero_points: bool = key(True, "use a zero point for each scale; false makes codes symmetric about 0")
+    quantise_head: bool = key(False, "quantise the output matrix too, unless it is tied to the embedding")
     eps_mode: str = key(
         "absolute",
-        "recipe=qzo: scales are probed and moved as they are, or relative: their logarithms, and none can reach 0",
+        "for recipe=qzo, train the scales themselves (absolute) or their logarithms (relative), which never let a scale reach 0",
         one_of=("absolute", "relative"),
     )
-    storage: str = key("auto", "dtype trained tensors are kept in", one_of=DTYPE_NAMES)
+    storage: str = key("auto", "dtype in which trained tensors are kept", one_of=DTYPE_NAMES)
     compute: str = key("auto", "dtype of the forward pass", one_of=DTYPE_NAMES)
     save_dtype: str = key(
         "auto", "dtype of the saved model; auto is the checkpoint's own", one_of=DTYPE_NAMES
     )
     perturb: str = key(
         "auto",
-        "how probes are made: the weights are probed beside themselves (probes) or moved and moved back (inplace), or the outputs of "
-        "linear layers are probed (nodes, for recipe=node)",
+        "how a probe reaches the model: probes (perturbed copies in scratch memory, the weights are only "
+        "read), inplace (the weights are moved and moved back), nodes (noise on the outputs of linear "
+        "layers, for recipe=node); auto takes probes where the recipe allows it",
         one_of=("auto", "probes", "inplace", "nodes"),
     )
     rho: float = key(
         0.1,
-        "recipe=node: what is added to the covariance of a layer's inputs before it is inverted, times its mean eigenvalue",
+        "for recipe=node, damping that is added to the covariance of a layer's inputs before it is "
+        "inverted, in units of its mean eigenvalue",
         above=0,
         most=1e6,
     )
     calibration_rows: int = key(
-        256, "recipe=node: training examples that the layers are measured on at the start", least=1
+        256, "for recipe=node, number of training examples that measure the layers at the start", least=1
     )
     node_rank: int = key(
-        32, "recipe=node: eigenpairs kept of each covariance; all others are taken at their mean", least=1
+        32,
+        "for recipe=node, number of leading eigenpairs kept of each covariance; the others are replaced "
+        "by their mean",
+        least=1,
     )
-    probes_per_forward: int | str = key("auto", "probes that share one forward", least=1, one_of=("auto",))
+    probes_per_forward: int | str = key(
+        "auto",
+        "number of probes that share one forward pass; auto takes as many as fit into memory",
+        least=1,
+        one_of=("auto",),
+    )
     cache_frozen: bool | str = key(
         "auto",
-        "run the frozen first blocks once a row, not every step; where they are at least half, on a CPU",
+        "compute the frozen first blocks once per row and keep their outputs; auto does so on a CPU if at"
+        " least half of the blocks are frozen",
         one_of=("auto",),
     )
     device: str = key(
-        "auto", "auto, cpu, cuda or cuda:N", pattern=(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda, cuda:0")
+        "auto",
+        "auto, cpu, cuda or cuda:N; auto takes the first GPU, if there is one",
+        pattern=(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda, cuda:0"),
     )
     threads: int | str = key(
-        "auto", "CPU threads; of each process, where there are several", least=1, most=4096, one_of=("auto",)
+        "auto", "number of CPU threads of each process", least=1, most=4096, one_of=("auto",)
     )
     parallel: str = key(
         "auto",
-        "what several processes (--nproc, torchrun) share out: the examples of each batch, the probes of each step, or both; "
-        "auto: the probes as far as they go, then the examples",
+        "what several processes (--nproc, torchrun) divide among them: the examples of each batch (data),"
+        " the probes of each step (probes), or both (2d); auto divides the probes first, then the "
+        "examples",
         one_of=("auto", "data", "probes", "2d"),
     )
     elastic: bool = key(
         False,
-        "a run that goes on when a worker dies, and that others may join at any time (`zoft join`): pairs of a probe and a "
-        "batch are dealt out each step, so more than 2 processes want q or accumulate above 1",
+        "continue when a worker dies, and let others join at any time (`zoft join`); each step hands out "
+        "pairs of a probe and a batch, so more than 2 processes need q or accumulate above 1",
     )
-    listen: str = key("127.0.0.1:0", "elastic=true: HOST:PORT where workers connect; port 0 is any free one")
+    listen: str = key(
+        "127.0.0.1:0", "for elastic=true, HOST:PORT at which workers connect; port 0 is any free one"
+    )
     check_every: int = key(
         100,
-        "steps between comparisons of the weights of several processes, by a checksum; 0 compares at both ends",
+        "steps between comparisons of the processes' weights by a checksum; 0 compares at the start and "
+        "the end only",
         least=0,
     )
     max_skipped: int = key(
-        20, "steps in a row whose loss is not finite, each of them skipped, that stop the run", least=1
+        20,
+        "number of steps in a row with a loss that is not finite (each is skipped) after which the run stops",
+        least=1,
     )
     on_divergence: str = key(
-        "warn", "what a loss that stays above its start does to the run", one_of=("warn", "stop")
+        "warn",
+        "what happens if the loss stays above its start: a warning, or the end of the run",
+        one_of=("warn", "stop"),
     )
     sync: int | str = key(
         "end",
-        "when the ledger's steps are forced to the disk, where a power cut cannot take them: at the end (and before "
-        "anything that depends on them), after each step, or with the first step after so many seconds",
+        "when ledger records are forced to the disk, safe from a power cut: at the end (and before "
+        "anything that depends on them), after each step, or after this many seconds",
         least=1,
         one_of=("end", "step"),
     )
     denoise_every: int = key(
         0,
         "steps between rebuilds of 16-bit weights from base and ledger, summed in fp32 and rounded once; "
-        "the end of the run has one too, 0 has none",
+        "the end of the run has one, too; 0 has none",
         least=0,
     )
-    snapshot_every: int = key(0, "steps between snapshots, which shorten a resume; 0 takes none", least=0)
-    keep_last: int = key(2, "snapshots to keep, the newest ones", least=1)
-    keep_best: int = key(0, "snapshots to keep besides, the best ones by best_by", least=0)
+    snapshot_every: int = key(
+        0, "steps between snapshots of the weights, which shorten a resume; 0 takes none", least=0
+    )
+    keep_last: int = key(2, "number of newest snapshots to keep", least=1)
+    keep_best: int = key(0, "number of snapshots to keep in addition, the best ones by best_by", least=0)
     best_by: str = key(
         "loss",
-        "metric that keep_best, save_best and early_stop go by, on the dev set where there is one",
+        "metric that keep_best, save_best and early_stop use, on the dev set if there is one",
         one_of=("loss", "perplexity", "accuracy", "macro_f1", "auc", "calibrated_accuracy", *GENERATED),
     )
-    save_best: bool = key(
-        False, "model/ holds the weights of the best evaluation by best_by, not the last ones"
-    )
+    save_best: bool = key(False, "save the weights of the best evaluation by best_by, not the last ones")
     early_stop: int = key(
-        0, "evaluations in a row without a better best_by that end the run; 0 goes on", least=0
+        0, "end the run after this many evaluations in a row without a better best_by; 0 never does", least=0
     )
     limits: Limits = field(
         default_factory=Limits, metadata={"doc": "how much of the data is read; its keys are limits.…"}
@@ -429,7 +494,11 @@ class Config:
         False,
         "save a quantised model as plain weights, which any library opens; false keeps codes and scales",
     )
-    track: str = key("none", "log elsewhere too; metrics.jsonl is always written", one_of=("none", "wandb"))
+    track: str = key(
+        "none",
+        "also log to Weights & Biases (wandb); metrics.jsonl is always written",
+        one_of=("none", "wandb"),
+    )
     trust_remote_code: bool = key(False, "run code that comes with a model; only on the command line")
 
 
@@ -467,29 +536,3 @@ def values(config: Config) -> dict[str, Any]:
     tree = dataclasses.asdict(config)
     groups = {name: tree.pop(name) for name in SECTIONS}
     return tree | {f"{name}.{k}": v for name, group in groups.items() for k, v in group.items()}
-
-
-def describe_keys() -> str:
-    """A line a key: name, type, default, meaning."""
-    lines = []
-    for name, f in fields().items():
-        if name in SECTIONS:
-            default = "(choose)" if name == "task" else ""
-        elif f.default is dataclasses.MISSING:
-            default = "{}"
-        else:
-            default = (
-                "(choose)"
-                if f.default == ""
-                else "null"
-                if f.default is None
-                else str(f.default).replace("\n", "\\n")
-            )
-        if name not in SECTIONS:
-            kind = str(f.type).replace("dict[Any, str]", "map").replace(" | None", "").replace(" | str", "")
-        else:
-            kind = "group"
-        words = [w for w in f.metadata.get("one_of", ()) if w != "auto" or "least" not in f.metadata]
-        doc = f.metadata["doc"] + (f": {', '.join(words)}" if words else "")
-        lines.append(f"{name:20} {kind:6} {default:12} {doc}")
-    return "\n".join(lines)

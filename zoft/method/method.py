@@ -17,8 +17,11 @@ Refusal = Callable[[Config], str]  # "" or one line: key, value, fix
 class Space:
     """Say which tensors a recipe trains.
 
-    train: the default of the key `train`. only: the values that `train` may have; empty allows every value that is not in
-    `never`. quantised: the model must have quantised layers, whose scales are what is trained.
+    Args:
+        train: The default of the key `train`.
+        only: The values that `train` may have, as regular expressions; empty allows every value that is not in `never`.
+        never: The values that `train` may not have.
+        quantised: Whether the model must have quantised layers, whose scales are trained.
     """
 
     train: str = "all"
@@ -31,12 +34,18 @@ class Space:
 class Method:
     """State a zeroth-order method: a point in the product of space, directions, mask, estimator, update and policy.
 
-    space: which tensors are trained. directions: the kinds of noise that `noise` may name. mask: what mask=auto means.
-    estimator: an Estimator, or the name of a packaged one, that estimator=auto means. update: a Rule, or the name of a
-    packaged one (sgd: the fused passes), that update=auto means. policies: what `perturb` may be. defaults: keys that a config does not
-    set. keys: keys that belong to this recipe; another recipe refuses them. refuses: functions of the config that
-    return "" or the line of a refusal.
-    name, digest: set by whoever loads the page; digest is "" for a packaged recipe.
+    Args:
+        space: The trained tensors.
+        directions: The kinds of noise that the key `noise` may name.
+        mask: The mask that mask=auto means: "none", "magnitude" or "random".
+        estimator: The estimator that estimator=auto means: an `Estimator`, or the name of a packaged one.
+        update: The rule that update=auto means: a `Rule`, or the name of a packaged one ("sgd" is the fused passes).
+        policies: The values that the key `perturb` may have.
+        defaults: Values of keys that a config does not set.
+        keys: Keys that belong to this recipe; other recipes refuse them.
+        refuses: Functions of the config that return "" or the one line of a refusal.
+        name: Set by whoever loads the page.
+        digest: Set by whoever loads the page; "" for a packaged recipe.
     """
 
     space: Space = Space()
@@ -53,7 +62,7 @@ class Method:
 
     @property
     def filled(self) -> dict[str, Any]:
-        """The defaults of this recipe's keys, the trained space among them."""
+        """Return the defaults of this recipe's keys, the trained space among them."""
         return {"train": self.space.train, **self.defaults}
 
 

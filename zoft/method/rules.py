@@ -23,14 +23,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rule:
-    """How a step moves a tensor, given g = Σ_k c_k·z_k, the estimate of its gradient.
+    """Move a tensor by a step, given g = Σ_k c_k·z_k, the estimate of its gradient.
 
-    step(theta, g, state, lr) -> the new θ. theta and g are [n], a part of one tensor, fp32 (fp64 for an fp64 θ); theta
-    is already multiplied by the step's weight decay. state: name -> buffer [n] of the same dtype, zeros at the start,
-    to be changed in place or replaced; state["t"] is the number of this update, from 1 (skipped steps are none).
-    Operations must work on each element alone, since a tensor comes in parts. Write products and sums apart
-    (`theta - lr * g`, not `add(g, alpha=)`, `lerp` or a division by a number), and take roots with `root`, so that a
-    GPU gives a CPU's bits.
+    Operations must work on each element alone, because a tensor comes in parts. For the same bits on CPU and GPU, write
+    products and sums apart (`theta - lr * g`, not `add(g, alpha=)`, `lerp` or a division by a number), and take roots
+    with `root`.
+
+    Args:
+        name: The name that messages and ledger headers show.
+        step: step(theta, g, state, lr) returns the new θ. theta and g are [n], a part of one tensor, fp32 (fp64 for an
+            fp64 θ). theta is already multiplied by the step's weight decay. state maps names to buffers [n] of the same
+            dtype, zeros at the start, which may be changed in place or replaced. state["t"] is the number of this update,
+            from 1; skipped steps do not count.
+        state: The names of the buffers.
+        anchor: The strength of the pull towards the base before `step`; set by the key `anchor`.
     """
 
     name: str

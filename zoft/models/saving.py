@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoft.errors import UserError, writing
-from zoft.models import kind, load
+from zoft.models import kind
+from zoft.models.card import write_card
 from zoft.models.fingerprint import memory_of
 from zoft.models.finite import is_finite, refuse_non_finite
 
@@ -42,7 +43,7 @@ def save_model(
     model: a transformers model, or one with an adapter in place: the pairs are added to the matrices where these are
     plain, else the adapter goes along, in a folder of its own. tokenizer: its tokenizer, chat template included. dtype:
     torch.dtype of the floating tensors on disk, or "auto": each as it is (scales of quantised layers stay in fp32).
-    card: text of README.md, see model_card(). dequantise: write quantised layers as plain weights, which every library
+    card: text of README.md, see card.model_card. dequantise: write quantised layers as plain weights, which every library
     reads.
     Errors: UserError where a value does not fit in dtype.
     """
@@ -75,8 +76,7 @@ def finish_folder(folder: Path, tokenizer: Any, dtype: Any, card: str) -> None:
         config["dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_tokenizer(tokenizer, folder)
-    if card:
-        (folder / "README.md").write_text(card, encoding="utf-8")
+    write_card(folder, card)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -208,31 +208,3 @@ def _cast(
         out[name] = t
     refuse_non_finite("nothing is saved", out, NOT_WRITTEN)
     return out
-
-
-def model_card(base: load.Source | str, facts: dict[str, Any]) -> str:
-    """The text of a README.md: front matter that the Hub reads, then the facts as a table.
-
-    base: what was trained. facts: label -> value, one row each, in order (recipe, steps, accuracy, …).
-    """
-    source = base if isinstance(base, load.Source) else load.Source("folder", base, base)
-    front = ["---", "library_name: transformers", "tags: [zoft, zeroth-order, mezo]"]
-    if source.home:
-        front.append(f"base_model: {json.dumps(source.home)}")
-    rows = [f"| {k} | {v} |" for k, v in facts.items()]
-    return "\n".join(
-        [
-            *front,
-            "---",
-            "",
-            f"# {Path(source.name).name}, fine-tuned with forward passes only",
-            "",
-            "Trained by zoft with zeroth-order optimisation: forward passes, no back-propagation.",
-            "",
-            "| | |",
-            "|---|---|",
-            f"| base | {source.name} |",
-            *rows,
-            "",
-        ]
-    )

@@ -31,12 +31,18 @@ def advance(
 
     θ <- round(decay·θ + s), s = Σ_k m_k·z_k, or with momentum: buffer <- beta·buffer + s and s = buffer
 
-    theta: contiguous, fp32, bf16, fp16 or fp64; momentum: fp32 (fp64 for fp64) of theta's shape. What is
-    no update at all (a skipped step) must not be in updates: with momentum even a no-op coasts.
-    start: theta and momentum are a contiguous part of the tensor, from this element on, a multiple of PART: the
-    bits are those of the whole. floor: what an update brings θ below is set to it, before it is rounded.
-    mask: of the tensor; by magnitude it goes with no restore, for what θ is elsewhere says nothing of θ.
-    width: of the tensor as a matrix (`width_of`), which rank1 and flipped noise ask for; 0: it is none.
+    Args:
+        theta: The weights, contiguous, fp32, bf16, fp16 or fp64.
+        tid: The id of the tensor in the noise counter.
+        updates: The updates. A skipped step must not be among them: with momentum even an empty update moves θ.
+        noise: The kind of noise.
+        momentum: A buffer of theta's shape, fp32 (fp64 for fp64), or None.
+        beta: The decay of the buffer.
+        start: The first element, a multiple of PART, if theta and momentum are a contiguous part of a tensor. The bits are
+            those of the whole.
+        floor: The smallest value that an update may leave; applied before rounding.
+        mask: The mask of the tensor. A magnitude mask goes with no restore, because θ elsewhere says nothing about θ.
+        width: The number of columns of the tensor as a matrix (`width_of`), which rank1 and flipped noise need; 0: none.
     """
     more: dict[str, Any] = {"momentum": momentum, "beta": beta, "start": start, "floor": floor, "mask": mask}
     more["width"] = width
@@ -64,8 +70,16 @@ def perturb(
 
     out[i] = cast(θ + scale_i·z_{direction_i})
 
-    probes: (direction, scale) each; out: contiguous [len(probes), *theta.shape], fp32, bf16, fp16 or fp64. Neighbouring
-    probes of one direction share one draw of it. out may be theta itself (`theta[None]`, one probe), nothing between.
+    Args:
+        theta: The weights, as in `advance`.
+        tid: The id of the tensor in the noise counter.
+        out: The probes, contiguous [len(probes), *theta.shape], fp32, bf16, fp16 or fp64. It may be theta itself
+            (`theta[None]`, one probe), but must not overlap it partly. None writes no probes.
+        probes: A pair (direction, scale) per probe. Neighbouring probes of one direction share one draw of it.
+        seed: The run's seed.
+        step: The step whose noise the probes have.
+        noise: The kind of noise.
+        updates: Updates to apply first; with them momentum, beta, start, floor, mask and width as in `advance`.
     """
     assert noise in KINDS, noise
     live = tuple(_live(updates, momentum is not None and beta != 0))
@@ -169,7 +183,19 @@ def direction(
     dtype: torch.dtype | None = None,
     width: int = 0,
 ) -> Tensor:
-    """z itself: a new tensor of that shape, device and dtype (None: fp32). width: as in `advance`."""
+    """Return z itself, as a new tensor.
+
+    Args:
+        shape: The shape of the tensor.
+        tid: Its id in the noise counter.
+        seed: The run's seed.
+        step: The step, from 0.
+        direction: The direction, from 0.
+        noise: The kind of noise.
+        device: The device of the result.
+        dtype: The dtype of the result; None is fp32.
+        width: As in `advance`.
+    """
     import torch
 
     assert noise in KINDS, noise

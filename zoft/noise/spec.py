@@ -107,13 +107,18 @@ _MASK = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class Update:
-    """One committed step, exactly what the ledger records: θ <- round(decay·θ + Σ_k multipliers[k]·z_k).
+    """Hold one committed step, exactly as the ledger records it: θ <- round(decay·θ + Σ_k multipliers[k]·z_k).
 
-    multipliers: fp32 values, one a direction; decay: fp32 value; seed, step: which directions. restore: the scale, fp32,
-    by which the last direction's z is added to θ first (in-place probing); with decay NOTHING that is all there is.
-    lr: fp32 value, read by update rules alone (`reference.advance`), whose multipliers do not have it inside.
-    steps, directions: where the sum is over the directions of other steps, too, each multiplier's own; () means this step,
-    and the directions 0, 1, … of it. The rounding is that of `step` in any case.
+    Args:
+        step: The step, whose noise and rounding are used.
+        seed: The run's seed.
+        multipliers: One fp32 value per direction, −lr·c.
+        decay: The fp32 value that multiplies θ.
+        restore: The fp32 scale by which the last direction's z is added to θ first (in-place probing). With decay NOTHING
+            nothing else happens.
+        lr: The learning rate in fp32, read by update rules only, whose multipliers do not contain it.
+        steps: The step of each multiplier's direction, if the sum takes in directions of other steps; () is this step.
+        directions: The direction of each multiplier; () is 0, 1, …
     """
 
     step: int
@@ -141,12 +146,12 @@ class Update:
 
     @property
     def is_noop(self) -> bool:
-        """True if by itself it changes nothing: without momentum it writes nothing (-0.0 and NaN payloads survive)."""
+        """Say whether the update by itself changes nothing: without momentum it writes nothing (-0.0 and NaN payloads survive)."""
         return self.restore == 0 and (self.is_nothing or (self.decay == 1 and not any(self.multipliers)))
 
     @property
     def is_nothing(self) -> bool:
-        """True if it is no update: a move of θ by its restore, or not even that."""
+        """Say whether this is no update: a move of θ by its restore, or not even that."""
         return self.decay == NOTHING
 
 

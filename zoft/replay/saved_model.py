@@ -44,15 +44,47 @@ def save_run_model(
 
 
 def model_card_of(config: Config, result: Mapping[str, Any], **facts: Any) -> str:
-    """The text of a model's README.md: what it was made of, how, and its figures; facts: what else there is to say."""
+    """Return the text of a model's README.md; facts: what else its table of the method says."""
+    from zoft.models.card import model_card
     from zoft.models.load import find_model
-    from zoft.models.saving import model_card
 
-    keys = ("recipe", "train", "steps", "lr", "schedule", "eps", "q", "noise", "batch_size", "seed")
-    rows = {"task": config.task.name} | {k: getattr(config, k) for k in keys} | facts
-    for when in ("before", "after"):
-        rows |= {f"{name} {when}": console.short(v) for name, v in result.get(when, {}).items()}
-    return model_card(find_model(config.model), rows)
+    task = config.task
+    data = {"task": task.name, "training data": task.train, "evaluation data": task.eval or "held out of the training data",
+            "prompt": task.prompt, "target": task.target, "label words": ", ".join(f"{k}:{v}" for k, v in task.choices.items()),
+            "objective": config.objective}  # fmt: skip
+    keys = (
+        "recipe",
+        "train",
+        "steps",
+        "lr",
+        "schedule",
+        "eps",
+        "q",
+        "noise",
+        "estimator",
+        "update",
+        "batch_size",
+        "seed",
+    )
+    method = (
+        {k: getattr(config, k) for k in keys}
+        | {"storage, compute": f"{config.storage}, {config.compute}"}
+        | facts
+    )
+    if "forwards" in result:
+        method["counted forwards"] = f"{result['forwards']:,}"
+    needs = "the base and the training data" if config.perturb == "nodes" else "the base"
+    rebuild = (
+        f"The run's folder RUN has `ledger` and `config.yaml`. With {needs} they give these weights bit for bit. The ledger has a hash of "
+        "the base, so another base is refused.\n\n```bash\nzoft replay RUN --out DIR\n```"
+    )
+    return model_card(
+        find_model(config.model),
+        data={k: v for k, v in data.items() if v},
+        method=method,
+        results={when: result.get(when, {}) for when in ("before", "after")},
+        rebuild=rebuild,
+    )
 
 
 def read_result(folder: Path) -> dict[str, Any]:

@@ -30,7 +30,12 @@ if TYPE_CHECKING:
 
 
 class Probe(NamedTuple):
-    """One evaluation point θ + scale·z_direction."""
+    """Name one evaluation point, θ + scale·z_direction.
+
+    Args:
+        direction: The number of the direction, from 0.
+        scale: The distance from θ along it; 0 is θ itself.
+    """
 
     direction: int
     scale: float
@@ -38,14 +43,17 @@ class Probe(NamedTuple):
 
 @dataclass(frozen=True)
 class SecondRound:
-    """How a step asks for losses again, once it has its multipliers, before it takes them.
-
-    probes(multipliers) -> the second round's R evaluation points, from the step's multipliers [q] (fp32 values, lr inside).
-    choose(losses, multipliers) -> the multipliers [q] that the step takes; losses [R] in the order of the points, on the same
-    batch, NaN and infinities among them. The ledger keeps what it returns, rounded to fp32.
-    count(q) -> R, without building the points.
+    """Ask for losses again once a step has its multipliers, and choose the multipliers that it takes.
 
     It runs on the CPU, in plain Python: on a GPU a step with a second round is not captured.
+
+    Args:
+        name: The name that messages show.
+        probes: probes(multipliers) returns the R evaluation points of the round, from the step's multipliers [q] (fp32
+            values that contain lr).
+        choose: choose(losses, multipliers) returns the multipliers [q] that the step takes. losses [R] are in the order of
+            the points, on the same batch, and may be NaN or infinite. The ledger keeps the result, rounded to fp32.
+        count: count(q) returns R without building the points.
     """
 
     name: str
@@ -56,27 +64,30 @@ class SecondRound:
 
 @dataclass(frozen=True)
 class Estimator:
-    """How the losses of a step's probes become one coefficient per direction: Σ_k c_k·z_k estimates the gradient.
+    """Turn the losses of a step's probes into one coefficient per direction: Σ_k c_k·z_k estimates the gradient.
 
-    probes(q, eps) -> the step's P evaluation points, in order. A direction has one or two of nonzero scale; one point of
-    scale 0 may be shared by all directions. Points of one direction that stand side by side share a draw of z.
-    coefficients(losses, q, eps) -> c [q]. The factor 1/q is in it. Where the estimator has a state:
-    coefficients(losses, q, eps, state) -> (c [q], the new state [S]).
-    count(q) -> P, without building the probes.
-    state: the numbers that the state begins with; () has none.
-    sized: the loss's scale cancels in c, so that lr is the size of a step.
-    second: a second round of probes, from the first one's result; None: the step is made of the first alone.
-    per: how many examples of a step have directions of their own (`per_example`); 1: all share theirs. Then there are
-    q·per directions, P counts the probes of all examples, and losses[p·per + e] is example e's at probe p.
+    losses is fp64 [P], eps fp64 [], the state fp64 [S]: tensors on one device, CPU or GPU. On a GPU the call of
+    `coefficients` is captured in a CUDA graph: use no `.item()`, no branch on a value, and no tensor made from Python numbers
+    (`new_full` and its like may be used). A step whose losses are not finite is skipped, and its new state is dropped. On a
+    GPU torch divides by a *Python* number by multiplying with its reciprocal, which may differ from the CPU's division in
+    the last bit: divide by tensors (eps is one) where both should agree.
 
-    losses is fp64 [P], eps fp64 [], the state fp64 [S]: tensors on one device, CPU or GPU alike. On a GPU the call is
-    captured in a CUDA graph: no `.item()`, no branch on a value, no tensor made from Python numbers but by `new_full` and
-    its like. Losses that are not finite give what arithmetic makes of them; such a step is skipped, and its new state is
-    dropped. On a GPU torch divides by a *Python* number by multiplying with its reciprocal, which may differ from the
-    CPU's division in the last bit: divide by tensors (eps is one) where both should agree to the bit.
-
-    The state is no part of the ledger. A resume rebuilds it by running `coefficients` over the ledger's losses, which are
+    The state is not in the ledger. A resume rebuilds it by running `coefficients` over the ledger's losses, which are
     fp32. Therefore `run` rounds the losses to fp32 before it calls an estimator that has a state.
+
+    Args:
+        name: The name that messages and ledger headers show.
+        probes: probes(q, eps) returns the step's P evaluation points, in order. A direction has one or two points of nonzero
+            scale. One point of scale 0 may be shared by all directions. Neighbouring points of one direction share a draw of z.
+        coefficients: coefficients(losses, q, eps) returns c [q], which contains the factor 1/q. With a state,
+            coefficients(losses, q, eps, state) returns (c [q], the new state [S]).
+        count: count(q) returns P without building the probes.
+        state: The numbers that the state begins with; () is no state.
+        sized: Whether the loss's scale cancels in c, so that lr is the size of a step.
+        second: A second round of probes, made from the first round's result; None has none.
+        per: The number of examples of a step that have directions of their own (`per_example`); 1 means that all share
+            theirs. With N there are q·N directions, P counts the probes of all examples, and losses[p·N + e] belongs to
+            example e at probe p.
     """
 
     name: str

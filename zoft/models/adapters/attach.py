@@ -25,6 +25,7 @@ from zoft.models.adapters import start as adapter_start
 from zoft.models.adapters.kept_in_place import adapter_folder, complete, lora_pairs, plain_shapes
 from zoft.models.adapters.start import normal, tokens_of, uniform
 from zoft.models.calls import misread_prefix
+from zoft.models.card import write_card
 from zoft.models.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -275,15 +276,14 @@ def save_adapter(model: Any, folder: str | Path, *, tokenizer: Any = None, card:
     """Write the adapter as peft does, in the dtype it is kept in; all or nothing.
 
     adapter_config.json and adapter_model.safetensors, which PeftModel.from_pretrained reads; the tokenizer, if one is
-    given; card: text of README.md, see saving.model_card.
+    given; card: text of README.md, see card.model_card.
     """
     refuse_non_finite("nothing is saved", dict(named(model)), NOT_WRITTEN)
     with whole_folder(folder) as place, _quiet():
         model.save_pretrained(str(place), save_embedding_layers=False)
         if tokenizer is not None:
             save_tokenizer(tokenizer, place)
-        if card:
-            (place / "README.md").write_text(card, encoding="utf-8")
+        write_card(place, card)
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> Any:
