@@ -18,14 +18,14 @@ LARGEST = 1e30  # of a multiplier, a decay or a floor; fp32 ends at 3.4e38, and 
 
 
 def refuse_unsound(run: str | Path, log: Log) -> Log:
-    """The log, if its header can be replayed: a checksum does not know what was written wrongly. Raises UserError."""
+    """Return the log, if its header can be replayed: a checksum does not know what was written wrongly. Raises UserError."""
     if wrong := header_faults(log.header, log.records):
         raise UserError(f"{run}: ledger: {'; '.join(wrong)}")
     return log
 
 
 def header_faults(header: Mapping[str, Any], records: Sequence[Record] = ()) -> list[str]:
-    """What a header lacks or has wrong, beyond its checksum."""
+    """Return what a header lacks or has wrong, beyond its checksum."""
     needed = "zoft seed noise noise_version base config storage compute trained plan".split()
     wrong = [f"its header has no {name}" for name in needed if name not in header]
     if header.get("noise_version", spec.VERSION) != spec.VERSION:
@@ -63,7 +63,7 @@ def header_faults(header: Mapping[str, Any], records: Sequence[Record] = ()) -> 
 
 
 def value_faults(header: Mapping[str, Any]) -> list[str]:
-    """What is no resolved value of its key, of those that the header shares with a config."""
+    """Return what is no resolved value of its key, of those that the header shares with a config."""
     wrong, known = [], fields()
     shared = (
         "seed noise momentum eps q storage compute perturb mask sparsity mask_every blocks anchor "
@@ -137,13 +137,13 @@ def kind_faults(header: Mapping[str, Any]) -> list[str]:
 
 
 def plan_of(header: Mapping[str, Any]) -> Mapping[str, Any]:
-    """How the run was made; empty where the header does not say."""
+    """Return how the run was made; empty where the header does not say."""
     plan = header.get("plan")
     return plan if isinstance(plan, dict) else {}
 
 
 def trained_faults(trained: Any) -> list[str]:
-    """What is wrong with a header's trained tensors."""
+    """Return what is wrong with a header's trained tensors."""
     for name, entry in trained.items() if isinstance(trained, dict) else (("", None),):
         match entry:
             case [int(tensor), [*shape], "fp64" | "fp32" | "fp16" | "bf16"] if (

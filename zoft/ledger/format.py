@@ -42,7 +42,7 @@ assert _RECORD.itemsize == SIZE
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One step, as it happened: θ ← round(decay·θ + Σ_k multipliers[k]·z_k), or nothing where `skipped`.
+    """Hold one step, as it happened: θ ← round(decay·θ + Σ_k multipliers[k]·z_k), or nothing where `skipped`.
 
     step: counts from 0, the step of the noise. multipliers: q fp32 values. decay: fp32 value.
     losses: 2q values, (+, -) of each direction, kept as fp32. lr: the schedule's value, kept as fp32.
@@ -59,7 +59,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What happened to a run between two steps: kind "denoise" (weights were rebuilt) or "snapshot" (and saved).
+    """Hold what happened to a run between two steps: kind "denoise" (weights were rebuilt) or "snapshot" (and saved).
 
     step: number of steps done then. digest: of what came of it, zeros where nothing is kept (20 bytes).
     """
@@ -70,7 +70,7 @@ class Event:
 
 
 class Log(NamedTuple):
-    """A ledger's content: its header, one Record a step, and the events between steps, in order."""
+    """Hold a ledger's content: its header, one Record per step, and the events between steps, in order."""
 
     header: dict
     records: list[Record]
@@ -78,7 +78,7 @@ class Log(NamedTuple):
 
 
 def encode_header(header: dict) -> tuple[bytes, int]:
-    """The first bytes of a ledger, and their crc. Raises UserError for a header that is no JSON."""
+    """Return the first bytes of a ledger, and their crc. Raises UserError for a header that is no JSON."""
     assert header.get("format", FORMAT) == FORMAT, f"header format {header['format']}, not {FORMAT}"
     whole = {**header, "format": FORMAT}
     try:
@@ -91,7 +91,7 @@ def encode_header(header: dict) -> tuple[bytes, int]:
 
 
 def encode(record: Record, crc: int) -> tuple[bytes, int, Record]:
-    """Bytes of a step, the chained crc after it, and the record as a reader will see it."""
+    """Return the bytes of a step, the chained crc after it, and the record as a reader will see it."""
     q = len(record.multipliers)
     losses = record.losses
     assert 1 <= q <= MAX_DIRECTIONS and len(losses) == 2 * q, f"{q} multipliers, {len(losses)} losses"
@@ -118,7 +118,7 @@ def encode(record: Record, crc: int) -> tuple[bytes, int, Record]:
 
 
 def encode_event(event: Event, crc: int) -> tuple[bytes, int]:
-    """Bytes of an event, and the chained crc after it."""
+    """Return the bytes of an event, and the chained crc after it."""
     assert event.kind in EVENTS and len(event.digest) == DIGEST, event
     head = event.step.to_bytes(4, "little") + bytes([EVENTS[event.kind], LAST, 0, 0])
     crc = zlib.crc32(head + event.digest, crc)
@@ -140,7 +140,7 @@ def _record(rows: np.ndarray) -> Record:
 
 
 def decode(data: bytes, path: str | os.PathLike) -> tuple[Log, int, int]:
-    """Whole steps and events, the bytes they fill and the chained crc there; UserError on any damage."""
+    """Read whole steps and events, the bytes they fill and the chained crc there; UserError on any damage."""
     header, start, crc = _decode_header(data, path)
     rows = np.frombuffer(data, _RECORD, (len(data) - start) // SIZE, start)  # [records]
     view = memoryview(data)

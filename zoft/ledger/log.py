@@ -19,7 +19,7 @@ __all__ = ["Event", "Ledger", "Log", "Record", "read_ledger", "update_of", "upda
 
 
 def read_ledger(path: str | os.PathLike) -> Log:
-    """Header, whole steps and events of a ledger, also one in use; the file stays as it is.
+    """Return header, whole steps and events of a ledger, also one in use; the file stays as it is.
 
     Raises UserError that names the byte offset of any damage.
     """
@@ -32,7 +32,7 @@ def read_ledger(path: str | os.PathLike) -> Log:
 
 
 def updates_of(header: dict, records: Sequence[Record]) -> list[Update]:
-    """The weight updates of `records`, in order; skipped steps give none. Raises UserError without a seed."""
+    """Return the weight updates of `records`, in order; skipped steps give none. Raises UserError without a seed."""
     seed = header.get("seed")
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise UserError(
@@ -48,7 +48,7 @@ def update_of(record: Record, seed: int) -> Update:
 
 @final
 class Ledger:
-    """A ledger that this process alone may append to; made by `Ledger.create` or `Ledger.open`."""
+    """Append to a ledger that belongs to this process alone; made by `Ledger.create` or `Ledger.open`."""
 
     def __init__(self, fd: int, path: Path, log: Log, size: int, crc: int, sync: int | str):
         self.path, self._policy, self._synced = path, sync, time.monotonic()
@@ -112,11 +112,11 @@ class Ledger:
 
     @property
     def last_step(self) -> int:
-        """The last step written; -1 before the first."""
+        """Return the last step written; -1 before the first."""
         return len(self.records) - 1
 
     def fileno(self) -> int:
-        """The descriptor of the open file."""
+        """Return the descriptor of the open file."""
         return self._fd
 
     def append(self, record: Record) -> None:
