@@ -80,7 +80,7 @@ def check_folder(name: str, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_adapter(name: str, folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a folder with plain LoRA pairs, in safetensors. Imports nothing heavy.
+    """Return the adapter_config.json of a folder with plain LoRA pairs, in safetensors. Imports nothing heavy.
 
     name: the user's word for it. Errors: UserError for any other adapter, and for files that are not whole.
     """
@@ -273,7 +273,7 @@ def _no_weights(name: str, folder: Path) -> str:
 
 
 def pickles(name: str) -> str:
-    """What is said of a model that comes as pickles only."""
+    """Return the message about a model that comes as pickles only."""
     return (
         "is a pickle, which can run code; zoft loads safetensors only. Where you trust it: python -c 'from transformers "
         f'import AutoModelForCausalLM as M; M.from_pretrained("{name}").save_pretrained("converted")\', then copy '
@@ -332,7 +332,7 @@ def read_header(name: str, path: Path, key: str = "model") -> dict[str, dict[str
 
 
 def read_object(name: str, path: Path, key: str = "model") -> dict[str, Any]:
-    """A JSON file that must hold an object."""
+    """Return a JSON file that must hold an object."""
     try:
         with path.open("rb") as file:
             data = file.read(CONFIG_MAX + 1)

@@ -23,7 +23,7 @@ class Stored(Protocol):
 
 
 def of_model(model: nn.Module) -> str:
-    """The identity of a base: a hash over names, shapes, dtypes and bytes of all its tensors.
+    """Return the identity of a base: a hash over names, shapes, dtypes and bytes of all its tensors.
 
     Ties count once, under their first name. Models over 1 GiB are sampled: 16,384 evenly spaced elements of
     each larger tensor stand for it, and the result says "sampled". The same on every device.
@@ -33,7 +33,7 @@ def of_model(model: nn.Module) -> str:
 
 
 def of_tensors(tensors: Iterable[tuple[str, torch.Tensor]], size: int) -> str:
-    """The fingerprint of tensors that come one by one; size: bytes of all of them."""
+    """Return the fingerprint of tensors that come one by one; size: bytes of all of them."""
     whole = size <= FULL_HASH_BYTES
     h = hashlib.blake2b(digest_size=16)
     for name, t in tensors:
@@ -52,7 +52,7 @@ def distinct(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def memory_of(t: torch.Tensor) -> tuple:
-    """Equal for tensors that are one memory: ties."""
+    """Return a key that is equal for tensors that are one memory: ties."""
     return t.device, t.data_ptr(), t.shape, t.stride()
 
 

@@ -17,14 +17,14 @@ from torch.utils.flop_counter import flop_registry
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one call. activations: bytes alive at once at most, beyond weights and inputs. flops: multiply and add count two."""
+    """Hold the cost of one call. activations: bytes alive at once at most, beyond weights and inputs. flops: multiply and add count two."""
 
     activations: int
     flops: int
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the tensors that operations make, from their making until nobody holds them; and their flops.
+    """Count the bytes of the tensors that operations make, from their making until nobody holds them; and their flops.
 
     Works on any device, meta included. What stands in `known` is not counted. count: flops too.
     """
@@ -90,7 +90,7 @@ class _Fused(TorchFunctionMode):
 
 
 def cost(model: nn.Module, call: Callable[[], Any], inputs: Iterable[Tensor] = ()) -> Cost:
-    """Of call(), which runs the model (on the meta device) without gradient; its result counts while it runs."""
+    """Return the cost of call(), which runs the model (on the meta device) without gradient; its result counts while it runs."""
     live, fused = Live([*model.parameters(), *model.buffers(), *inputs]), _Fused()
     with torch.no_grad(), fused, _Yes(), live:
         call()
@@ -98,7 +98,7 @@ def cost(model: nn.Module, call: Callable[[], Any], inputs: Iterable[Tensor] = (
 
 
 def kept(model: nn.Module, call: Callable[[], Any]) -> int:
-    """Bytes that a backward of call() would need: tensors saved on the way, each storage once, weights aside."""
+    """Return the bytes that a backward of call() would need: tensors saved on the way, each storage once, weights aside."""
     ours = {p.untyped_storage()._cdata for p in model.parameters()}
     held: list[Tensor] = []  # alive to the end, so that no place is used twice
     fused = _Fused()

@@ -56,7 +56,7 @@ LLAMA_TENSORS = {
 
 @dataclass
 class File:
-    """fields: the header's key -> value. tensors: name -> (shape outermost first, GGML type, first byte)."""
+    """Hold a GGUF file. fields: the header's key -> value. tensors: name -> (shape outermost first, GGML type, first byte)."""
 
     path: Path
     fields: dict[str, Any]
@@ -65,7 +65,7 @@ class File:
 
 
 def read_gguf(path: Path) -> File:
-    """The header of a GGUF file (versions 2 and 3, little-endian); tensors stay on disk, mapped.
+    """Return the header of a GGUF file (versions 2 and 3, little-endian); tensors stay on disk, mapped.
 
     Errors: UserError where the file is not GGUF or ends early.
     Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -147,7 +147,7 @@ def _value(data: mmap.mmap, at: int, kind: int, left: list[int], depth: int = 0)
 
 
 def tensor(file: File, name: str) -> Any:
-    """One tensor, dequantised: a float32 NumPy array in its outermost-first shape."""
+    """Return one tensor, dequantised: a float32 NumPy array in its outermost-first shape."""
     import numpy as np
 
     try:
@@ -171,7 +171,7 @@ def tensor(file: File, name: str) -> Any:
 
 
 def gguf_model(file: File, dtype: Any) -> Any | None:
-    """A LlamaForCausalLM with the file's weights, or None where something in the file is not known here.
+    """Return a LlamaForCausalLM with the file's weights, or None where something in the file is not known here.
 
     dtype: torch.dtype the weights are cast to after dequantisation to fp32. The weights are transformers' own
     conversion, bit for bit.
@@ -212,13 +212,13 @@ def _refuse_other_shapes(file: File, config: Any, names: dict[str, str]) -> None
 
 
 def llama_names(file: File) -> dict[str, str] | None:
-    """transformers' name -> the file's, or None where a tensor is not known here."""
+    """Return {transformers' name: the file's}, or None where a tensor is not known here."""
     names = {_llama_name(name): name for name in file.tensors}
     return None if "" in names else names
 
 
 def weight(file: File, name: str, target: str, config: Any) -> Any:
-    """One tensor as a Llama of transformers has it under the name `target`: fp32, memory of its own."""
+    """Return one tensor as a Llama of transformers has it under the name `target`: fp32, memory of its own."""
     import torch
 
     values = tensor(file, name)
@@ -258,7 +258,7 @@ def _llama_name(name: str) -> str:
 
 
 def gguf_tokenizer(file: File) -> Any | None:
-    """The file's byte-level BPE tokenizer, or None where it has another kind.
+    """Return the file's byte-level BPE tokenizer, or None where it has another kind.
 
     The header names the pre-tokenizer without describing it: "smollm" splits every digit off, then splits as
     GPT-2. transformers' own conversion leaves the digits out, so that blanks before a number come out as

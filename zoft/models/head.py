@@ -16,7 +16,7 @@ from zoft.models.calls import puts_before, takes
 def project(
     model: nn.Module, inputs: dict[str, Tensor], positions: Tensor, tokens: Tensor | None = None
 ) -> Tensor:
-    """Logits at some positions only: hidden states are gathered before they meet the vocabulary.
+    """Return the logits at some positions only: hidden states are gathered before they meet the vocabulary.
 
     The output embedding gets a hook for this call that turns hidden states [R, T, H] into [N, H]. A model
     without an output embedding, or one that does not call it, makes all its logits and they are gathered.
@@ -104,7 +104,7 @@ def _narrowed(head: Any, tokens: Tensor) -> Iterator[None]:
 
 @contextmanager
 def uncached(model: nn.Module) -> Iterator[None]:
-    """For the time of one forward no config asks for a key-value cache: not every model's head takes `use_cache`."""
+    """Let no config ask for a key-value cache during one forward: not every model's head takes `use_cache`."""
     configs = [m.__dict__["config"] for m in model.modules() if "config" in m.__dict__]
     parts = [
         part
@@ -136,6 +136,6 @@ def head_of(model: Any) -> nn.Module | None:
 
 
 def prompt_columns(model: Any) -> int:
-    """Columns that the model itself puts in front of each row of hidden states: its prompt."""
+    """Return the columns that the model itself puts in front of each row of hidden states: its prompt."""
     settings: Any = getattr(model, "active_peft_config", None)
     return settings.num_virtual_tokens if getattr(settings, "peft_type", "") == "PROMPT_TUNING" else 0

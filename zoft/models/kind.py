@@ -18,7 +18,7 @@ NO_LANGUAGE = ("Classification", "QuestionAnswering", "MultipleChoice", "RewardM
 
 
 def auto_class(name: str, config: Any) -> Any:
-    """transformers' Auto class for a checkpoint with this config: of masked language models, else of causal ones.
+    """Return transformers' Auto class for a checkpoint with this config: of masked language models, else of causal ones.
 
     name: the user's word for the model. config: a transformers config, or None for a GGUF file.
     Errors: UserError for an encoder-decoder model, and for one whose head is no language model's.
@@ -48,7 +48,7 @@ def auto_class(name: str, config: Any) -> Any:
 
 
 def is_masked(model: Any) -> bool:
-    """Whether it is a masked language model: the logits at a token are of the token itself, not of the next."""
+    """Say whether it is a masked language model: the logits at a token are of the token itself, not of the next."""
     return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__.endswith(
         "ForMaskedLM"
     )
@@ -69,7 +69,7 @@ def refuse_other_kind(name: str, model: Any, masked: bool) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars over a load that takes seconds, and no report of what is checked here."""
+    """Hide progress bars over a load that takes seconds, and the report of what is checked here."""
     from transformers.utils import logging
 
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -87,12 +87,12 @@ ADDED = re.compile(r"\.lora_|^prompt_encoder\.")  # names of the tensors that pe
 
 
 def own_name(name: str) -> str:
-    """The name that a tensor has in the model without an adapter in place."""
+    """Return the name that a tensor has in the model without an adapter in place."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """(name, list) of the model's stack of blocks: its longest ModuleList of one type, by parameter count."""
+    """Return (name, list) of the model's stack of blocks: its longest ModuleList of one type, by parameter count."""
     from torch import nn
 
     best: tuple[int, str, nn.ModuleList] | None = None
@@ -107,7 +107,7 @@ def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def after(model: nn.Module, prefix: str) -> set[str]:
-    """Names of the parameters of the modules that follow the stack inside its parent (the final norm)."""
+    """Return the names of the parameters of the modules that follow the stack inside its parent (the final norm)."""
     parent_name, _, own = prefix.rpartition(".")
     parent = model.get_submodule(parent_name) if parent_name else model
     embeddings = set()
@@ -124,13 +124,13 @@ def after(model: nn.Module, prefix: str) -> set[str]:
 
 
 def trained_positions(model: Any) -> int | None:
-    """Positions that the model's config names; None where it names none."""
+    """Return the positions that the model's config names; None where it names none."""
     size = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return size if isinstance(size, int) and size > 0 else None
 
 
 def longest_row(model: Any) -> int | None:
-    """Tokens that fit a model that looks its positions up in a table, virtual ones taken off; None where positions are
+    """Return the tokens that fit a model that looks its positions up in a table, virtual ones taken off; None where positions are
     computed, and any number goes."""
     from torch import nn
 

@@ -37,7 +37,7 @@ PACKAGED = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is: kind "gguf", "folder" or "hub"; place, a path or Hub id; name, the user's word for it."""
+    """Say where a model is: kind "gguf", "folder" or "hub"; place, a path or Hub id; name, the user's word for it."""
 
     kind: str
     place: str
@@ -88,7 +88,7 @@ def check_model(source: Source) -> dict[str, dict[str, Any]]:
 
 
 def block_count(source: Source) -> int | None:
-    """How many blocks a model's own settings say it has, without loading it; None where they do not say."""
+    """Return how many blocks a model's own settings say it has, without loading it; None where they do not say."""
     if source.kind == "gguf":
         from zoft.models.gguf import read_gguf
 
@@ -157,7 +157,7 @@ def keeping_a_model() -> Iterator[None]:
 
 
 def load_model(model: str, *, dtype: Any = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """A causal or masked language model ready for forward passes, and its tokenizer.
+    """Return a causal or masked language model ready for forward passes, and its tokenizer.
 
     The model is in eval mode, its tensors take no gradient, its attention is PyTorch's own (sdpa) where the
     architecture has that. `model.checkpoint_dtype` is the torch.dtype the checkpoint has (fp32 for a GGUF).
@@ -358,7 +358,7 @@ def _name_what_is_dropped(name: str, model: Any, held: Iterable[str]) -> None:
 
 @contextmanager
 def user_errors(source: Source) -> Iterator[None]:
-    """Whatever reading a model's files raises, in transformers or here, as one line."""
+    """Turn whatever reading a model's files raises, in transformers or here, into one line."""
     try:
         yield
     except Exception as error:
@@ -377,7 +377,7 @@ def user_errors(source: Source) -> Iterator[None]:
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
-    """A model's tokenizer alone. Errors: UserError, as for `load`."""
+    """Return a model's tokenizer alone. Errors: UserError, as for `load`."""
     source = find_model(model)
     with quiet(), user_errors(source):
         if source.kind == "gguf":

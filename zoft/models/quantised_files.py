@@ -23,7 +23,7 @@ CODES = {OURS: "codes", GPTQ: "qweight"}  # the tensor by which a quantised laye
 
 @dataclass(frozen=True)
 class Settings:
-    """How a checkpoint is quantised. group: 0 is the whole row. first_zero: what a stored zero point of 0 means (GPTQ)."""
+    """Say how a checkpoint is quantised. group: 0 is the whole row. first_zero: what a stored zero point of 0 means (GPTQ)."""
 
     method: str
     bits: int
@@ -32,7 +32,7 @@ class Settings:
 
 
 def quantisation_of(name: str, config: Any, folder: Path | None) -> Settings | None:
-    """What a model's config (or GPTQ's old quantize_config.json beside it) says, None where zoft does not read it.
+    """Return what a model's config (or GPTQ's old quantize_config.json beside it) says, None where zoft does not read it.
 
     name: the user's word for the model. Errors: UserError for what GPTQ has and zoft has not.
     """
@@ -60,7 +60,7 @@ def quantisation_of(name: str, config: Any, folder: Path | None) -> Settings | N
 def load_quantised(
     name: str, folder: Path, config: Any, found: Settings, dtype: torch.dtype | None, trust: bool
 ) -> Any:
-    """The model of a quantised folder: its quantised layers as QuantLinear, everything else as transformers reads it.
+    """Return the model of a quantised folder: its quantised layers as QuantLinear, everything else as transformers reads it.
 
     dtype: of the rest; None: the config's, else that of the first tensor that has one.
     Errors: UserError where tensors and config do not fit.
@@ -198,7 +198,7 @@ def _from_gptq(tensors: dict[str, Tensor], shape: tuple, group: int, found: Sett
 
 
 def state(model: nn.Module, dequantise: bool) -> tuple[dict[str, Tensor], set[str]]:
-    """(a model's tensors as they are saved, names of those that keep their dtype): scales as they are, never as
+    """Return (a model's tensors as they are saved, names of those that keep their dtype): scales as they are, never as
     logarithms; with dequantise plain weights on the CPU in place of codes and scales."""
     tensors, kept = dict(model.state_dict()), set()
     for name in other_layers(model):

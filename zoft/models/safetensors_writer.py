@@ -24,7 +24,7 @@ def write_shards(
     tensors: Iterable[tuple[str, torch.Tensor]],
     limit: int = LIMIT,
 ) -> None:
-    """model.safetensors in `folder`, or several of them and their index, as transformers loads them.
+    """Write model.safetensors in `folder`, or several of them and their index, as transformers loads them.
 
     sizes: name -> (shape, dtype) of every tensor. tensors: (name, tensor) in any order, each freed when the next
     is asked for. The bytes are those that safetensors would write of the same tensors.
@@ -73,7 +73,7 @@ def write_shards(
 def safetensors_header(
     sizes: Mapping[str, tuple[Sequence[int], torch.dtype]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
-    """The first bytes of a file, and where each of its tensors begins, in the order they have there."""
+    """Return the first bytes of a file, and where each of its tensors begins, in the order they have there."""
     head: dict[str, object] = {"__metadata__": dict(metadata)}
     at, starts = 0, {}
     for name in sorted(sizes, key=lambda n: (_ORDER[sizes[n][1]], n.encode())):

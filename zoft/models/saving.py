@@ -69,7 +69,7 @@ def save_model(
 
 
 def finish_folder(folder: Path, tokenizer: Any, dtype: Any, card: str) -> None:
-    """What goes with weights and config.json: the dtype in it, the tokenizer, the model card."""
+    """Write what goes with weights and config.json: the dtype in it, the tokenizer, the model card."""
     if dtype != "auto":
         # save_pretrained writes the dtype that the model in memory has.
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -96,7 +96,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 @contextmanager
 def whole_folder(out_dir: str | Path) -> Iterator[Path]:
-    """A folder to write into, which takes the name out_dir when the context ends well, in place of an older one.
+    """Provide a folder to write into, which takes the name out_dir when the context ends well, in place of an older one.
 
     Its files are on the disk before it takes the name, and the name before the context ends. What a killed process has
     left beside it is deleted first. Raises UserError where the disk is full or cannot be written.
@@ -181,7 +181,7 @@ def _sync(folder: Path) -> None:
 
 
 def cast_tensor(name: str, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor to save, on the CPU in dtype. Raises UserError for values that it cannot hold, and for NaN and infinity."""
+    """Return a tensor to save, on the CPU in dtype. Raises UserError for values that it cannot hold, and for NaN and infinity."""
     refuse_non_finite("nothing is saved", {name: t}, NOT_WRITTEN)
     made = t.to("cpu", dtype)
     if not is_finite(made):

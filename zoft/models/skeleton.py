@@ -17,7 +17,7 @@ from zoft.models.quantised_files import quantisation_of
 
 
 def skeleton(config: Config) -> Any:
-    """The config's model on the meta device, in the dtype of its checkpoint: names, shapes and no memory."""
+    """Return the config's model on the meta device, in the dtype of its checkpoint: names, shapes and no memory."""
     from transformers import AutoConfig
 
     source = find_model(config.model)

@@ -54,7 +54,7 @@ _PAIRS = (
 
 
 def attach_adapter(model: nn.Module, config: Config, start: Path | None = None) -> Any:
-    """The model with the adapter that config.train asks for, untrained, as a peft model on the model's device.
+    """Return the model with the adapter that config.train asks for, untrained, as a peft model on the model's device.
 
     LoRA: y = W x + (alpha / rank)·B A x, A uniform in ±1/sqrt(in) (Kaiming, a = √5), B = 0; no dropout, no bias.
     prefix: keys and values of virtual_tokens random tokens as the frozen model makes them, in every layer, without
@@ -236,7 +236,7 @@ def _rows_of_prompt(model: Any, batch_size: int, **unused: Any) -> Tensor:
 
 
 def named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The adapter's own tensors."""
+    """Return the adapter's own tensors."""
     return [(n, p) for n, p in model.named_parameters() if ADDED.search(n)]
 
 
@@ -287,7 +287,7 @@ def save_adapter(model: Any, folder: str | Path, *, tokenizer: Any = None, card:
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> Any:
-    """The base model with a saved adapter. Raises UserError where it does not fit."""
+    """Return the base model with a saved adapter. Raises UserError where it does not fit."""
     from peft import PeftConfig, PeftModel, get_peft_model
 
     if lora_pairs(model):
@@ -314,7 +314,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Any:
 
 
 def merge_adapter(model: Any) -> Any:
-    """The base model with its LoRA pairs added to its matrices: W + (alpha / rank)·B A, summed in fp32, rounded once.
+    """Return the base model with its LoRA pairs added to its matrices: W + (alpha / rank)·B A, summed in fp32, rounded once.
 
     The model's own matrices change. Raises UserError for a prefix or a prompt, which are no change of weights.
     """

@@ -34,7 +34,7 @@ FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 
 @contextmanager
 def plain_shapes(model: nn.Module) -> Iterator[None]:
-    """For the time of a call of peft: nn.Linear and Conv1D, of no memory, where the model's quantised layers are."""
+    """Put nn.Linear and Conv1D, of no memory, where the model's quantised layers are, for the time of a call of peft."""
     held = quantised_layers(model)
     for name, layer in held.items():
         shape = (layer.out_features, layer.in_features)[:: -1 if layer.transposed else 1]
@@ -59,7 +59,7 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def adapter_folder(config: Config) -> Path | None:
-    """Where the adapter is that the model has in place: the one that is asked for, or the saved model's own.
+    """Return where the adapter is that the model has in place: the one that is asked for, or the saved model's own.
 
     Raises UserError for what is no plain LoRA adapter, for two of them, and where the model's own would be trained.
     """
@@ -102,7 +102,7 @@ def tensors(data: bytes) -> dict[str, Tensor]:
 
 
 def adapter_files(folder: Path) -> dict[str, bytes]:
-    """The adapter as it is written beside the codes that a run saves; its base is then the model that it lies in."""
+    """Return the adapter as it is written beside the codes that a run saves; its base is then the model that it lies in."""
     settings = check_adapter(str(folder), folder) | {"base_model_name_or_path": None}
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
     return {FILES[0]: text.encode(), FILES[1]: (folder / FILES[1]).read_bytes()}
@@ -129,14 +129,14 @@ def complete(made: Any, folder: Path) -> None:
 
 
 def lora_pairs(model: nn.Module) -> dict[str, Any]:
-    """peft's layers around a base model's own, by the name that the layer has in the base model."""
+    """Return peft's layers around a base model's own, by the name that the layer has in the base model."""
     base = getattr(model, "get_base_model", lambda: model)()
     return {n: m for n, m in base.named_modules() if hasattr(m, "base_layer")}
 
 
 @contextmanager
 def without(model: Any) -> Iterator[Any]:
-    """The base model as it was before pairs were put in place; they are back afterwards."""
+    """Provide the base model as it was before pairs were put in place; they are back afterwards."""
     found = lora_pairs(model)
     base = model.get_base_model() if found else model
     try:
@@ -149,7 +149,7 @@ def without(model: Any) -> Iterator[Any]:
 
 
 def changes(model: Any, dequantise: bool) -> dict[str, Tensor] | None:
-    """(alpha / rank)·B A for each matrix with a pair, by the matrix's name, in fp32, of the adapter as it was loaded.
+    """Return (alpha / rank)·B A for each matrix with a pair, by the matrix's name, in fp32, of the adapter as it was loaded.
 
     None: the pairs cannot be added to the matrices as they are saved: codes, a tied matrix, no plain linear layer.
     """
@@ -180,7 +180,7 @@ def changes(model: Any, dequantise: bool) -> dict[str, Tensor] | None:
 
 
 def write(model: Any, folder: Path) -> None:
-    """The adapter that a model has in place, in a folder within its own."""
+    """Write the adapter that a model has in place, into a folder within its own."""
     (folder / INNER).mkdir()
     for name, data in model.beside.items():
         (folder / INNER / name).write_bytes(data)

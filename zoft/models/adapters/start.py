@@ -20,7 +20,7 @@ from zoft.noise.spec import GAUSSIAN, tensor_id
 
 
 def keys_values(model: Any, tokens: Tensor) -> Tensor:
-    """Keys and values [n, layers, 2, heads, dim] that the frozen model makes of one row of n tokens."""
+    """Return the keys and values [n, layers, 2, heads, dim] that the frozen model makes of one row of n tokens."""
     try:
         past = cache_of(model(input_ids=tokens[None], use_cache=True))
         pairs = [torch.stack([k[0], v[0]]) for k, v in calls.keys_values(past)]  # [2, heads, n, dim]
@@ -38,7 +38,7 @@ def _raw(count: int, seed: int, name: str) -> np.ndarray:
 
 
 def uniform(shape: Sequence[int], seed: int, name: str) -> Tensor:
-    """Uniform on an even grid in (-1, 1), fp32."""
+    """Return numbers that are uniform on an even grid in (-1, 1), fp32."""
     words = _raw(int(np.prod(shape)), seed, name) >> np.uint64(40)  # 24 bits
     return torch.from_numpy(((words.astype(np.float64) + 0.5) * 2.0**-23 - 1.0).astype(np.float32)).view(
         *shape
@@ -51,7 +51,7 @@ def normal(shape: Sequence[int], seed: int, name: str) -> Tensor:
 
 
 def tokens_of(model: Any, n: int, seed: int) -> Tensor:
-    """n random token ids of the vocabulary."""
+    """Return the n random token ids of the vocabulary."""
     table = model.get_input_embeddings().weight
     size = min(table.shape[0], getattr(model.config.get_text_config(), "vocab_size", table.shape[0]))
     ids = _raw(n, seed, "virtual tokens") % np.uint64(size)

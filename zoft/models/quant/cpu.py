@@ -16,7 +16,7 @@ _NONE = np.zeros((0, 0), np.int16)
 
 
 def dequantise(layer: Any, scales: Tensor, out: Tensor) -> None:
-    """`zoft.models.quant.linear.dequantise` of fp32 scales [P, out, G] on a CPU; layer: a `zoft.models.quant.linear.QuantLinear`."""
+    """Run `zoft.models.quant.linear.dequantise` of fp32 scales [P, out, G] on a CPU; layer: a `zoft.models.quant.linear.QuantLinear`."""
     made = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     zeros = _NONE if layer.zeros is None else layer.zeros.numpy()
     arrays = layer.codes.numpy(), scales.numpy(), zeros, made.numpy()

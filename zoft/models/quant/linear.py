@@ -28,7 +28,7 @@ _CHUNK = 1 << 24  # numbers quantised at a time: some ten fp32 copies of them ar
 
 
 class Scales(nn.Parameter):
-    """The scales of a quantised layer, whoever made it: stored and probed in fp32, without weight decay.
+    """Hold the scales of a quantised layer, whoever made it: stored and probed in fp32, without weight decay.
 
     logged: what is held is ln Δ, so that a step is relative and no scale can reach 0.
     """
@@ -37,7 +37,7 @@ class Scales(nn.Parameter):
 
 
 class QuantLinear(nn.Module):
-    """y = x Wᵀ + b with W as above; an nn.Linear, or a Conv1D, whose weight is codes and scales.
+    """Compute y = x Wᵀ + b with W as above: an nn.Linear, or a Conv1D, whose weight is codes and scales.
 
     codes: uint8 [out, G·n·bits/8], n = group (padded to even, and to whole groups in a row). scales: fp32 [out, G].
     zeros: int16 [out, G], in units of 1/UNIT, or None: 2^(bits−1) for all. order: int32 [in], which column stands
@@ -70,12 +70,12 @@ class QuantLinear(nn.Module):
 
     @property
     def padded(self) -> int:
-        """Codes that are kept for a group."""
+        """Return codes that are kept for a group."""
         return self.group + self.group % 2
 
     @property
     def weight(self) -> Tensor:
-        """The matrix, dequantised, in fp32 and in the shape that the layer it stands for has."""
+        """Return the matrix, dequantised, in fp32 and in the shape that the layer it stands for has."""
         w = dequantise(self, self.scales.detach()[None], torch.float32)[0]
         if self.order is not None:
             w = torch.empty_like(w).index_copy_(1, self.order.long(), w)
@@ -95,7 +95,7 @@ class QuantLinear(nn.Module):
         return (F.linear(x, w) + self.bias).to(x.dtype)
 
     def ordered(self, x: Tensor) -> Tensor:
-        """x [..., in] with its columns as the codes have them."""
+        """Return x [..., in] with its columns as the codes have them."""
         return x if self.order is None else x.index_select(-1, self.order)
 
     def extra_repr(self) -> str:
@@ -106,7 +106,7 @@ class QuantLinear(nn.Module):
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """[out, G, n] whole numbers as uint8 [out, G·n·bits/8]; n even."""
+    """Pack [out, G, n] whole numbers into uint8 [out, G·n·bits/8]; n even."""
     codes = codes.to(torch.uint8)
     if bits == 4:
         low, high = codes.chunk(2, -1)
@@ -115,13 +115,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
-    """uint8 [out, G, n] of what `pack` made."""
+    """Return uint8 [out, G, n] of what `pack` made."""
     grouped = packed.unflatten(1, (-1, n * bits // 8))
     return torch.cat([grouped & 15, grouped >> 4], -1) if bits == 4 else grouped
 
 
 def dequantise(layer: QuantLinear, scales: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """[P, out, in]: the matrix under each of P sets of scales [P, out, G]; codes are read once for all.
+    """Return [P, out, in]: the matrix under each of P sets of scales [P, out, G]; codes are read once for all.
 
     fl(Δ·(c − zero)) in the scales' precision, then rounded to dtype; columns in the codes' order.
     out: where to write it.
@@ -154,7 +154,7 @@ def dequantise(layer: QuantLinear, scales: Tensor, dtype: torch.dtype, out: Tens
 def product(
     layer: QuantLinear, x: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor, w: Tensor | None = None
 ) -> None:
-    """y_p = x_p W_pᵀ + b_p into y [P, n, out], W_p the matrix under scales [P, out, G].
+    """Write y_p = x_p W_pᵀ + b_p into y [P, n, out], W_p the matrix under scales [P, out, G].
 
     x: [P, n, in], columns in the codes' order. bias: [out] for all, [P, out], or None; added in fp32 where it is
     wider than x. w: scratch [P, out, in] of x's dtype.
@@ -179,7 +179,7 @@ def product(
 
 
 def fused(layer: QuantLinear, x: Tensor, scales: Tensor) -> bool:
-    """Whether the product of these rows [P, n, in] unpacks codes on the way, instead of writing W down first."""
+    """Say whether the product of these rows [P, n, in] unpacks codes on the way, instead of writing W down first."""
     few = x.is_cuda and x.shape[1] <= FUSED_ROWS and len(x) <= 2
     return few and scales.dtype == torch.float32 and layer.group in (32, 64, 128)
 
@@ -244,7 +244,7 @@ def _quantise(
 def from_linear(
     linear: nn.Module, bits: int, group: int, zero_points: bool, device: Any = None
 ) -> QuantLinear:
-    """The layer's matrix quantised, on the device, its bias as it is; a group larger than a row becomes the row."""
+    """Return the layer's matrix quantised, on the device, its bias as it is; a group larger than a row becomes the row."""
     source: Any = linear
     transposed = type(source) is Conv1D
     weight = source.weight.detach()
@@ -309,12 +309,12 @@ def quantise_model(
 
 
 def quantised_layers(model: nn.Module) -> dict[str, QuantLinear]:
-    """The quantised layers of zoft's own, by name."""
+    """Return the quantised layers of zoft's own, by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
 
 
 def count_numbers(model: nn.Module) -> int:
-    """Weights of a model as its paper would count them: of a quantised layer its codes, not its scales."""
+    """Return the weights of a model as its paper would count them: of a quantised layer its codes, not its scales."""
     ours = sum(m.in_features * m.out_features for m in quantised_layers(model).values())
     return ours + sum(p.numel() for p in model.parameters() if not isinstance(p, Scales))
 
@@ -327,7 +327,7 @@ def dequantise_layers(model: nn.Module) -> None:
 
 
 def plain(layer: QuantLinear, weight: Tensor) -> nn.Module:
-    """The nn.Linear or Conv1D that the layer stands for, of this weight."""
+    """Return the nn.Linear or Conv1D that the layer stands for, of this weight."""
     shape = (layer.in_features, layer.out_features)
     with torch.device("meta"):
         linear: Any = (

@@ -22,7 +22,7 @@ TOLERANCE = 0.05  # of what it does to the output, which may have 16 bits
 
 
 def attach_scales(model: nn.Module) -> Iterator[tuple[str, Scales]]:
-    """(name, scales) of every quantised layer of a library that is known here, alive and ready to be trained.
+    """Yield (name, scales) of every quantised layer of a library that is known here, alive and ready to be trained.
 
     Raises UserError for a layer whose output does not follow its scales.
     """
@@ -150,13 +150,13 @@ WAYS: dict[str, Callable[[Any], tuple[Tensor, Callable, bool]]] = {
 
 
 def other_layers(model: nn.Module) -> dict[str, Any]:
-    """The layers of the libraries that are known here, attached or not, by name."""
+    """Return the layers of the libraries that are known here, attached or not, by name."""
     kinds = ((n, m, type(m)) for n, m in model.named_modules())
     return {n: m for n, m, kind in kinds if f"{kind.__module__.partition('.')[0]}.{kind.__name__}" in WAYS}
 
 
 def keep_other_layers(model: nn.Module) -> None:
-    """Frozen layers stay as they were loaded: a CPU with bf16 instructions would repack them, scales in bf16, and what a run
+    """Keep frozen layers as they were loaded: a CPU with bf16 instructions would repack them, scales in bf16, and what a run
     saves would be another model."""
     for layer in other_layers(model).values():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
@@ -165,7 +165,7 @@ def keep_other_layers(model: nn.Module) -> None:
 
 @torch.no_grad()
 def dense(layer: Any) -> Tensor:
-    """The matrix [out, in] that a layer stands for, in fp32."""
+    """Return the matrix [out, in] that a layer stands for, in fp32."""
     if hasattr(layer, "state") and hasattr(
         layer.state, "SCB"
     ):  # int8, whose products round their inputs, too
@@ -194,7 +194,7 @@ _MARKS = (
 
 @contextmanager
 def plain_form(model: Any, keep: bool = False) -> Iterator[None]:
-    """For the time of a save (keep: for good) such layers are nn.Linear with their dequantised weights, in fp32, and
+    """Turn such layers, for the time of a save (keep: for good), into nn.Linear with their dequantised weights, in fp32, and
     nothing says that the model was quantised."""
     found = other_layers(model)
     marks = {k: model.__dict__.pop(k) for k in _MARKS if found and k in model.__dict__}
@@ -231,13 +231,13 @@ def dequantise_other_layers(model: nn.Module) -> None:
 
 
 def alive(model: nn.Module) -> dict[str, Any]:
-    """The layers whose scales were attached, by name."""
+    """Return the layers whose scales were attached, by name."""
     return {n: m for n, m in model.named_modules() if hasattr(type(m), "put")}
 
 
 @contextmanager
 def own_form(model: nn.Module) -> Iterator[None]:
-    """For the time of a save such layers are as their library knows them, with the scales as they are now."""
+    """Show such layers, for the time of a save, as their library knows them, with the scales as they are now."""
     found = {layer: layer.scales for layer in alive(model).values()}
     try:
         for layer, scales in found.items():

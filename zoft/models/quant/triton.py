@@ -136,7 +136,7 @@ def _product(
 
 
 def dequantise(layer: Any, scales: Tensor, out: Tensor, log: bool) -> None:
-    """`zoft.models.quant.linear.dequantise` of fp32 scales [P, out, G] on a GPU; layer: a `zoft.models.quant.linear.QuantLinear`."""
+    """Run `zoft.models.quant.linear.dequantise` of fp32 scales [P, out, G] on a GPU; layer: a `zoft.models.quant.linear.QuantLinear`."""
     probes, outs, groups = scales.shape
     held = layer.padded * layer.bits // 8
     block = max(16, triton.next_power_of_2(held))
@@ -152,7 +152,7 @@ def dequantise(layer: Any, scales: Tensor, out: Tensor, log: bool) -> None:
 
 
 def product(layer: Any, x: Tensor, scales: Tensor, bias: Tensor | None, y: Tensor, log: bool) -> None:
-    """y_p = x_p W_pᵀ + b: x [P, n, in] in the codes' order, scales fp32 [P, out, G], bias [out] or [P, out]; P is 1 or 2.
+    """Compute y_p = x_p W_pᵀ + b: x [P, n, in] in the codes' order, scales fp32 [P, out, G], bias [out] or [P, out]; P is 1 or 2.
 
     layer: a `zoft.models.quant.linear.QuantLinear`. Made for few rows: what a program unpacks it uses for `ROWS` of them only.
     """
