@@ -30,7 +30,7 @@ DICE = 0x64696365  # separates these words from those of the noise
 
 @dataclass(frozen=True)
 class Written:
-    """One text: what it says, how many tokens it took, and whether all its logits were numbers."""
+    """Hold one text: what it says, how many tokens it took, and whether all its logits were numbers."""
 
     text: str
     tokens: int

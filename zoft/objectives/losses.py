@@ -24,7 +24,7 @@ CHUNK = 1 << 25  # logits that are in fp32 at one time: 128 MiB
 
 @dataclass
 class Batch:
-    """Rows of token ids and where they are scored.
+    """Hold rows of token ids and where they are scored.
 
     inputs: input_ids and attention_mask, each int64 [R, T], padded on the right.
     positions: int64 [N], flat indices row·T + t; the logits at t score token t + 1 (at a mask: what fills it). In the
@@ -53,7 +53,7 @@ class Batch:
         return self.inputs["input_ids"].shape[0]
 
     def repeat(self, probes: int) -> Batch:
-        """The batch once a probe, probe-major: rows [p·R : (p+1)·R] belong to probe p."""
+        """Return the batch once per probe, probe-major: rows [p·R : (p+1)·R] belong to probe p."""
         if probes == 1:
             return self
         cells, scored = self.inputs["input_ids"].numel(), self.positions.numel()
@@ -72,13 +72,13 @@ class Batch:
         )
 
     def widened(self, columns: int) -> Batch:
-        """With that many more columns of padding on the right."""
+        """Return the batch with that many more columns of padding on the right."""
         width = self.inputs["input_ids"].shape[1]
         inputs = {k: F.pad(v, (0, columns)) for k, v in self.inputs.items()}
         return replace(self, inputs=inputs, positions=self.positions + self.positions // width * columns)
 
     def unmasked(self) -> Batch:
-        """Without the attention mask: the same losses where no token sees what is to its right (padding is)."""
+        """Return the batch without its attention mask: the same losses where no token sees what is to its right (padding is)."""
         return replace(self, inputs={k: v for k, v in self.inputs.items() if k != "attention_mask"})
 
     def to(self, device: torch.device | str) -> Batch:
@@ -159,7 +159,7 @@ def _evened(rows: list, spans: list, owners: list[list[int]]) -> tuple[list, lis
 
 
 def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Loss sums and counts of each example; the batch's loss is Σ sums / Σ counts.
+    """Return the loss sums and counts of each example; the batch's loss is Σ sums / Σ counts.
 
     choice: s_c = mean_i log p(token i of candidate c), sum = -log softmax(s)[gold], count = 1.
     lm: sum = -Σ_i log p(target i), count = number of target tokens.
@@ -174,7 +174,7 @@ def losses(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def mean_loss(totals: Tensor) -> Tensor:
-    """[P] from totals [P, 2] over examples: the sum of what each has, over their number."""
+    """Return [P] from totals [P, 2] over examples: the sum of what each has, over their number."""
     return totals[:, 0] / totals[:, 1]
 
 
@@ -200,7 +200,7 @@ def _per_slot(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def target_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(logits)[target] a row, in fp32, at most CHUNK logits in fp32 at once.
+    """Return log softmax(logits)[target] per row, in fp32, at most CHUNK logits in fp32 at once.
 
     logits: [N, V], any float. targets: int64 [N]. Returns [N] fp32 (fp64 for fp64 logits).
     """

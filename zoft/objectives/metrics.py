@@ -15,7 +15,7 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def normalise(text: str) -> str:
-    """Lower-case, without punctuation and without the articles a, an, the, words set apart by one space.
+    """Return a text in lower case, without punctuation and without the articles a, an, the, words set apart by one space.
 
     Source: SQuAD's evaluation (arXiv 1606.05250), in MeZO's order (arXiv 2305.17333).
     """
@@ -23,13 +23,13 @@ def normalise(text: str) -> str:
 
 
 def exact_match(text: str, answers: Sequence[str]) -> float:
-    """1.0 where the text, normalised, is one of the answers, normalised; else 0.0."""
+    """Return 1.0 where the text, normalised, is one of the answers, normalised; else 0.0."""
     assert answers, "no answer to compare with"
     return float(normalise(text) in {normalise(a) for a in answers})
 
 
 def token_f1(text: str, answers: Sequence[str]) -> float:
-    """The largest over answers of F1 = 2·|A ∩ B| / (|A| + |B|), A and B the multisets of normalised words.
+    """Return the largest over answers of F1 = 2·|A ∩ B| / (|A| + |B|), A and B the multisets of normalised words.
 
     An answer that says there is none ("no answer", "CANNOTANSWER") counts by exact match.
     Source: as `normalise`. Where either has no word left F1 is 0/0; they are then compared, as SQuAD 2.0 does.
@@ -47,7 +47,7 @@ def _f1(text: str, answer: str) -> float:
 
 
 def macro_f1(gold: np.ndarray, predicted: np.ndarray) -> float:
-    """Mean over labels of 2·TP / (2·TP + FP + FN), over the labels that occur in either.
+    """Return the mean over labels of 2·TP / (2·TP + FP + FN), over the labels that occur in either.
 
     gold, predicted: int [n].
     """
@@ -58,7 +58,7 @@ def macro_f1(gold: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def auc(positive: np.ndarray, score: np.ndarray) -> float:
-    """Area under the ROC curve: P(score of a positive > score of a negative), ties counted half.
+    """Return the area under the ROC curve: P(score of a positive > score of a negative), ties counted half.
 
     positive: bool [n], holding both. score: [n]; a NaN ranks lowest.
     Source: the Mann-Whitney statistic, from mid-ranks.

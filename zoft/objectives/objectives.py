@@ -55,7 +55,7 @@ class Shows(Protocol):
 
 @dataclass
 class Goal:
-    """An objective as the trainer wants it.
+    """Describe an objective as the trainer wants it.
 
     forward(model, batch) -> K columns, a number an example each, the last of them how many it counts for.
     value(totals [P, K]) -> [P], minimised.
@@ -68,7 +68,7 @@ class Goal:
     texts: Texts | None = None
 
     def examples(self, train: Sequence[Example]) -> list[Example]:
-        """The examples as training scores them: of `lm` the gold candidate's tokens alone, else all candidates'."""
+        """Return the examples as training scores them: of `lm` the gold candidate's tokens alone, else all candidates'."""
         if self.texts is not None and len(train) != len(self.texts.train):
             raise UserError(
                 f"objective={self.name}: writes a text after each row's prompt, and rows of plain text are cut into pieces; use lm"
@@ -78,7 +78,7 @@ class Goal:
         return [replace(e, objective=kind, single=False) for e in train]
 
     def header(self) -> dict[str, Any]:
-        """What a ledger's header says of it."""
+        """Return what a ledger's header says of it."""
         return {} if self.texts is None else self.texts.header()
 
     def watched(self, header: Mapping[str, Any], tracker: Shows) -> None:
@@ -94,7 +94,7 @@ class Goal:
     def evaluate(
         self, model: Any, context: Callable[[int], AbstractContextManager], rows: Sequence[dict[str, Any]]
     ) -> dict[str, float]:
-        """Metrics of texts written after the prompts of rows; nothing where the objective writes none."""
+        """Return the metrics of texts written after the prompts of rows; nothing where the objective writes none."""
         return {} if self.texts is None else self.texts.evaluate(model, context, rows)
 
 
@@ -139,7 +139,7 @@ def objective_keys(config: Config, data: TaskData) -> dict[str, Any]:
 
 
 def reward_of(config: Config) -> Reward | None:
-    """The reward that the command line names, whose file is run here, or the task's own. Raises UserError."""
+    """Return the reward that the command line names, whose file is run here, or the task's own. Raises UserError."""
     if config.reward is not None:
         return load(config.reward, config.reward_seconds)
     name = config.task.name
@@ -151,7 +151,7 @@ def reward_of(config: Config) -> Reward | None:
 
 
 def make_objective(config: Config, data: TaskData, tokenizer: Any, mine: Reward | None = None) -> Goal:
-    """The objective of a resolved config; mine: the reward, where it is one. Raises UserError for a prompt it cannot use."""
+    """Return the objective of a resolved config; mine: the reward, where it is one. Raises UserError for a prompt it cannot use."""
     name = config.objective
     if name == "accuracy":
         return Goal(name, accuracy)
@@ -164,14 +164,14 @@ def make_objective(config: Config, data: TaskData, tokenizer: Any, mine: Reward 
 
 
 def accuracy(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(-[argmax of the scores = gold] [E], ones): NaN where a score is none."""
+    """Return (-[argmax of the scores = gold] [E], ones): NaN where a score is none."""
     found = losses.scores(model, batch)  # [E, C]
     hit = (found.argmax(1) == batch.gold).to(found.dtype)
     return (0 - hit).masked_fill(found.isnan().any(1), torch.nan), torch.ones_like(hit)
 
 
 def label_counts(model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
-    """3·C columns [E]: whether a row is a hit of label c, is predicted as c, is c; NaN where a score is none; and ones."""
+    """Return 3·C columns [E]: whether a row is a hit of label c, is predicted as c, is c; NaN where a score is none; and ones."""
     found = losses.scores(model, batch)  # [E, C]
     predicted = F.one_hot(found.argmax(1), found.shape[1])  # [E, C]
     gold = F.one_hot(batch.gold, found.shape[1])
@@ -181,7 +181,7 @@ def label_counts(model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
 
 
 def minus_macro_f1(totals: Tensor) -> Tensor:
-    """[P] from totals [P, 3C + 1]: minus the mean of 2·TP / (2·TP + FP + FN) over the labels that occur (metrics.macro_f1)."""
+    """Return [P] from totals [P, 3C + 1]: minus the mean of 2·TP / (2·TP + FP + FN) over the labels that occur (metrics.macro_f1)."""
     hits, predicted, gold = totals[:, :-1].unflatten(1, (3, -1)).unbind(1)  # [P, C]
     sizes = predicted + gold
     each = torch.where(sizes == 0, 0.0, 2 * hits / sizes)
@@ -190,7 +190,7 @@ def minus_macro_f1(totals: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Prompts:
-    """A batch of rows to write after: which of the training rows they are."""
+    """Hold a batch of rows to write after: which of the training rows they are."""
 
     picks: tuple[int, ...]
     step: int = 0
@@ -208,7 +208,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Scored:
-    """Texts of some members after some rows [P, R]: what they say, their scores, their tokens. Scores are NaN throughout a member
+    """Hold texts of some members after some rows [P, R]: what they say, their scores, their tokens. Scores are NaN throughout a member
     some of whose logits were none."""
 
     texts: list[list[str]]
@@ -217,7 +217,7 @@ class Scored:
 
 
 class Texts:
-    """Texts that the model writes after prompts, and their scores: of training rows at a probe, of held-out ones at θ."""
+    """Generate texts after prompts and score them: of training rows at a probe, of held-out ones at θ."""
 
     def __init__(self, config: Config, data: TaskData, tokenizer: Any, reward: Reward | None) -> None:
         self.name, self.tokenizer = config.objective, tokenizer
@@ -237,7 +237,7 @@ class Texts:
         self.done, self.each = 0, each // this_world().size
 
     def forward(self, model: Any, batch: Prompts) -> tuple[Tensor, Tensor]:
-        """(-score of each row's text [E], ones), fp64 on the CPU; NaN throughout where logits were none."""
+        """Return (-score of each row's text [E], ones), fp64 on the CPU; NaN throughout where logits were none."""
         scores = self.rollouts(model, batch).scores[0]
         return 0 - scores, torch.ones_like(scores)
 
@@ -279,7 +279,7 @@ class Texts:
     def evaluate(
         self, model: Any, context: Callable[[int], AbstractContextManager], rows: Sequence[dict[str, Any]]
     ) -> dict[str, float]:
-        """{exact_match, f1}, or {reward}, of held-out rows."""
+        """Return {exact_match, f1}, or {reward}, of held-out rows."""
         _, found = self.judge(model, context, rows)
         return {name: sum(values) / len(values) for name, values in found.items()}
 
@@ -289,7 +289,7 @@ class Texts:
         context: Callable[[int], AbstractContextManager] | None,
         rows: Sequence[dict[str, Any]],
     ) -> tuple[list[str], dict[str, list[float]]]:
-        """(the text written after each row, {metric: a number a row})."""
+        """Return (the text written after each row, {metric: a number per row})."""
         done, contexts = 0, prompts(rows, self.tokenizer, self.room, self.data)
 
         def did(count: int) -> None:
@@ -305,7 +305,7 @@ class Texts:
     def scores(
         self, name: str, rows: Sequence[dict[str, Any]], texts: Sequence[str], members: int = 1
     ) -> list[float]:
-        """A number a row, the larger the better; a reward may take reward_seconds for each of so many members."""
+        """Return a number per row, the larger the better; a reward may take reward_seconds for each of so many members."""
         if name == "reward":
             assert self.reward is not None
             shown = [{"prompt": r["prompt"], **r.get("columns", {})} for r in rows]
@@ -314,7 +314,7 @@ class Texts:
         return [score(text, answers(row)) for row, text in zip(rows, texts, strict=True)]
 
     def header(self) -> dict[str, Any]:
-        """What the scores read beside the prompts, and which reward it was."""
+        """Return what the scores read beside the prompts, and which reward it was."""
         h = hashlib.blake2b(digest_size=16)
         for row in self.train:
             h.update(json.dumps([answers(row), row.get("columns", {})], default=str).encode())
@@ -323,5 +323,5 @@ class Texts:
 
 
 def answers(row: Mapping[str, Any]) -> list[str]:
-    """The texts that would be right: the row's own answers, or its right candidates."""
+    """Return the texts that would be right: the row's own answers, or its right candidates."""
     return list(row.get("answers") or [row["candidates"][g] for g in row.get("golds") or [row["gold"]]])

@@ -29,7 +29,7 @@ GRACE = 5.0  # seconds, before a process is ended that its reward does not give 
 
 @dataclass
 class Reward:
-    """score(rows, texts) -> a number a row, the larger the better.
+    """Call score(rows, texts), which returns a number per row, the larger the better.
 
     name: file.py:function, as messages say it. seconds: what one call may take. digest: of the file.
     """
@@ -222,7 +222,7 @@ def load(named: str, seconds: float) -> Reward:
 
 
 def look(named: str) -> tuple[Path, str]:
-    """(file, function) of `path/to/file.py:function`. Raises UserError, before anything heavy loads."""
+    """Return (file, function) of `path/to/file.py:function`. Raises UserError, before anything heavy loads."""
     place, colon, function = named.rpartition(":")
     path = Path(place if colon else named).expanduser()
     if not colon or not function.isidentifier():

@@ -44,7 +44,7 @@ def generate(
     context: Callable[[int], AbstractContextManager] | None = None,
     progress: Callable[[int], Any] = lambda done: None,
 ) -> list[str]:
-    """The most probable token, again and again, until `stop`, an end-of-text token or max_new_tokens.
+    """Append the most probable token, again and again, until `stop`, an end-of-text token or max_new_tokens.
 
     Rows are batched by length, padded on the left where the model shows, on these very rows, that this leaves their
     logits alone; else only rows of one length go together.
@@ -61,7 +61,7 @@ def texts(
     model: Any, tokenizer: Any, contexts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: str | None,
     context: Callable[[int], AbstractContextManager] | None, progress: Callable[[int], Any],
 ) -> list[Written]:  # fmt: skip
-    """As `generate`, each text with its tokens and whether its logits were numbers throughout."""
+    """Do as `generate`, and return each text with its tokens and whether its logits were numbers throughout."""
     assert all(map(len, contexts)), "an empty context"
     refuse_longer_rows(model, max(map(len, contexts), default=0), max_new_tokens)
     ends, pad = _special(model, tokenizer)
@@ -88,7 +88,7 @@ def texts_of_members(
     model: Any, tokenizer: Any, contexts: Sequence[Sequence[int]], members: Any, count: int, *, mixed: bool, max_new_tokens: int,
     stop: str | None, temperature: float = 0.0, u: Tensor | None = None, progress: Callable[[int], Any] = lambda done: None,
 ) -> list[Written]:  # fmt: skip
-    """Texts of `count` members after each context, member-major [P·R], in one batch where rows may be padded.
+    """Return the texts of `count` members after each context, member-major [P·R], in one batch where rows may be padded.
 
     members: probe.Members, inside their `at`; None: the model as it is, count 1. mixed: whether rows of unequal length go
     together. u: [R, max_new_tokens], the dice of each row.
@@ -280,7 +280,7 @@ def _batches(contexts: Sequence[Sequence[int]], new: int, mixed: bool) -> Iterat
 
 
 def writer(config: Config, model: Any, tokenizer: Any, context: Any = None) -> Any:
-    """contexts -> the text that the model writes after each, by the config's max_new_tokens and stop.
+    """Return a function from contexts to the text that the model writes after each, by the config's max_new_tokens and stop.
 
     A context and what is written after it are max_length tokens at most: it loses tokens on its left (after BOS).
     """
