@@ -23,7 +23,7 @@ from zoft.probe.sites import Site
 
 
 class ProbeAxis(Scratch):
-    """A model whose forwards, inside `at`, run at θ + s·z for each of a list of probes.
+    """Run a model's forwards, inside `at`, at θ + s·z for each of a list of probes.
 
     sites: from sites.find. seed: the run's. kind: the noise distribution. beta: momentum. A committed
     update stays pending until a tensor is next read: it is brought up to date, once, by whoever reads it first.
@@ -49,7 +49,7 @@ class ProbeAxis(Scratch):
 
     @contextmanager
     def at(self, step: int, probes: Sequence[Probe], rows: int) -> Iterator[None]:
-        """Forwards in this context run at the given probes of a step; exceptions restore everything.
+        """Run forwards in this context at the given probes of a step; exceptions restore everything.
 
         rows: of one probe's batch; the forward gets len(probes) · rows, probe-major.
         """
@@ -94,7 +94,7 @@ class ProbeAxis(Scratch):
 
     @contextmanager
     def clean(self, rows: int = 0) -> Iterator[None]:
-        """Forwards in this context run at θ: evaluation, with all updates in."""
+        """Run forwards in this context at θ: evaluation, with all updates in."""
         with self.at(self.step, CLEAN, rows):
             yield
 
@@ -122,11 +122,11 @@ class ProbeAxis(Scratch):
         """Repeat what a step's forwards do to θ, for replay: nothing."""
 
     def shortcut(self, site: Site) -> Callable | None:
-        """A direct route for this site, or None: its own forward, once per probe."""
+        """Return a direct route for this site, or None: its own forward, once per probe."""
         return fast(site)
 
     def held_bytes(self) -> int:
-        """What holding a probe takes."""
+        """Return the bytes that holding a probe takes."""
         return sum(t.stored.numel() * t.compute.itemsize for t in self.trained)
 
     def release(self) -> None:

@@ -23,7 +23,7 @@ Row = tuple[int, ...]  # token ids, no padding
 
 
 def rows_of(inputs: Mapping[str, Tensor]) -> list[Row]:
-    """The rows of a model's inputs, padded on the right."""
+    """Return the rows of a model's inputs, padded on the right."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     assert ids.shape == mask.shape and bool(mask[:, 0].all()), (ids.shape, mask.shape)
     return [tuple(r[:n]) for r, n in zip(ids.tolist(), mask.sum(1).tolist(), strict=True)]
@@ -34,7 +34,7 @@ class _Reached(Exception):
 
 
 class FrozenPrefix:
-    """Serves the hidden states [T, H] in front of block `first` of every row from memory.
+    """Serve the hidden states [T, H] in front of block `first` of every row from memory.
 
     While installed, model(input_ids=…, attention_mask=…) skips the blocks before `first`; everything else
     (masks, positions, the blocks after) runs as ever. batches: rows that training meets together; a row is computed
@@ -70,7 +70,7 @@ class FrozenPrefix:
         )
 
     def remove(self) -> None:
-        """The model as it was; nothing is kept."""
+        """Restore the model as it was; nothing is kept."""
         self.model.__dict__.pop("keeps_rows", None)
         while self._undo:
             self._undo.pop()()
@@ -79,7 +79,7 @@ class FrozenPrefix:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """All blocks run meanwhile: rows of a text that grows are parts of rows, padded on the left."""
+        """Run all blocks meanwhile: rows of a text that grows are parts of rows, padded on the left."""
         self._aside = True
         try:
             yield
@@ -176,7 +176,7 @@ class FrozenPrefix:
 
 
 def frozen_blocks(model: nn.Module, trained: set[int]) -> tuple[int, int]:
-    """(blocks before the first one that holds a trained tensor, blocks in all); trained: ids of parameters.
+    """Return (blocks before the first one that holds a trained tensor, blocks in all); trained: ids of parameters.
 
     Where only what follows the blocks is trained (a head of its own, the final norm) it is all blocks but the last one.
     """
@@ -198,7 +198,7 @@ def prefix_of(
     model: nn.Module, trained: Sequence[Trained], batches: Iterable[Sequence[Row]], budget: int,
     losses: Callable[[], Tensor], auto: bool = False,
 ) -> tuple[FrozenPrefix | None, str]:  # fmt: skip
-    """The installed cache and a line about it, or (None, why not).
+    """Return the installed cache and a line about it, or (None, why not).
 
     losses() -> [examples] of a clean forward: the cache must not change it (beyond rounding), and what it
     keeps must not depend on a trained tensor, which is tried with NaN in the place of each. auto: only where it

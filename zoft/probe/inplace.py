@@ -19,7 +19,7 @@ from zoft.probe.scratch import CLEAN, PENDING_MAX
 
 
 class InPlace:
-    """MeZO's Algorithm 1 on the weights themselves: θ is moved to each probe and back, one probe a forward.
+    """Run MeZO's Algorithm 1 on the weights themselves: θ is moved to each probe and back, one probe per forward.
 
     Any module works, whatever it does with its tensors; the moves round in θ's dtype, so they do not quite
     restore it. The cycle is part of the run, and replay repeats it. Same interface as ProbeAxis.
@@ -43,7 +43,7 @@ class InPlace:
 
     @contextmanager
     def at(self, step: int, probes: Sequence[Probe], rows: int) -> Iterator[None]:
-        """Forwards in this context run at the one given probe; θ stays there until it is moved or flushed."""
+        """Run forwards in this context at the one given probe; θ stays there until it is moved or flushed."""
         (probe,) = probes
         try:
             self._go(step, probe)
@@ -71,7 +71,7 @@ class InPlace:
         """End of a step's forwards: θ stays where it is, the update takes it back."""
 
     def flush(self) -> None:
-        """Back to θ, with every update in."""
+        """Bring the weights back to θ, with every update in."""
         self._go(self.step, CLEAN[0])
         self._apply()
 

@@ -15,7 +15,7 @@ from zoft.probe.sites import Site, is_layer
 
 
 def pair(site: Site) -> tuple[Trained, Trained] | None:
-    """(A [r, in], B [out, r]) of a layer with one plain pair, both of them trained and nothing else; else None."""
+    """Return (A [r, in], B [out, r]) of a layer with one plain pair, both of them trained and nothing else; else None."""
     m: Any = site.module
     if not is_layer(m) or m.merged or m.disable_adapters or len(m.active_adapters) != 1:
         return None
@@ -30,7 +30,7 @@ def pair(site: Site) -> tuple[Trained, Trained] | None:
 
 
 def lora(axis: Scratch, site: Site, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """y_p = base(x)_p + scaling·(x_p A_pᵀ) B_pᵀ, in the dtype of the pair, for all probes in two products."""
+    """Compute y_p = base(x)_p + scaling·(x_p A_pᵀ) B_pᵀ, in the dtype of the pair, for all probes in two products."""
     m: Any = site.module
     found = pair(site)
     assert found is not None, site.name

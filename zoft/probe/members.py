@@ -60,7 +60,7 @@ def why_alone(axis: Any, numbers: int) -> str:
 
 
 class Members:
-    """A model whose forwards, inside `at`, run at θ + s·z of many probes, row by row, with what differs held.
+    """Run a model's forwards, inside `at`, at θ + s·z of many probes, row by row, with what differs held.
 
     axis: the run's; updates that are pending are applied before θ is read. copies: matrices that are stored in another dtype
     than they are computed with are converted once, beside the weights; else anew in each forward.
@@ -79,7 +79,7 @@ class Members:
 
     @contextmanager
     def at(self, step: int, probes: Sequence[Probe]) -> Iterator[None]:
-        """Forwards in this context run at the given probes of a step; exceptions restore everything.
+        """Run forwards in this context at the given probes of a step; exceptions restore everything.
 
         Rows are probe-major, as many of each probe.
         """

@@ -36,7 +36,7 @@ from zoft.probe.whiten import Measured, Whitener
 
 @dataclass(eq=False)
 class Layer:
-    """One trained linear layer. turned: its matrix is stored as [n, m] (transformers' Conv1D)."""
+    """Hold one trained linear layer. turned: its matrix is stored as [n, m] (transformers' Conv1D)."""
 
     name: str
     module: nn.Module
@@ -47,7 +47,7 @@ class Layer:
 
     @property
     def units(self) -> int:
-        """The number of outputs m."""
+        """Return the number of outputs m."""
         return self.trained.stored.shape[1 if self.turned else 0]
 
 
@@ -115,7 +115,7 @@ def tokens_of(
 
 
 class NodeAxis:
-    """A model whose forwards, inside `at`, run with signs added to the outputs of its trained layers.
+    """Run a model's forwards, inside `at`, with signs added to the outputs of its trained layers.
 
     seed: the run's. The weights change in the update pass alone (`update`). `tokens` must be set before probes are run.
     """
@@ -141,7 +141,7 @@ class NodeAxis:
 
     @contextmanager
     def at(self, step: int, probes: Sequence[Probe], rows: int) -> Iterator[None]:
-        """Forwards in this context run at the given probes of a step: rows · len(probes) rows, probe-major.
+        """Run forwards in this context at the given probes of a step: rows · len(probes) rows, probe-major.
 
         A probe's direction does not matter: the signs belong to examples. Its scale does; 0 adds nothing.
         """
@@ -167,7 +167,7 @@ class NodeAxis:
 
     @contextmanager
     def clean(self, rows: int = 0) -> Iterator[None]:
-        """Forwards in this context run at the weights as they are."""
+        """Run forwards in this context at the weights as they are."""
         yield
 
     @contextmanager

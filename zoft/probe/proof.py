@@ -43,7 +43,7 @@ def find_sites(
     eps: float,
     kind: str = RADEMACHER,
 ) -> Found:
-    """Sites that have passed the proof on this model, in the precision it was loaded in.
+    """Return the sites that have passed the proof on this model, in the precision it was loaded in.
 
     run(batch) -> losses [examples] of one forward over batch.rows rows; batch.repeat(P) is probe-major.
     small, double: n examples, and those and n others under the same mask. Falls back, with a note that
@@ -91,7 +91,7 @@ def _candidates(
 
 
 def live(trained: Sequence[Trained], found: Found) -> list[Trained]:
-    """The trained tensors that some forward reads."""
+    """Return the trained tensors that some forward reads."""
     unread = {t.id for t in found.unread}
     return [t for t in trained if t.id not in unread]
 

@@ -22,12 +22,12 @@ SAMPLES = 4096
 
 
 class Unfit(RuntimeError):
-    """A forward does what calibration has not seen: this batch cannot be stacked, one probe a forward can."""
+    """Signal that a forward does what calibration has not seen: this batch cannot be stacked, one probe per forward can."""
 
 
 @dataclass
 class Call:
-    """The layout of one call: how each leaf of the arguments and of the result relates to rows."""
+    """Hold the layout of one call: how each leaf of the arguments and of the result relates to rows."""
 
     inputs: list[int]
     outputs: list[int]
@@ -41,7 +41,7 @@ class Call:
 
 @dataclass
 class Leaf:
-    """What is kept of one leaf of a call."""
+    """Hold what is kept of one leaf of a call."""
 
     shape: tuple[int, ...] | None = None  # None: no tensor
     sample: torch.Tensor | None = None  # values at `places`
@@ -54,7 +54,7 @@ class Leaf:
 
 @dataclass
 class Seen:
-    """One call of a site in one forward."""
+    """Hold one call of a site in one forward."""
 
     inputs: list[Leaf]
     outputs: list[Leaf]
@@ -65,7 +65,7 @@ class Seen:
 
 
 def leaves(tree: Any) -> list:
-    """Leaves of nested tuples, lists, dicts and model outputs, in order."""
+    """Return the leaves of nested tuples, lists, dicts and model outputs, in order."""
     return tree_flatten(tree)[0]
 
 
@@ -91,7 +91,7 @@ def look(inner: Any, args: tuple, kwargs: dict, like: Seen | None) -> tuple[Any,
 
 
 def compare(small: Seen, double: Seen, lift: bool = False) -> Call | str:
-    """The layout of a call seen with n and with 2n rows, or the reason why there is none to be told.
+    """Return the layout of a call seen with n and with 2n rows, or the reason why there is none to be told.
 
     lift: a call that no rows go into may return a tensor without rows; the proof has to show that its caller
     takes one that has them, too.
@@ -123,7 +123,7 @@ def compare(small: Seen, double: Seen, lift: bool = False) -> Call | str:
 
 
 def dims(small: list[Leaf], double: list[Leaf]) -> list[int] | str:
-    """Row dimension of every leaf, or the reason why there is none to be told."""
+    """Return the row dimension of every leaf, or the reason why there is none to be told."""
     if len(small) != len(double):
         return "takes or returns another number of values for 2n rows"
     layout = []
@@ -156,7 +156,7 @@ def dims(small: list[Leaf], double: list[Leaf]) -> list[int] | str:
 
 
 def leaf(x: Any, like: Leaf | None = None) -> Leaf:
-    """What to keep of x, sampled where `like` was if it has room for that."""
+    """Return what to keep of x, sampled where `like` was if it has room for that."""
     if isinstance(x, torch.Tensor):
         shape = tuple(x.shape)
         places: tuple[torch.Tensor, ...] = ()

@@ -29,7 +29,7 @@ SLAB = 1 << 29
 
 
 def slab_rows(t: Trained) -> int:
-    """Rows of a matrix whose probes are made at one time: SLAB bytes of one probe, from a multiple of PART on."""
+    """Return the rows of a matrix whose probes are made at one time: SLAB bytes of one probe, from a multiple of PART on."""
     width = t.stored.shape[1]
     unit = PART // math.gcd(width, PART)
     return max(unit, SLAB // (width * t.compute.itemsize) // unit * unit)
@@ -40,17 +40,17 @@ def part(x: torch.Tensor, rows: slice) -> torch.Tensor:
 
 
 def start(x: torch.Tensor, rows: slice) -> int:
-    """The index, in all of x, of the first element of these rows."""
+    """Return the index, in all of x, of the first element of these rows."""
     return (rows.start or 0) * math.prod(x.shape[1:])
 
 
 def nbytes(t: Trained) -> int:
-    """Scratch that one probe of a tensor takes."""
+    """Return the scratch that one probe of a tensor takes."""
     return -(-t.stored.numel() * t.compute.itemsize // 64) * 64  # each tensor starts on a cache line
 
 
 def dense_bytes(sites: Sequence[Site], dtype: torch.dtype) -> int:
-    """Bytes that two probes of any quantised site take: its trained tensors, and its matrix written out in dtype."""
+    """Return the bytes that two probes of any quantised site take: its trained tensors, and its matrix written out in dtype."""
     return max(
         (
             2
@@ -66,7 +66,7 @@ def dense_bytes(sites: Sequence[Site], dtype: torch.dtype) -> int:
 
 
 def in_slabs(t: Trained) -> bool:
-    """Whether a linear layer makes this tensor's probes some rows at a time."""
+    """Say whether a linear layer makes this tensor's probes some rows at a time."""
     return t.stored.ndim == 2 and nbytes(t) > SLAB
 
 
@@ -115,7 +115,7 @@ class Scratch:
         self._holding = False
 
     def groups(self) -> Iterator[tuple[int, list[Probe]]]:
-        """(first index, probes) of each run of at most two probes that share a direction, hence one draw of z."""
+        """Yield (first index, probes) of each run of at most two probes that share a direction, hence one draw of z."""
         i = 0
         while i < len(self.probes):
             pair = [p.direction for p in self.probes[i : i + 2]]
@@ -124,7 +124,7 @@ class Scratch:
             i += n
 
     def perturbed(self, tensors: list[Trained], group: list[Probe], first: int) -> list[torch.Tensor]:
-        """[G, *shape] for each tensor: θ + s·z at the probes of the group, in scratch that the next call reuses.
+        """Return [G, *shape] for each tensor: θ + s·z at the probes of the group, in scratch that the next call reuses.
 
         first: index of the group's first probe among axis.probes.
         """
@@ -142,7 +142,7 @@ class Scratch:
         return made
 
     def room(self, shape: Sequence[int], dtype: torch.dtype, taken: int) -> torch.Tensor:
-        """Scratch of that shape, after the `taken` bytes that the last `perturbed` gave; the next call reuses both."""
+        """Return the scratch of that shape, after the `taken` bytes that the last `perturbed` gave; the next call reuses both."""
         size = math.prod(shape) * dtype.itemsize
         if not self._arenas or self._arenas[-1].numel() < self.used + taken + size:
             self.scratch_bytes = max(self.scratch_bytes, dense_bytes(self.sites, dtype))
@@ -151,7 +151,7 @@ class Scratch:
     def slabs(
         self, t: Trained, group: list[Probe], first: int
     ) -> Generator[tuple[slice, torch.Tensor], None, None]:
-        """(rows, [G, r, D]): a matrix at the probes of the group, some rows at a time, in scratch that the next ones reuse.
+        """Yield (rows, [G, r, D]): a matrix at the probes of the group, some rows at a time, in scratch that the next ones reuse.
 
         To be closed: what is pending reaches all rows, whatever happens to the one who asks.
         """
@@ -197,7 +197,7 @@ class Scratch:
         mark_advanced(t, self.updates)
 
     def gathered(self, t: Trained, rows: torch.Tensor, group: list[Probe], first: int) -> torch.Tensor:
-        """[G, N, D]: rows [G, N] of θ + s·z of a matrix at the probes of the group, noise made for these rows only."""
+        """Return [G, N, D]: rows [G, N] of θ + s·z of a matrix at the probes of the group, noise made for these rows only."""
         if self._holding:
             return self._held[t.id][0][rows]
         advance_trained(t, self.updates, self.kind, self.beta)
@@ -248,7 +248,7 @@ class Scratch:
         return noise.direction(t.stored.shape, t.id, device=t.stored.device, dtype=t.compute, **where)
 
     def scratch_held(self) -> int:
-        """Bytes of scratch that are allocated now."""
+        """Return the bytes of scratch that are allocated now."""
         return sum(a.numel() for a in self._arenas)
 
     def in_scratch(self, x: torch.Tensor) -> bool:

@@ -23,7 +23,7 @@ from zoft.probe.sites import Site
 
 
 def fast(site: Site) -> Callable | None:
-    """A direct route for exact types with their own forward and rows in dim 0; None: the general one."""
+    """Return a direct route for exact types with their own forward and rows in dim 0; None: the general one."""
     kind = type(site.module)
     ways = {nn.Linear: linear, nn.Embedding: embedding, Conv1D: conv1d, QuantLinear: quantised}
     way = ways.get(kind)
@@ -46,7 +46,7 @@ def _owns(site: Site) -> bool:
 
 
 def route(axis: Scratch, site: Site, direct: Callable | None) -> Callable:
-    """The forward that takes the place of a site's own while its axis is active; direct: its route, None: the general one."""
+    """Return the forward that takes the place of a site's own while its axis is active; direct: its route, None: the general one."""
     inner = site.module.forward
 
     @functools.wraps(inner)
@@ -198,12 +198,12 @@ def _join(parts: list[list], call: Call, rows: int, name: str = "", shared: bool
 def linear(
     axis: Scratch, site: Site, input: torch.Tensor, tokens: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """y_p = x_p (W + s_p Z)ᵀ + b_p, all into one output; `tokens` [C] asks for these rows of W only."""
+    """Compute y_p = x_p (W + s_p Z)ᵀ + b_p, all into one output; `tokens` [C] asks for these rows of W only."""
     return _product(axis, site, input, transposed=True, tokens=tokens)
 
 
 def conv1d(axis: Scratch, site: Site, x: torch.Tensor) -> torch.Tensor:
-    """GPT-2's linear, its matrix stored transposed: y_p = x_p (W + s_p Z) + b_p."""
+    """Compute GPT-2's linear, its matrix stored transposed: y_p = x_p (W + s_p Z) + b_p."""
     return _product(axis, site, x, transposed=False)
 
 
@@ -250,7 +250,7 @@ def _product(
 
 
 def quantised(axis: Scratch, site: Site, x: torch.Tensor) -> torch.Tensor:
-    """y_p = x_p W_pᵀ + b_p, W_p the codes under probe p's scales; the codes are read once for a group of probes."""
+    """Compute y_p = x_p W_pᵀ + b_p, W_p the codes under probe p's scales; the codes are read once for a group of probes."""
     layer: Any = site.module
     xs = layer.ordered(x).reshape(len(axis.probes), -1, layer.in_features)  # [P, n, in]
     y = x.new_empty(*xs.shape[:2], layer.out_features)  # [P, n, out]
@@ -296,7 +296,7 @@ def _in_slabs(
 
 
 def embedding(axis: Scratch, site: Site, input: torch.Tensor) -> torch.Tensor:
-    """Rows of W + s_p Z for each probe's own ids: noise is made for the gathered rows only.
+    """Compute rows of W + s_p Z for each probe's own ids: noise is made for the gathered rows only.
 
     A table of far fewer rows than are asked for (a prompt, once for every example) is made whole, once a probe.
     """
@@ -314,7 +314,7 @@ def embedding(axis: Scratch, site: Site, input: torch.Tensor) -> torch.Tensor:
 
 
 def scratch_bytes(sites: Sequence[Site]) -> int:
-    """Bytes for two probes of any site's tensors and, next to them, one of every site that runs within it."""
+    """Return the bytes for two probes of any site's tensors and, next to them, one of every site that runs within it."""
     own = {s.module: 0 if fast(s) is embedding else sum(_scratch(s, t) for t in s.trained) for s in sites}
     deep: dict[nn.Module, int] = {}
 
@@ -334,7 +334,7 @@ def _scratch(site: Site, t: Trained) -> int:
 
 
 def choose_compute(trained: Sequence[Trained], sites: Sequence[Site]) -> None:
-    """1-D tensors are probed in fp32 wherever every site that reads them can run in it."""
+    """Let 1-D tensors be probed in fp32 wherever every site that reads them can run in it."""
     able = {t.id for t in trained if t.stored.ndim <= 1 and t.stored.dtype == torch.float32}
     for site in sites:
         if not _runs_fp32(site) and fast(site) not in (linear, conv1d):

@@ -32,7 +32,7 @@ _VALUE_PROPERTIES = {"T", "mT", "H", "mH", "data", "real", "grad"}
 
 @dataclass(eq=False)
 class Site:
-    """One module that runs per probe, with the trained tensors that it reads itself.
+    """Describe one module that runs per probe, with the trained tensors that it reads itself.
 
     An outer site splits the rows; sites within it run once for each of its probes and need no calibration.
     """
@@ -46,14 +46,14 @@ class Site:
 
 @dataclass
 class Reads:
-    """What one watched forward told: for every trained tensor, the stacks of running modules at its reads."""
+    """Hold what one watched forward told: for every trained tensor, the stacks of running modules at its reads."""
 
     stacks: list[tuple[int, tuple[nn.Module, ...]]]  # (index into trained, modules outermost first)
 
 
 @dataclass
 class Found:
-    """The sites of a model, whether probes may be stacked as rows, and why not."""
+    """Hold the sites of a model, whether probes may be stacked as rows, and why not."""
 
     sites: list[Site]
     stacked: bool
@@ -69,7 +69,7 @@ def find(
     double: Any,
     lift: bool = False,
 ) -> Found:
-    """Sites of `model` for the trained tensors, watched and calibrated on two batches.
+    """Return the sites of `model` for the trained tensors, watched and calibrated on two batches.
 
     run(batch) is one plain forward. small has n rows; double has 2n: those of small, then n others with the
     same mask. lift: see rows.compare. Returns Found; promotion is repeated until every site's calls are understood.
@@ -288,12 +288,12 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether it is peft's LoRA layer around a linear one: one site, though the modules within it read the tensors."""
+    """Say whether it is peft's LoRA layer around a linear one: one site, though the modules within it read the tensors."""
     peft = sys.modules.get("peft.tuners.lora.layer")  # loaded by whoever has made such a layer
     return peft is not None and type(module) is peft.Linear
 
 
 def has_pair(module: nn.Module, trained: Container[int]) -> bool:
-    """Whether it is such a layer, and something of its pairs is trained; trained: ids of parameters."""
+    """Say whether it is such a layer, and something of its pairs is trained; trained: ids of parameters."""
     added = (n for n, p in module.named_parameters() if id(p) in trained) if is_layer(module) else ()
     return any(n.startswith("lora_") for n in added)

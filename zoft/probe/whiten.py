@@ -20,7 +20,7 @@ ROUNDS = 30  # of subspace iteration, for wider inputs
 
 @dataclass(frozen=True)
 class Whitener:
-    """P = (C + ρ·(tr C / n)·I)⁻¹ of one layer input, scaled so that tr(P·C) = n: P·x = mean·x + V (gains ∘ Vᵀx).
+    """Hold P = (C + ρ·(tr C / n)·I)⁻¹ of one layer input, scaled so that tr(P·C) = n: P·x = mean·x + V (gains ∘ Vᵀx).
 
     vectors: V [n, k], the leading eigenvectors of C. gains: [k]. mean: [], what all other directions get.
     """

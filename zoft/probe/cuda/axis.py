@@ -49,7 +49,7 @@ NARROW_COSINE = 0.99  # between z and the realised direction of a bias that is p
 
 @dataclass
 class Pack:
-    """Small fp32 tensors that lie end to end and are probed in one launch a forward."""
+    """Hold small fp32 tensors that lie end to end and are probed in one launch per forward."""
 
     theta: Tensor  # [N]
     table: Tensor  # kernels.table_of
@@ -61,7 +61,7 @@ class Pack:
 
 
 class DeviceAxis(ProbeAxis):
-    """A probe axis whose steps, inside `stepping`, take everything that changes from device memory.
+    """Run a probe axis whose steps, inside `stepping`, take everything that changes from device memory.
 
     All 1-D tensors and LoRA pairs (kept in fp32) lie end to end and are probed in one launch a forward, or two where
     only some decay; norms over the last dimension run as one kernel for all probes. Outside `stepping` it is an
@@ -128,11 +128,11 @@ class DeviceAxis(ProbeAxis):
         return pack
 
     def scratch(self) -> list[Tensor]:
-        """The scratch in use, for whoever must keep it."""
+        """Return the scratch in use, for whoever must keep it."""
         return list(self._arenas)
 
     def land(self, step: int, pending: Update | None) -> None:
-        """θ as the ledger has it, after `step`, the last one that was sent; pending: its update, None if it was skipped."""
+        """Bring θ to what the ledger has after `step`, the last one that was sent; pending: its update, None if it was skipped."""
         if pending is not None:
             for t in self.trained:
                 t.step = pending.step + self.ahead
@@ -142,7 +142,7 @@ class DeviceAxis(ProbeAxis):
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
-        """A step's forwards; at its end every tensor has the update that was pending at its start."""
+        """Run a step's forwards; at its end every tensor has the update that was pending at its start."""
         self.live, self._done, self.ahead = True, set(), False
         self.control.refresh()
         try:

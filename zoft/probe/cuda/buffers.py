@@ -63,7 +63,7 @@ def _close(
 
 
 class Control:
-    """The device buffers that a step's launches read, and the plans that are slices of them.
+    """Hold the device buffers that a step's launches read, and the plans that are slices of them.
 
     q: the step's directions. master fp32 [q + P + 9]: multipliers of the pending update, its decay, 1 (for tensors that do not decay; both NOTHING
     where no update is pending), the P scales, beta; and for two-sided steps in place: the restore of the pending update (0 where
@@ -105,7 +105,7 @@ class Control:
         ]
 
     def plan(self, which: Sequence[int], updates: bool, decays: bool) -> Plan:
-        """The probes at these places among all P, after the pending update if `updates`."""
+        """Return the probes at these places among all P, after the pending update if `updates`."""
         q = self.q
         before = list(range(q + 1)) if updates else []  # previous directions, their rounding
         keys = before + [q + 1 + p for p in which]
@@ -117,7 +117,7 @@ class Control:
         return self._plan(keys, values, int(updates), q, [self.probes[p] for p in which])
 
     def clean(self, updates: bool, decays: bool) -> Plan:
-        """θ itself, after the pending update if `updates`."""
+        """Return θ itself, after the pending update if `updates`."""
         q, zero = self.q, self.at_beta + 4
         keys = [*range(q + 1), q + 1] if updates else [q + 1]
         if self.flipped:
@@ -126,12 +126,12 @@ class Control:
         return self._plan(keys, [*values, zero, self.at_beta], int(updates), q, [Probe(0, 0.0)])
 
     def shared(self) -> Plan:
-        """The noise that this step's directions share, at scale 1."""
+        """Return the noise that this step's directions share, at scale 1."""
         q = self.q
         return self._plan([q + 2 + len(self.probes)], [self.at_beta + 6, self.at_beta], 0, 0, [Probe(0, 1.0)])
 
     def move(self, k: int, sign: float, decays: bool) -> Plan:
-        """In place, θ on to probe (k, sign) of two-sided steps: from the probe before it, with the update before the first
+        """Return the plan that moves θ in place on to probe (k, sign) of two-sided steps: from the probe before it, with the update before the first
         one of a step."""
         q = self.q
         beta, restore, eps, twice, zero, nothing = range(self.at_beta, self.at_beta + 6)
@@ -167,7 +167,7 @@ class Control:
     step: tuple[int, float, float] | None = None  # what was uploaded last
 
     def upload(self, step: int, lr: float, decay: float) -> None:
-        """Keys of a step and of the one before it, and its rates; the device takes them when it gets there."""
+        """Send the keys of a step and of the one before it, and its rates; the device takes them when it gets there."""
         self.step = (step, lr, decay)
         before = [spec.key(self.seed, max(step - 1, 0), k) for k in range(self.q)]
         now = [spec.key(self.seed, step, p.direction) for p in self.probes]
@@ -203,13 +203,13 @@ class Control:
         self.state = self.eps.new_tensor(estimator.state)
 
     def forget(self) -> None:
-        """No update is pending."""
+        """Forget the pending update."""
         self.master[: self.q] = 0.0
         self.master[self.q : self.q + 2] = NOTHING.value
         self.master[self.at_beta + 1] = 0.0
 
     def still(self) -> torch.Tensor:
-        """Probes of no size, for warming up; returns what `master` is to become again."""
+        """Set probes of no size, for warming up; returns what `master` is to become again."""
         kept, q = self.master.clone(), self.q
         self.master[q + 2 : self.at_beta] = 0.0
         self.master[self.at_beta + 1 : self.at_beta + 4] = 0.0

@@ -17,7 +17,7 @@ from zoft.probe.inplace import InPlace
 
 
 class DeviceInPlace(InPlace):
-    """InPlace whose moves, inside `stepping`, take everything that changes from device memory; the same bits.
+    """Run InPlace with moves that, inside `stepping`, take everything that changes from device memory; the same bits.
 
     It knows the cycle of two-sided steps only; others run on InPlace.
 
@@ -39,7 +39,7 @@ class DeviceInPlace(InPlace):
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
-        """A step's forwards; θ ends at the last probe, the update of the step is pending."""
+        """Run a step's forwards; θ ends at the last probe, the update of the step is pending."""
         self.live, self.ahead, self.at_probe = True, False, None
         self.control.refresh()
         try:
@@ -68,7 +68,7 @@ class DeviceInPlace(InPlace):
         yield
 
     def land(self, step: int, pending: Update | None) -> None:
-        """θ as the ledger has it, after `step`, the last one that was sent; pending: its update, None if it was skipped."""
+        """Bring θ to what the ledger has after `step`, the last one that was sent; pending: its update, None if it was skipped."""
         control, broken = self.control, self.ahead
         last = self.at_probe if broken else control.probes[-1]
         assert last is not None

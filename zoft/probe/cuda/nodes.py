@@ -51,7 +51,7 @@ def cells_of_step(
 
 
 class DeviceNodes(NodeAxis):
-    """A NodeAxis whose steps run on a CUDA device without waiting for the CPU.
+    """Run a NodeAxis whose steps run on a CUDA device without waiting for the CPU.
 
     cells: int32 [5, R·T] of the batch whose probes are run; without them they are made of `tokens`.
     lr, decay: fp32 [1]; keys: int32 [1, 2]; of the step whose update pass is run (`upload`).

@@ -43,7 +43,7 @@ def _norm(
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str) -> Tensor:
-    """Rows of x normalised and scaled by the weight of their probe.
+    """Return the rows of x normalised and scaled by the weight of their probe.
 
     layer: (x − mean)/√(var + eps)·w + b;  rms: x/√(mean x² + eps)·w;  rms1: x/√(mean x² + eps)·(1 + w)
 
@@ -65,7 +65,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str) 
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: str) -> Tensor:
-    """The same for one probe in plain torch: what a module must compute to be given to `norm`."""
+    """Compute the same for one probe in plain torch: what a module must compute to be given to `norm`."""
     v = x.double()
     if kind == "layer":
         v = v - v.mean(-1, keepdim=True)
@@ -76,7 +76,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kind: 
 
 @torch.no_grad()
 def kind_of(module: nn.Module) -> tuple[str, float] | None:
-    """(kind, eps) of a module that is a norm over its last dimension, found by trying it; None for any other.
+    """Return (kind, eps) of a module that is a norm over its last dimension, found by trying it; None for any other.
 
     A candidate has one or two 1-D parameters, `weight` and perhaps `bias`, and an epsilon; it is taken if on
     random rows its own forward agrees with a kind's formula to rounding.
