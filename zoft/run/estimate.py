@@ -50,7 +50,7 @@ WORKSPACES = 2 * (32 << 20)
 
 
 def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[str, Any]:
-    """Bytes and seconds of a run with this config.
+    """Return the bytes and seconds of a run with this config.
 
     peak = weights + momentum or state + base (anchor) + scratch + workspaces + kept frozen outputs + max(activations of a training, an evaluation forward)
     seconds a step = flops of its forwards ÷ rate of a matrix product + trained numbers ÷ rate of noise
@@ -209,7 +209,7 @@ def _held(config: Config, model: nn.Module, names: Sequence[str], compute: torch
 def weights(
     model: nn.Module, names: Sequence[str], storage: str, compute: str, *, uniform: bool = False
 ) -> dict[str, int]:
-    """Bytes of a model's tensors by dtype, once space.place_in_precision has given each its precision."""
+    """Return the bytes of a model's tensors by dtype, once space.place_in_precision has given each its precision."""
     chosen = set(names)
     store = space.DTYPES[storage]
     one_dim = store if uniform or store == torch.float64 else torch.float32
@@ -387,7 +387,7 @@ def _width(model: Any) -> int:
 
 
 def estimate_text(found: dict[str, Any]) -> str:
-    """The estimate for a reader."""
+    """Return the estimate for a reader."""
     c = found["config"]
     shares = (
         ", ".join(f"{_gb(size)} in {dtype}" for dtype, size in found["weights"].items() if size > 1e5)
@@ -448,7 +448,7 @@ def _duration(seconds: float) -> str:
 def rates(
     device: str, dtype: torch.dtype, tokens: int, width: int, kind: str, directions: int = 1
 ) -> dict[str, float]:
-    """{flops: of [tokens, width] × [width, 4·width] a second, noise: numbers a second updated and probed twice}.
+    """Return {flops: of [tokens, width] × [width, 4·width] a second, noise: numbers a second updated and probed twice}.
 
     directions: of the update. Kinds whose probes are products of their own are updated only.
     """

@@ -29,7 +29,7 @@ WINDOW = 100  # steps whose losses are compared with the first ones'
 
 
 class Watch:
-    """Looks at each step's metrics and says, once each, what has gone wrong for long.
+    """Watch each step's metrics and say, once each, what has gone wrong for long.
 
     - a loss above its start: the median of WINDOW steps (a tenth of a short run) has been beyond that of the first
       ones, by a tenth of it and by 4 standard errors of the difference, for as many steps on end;
@@ -135,7 +135,7 @@ def bias_alone(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | Non
 
 
 def crowded(cpu_s: float, wall_s: float, threads: int) -> str | None:
-    """A line where `threads` had little of the CPU time that so many can use: each barrier then waits for whoever is off the CPU."""
+    """Return a line where `threads` had little of the CPU time that so many can use: each barrier then waits for whoever is off the CPU."""
     share = cpu_s / (wall_s * threads)
     if threads == 1 or share >= CROWDED:
         return None
@@ -147,7 +147,7 @@ def crowded(cpu_s: float, wall_s: float, threads: int) -> str | None:
 
 
 class Cores:
-    """Looks how much CPU time the steps of a run get, and says once where its threads wait for each other.
+    """Watch how much CPU time the steps of a run get, and say once where its threads wait for each other.
 
     threads: 1 looks at nothing. clocks() -> seconds of (the process on all CPUs, the wall).
     """
@@ -162,11 +162,11 @@ class Cores:
         self.paused()
 
     def paused(self) -> None:
-        """What was done since the last step was no step."""
+        """Note that what was done since the last step was no step."""
         self.last = self.clocks()
 
     def step(self) -> list[str]:
-        """A step is done; returns lines for the reader."""
+        """Note that a step is done; returns lines for the reader."""
         (cpu, wall), self.last = self.last, self.clocks()
         self.cpu, self.wall = self.cpu + self.last[0] - cpu, self.wall + self.last[1] - wall
         if self.threads == 1 or self.wall < LOOK_SECONDS:
@@ -180,7 +180,7 @@ class Cores:
 
 
 def watch_cores(config: Config, processes: int) -> Cores:
-    """The Cores of a run; none is looked at where steps wait for a GPU, for other processes, or for a reward of the user's."""
+    """Return the Cores of a run; none is looked at where steps wait for a GPU, for other processes, or for a reward of the user's."""
     alone = config.device == "cpu" and processes == 1 and not config.elastic and config.reward is None
     return Cores(int(config.threads) if alone and config.threads != "auto" else 1)
 
@@ -196,7 +196,7 @@ def _variance(values: Sequence[float]) -> float:
 
 @contextmanager
 def explain_memory(config: Config) -> Iterator[None]:
-    """Memory that runs out in here is one line: what was asked for, what the run takes, what to lower."""
+    """Turn memory that runs out in here into one line: what was asked for, what the run takes, what to lower."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:

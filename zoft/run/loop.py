@@ -153,7 +153,7 @@ def fit(
 
 
 def before(folder: Path) -> tuple[list[tuple[int, dict[str, Any]]], float]:
-    """Of a run's metrics.jsonl: its evaluations with their steps, and the seconds that training took so far."""
+    """Read from a run's metrics.jsonl its evaluations with their steps, and the seconds that training took so far."""
     seen = logged(folder / "metrics.jsonl")
     past = next((row["seconds"] for row in reversed(seen) if "seconds" in row), 0.0)
     return [(row["step"], row["eval"]) for row in seen if "eval" in row], past

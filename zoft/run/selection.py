@@ -22,12 +22,12 @@ Evals = Mapping[int, Mapping[str, Any]]  # step -> metrics, those on the dev set
 
 
 def best_step(config: Config, evals: Evals) -> int:
-    """The step of the best evaluation by best_by, on the dev set where there is one; the earliest of equals."""
+    """Return the step of the best evaluation by best_by, on the dev set where there is one; the earliest of equals."""
     return min(sorted(evals), key=lambda s: badness(of_best(config, evals[s]), config.best_by))
 
 
 def stops_early(config: Config, evals: Evals) -> bool:
-    """Whether the last early_stop evaluations brought nothing better: the run ends here."""
+    """Say whether the last early_stop evaluations brought nothing better: the run ends here."""
     if not config.early_stop or not evals:
         return False
     return sum(s > best_step(config, evals) for s in evals) >= config.early_stop
@@ -40,7 +40,7 @@ def score_step(
     test: Callable[[], dict[str, Any]],
     dev: Callable[[], dict[str, Any]] | None,
 ) -> dict[str, Any]:
-    """A step's metrics. With a dev set these are dev_…; the evaluation rows are looked at before and after training, and
+    """Return a step's metrics. With a dev set these are dev_…; the evaluation rows are looked at before and after training, and
     where save_best may keep this step's weights."""
     if dev is None:
         return test()
@@ -51,12 +51,12 @@ def score_step(
 
 
 def has_test_metrics(metrics: Mapping[str, Any]) -> bool:
-    """Whether a step's metrics have those of the evaluation rows."""
+    """Say whether a step's metrics have those of the evaluation rows."""
     return any(not name.startswith("dev_") for name in metrics)
 
 
 def selection_note(config: Config, evals: Evals) -> str:
-    """A line where the evaluation rows themselves choose, "" where they do not."""
+    """Return a line where the evaluation rows themselves choose, "" where they do not."""
     if not chooses(config) or any(name.startswith("dev_") for name in evals[0]):
         return ""
     return (
@@ -68,7 +68,7 @@ def selection_note(config: Config, evals: Evals) -> str:
 def look_back(
     config: Config, folder: Path, step: int, trained: Sequence[Trained], test: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """A past step's metrics on the evaluation rows, where nobody looked at them then (save_best came later). Leaves the
+    """Return a past step's metrics on the evaluation rows, where nobody looked at them then (save_best came later). Leaves the
     weights in memory at that step, rebuilt from base and ledger."""
     from zoft.replay.live import live
     from zoft.replay.tensors import Ask, requested
@@ -115,13 +115,13 @@ def prune_snapshots(
 
 
 def of_best(config: Config, metrics: Mapping[str, Any]) -> float | None:
-    """The metric that best_by names, on the dev set where there is one: then no other rows decide."""
+    """Return the metric that best_by names, on the dev set where there is one: then no other rows decide."""
     dev = "dev_" if any(name.startswith("dev_") for name in metrics) else ""
     return metrics.get(dev + config.best_by)
 
 
 def badness(value: float | None, metric: str) -> float:
-    """A metric as a number of which less is better."""
+    """Return a metric as a number of which less is better."""
     if value is None or value != value:
         return float("inf")
     return value if metric in LOWER_IS_BETTER else -value

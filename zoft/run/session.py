@@ -29,7 +29,7 @@ LOOK_SECONDS = 1.0  # between looks whether the folder is still there
 
 @dataclass
 class Session:
-    """An open run: its folder, its ledger, and where its metrics go."""
+    """Hold an open run: its folder, its ledger, and where its metrics go."""
 
     folder: Path
     ledger: Ledger
@@ -90,7 +90,7 @@ def session(config: Config, header: Mapping[str, Any], resume: str | Path | None
 
 
 def steps_of(ledger: Ledger, config: Config) -> list[dict[str, Any]]:
-    """The metrics of the steps that a ledger has."""
+    """Return the metrics of the steps that a ledger has."""
     from zoft.method.estimators.named import estimator_of
     from zoft.train.trainer import metrics_of
 
@@ -99,7 +99,7 @@ def steps_of(ledger: Ledger, config: Config) -> list[dict[str, Any]]:
 
 
 class Presence:
-    """Looks now and then whether a run's ledger is still at its path: an open file hides that it was deleted.
+    """Check now and then whether a run's ledger is still at its path: an open file hides that it was deleted.
 
     files: name -> text of what a run's folder needs beside the ledger (config.yaml).
     """
@@ -148,7 +148,7 @@ class Presence:
 
 @contextmanager
 def kept(ledger: Ledger) -> Iterator[None]:
-    """Adds to a failed write of a run what becomes of its steps, and how to go on."""
+    """Add to a failed write of a run what becomes of its steps, and how to go on."""
     try:
         yield
     except UserError as error:

@@ -32,7 +32,7 @@ def require_tracker(track: str) -> None:
 
 
 class Tracker:
-    """Writes a run's metrics; a context manager.
+    """Write a run's metrics; a context manager.
 
     metrics.jsonl has a line a step, `{"step": s, "loss": …}` for the update from s to s + 1, and a line an
     evaluation, `{"step": s, "eval": {…}}` for the weights after s updates. On resume the lines of steps that
@@ -97,7 +97,7 @@ class Tracker:
             self._show(self._line(step, metrics))
 
     def paused(self) -> None:
-        """What was done since the last step was no step: an evaluation, a snapshot."""
+        """Note that what was done since the last step was no step: an evaluation, a snapshot."""
         now = time.monotonic()
         self._paused += (now - self._since) * (self.next > self.first)
         self._since = now
@@ -117,7 +117,7 @@ class Tracker:
         self.note(f"step {step}: " + ", ".join(f"{k} {short(v)}" for k, v in metrics.items()))
 
     def note(self, text: str) -> None:
-        """A line for the reader that stays on the screen."""
+        """Print a line for the reader that stays on the screen."""
         with contextlib.suppress(OSError):  # a terminal that is gone does not stop a run
             if self._live:
                 self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
