@@ -51,7 +51,7 @@ def make_axis(
     train: Sequence[Example],
     folder: str | Path | None = None,
 ) -> tuple[Config, list[Trained], ProbeAxis | InPlace | NodeAxis]:
-    """The way to run the model at θ + s·z: proved on the run's own first examples, or in place.
+    """Return the way to run the model at θ + s·z: proved on the run's own first examples, or in place.
 
     folder: of a run that goes on. Returns (config with perturb and probes_per_forward resolved, tensors that are really trained, axis).
     """
@@ -147,7 +147,7 @@ def drawn(config: Config) -> str:
 
 
 def calibration(train: Sequence[Example]) -> tuple[Batch, Batch]:
-    """A batch of two examples, and one of those and as many others under the same mask.
+    """Return a batch of two examples, and one of those and as many others under the same mask.
 
     Some row is padded, for models make other masks, or none, where nothing is.
     """
@@ -162,7 +162,7 @@ def calibration(train: Sequence[Example]) -> tuple[Batch, Batch]:
 
 
 def agreed(found: Found) -> Found:
-    """Of several processes, what one of them found for all: probes share a forward everywhere or nowhere. The two of a direction,
+    """Return what one of several processes found, for all: probes share a forward everywhere or nowhere. The two of a direction,
     run in two ways, would differ by rounding that is not theirs; and config.yaml says one thing for the run."""
     world = this_world()
     seen = world.all_gather([found.stacked, found.note])
@@ -175,7 +175,7 @@ def agreed(found: Found) -> Found:
 def placed_axis(
     config: Config, loaded: nn.Module, trained: list[Trained], sites: Sequence[Any] = ()
 ) -> tuple[Config, list[Trained], ProbeAxis | InPlace]:
-    """The axis itself, tensors in their precision; without sites it can only apply updates (replay)."""
+    """Return the axis itself, tensors in their precision; without sites it can only apply updates (replay)."""
     inplace = config.perturb == "inplace"
     place_in_precision(loaded, trained, config.storage, config.compute, uniform=inplace)
     if config.train in ADAPTERS:
@@ -244,7 +244,7 @@ def refuse_denoise(config: Config, trained: Sequence[Trained]) -> None:
 
 @torch.no_grad()
 def grouped(config: Config, loaded: nn.Module, made: ProbeAxis, train: Sequence[Example], room: int) -> int:
-    """How many of a step's probes share a forward: as many as have their activations in `room` bytes.
+    """Return how many of a step's probes share a forward: as many as have their activations in `room` bytes.
 
     All of them, or equal groups of whole directions, or 1 where not even the probes of one direction fit. Where probes are
     no multiple of the directions, the groups are as equal as can be. What a probe takes is measured, on the longest
@@ -298,7 +298,7 @@ def held(config: Config, made: ProbeAxis | InPlace) -> Config:
 
 
 def memory_left(device: str) -> int:
-    """Bytes that a tensor on this device could take."""
+    """Return the bytes that a tensor on this device could take."""
     if device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -331,7 +331,7 @@ def cached(
 
 
 def first_met(config: Config, train: Sequence[Example]) -> Iterator[list[Row]]:
-    """The rows of training, by the batch in which the run meets them first: an evaluation's label bias, then steps."""
+    """Yield the rows of training, by the batch in which the run meets them first: an evaluation's label bias, then steps."""
     if train[0].objective == "choice":
         bias = sorted(spread(train, CALIBRATION), key=lambda e: e.length)
         for i in range(0, len(bias), config.batch_size):

@@ -20,7 +20,7 @@ PURPOSE = 0x64617461  # the last counter word; noise uses others
 
 
 def batches_of(config: Config, train: Sequence[Example]) -> Callable[[int], list[Batch]]:
-    """step -> its batches, a pure function of the step; of several processes, this one's examples of each."""
+    """Return a function from a step to its batches, a pure function of the step; of several processes, this one's examples of each."""
     mine, even = this_world().examples, config.directions == "example"
 
     def at(step: int) -> list[Batch]:
@@ -33,14 +33,14 @@ def batches_of(config: Config, train: Sequence[Example]) -> Callable[[int], list
 
 
 def picked(config: Config, n: int, step: int) -> list[list[int]]:
-    """Which of n examples each batch of a step holds."""
+    """Return which of n examples each batch of a step holds."""
     return batch_indices(
         step, n=n, batch_size=config.batch_size, accumulate=config.accumulate, seed=config.seed
     )
 
 
 def batch_indices(step: int, *, n: int, batch_size: int, accumulate: int, seed: int) -> list[list[int]]:
-    """The examples of each of the `accumulate` batches of a step: [accumulate][batch_size] indices in [0, n).
+    """Return the examples of each of the `accumulate` batches of a step: [accumulate][batch_size] indices in [0, n).
 
     Epochs are shuffled, each holds every example once, and they follow each other without a gap: a batch may
     span two epochs and is never short. A batch holds no example twice, nor does a whole step, as far as n
@@ -105,7 +105,7 @@ def _philox(c: list[np.ndarray], key: tuple[int, int]) -> list[np.ndarray]:
 
 
 def bucket(batch: Batch, even: bool = False) -> Batch:
-    """The batch padded to a width and a number of scored positions that other batches have too; same losses.
+    """Return the batch padded to a width and a number of scored positions that other batches have too; same losses.
 
     even: each example has as many positions as any other, and keeps to that.
     """

@@ -29,14 +29,14 @@ GRAPHS_MAX = 24  # shapes that are kept captured; further ones run eagerly
 
 @dataclass
 class Shape:
-    """One captured shape: the batches it reads and the graph, or None where it runs eagerly."""
+    """Hold one captured shape: the batches it reads and the graph, or None where it runs eagerly."""
 
     batches: list[Batch]
     graph: torch.cuda.CUDAGraph | None
 
 
 class CapturedTrainer(Trainer):
-    """A Trainer whose steps run without waiting for the CPU; same arithmetic, same bits, same ledger.
+    """Train with steps that run without waiting for the CPU; same arithmetic, same bits, same ledger.
 
     Batches are padded to a few shapes (`bucket`), so that few graphs serve all steps. The ledger gets a step's
     record when the device is at most BEHIND steps further: a crash loses those steps, and they are run again.
@@ -276,7 +276,7 @@ class CapturedTrainer(Trainer):
     def run(
         self, on_step: Callable[[dict[str, Any]], None] = lambda metrics: None, until: int | None = None
     ) -> None:
-        """Steps until `until`; on return and on exceptions every step is written down and the weights are up to date."""
+        """Run steps until `until`; on return and on exceptions every step is written down and the weights are up to date."""
         self.landed: list[dict[str, Any] | None] = []
         try:
             while self.next < (self.settings.steps if until is None else until) and not self.halted:

@@ -40,7 +40,7 @@ PATIENCE = 60.0  # seconds that the others may take longer than the coordinator'
 
 
 class Worker:
-    """The coordinator's view of one worker: its line, and the pairs of this step that it owes."""
+    """Hold the coordinator's view of one worker: its line, and the pairs of this step that it owes."""
 
     def __init__(self, line: Line, name: str) -> None:
         self.line, self.name = line, name
@@ -67,7 +67,7 @@ def is_sound(facts: dict[str, Any], data: bytes) -> bool:
 
 
 class ElasticTrainer(Trainer):
-    """A Trainer, the coordinator, whose losses come from whoever is there."""
+    """Train as the coordinator, with losses that come from whoever is there."""
 
     check_every = 0
     closed = False
@@ -127,7 +127,7 @@ class ElasticTrainer(Trainer):
             self.events.put((worker, None, b""))
 
     def losses_at(self, step: int, probes: Sequence[Probe], batches: Sequence[Batch]) -> list[float]:
-        """Mean loss at each probe, [len(probes)]: pairs dealt out, and again where a worker is lost."""
+        """Return the mean loss at each probe, [len(probes)]: pairs dealt out, and again where a worker is lost."""
         while not self.events.empty():
             self._take(*self.events.get())
         found: dict[tuple[int, int], torch.Tensor] = {}  # [K] of each pair

@@ -176,12 +176,12 @@ def page_of(config: Config) -> dict[str, str]:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name that config and ledger have for a dtype."""
+    """Return the name that config and ledger have for a dtype."""
     return next(name for name, d in space.DTYPES.items() if d == dtype)
 
 
 def data_digest(train: Sequence[Example]) -> str:
-    """A hash of the training examples' tokens, in their order."""
+    """Return a hash of the training examples' tokens, in their order."""
     h = hashlib.blake2b(digest_size=16)
     for e in train:
         rest: list[Any] = [e.after] if e.masked else [e.scored] if e.scored is not None else []

@@ -44,7 +44,7 @@ def _copy(mine: Tensor, new: Tensor) -> None:
 
 
 class DeviceNodeTrainer(NodeTrainer):
-    """A NodeTrainer whose forwards are captured once for each shape of a batch; eager steps have the same bits.
+    """Train as NodeTrainer does, with forwards that are captured once for each shape of a batch; eager steps have the same bits.
 
     A step waits for its losses, so that it is in the ledger before the weights move; the update pass then runs while the next
     batch is made. capture: "" captures, anything else says why not. masked: False where attention needs no mask for padding.

@@ -66,7 +66,7 @@ def resolve_device(config: Config) -> Config:
 
 
 def load_run_model(config: Config, folder: str | Path | None = None) -> tuple[nn.Module, Any, str]:
-    """(model on its device in the checkpoint's dtype, tokenizer, fingerprint of the base).
+    """Return (model on its device in the checkpoint's dtype, tokenizer, fingerprint of the base).
 
     With the adapter that config.train asks for, or one that is in place (model.beside has its files, and the fingerprint
     goes on with its own). folder: of a run that goes on or is replayed.
@@ -94,7 +94,7 @@ def load_run_model(config: Config, folder: str | Path | None = None) -> tuple[nn
 
 
 def load_base(config: Config) -> tuple[Any, Any]:
-    """(model, tokenizer): the checkpoint, quantised layer by layer on config.device where `bits` asks for that."""
+    """Return (model, tokenizer): the checkpoint, quantised layer by layer on config.device where `bits` asks for that."""
     loaded, tokenizer = load_model(config.model, dtype="auto", trust_remote_code=config.trust_remote_code)
     if config.bits is not None:
         keys: dict[str, Any] = {k: getattr(config, k) for k in ("bits", "group", "zero_points")}
@@ -126,12 +126,12 @@ def refuse_pattern(config: Config, method: Method) -> None:
 
 
 def run_tokenizer(config: Config) -> Any:
-    """The tokenizer alone, without loading weights."""
+    """Return the tokenizer alone, without loading weights."""
     return load_tokenizer(config.model, config.trust_remote_code)
 
 
 def encode_examples(config: Config, tokenizer: Any, data: TaskData) -> tuple[list[Example], list[Example]]:
-    """Training rows and the evaluation rows that eval_limit keeps, as token ids."""
+    """Turn training rows and the evaluation rows that eval_limit keeps into token ids."""
     held_out = subset(data.eval, config.eval_limit)
     size = embedding_rows(config.model, config.trust_remote_code)
     train = encode(data.train, tokenizer, data, config.max_length, pack=data.pack)
@@ -154,7 +154,7 @@ def reading(tokenizer: Any, data: TaskData) -> list[str]:
 
 
 def dev_examples(config: Config, tokenizer: Any, data: TaskData) -> list[Example] | None:
-    """The rows that a model is chosen by, as token ids; None where task.num_dev and task.k_shot ask for none."""
+    """Return the rows that a model is chosen by, as token ids; None where task.num_dev and task.k_shot ask for none."""
     if data.dev is None:
         return None
     made = encode(data.dev, tokenizer, data, config.max_length)
@@ -207,7 +207,7 @@ _silent = False
 
 
 def say(text: str) -> None:
-    """A line about the set-up, for the reader."""
+    """Print a line about the set-up, for the reader."""
     if not _silent:
         print(escaped(text), file=sys.stderr, flush=True)
 

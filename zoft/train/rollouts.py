@@ -39,7 +39,7 @@ MANY_FLAT = 20  # steps without spread in a row after which a line says what hel
 
 @dataclass(frozen=True)
 class Seen:
-    """What a step's members wrote [P, N]: rewards, tokens, and a number for each text that equal texts share."""
+    """Hold what a step's members wrote [P, N]: rewards, tokens, and a number for each text that equal texts share."""
 
     rewards: Tensor
     tokens: Tensor
@@ -47,7 +47,7 @@ class Seen:
 
 
 class RolloutTrainer(Trainer):
-    """A trainer whose losses are minus the rewards of texts.
+    """Train with losses that are minus the rewards of texts.
 
     texts: the objective's. members: where the members of a step write together, settings.members_per_batch at a time.
     """

@@ -75,7 +75,7 @@ def metrics_of(record: Record, probes: Sequence[Probe]) -> dict[str, Any]:
 
 
 class Trainer:
-    """Zeroth-order training of a model from losses at an estimator's probes θ + s·z alone.
+    """Train a model with zeroth-order steps, from losses at an estimator's probes θ + s·z alone.
 
     axis: how the model is run at a probe (probe.ProbeAxis or inplace.InPlace). batches(step) -> the step's
     microbatches, all of which see the same directions. ledger: open for appending, it is the run; None only to replay.
@@ -154,7 +154,7 @@ class Trainer:
 
     @torch.no_grad()
     def losses_at(self, step: int, probes: Sequence[Probe], batches: Sequence[Batch]) -> list[float]:
-        """The objective at each probe [len(probes)], of the totals over all microbatches in fp64: Σ sums / Σ counts."""
+        """Return the objective at each probe [len(probes)], of the totals over all microbatches in fp64: Σ sums / Σ counts."""
         group = self.settings.probes_per_forward
         mine = probes[self.world.probes(len(probes))]
         parts = []
@@ -208,7 +208,7 @@ class Trainer:
         return torch.stack([sums, counts], -1).view(len(probes), -1, 2).double().cpu()
 
     def sums_at(self, step: int, probes: Sequence[Probe], batch: Batch) -> torch.Tensor:
-        """[P, K]: a batch's totals at each probe (K = 2: loss sum, count), from one forward.
+        """Return [P, K]: a batch's totals at each probe (K = 2: loss sum, count), from one forward.
 
         A batch that cannot be stacked gets one forward a probe, and so do all that follow it.
         """
@@ -226,7 +226,7 @@ class Trainer:
         return torch.stack(columns, -1).view(len(probes), -1, len(columns)).double().sum(1).cpu()
 
     def alone(self, step: int, why: Unfit | str) -> None:
-        """One probe a forward from here on."""
+        """Run one probe per forward from here on."""
         if self.settings.probes_per_forward == 1:
             return
         print(f"step {step}: one probe a forward from here on: {why}", file=sys.stderr, flush=True)
@@ -258,7 +258,7 @@ class Trainer:
     def run(
         self, on_step: Callable[[dict[str, Any]], None] = lambda metrics: None, until: int | None = None
     ) -> None:
-        """Steps until `until` (default: settings.steps); the weights are up to date on return and on exceptions."""
+        """Run steps until `until` (default: settings.steps); the weights are up to date on return and on exceptions."""
         try:
             while self.next < (self.settings.steps if until is None else until) and not self.halted:
                 metrics = self.step()
@@ -268,7 +268,7 @@ class Trainer:
             self.axis.flush()
 
     def end(self) -> None:
-        """The run's last step is done."""
+        """End the run after its last step."""
 
     def skip_to(self, step: int, records: Sequence[Record]) -> None:
         """Go on from weights that have the first `step` of these records in them already (a snapshot's)."""
@@ -279,7 +279,7 @@ class Trainer:
             self.pass_by(record)
 
     def pass_by(self, record: Record) -> None:
-        """All that a step leaves behind outside the weights."""
+        """Note all that a step leaves behind outside the weights."""
         assert record.step == self.next, (record.step, self.next)
         if self.estimator.state and not record.skipped:
             self.state.copy_(self.estimate(losses_of(record.losses, self.probes))[1])
