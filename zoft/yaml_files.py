@@ -11,7 +11,7 @@ from zoft.limits import CONFIG_BYTES, read_bytes
 
 
 def yaml_tree(path: Path) -> dict[str, Any]:
-    """The plain tree of a file: mappings, lists and scalars. Raises UserError in one line with the file's line.
+    """Return the plain tree of a file: mappings, lists and scalars. Raises UserError in one line with the file's line.
 
     Refused: tags that make objects, a key given twice (YAML keeps the last), aliases (a few of them make a tree
     that no memory holds), label words that YAML reads as something else than their text.
@@ -27,7 +27,7 @@ def yaml_tree(path: Path) -> dict[str, Any]:
 
 
 def strict_yaml(text: str, where: str, words: bool = False) -> Any:
-    """The value of a YAML text, by the rules of `yaml_tree`.
+    """Return the value of a YAML text, by the rules of `yaml_tree`.
 
     where: for messages. words: scalars are the text that was typed ("no", "007"), but for null.
     """
@@ -152,7 +152,7 @@ def _defaults(path: Path, listed: Any) -> list[str]:
 
 
 def calls(text: str) -> bool:
-    """Whether a value holds an interpolation that is more than ${key}: one that calls something, or is built."""
+    """Say whether a value holds an interpolation that is more than ${key}: one that calls something, or is built."""
     for found in re.finditer(r"(\\*)\$\{", text):
         escaped = len(found[1]) % 2 == 1
         if not escaped and not re.match(r"[\w.]+\}", text[found.end() :]):
