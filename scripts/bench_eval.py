@@ -1,4 +1,4 @@
-"""How long scoring candidates takes: zoft's evaluation, and a plain loop of batched forwards over (row, candidate) pairs.
+"""Time the scoring of candidates: zoft's evaluation, and a plain loop of batched forwards over (row, candidate) pairs.
 
     python scripts/bench_eval.py --rows 1000 --threads 2
     python scripts/bench_eval.py --rows 200 --config mezo/trec task=trec

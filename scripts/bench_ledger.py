@@ -1,4 +1,4 @@
-"""What the ledger costs: appending a step under each `sync`, reading a long run back, taking and checking a snapshot.
+"""Time the ledger: appending a step under each `sync`, reading a long run back, taking and checking a snapshot.
 
     python scripts/bench_ledger.py --folder runs
 

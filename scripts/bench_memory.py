@@ -1,4 +1,4 @@
-"""What `zoft estimate` says a run will take, beside what `zoft train` then took.
+"""Compare what `zoft estimate` says a run will take with what `zoft train` then took.
 
 Each model is made with random weights, saved in a folder, and trained for a few steps on rows of a known length.
 

@@ -1,4 +1,4 @@
-"""What bench_step.py times: the yardsticks, and a step of zoft's own Trainer. Milliseconds and bytes throughout."""
+"""Build what bench_step.py times: the yardsticks, and a step of zoft's own Trainer. Milliseconds and bytes throughout."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def prepare() -> None:
 
 
 def variant(name: str, kills: int, rng: random.Random) -> int:
-    """How many of `kills` killed and resumed runs end as the one that nobody touched."""
+    """Return how many of `kills` killed and resumed runs end as the one that nobody touched."""
     keys, whole = VARIANTS[name], Path(name) / "whole"
     assert ended(forked("--config", "mine.yaml", f"output_dir={whole}", *keys)) == 0, "the run itself fails"
     same, records = 0, []
@@ -185,7 +185,7 @@ def steps_of(run: Path) -> int:
 
 
 def differs(run: Path, whole: Path) -> str:
-    """What differs between two finished runs; "" where nothing does."""
+    """Return what differs between two finished runs; "" where nothing does."""
     for name in ("ledger", "model/model.safetensors"):
         if not (run / name).exists():
             return f"no {name}"

@@ -1,4 +1,4 @@
-"""What a choice does to learning: one model, one task, equal forwards, several seeds, side by side.
+"""Measure what a choice does to learning: one model, one task, equal forwards, several seeds, side by side.
 
     python scripts/learning_table.py storage --device cuda --json storage.json
     python scripts/learning_table.py recipes --steps 2000 --tune-steps 1000 --device cuda:0 --device cuda:1 --jobs 8 --json recipes.json
@@ -58,7 +58,7 @@ def gradients(base: str, method: str, arguments: str) -> Row:
 
 
 def recipes(base: str) -> dict[str, Row]:
-    """What the papers compare, on one task; the first rows decide most."""
+    """Return what the papers compare, on one task; the first rows decide most."""
     sparse, qzo, adapter = (
         "recipe=sparse_mezo train=all eps=1e-3",
         "recipe=qzo train=scales group=32",
@@ -82,7 +82,7 @@ def recipes(base: str) -> dict[str, Row]:
 
 
 def aim(arguments: str, *grid: str) -> Row:
-    """What mezo/reviews trains (the last 2 blocks, short sentences) with another objective; batches of 64, for a metric
+    """Return what mezo/reviews trains (the last 2 blocks, short sentences) with another objective; batches of 64, for a metric
     moves by whole rows. Its seconds include what is written for the evaluations, where it is one of text."""
     fixed = ["--config", "mezo/reviews", "batch_size=64", "eval_every=0", *arguments.split()]
     return Row(fixed, 3, grid=grid)
@@ -183,7 +183,7 @@ def run(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
                 Path(args.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
     def lacking(jobs: list[tuple[str, Row, int, int]]) -> list[tuple[str, Row, int, int]]:
-        """Those that `rows` has not; a run of theirs by another command or of another length is dropped."""
+        """Return the rows that `rows` has not; a run of theirs by another command or of another length is dropped."""
         wanted = {(name, seed): (row, steps) for name, row, seed, steps in jobs}
         rows[:] = [
             r for r in rows if (r["name"], r["seed"]) not in wanted or made(r, *wanted[r["name"], r["seed"]])
@@ -208,7 +208,7 @@ def run(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 
 def made(found: dict[str, Any], row: Row, steps: int) -> bool:
-    """Whether a result is of this row's command and of so many steps, which a baseline names itself."""
+    """Say whether a result is of this row's command and of so many steps, which a baseline names itself."""
     same = found.get("command") == kept(row.arguments)
     return "error" not in found and same and (row.command == "baseline" or found["steps"] == steps)
 

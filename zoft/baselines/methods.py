@@ -91,7 +91,7 @@ def keys_of(method: str) -> tuple[str, ...]:
 
 
 def _others(config: Config, keys: Sequence[str]) -> list[str]:
-    """What the command line puts in place of a config's model and task, for a folder's name."""
+    """Return what the command line puts in place of a config's model and task, for a folder's name."""
     task = config.task
     named = [("model", config.model), ("bits", f"bits{config.bits}"), ("task", "" if task.name == "local" else task.name),
              ("task.train", str(task.train).partition(":")[0])]  # fmt: skip
@@ -157,7 +157,7 @@ def run_baseline(config: Config, ask: Ask) -> dict[str, Any]:
 
 
 def _made(config: Config, ask: Ask, data: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """What a method adds to result.json; {after: metrics} at least."""
+    """Return what a method adds to result.json; {after: metrics} at least."""
     from zoft.evaluation import evaluate
     from zoft.evaluation.evaluate import CALIBRATION, judge_model, log_softmax, spread
     from zoft.objectives.text import writer
@@ -289,7 +289,7 @@ def _refuse(method: str, data: Any) -> None:
 
 
 def _fault(method: str, data: Any) -> str:
-    """Why a method says nothing of a task, "" where it does."""
+    """Return why a method says nothing of a task, "" where it does."""
     if method == "icl" and data.reading and "joins" not in data.eval[0]:
         return "needs a prompt and an answer in each row, not conversations or plain text"
     if method == "icl" and data.reading:

@@ -1,4 +1,4 @@
-"""What `zoft bench` does: its plan, its runs, its table and pictures."""
+"""Run `zoft bench`: its plan, its runs, its table and pictures."""
 
 from __future__ import annotations
 

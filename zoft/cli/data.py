@@ -1,4 +1,4 @@
-"""What a model is trained on, for a person: tokens with their loss mask, and counts."""
+"""Show a person what a model is trained on: tokens with their loss mask, and counts."""
 
 from __future__ import annotations
 

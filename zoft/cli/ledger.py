@@ -1,4 +1,4 @@
-"""What a run's ledger says: a summary, a plot, and whether everything in the folder agrees with it. Loads no model."""
+"""Show a run's ledger: a summary, a plot, and whether everything in the folder agrees with it. Loads no model."""
 
 from __future__ import annotations
 

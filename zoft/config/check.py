@@ -105,7 +105,7 @@ def check_config(config: Config) -> Config:
 
 
 def _away(names: list[str]) -> str:
-    """How to be without keys that the user, or the config that was named, has set."""
+    """Return how to be without keys that the user, or the config that was named, has set."""
     return f"leave it out, or set {' '.join(f'{n}=null' for n in names)}"
 
 

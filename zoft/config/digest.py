@@ -1,4 +1,4 @@
-"""Which keys decide a run's weights, and whether two configs agree in them."""
+"""Tell which keys decide a run's weights, and whether two configs agree in them."""
 
 from __future__ import annotations
 

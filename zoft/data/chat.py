@@ -208,7 +208,7 @@ def _example(row: dict, span: Spans, ids: list[int], offsets: list, chat: Chat, 
 
 
 def _scored(span: Spans, ids: list[int], offsets: list, chat: Chat, where: str) -> list[bool]:
-    """Which tokens are scored, checked: decoded they are what was to be said."""
+    """Return which tokens are scored, checked: decoded they are what was to be said."""
     marks = [False] * len(ids)
     for number, ((start, _), end) in enumerate(zip(span.contents, span.says), 1):
         if not end:
@@ -233,7 +233,7 @@ def _scored(span: Spans, ids: list[int], offsets: list, chat: Chat, where: str) 
 
 
 def _says(said: str, wanted: str, chat: Chat) -> bool:
-    """Whether tokens read as a text does that the tokenizer does not give back as it was: one that changes letters."""
+    """Say whether tokens read as a text does that the tokenizer does not give back as it was: one that changes letters."""
     again = chat.tokenizer(wanted, add_special_tokens=False, verbose=False)["input_ids"]
     read = chat.tokenizer.decode(again, clean_up_tokenization_spaces=False)
     return read != wanted and "".join(said.split()) == "".join(read.split())
@@ -308,7 +308,7 @@ def _spans(messages: list[dict], chat: Chat, where: str) -> Spans:
 
 
 def _skeleton(turns: list[dict], wanted: tuple[bool, ...], chat: Chat, where: str) -> Skeleton:
-    """What the template writes around turns like these."""
+    """Return what the template writes around turns like these."""
     marked = [t | {"content": _marker(i) if t["content"] else ""} for i, t in enumerate(turns)]
     text = _render(marked, chat, where)
     pieces, at = [], 0
@@ -337,7 +337,7 @@ def _skeleton(turns: list[dict], wanted: tuple[bool, ...], chat: Chat, where: st
 
 
 def _end(turns: list[dict], after: str, chat: Chat, where: str) -> int:
-    """How much of what follows the last of these turns ends it: up to its first special token, 0 if there is none."""
+    """Return how much of what follows the last of these turns ends it: up to its first special token, 0 if there is none."""
     alone = _render(turns, chat, where).partition(turns[-1]["content"])[2]
     found = chat.special.search(commonprefix([alone, after])) if chat.special else None
     return found.end() if found else 0

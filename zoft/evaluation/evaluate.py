@@ -1,4 +1,4 @@
-"""How good a model is at a task, beside what it would score without knowing anything."""
+"""Evaluate a model on a task, beside what it would score without knowing anything."""
 
 from __future__ import annotations
 

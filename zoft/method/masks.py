@@ -1,4 +1,4 @@
-"""Which numbers of each matrix move: the small ones, or as many drawn at random (Sparse-MeZO and its control)."""
+"""Find which numbers of each matrix move: the small ones, or as many drawn at random (Sparse-MeZO and its control)."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def kth_smallest(theta: Tensor, k: int) -> tuple[float, int]:
 
 
 def _counts(theta: Tensor, digits: Callable[[Tensor], Tensor], size: int) -> Tensor:
-    """How often each of `size` values occurs among the digits of the fp32 bits of |θ|."""
+    """Return how often each of `size` values occurs among the digits of the fp32 bits of |θ|."""
     found = torch.zeros(size, dtype=torch.int64, device=theta.device)
     for part in theta.detach().flatten().split(CHUNK):
         exact = part.abs()

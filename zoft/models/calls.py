@@ -1,4 +1,4 @@
-"""How a model is called: what its forward takes, and the cache of keys and values that it gives back.
+"""Call a model: what its forward takes, and the cache of keys and values that it gives back.
 
 Libraries rename these things from one version to the next (transformers 5.24 takes `cache` where 5.23 took
 `past_key_values`). The model at hand is asked, by its signature and attributes and never by a version number,

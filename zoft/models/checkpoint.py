@@ -1,4 +1,4 @@
-"""What a model's folder holds, checked before anything of it is loaded: no pickle, no path out of it, whole files."""
+"""Check what a model's folder holds before anything of it is loaded: no pickle, no path out of it, whole files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a forward of a model costs, counted on the meta device: shapes alone, no weight and no arithmetic."""
+"""Count what a forward of a model costs, on the meta device: shapes alone, no weight and no arithmetic."""
 
 from __future__ import annotations
 

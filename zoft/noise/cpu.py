@@ -118,13 +118,13 @@ def signs(out: Tensor, tid: int, purpose: int, keys: np.ndarray) -> None:
 
 
 def _address(tensor: Tensor, first: int) -> np.uint64:
-    """Where element 0 would be if the tensor's first is number `first`."""
+    """Return where element 0 would be if the tensor's first is number `first`."""
     return np.uint64((tensor.data_ptr() - first * tensor.element_size()) % 2**64)
 
 
 @lru_cache(maxsize=4096)  # one for each tensor with a threshold of its own
 def _rules(beta: float, floor: float | None, mask: Mask | None):
-    """What `kernels.run` takes as its rules: fp64 [7], which holds them exactly."""
+    """Return what `kernels.run` takes as its rules: fp64 [7], which holds them exactly."""
     kind, threshold, share, words = kernels.ALL, 0.0, 0, (0, 0)
     if mask is not None and mask.threshold is not None:
         kind, threshold = kernels.SMALL, mask.threshold
@@ -139,7 +139,7 @@ def _rules(beta: float, floor: float | None, mask: Mask | None):
 def _plan(
     updates: tuple[Update, ...], probes: tuple[tuple[int, float], ...], seed: int, step: int, work: type, noise: str
 ):  # fmt: skip
-    """What `kernels.run` takes as its plan. Zeros lose their sign: equal plans must be the same plan."""
+    """Return what `kernels.run` takes as its plan. Zeros lose their sign: equal plans must be the same plan."""
     keys, values, groups = [], [], []
     counts = [1 if u.is_nothing else len(u.multipliers) for u in updates]
     for u, count in zip(updates, counts):  # of NOTHING the last direction alone

@@ -285,7 +285,7 @@ def _signed(word: int) -> int:
 
 
 def _mask(mask: Mask | None) -> dict[str, Any]:
-    """What a launch is told of a mask."""
+    """Return what a launch is told of a mask."""
     share, k0, k1 = 0, 0, 0
     if mask is not None and mask.threshold is None:
         share, (k0, k1) = mask.share, key(mask.seed, mask.period, 0)

@@ -195,7 +195,7 @@ def _pairs(base, tid, purpose: tl.constexpr, k0, k1, LANES: tl.constexpr):
 
 @triton.jit
 def _moving(a, base, tid, MASK: tl.constexpr, threshold, share, mask0, mask1, LANES: tl.constexpr):
-    """Which of the 8·LANES elements a mask lets move."""
+    """Return which of the 8·LANES elements a mask lets move."""
     if MASK == SMALL:
         return tl.abs(a) <= threshold
     k0, k1 = mask0.to(tl.uint32, bitcast=True), mask1.to(tl.uint32, bitcast=True)

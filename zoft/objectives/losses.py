@@ -1,4 +1,4 @@
-"""What is minimised: cross-entropy over candidates, or the loss of target tokens; from forward passes only.
+"""Compute what is minimised: cross-entropy over candidates, or the loss of target tokens; from forward passes only.
 
 Every quantity is row-local, so that a batch repeated once a probe gives the losses of each probe by itself.
 Only the positions that are scored reach the vocabulary, and log-probabilities are made in fp32 (fp64 for an

@@ -1,4 +1,4 @@
-"""What a run minimises, by name: one number a probe, from numbers a row that add up over all of a step's rows.
+"""Define what a run minimises, by name: one number per probe, from numbers per row that add up over all of a step's rows.
 
 choice, lm: losses of the rows, as losses.py has them. The others have no gradient; minimised is minus
 

@@ -156,7 +156,7 @@ class _Stop(StoppingCriteria):
         return self.stop is not None and self.stop in self._decode(row)
 
     def written(self, row: list[int], sound: bool) -> Written:
-        """What a row of new tokens says, up to its end, and how many tokens it took, one that ends it among them."""
+        """Return what a row of new tokens says, up to its end, and how many tokens it took, one that ends it among them."""
         end = next((n for n, token in enumerate(row) if token in self.ends), len(row))
         text, tokens = self._decode(row[:end]), min(end + 1, len(row))
         if self.stop is not None and self.stop in text:
@@ -250,7 +250,7 @@ def _tolerance(model: Any) -> float:
 
 
 def _pads_well(model: Any, contexts: Sequence[Sequence[int]], pad: int, around: Any) -> bool:
-    """Whether a row padded on the left has the logits that it has alone; looked at once a model, at two tokens."""
+    """Say whether a row padded on the left has the logits that it has alone; looked at once a model, at two tokens."""
     short, long = min(contexts, key=len, default=()), max(contexts, key=len, default=())
     if len(short) == len(long) or model in _pads:
         return _pads.get(model, True)

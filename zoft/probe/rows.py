@@ -1,4 +1,4 @@
-"""Where a call keeps its rows: read off one forward of n rows and one of 2n, never guessed from a shape.
+"""Find where a call keeps its rows: read off one forward of n rows and one of 2n, never guessed from a shape.
 
 Only shapes and a few thousand samples of each tensor are kept, so that looking costs no memory to speak of.
 """

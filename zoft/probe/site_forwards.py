@@ -1,4 +1,4 @@
-"""How a site runs at several probes: a direct route for common modules, a general one for any other."""
+"""Run a site at several probes: a direct route for common modules, a general one for any other."""
 
 from __future__ import annotations
 

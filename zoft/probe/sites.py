@@ -188,7 +188,7 @@ def calibrate(
 def _record(
     sites: list[Site], run: Callable, batch: Any, like: dict[Site, list[Seen]]
 ) -> dict[Site, list[Seen]]:
-    """What every outermost site call takes and gives, in order, in one plain forward."""
+    """Return what every outermost site call takes and gives, in order, in one plain forward."""
     by_module = {s.module: s for s in sites}
     calls: dict[Site, list[Seen]] = {}
     inside = False

@@ -1,4 +1,4 @@
-"""What a run leaves: its model with a card, its result.json, and what a user reads of it."""
+"""Write what a run leaves: its model with a card, its result.json, and the text that a user reads of it."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def draw(some: Sequence[Group], metrics: Sequence[str], out: Path) -> None:
 
 
 def _trained(run: Run, wrote: bool) -> dict[int, float]:
-    """What is drawn of a run's steps: their losses, or where some run wrote texts the rewards of those that did."""
+    """Return what is drawn of a run's steps: their losses, or where some run wrote texts the rewards of those that did."""
     return {s: told["reward"] for s, told in run.texts.items()} if wrote else run.losses
 
 
@@ -128,7 +128,7 @@ def _label(g: Group) -> str:
 
 
 def _columns(labels: Sequence[str], width_inches: float) -> int:
-    """How many columns of a legend fit side by side: a letter is about 0.55 of its height wide, a handle 4 letters."""
+    """Return how many columns of a legend fit side by side: a letter is about 0.55 of its height wide, a handle 4 letters."""
     each = (max(map(len, labels)) + 6) * 0.55 * LEGEND_POINTS / 72
     return max(1, min(4, len(labels), int(width_inches / each)))
 

@@ -1,4 +1,4 @@
-"""What a run will take, before a weight is loaded: memory, and time a step, beside training with gradients."""
+"""Estimate what a run will take, before a weight is loaded: memory, and time per step, beside training with gradients."""
 
 from __future__ import annotations
 
@@ -301,7 +301,7 @@ def _frozen(
 
 
 def _forward(model: Any, batch: Batch, notes: list[str]) -> Cost:
-    """Of one forward of the batch, its losses included."""
+    """Return the cost of one forward of the batch, its losses included."""
     real = batch.to("meta")
     rows, tokens = real.inputs["input_ids"].shape
     mask = 3 * rows * tokens**2  # of padded rows: yes or no, and what attention makes of that in 16 bits
@@ -472,7 +472,7 @@ def rates(
 
 
 def _seconds(call: Callable[[], Any], device: str) -> float:
-    """Of one call, the mean over MEASURED seconds, after one that compiles."""
+    """Return the time of one call, the mean over MEASURED seconds, after one that compiles."""
     cuda = device.startswith("cuda")
     call()
     if cuda:

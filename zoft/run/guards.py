@@ -216,7 +216,7 @@ def _asked(said: str) -> str:
 
 
 def _lower(config: Config) -> str:
-    """What to lower, the figures of the estimate first."""
+    """Return what to lower, the figures of the estimate first."""
     figures = ""
     parts: dict[str, float] = {}
     try:

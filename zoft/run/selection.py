@@ -1,4 +1,4 @@
-"""Which evaluation of a run was the best, and whether to go on: functions of the evaluations that are recorded."""
+"""Select the best evaluation of a run, and whether to go on: functions of the evaluations that are recorded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run stops between two steps, and what is due there."""
+"""Say where a run stops between two steps, and what is due there."""
 
 from __future__ import annotations
 

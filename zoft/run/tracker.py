@@ -1,4 +1,4 @@
-"""What a run shows and writes while it goes: metrics.jsonl always, a live line, wandb when asked."""
+"""Show and write what a run does while it goes: metrics.jsonl always, a live line, wandb when asked."""
 
 from __future__ import annotations
 

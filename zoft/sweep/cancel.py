@@ -84,7 +84,7 @@ def _holds(pid: object, lock: Path) -> bool:
 
 
 def _orphaned(pid: object) -> bool:
-    """Whether the process that started this one is gone: init has it then. Linux."""
+    """Say whether the process that started this one is gone: init has it then. Linux."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1] == "1"
     except (OSError, IndexError):

@@ -1,4 +1,4 @@
-"""What `zoft sweep` does with its options: one of run, status, cancel, results."""
+"""Do what the options of `zoft sweep` ask: one of run, status, cancel, results."""
 
 from __future__ import annotations
 

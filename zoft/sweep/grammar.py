@@ -1,4 +1,4 @@
-"""What is swept: `lr=1e-6,1e-7`, choice(), range(), glob(), interval(), in Hydra's override grammar."""
+"""Read what is swept: `lr=1e-6,1e-7`, choice(), range(), glob(), interval(), in Hydra's override grammar."""
 
 from __future__ import annotations
 

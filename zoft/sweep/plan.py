@@ -97,7 +97,7 @@ def plan(config: str | None, overrides: Sequence[str], *, search: str = "") -> P
 
 
 def _besides(configs: Sequence[Config]) -> tuple[str, ...]:
-    """What a resumed run must be told on the command line again; the same for all jobs."""
+    """Return what a resumed run must be told on the command line again; the same for all jobs."""
     from zoft.train.resolve import absolute_paths
 
     if len({c.reward for c in configs}) > 1:

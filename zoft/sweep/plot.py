@@ -62,7 +62,7 @@ def plot(root: str | Path, out: str | Path, metric: str | None = None) -> str:
 
 
 def _axis(keys: Sequence[str], groups: Sequence[tuple[str, ...]]) -> int | None:
-    """Which key to draw over: of those that are numbers the one with most values, else the one with most values."""
+    """Return which key to draw over: of those that are numbers the one with most values, else the one with most values."""
     if not keys:
         return None
     different = [len({g[i] for g in groups}) for i in range(len(keys))]

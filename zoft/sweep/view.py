@@ -1,4 +1,4 @@
-"""What a sweep has done, from its folder alone: status, results, the best config."""
+"""Show what a sweep has done, from its folder alone: status, results, the best config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which examples a step sees: a pure function of (step, sizes, seed), so resuming needs no saved state."""
+"""Choose the examples that a step sees: a pure function of (step, sizes, seed), so resuming needs no saved state."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class CapturedTrainer(Trainer):
 
     @torch.no_grad()
     def _forward(self, batches: Sequence[Batch]) -> None:
-        """What is captured: the step's losses at this process's probes; then, alone, its multipliers."""
+        """Run what is captured: the step's losses at this process's probes; then, alone, its multipliers."""
         control, group, per = self.axis.control, self.settings.probes_per_forward, self.estimator.per
         mine = self.world.probes(len(control.probes) // per)
         with self.axis.stepping():

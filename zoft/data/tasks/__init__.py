@@ -382,7 +382,7 @@ def _render(
 
 
 def _gold(where: str, column: str, value: Any, labels: list[str]) -> int:
-    """Which choice a label is: by its text, a class of the Hub by its name too, True by "true" and the reverse."""
+    """Return which choice a label is: by its text, a class of the Hub by its name too, True by "true" and the reverse."""
     word = template.as_text(value).strip()
     if word in labels:
         return labels.index(word)

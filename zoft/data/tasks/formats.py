@@ -244,7 +244,7 @@ def _turns(value: Any) -> bool:
 
 
 def _hidden(rows: list[tuple[str, dict[str, Any]]], first: dict[str, Any]) -> str:
-    """Where rows that are no format's may hold what is: turns that are no list, or a list of rows; "" elsewhere."""
+    """Return where rows that are no format's may hold what is: turns that are no list, or a list of rows; "" elsewhere."""
     for column in DIALOGUE:
         if column in first and not _turns(first[column]):
             held = (

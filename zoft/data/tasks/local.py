@@ -210,7 +210,7 @@ HELD = (("valid", "validation", "val", "dev", "eval"), ("test",))
 
 
 def _split(files: list[Path], held_out: bool) -> list[Path]:
-    """Those files of a folder that are its training or, else, its validation (else test) split, by their names.
+    """Return the files of a folder that are its training or, else, its validation (else test) split, by their names.
 
     Where no name says train, all are for training.
     """

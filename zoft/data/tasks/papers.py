@@ -1,4 +1,4 @@
-"""What a template cannot say of the papers' tasks: columns, candidates and answers made from a row of the Hub's schema.
+"""Make what a template cannot say of the papers' tasks: columns, candidates and answers from a row of the Hub's schema.
 
 The rest of each task (data set, prompt, label words, split) is configs/task/NAME.yaml. Source of the wording: MeZO (arXiv
 2305.17333) for decoder models, LM-BFF (arXiv 2012.15723) for masked ones.

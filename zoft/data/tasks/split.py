@@ -1,4 +1,4 @@
-"""Which rows a run trains on, is chosen by, and is judged by: the papers' splits, by a seeded permutation."""
+"""Choose the rows that a run trains on, is chosen by, and is judged by: the papers' splits, by a seeded permutation."""
 
 from __future__ import annotations
 

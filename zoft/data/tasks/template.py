@@ -100,7 +100,7 @@ def refuse_cell(where: str, column: str, value: Any) -> None:
 
 
 def _no_text(value: str) -> str:
-    """What is in a text that no tokenizer takes, or nothing."""
+    """Return what is in a text that no tokenizer takes, or nothing."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:

@@ -230,7 +230,7 @@ def _works(made: Any, train: str, n: int) -> None:
 
 
 def _rows_of_prompt(model: Any, batch_size: int, **unused: Any) -> Tensor:
-    """What PeftModel.get_prompt gives, [rows, n, width], by embeddings of n tokens a row."""
+    """Return what PeftModel.get_prompt gives, [rows, n, width], by embeddings of n tokens a row."""
     tokens = model.prompt_tokens["default"].expand(batch_size, -1)
     return model.prompt_encoder["default"](tokens.to(model.device))
 

@@ -1,4 +1,4 @@
-"""Where an adapter starts: functions of the run's seed, the tensor's name and the base model, on any machine.
+"""Start an adapter from functions of the run's seed, the tensor's name and the base model, on any machine.
 
 But for keys and values, which a forward pass makes: those round as it rounds, so a run keeps them (headers.keep).
 """
@@ -51,7 +51,7 @@ def normal(shape: Sequence[int], seed: int, name: str) -> Tensor:
 
 
 def tokens_of(model: Any, n: int, seed: int) -> Tensor:
-    """Return the n random token ids of the vocabulary."""
+    """Return n random token ids of the vocabulary."""
     table = model.get_input_embeddings().weight
     size = min(table.shape[0], getattr(model.config.get_text_config(), "vocab_size", table.shape[0]))
     ids = _raw(n, seed, "virtual tokens") % np.uint64(size)

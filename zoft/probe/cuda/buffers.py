@@ -1,4 +1,4 @@
-"""What a step's launches read from device memory: keys, multipliers, scales; and where its losses become an update."""
+"""Hold what a step's launches read from device memory (keys, multipliers, scales), and turn its losses into an update there."""
 
 from __future__ import annotations
 
