@@ -36,10 +36,27 @@ from zoft.probe.rows import Unfit
 
 @dataclass(frozen=True)
 class Settings:
-    """Hold what a step needs to know: lr and eps as in the papers, warmup in steps (or a share of them, below 1).
+    """Hold the settings of a step, named as the config's keys.
 
-    estimator: a name (estimators.named), or a value of the user's own. update, momentum: a
-    step is other than plain here with update=conservative and update=momentum alone.
+    Args:
+        seed: The seed of the noise.
+        steps: The number of steps that the schedule counts.
+        lr: The learning rate.
+        eps: The size of a probe.
+        q: The number of directions.
+        estimator: The name of a packaged estimator, or an `Estimator`.
+        directions: "shared", or "example" for directions of each example's own.
+        batch_size: Examples per batch, over all processes together.
+        accumulate: Batches per step.
+        schedule: "constant", "linear" or "cosine".
+        warmup: Steps of warm-up; below 1 a share of all steps.
+        weight_decay: Decoupled decay, times lr.
+        probes_per_forward: Probes that share one forward pass.
+        clip: The largest projected gradient, or None.
+        meazo: The decay of MEAZO's second moment; 0 turns it off.
+        update: The update rule; here only "conservative" and "momentum" differ from a plain step.
+        momentum: The share of the previous step's update.
+        max_skipped: Skipped steps in a row that stop the run.
     """
 
     seed: int
@@ -77,11 +94,19 @@ def metrics_of(record: Record, probes: Sequence[Probe]) -> dict[str, Any]:
 class Trainer:
     """Train a model with zeroth-order steps, from losses at an estimator's probes θ + s·z alone.
 
-    axis: how the model is run at a probe (probe.ProbeAxis or inplace.InPlace). batches(step) -> the step's
-    microbatches, all of which see the same directions. ledger: open for appending, it is the run; None only to replay.
-    forward(model, batch) -> K numbers an example, the last of them a count. value(their totals over all examples of a
-    step [P, K]) -> what is minimised [P]: an objective need be no mean of rows to see its microbatches one at a time.
-    state: the estimator's, fp64 [S]. It is changed in place, by steps that are not skipped.
+    Args:
+        model: The model; its trained tensors belong to the axis.
+        axis: The way to run the model at a probe (`ProbeAxis` or `InPlace`).
+        batches: batches(step) returns the step's microbatches, which all use the same directions.
+        ledger: The ledger, open for appending; None only to replay.
+        settings: The step's settings.
+        forward: forward(model, batch) returns K numbers per example, the last of them a count.
+        value: value(totals) returns what is minimised [P], from the totals over all examples of a step [P, K]. So an
+            objective need not be a mean over rows.
+
+    Attributes:
+        state: The estimator's state, fp64 [S]. Steps that are not skipped change it in place.
+
     Source: MeZO (arXiv 2305.17333), Algorithm 1 and, for q > 1, Algorithm 2 with one batch for all directions.
     """
 
@@ -113,8 +138,7 @@ class Trainer:
         self.world = this_world()
 
     def step(self) -> dict[str, Any] | None:
-        """Update θ once, from the losses of the estimator's probes; returns the step's metrics, or None while they are on
-        their way from the device.
+        """Update θ once and return the step's metrics, or None while they are on their way from the device.
 
         θ ← θ - lr·(Σ_k c_k·z_k + weight_decay·θ),  c = estimator.coefficients(losses)
         """
