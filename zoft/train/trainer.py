@@ -57,6 +57,8 @@ class Settings:
         update: The update rule; here only "conservative" and "momentum" differ from a plain step.
         momentum: The share of the previous step's update.
         max_skipped: Skipped steps in a row that stop the run.
+        shaping: "none", "zscore" or "ranks", of the rewards of a step's members.
+        shaping_group: "all" or "prompt".
     """
 
     seed: int
