@@ -46,7 +46,7 @@ from zoft.probe.axis import ProbeAxis
 
 EPS, SEED, STEP = 1e-2, 7, 3
 PROBES = [Probe(0, EPS), Probe(0, -EPS), Probe(1, EPS), Probe(1, -EPS), Probe(1, 8 * EPS)]
-ORDER = ["WRONG", "not built", "one probe a forward", "stacked"]  # worst first
+ORDER = ["WRONG", "not built", "one probe per forward", "stacked"]  # worst first
 SIDES = ["right", "left", "none"]
 EXACT = 1e-5  # largest |stacked loss - twin's| / (1 + |twin's|), fp32
 
@@ -69,7 +69,7 @@ class Result:
 
     kind: str
     name: str
-    outcome: str  # stacked | one probe a forward | WRONG | not built
+    outcome: str  # stacked | one probe per forward | WRONG | not built
     worst: float = float("nan")  # largest relative difference of a loss from the twin's
     apart: float = float("nan")  # smallest relative difference between the losses of two probes
     sites: int = 0
@@ -192,7 +192,7 @@ def check(kind: str, name: str, side: str, train: str = "all", drawn: str = GAUS
     if found.unread:
         result.note += f"{'; ' if result.note else ''}{len(found.unread)} unread"
     result.outcome = (
-        "WRONG" if result.worst > EXACT else "stacked" if found.stacked else "one probe a forward"
+        "WRONG" if result.worst > EXACT else "stacked" if found.stacked else "one probe per forward"
     )
     return result
 
@@ -242,7 +242,7 @@ def summary(results: list[Result]) -> dict[str, int]:
     count = [r.outcome for r in results].count
     built = len(results) - count("not built")
     return {
-        "exact": count("stacked"), "of": built, "one probe a forward": count("one probe a forward"),
+        "exact": count("stacked"), "of": built, "one probe per forward": count("one probe per forward"),
         "wrong": count("WRONG"), "not built": count("not built"),
     }  # fmt: skip
 
@@ -290,7 +290,7 @@ def main() -> None:
     print()
     for kind, t in [*totals.items(), ("all", summary(results))]:
         print(
-            f"{kind}: exact {t['exact']} of {t['of']}, one probe a forward {t['one probe a forward']}, "
+            f"{kind}: exact {t['exact']} of {t['of']}, one probe per forward {t['one probe per forward']}, "
             f"wrong {t['wrong']}, not built {t['not built']}  "
         )
     sys.exit(1 if any(t["wrong"] for t in totals.values()) else 0)

@@ -96,7 +96,7 @@ def test_the_demo_config_on_the_real_model(tmp_path):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["peak_memory_gb"] <= 3
     assert result["before"]["loss"] != result["after"]["loss"]
-    assert "one probe a forward" not in done.stderr
+    assert "one probe per forward" not in done.stderr
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
     shown = README[README.index("before       after") :].partition("```")[0].splitlines()[1:-1]
     printed = [line.split()[0] for line in done.stdout.splitlines() if line]

@@ -534,7 +534,7 @@ def test_a_masked_model_trains_is_saved_and_judged_again(tmp_path, kind):
     run = tmp_path / "run"
     code, said = zoft("train", "--config", "mezo/reviews", model, *data, f"output_dir={run}")
     assert code == 0, said
-    assert "one probe a forward" not in said
+    assert "one probe per forward" not in said
     result = json.loads((run / "result.json").read_text())
     assert result["before"]["n"] == 3 and result["before"]["loss"] != result["after"]["loss"]
     saved = hf.AutoModelForMaskedLM.from_pretrained(run / "model")

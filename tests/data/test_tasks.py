@@ -276,7 +276,7 @@ def test_the_held_out_part_depends_on_the_text_alone(tmp_path):
 def test_few_held_out_rows_are_said(tmp_path):
     many = [{"text": f"film {i}", "label": "positive"} for i in range(600)]
     few = tasks.load_task(task(train=jsonl(tmp_path / "few.jsonl", many[:60])))
-    assert len(few.eval) < tasks.FEW and "so few judge little: task.eval=FILE" in few.notes[-1]
+    assert len(few.eval) < tasks.FEW and "these are few, so set task.eval=FILE" in few.notes[-1]
     enough = tasks.load_task(task(train=jsonl(tmp_path / "many.jsonl", many)))
     assert len(enough.eval) >= tasks.FEW and "so few" not in enough.notes[-1]
 

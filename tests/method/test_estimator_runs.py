@@ -268,7 +268,7 @@ def test_a_budget_of_forwards(capsys):
 def test_an_odd_number_of_probes_is_not_cut_in_two():
     assert probe_grid(config(q=2, estimator="one_sided"), 2) == (1, 2)
     assert probe_grid(config(q=2, estimator="one_sided"), 6) == (3, 2)
-    with pytest.raises(UserError, match="3 probes a step .* use parallel=auto, another q, or .* divide 3"):
+    with pytest.raises(UserError, match="3 probes per step .* use parallel=auto, another q, or .* divide 3"):
         probe_grid(config(q=2, estimator="one_sided", parallel="probes"), 2)
 
 

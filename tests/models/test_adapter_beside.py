@@ -220,7 +220,7 @@ def test_adapters_that_cannot_be_put_in_place_are_one_line(tmp_path):
     small = tiny.build(
         hf.LlamaForCausalLM, hf.LlamaConfig(**{**tiny.llama().config.to_dict(), "num_hidden_layers": 1})
     )
-    with pytest.raises(UserError, match="it is of another model: .*fits no layer"):
+    with pytest.raises(UserError, match="it belongs to another model: .*fits no layer"):
         adapters.load_adapter(small, folder)
     with pytest.raises(UserError, match="size mismatch"):
         adapters.load_adapter(tiny.build(hf.LlamaForCausalLM, hf.LlamaConfig(**{**tiny.llama().config.to_dict(), "hidden_size": 32})), folder)  # fmt: skip

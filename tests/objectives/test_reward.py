@@ -35,7 +35,7 @@ def test_a_number_a_row_of_copies(tmp_path):
 @pytest.mark.parametrize(
     "body,said",
     [
-        ("return [1, 2]", r"returned 2 numbers for 3 rows \(f:1 … f:3\); one a row is wanted, 3"),
+        ("return [1, 2]", r"returned 2 numbers for 3 rows \(f:1 … f:3\); return one per row, 3"),
         ("return None", "returned None for 3 rows .*; a list of 3 numbers is wanted"),
         ("return [1, float('nan'), 3]", "nan is no finite number, for f:2"),
         ("return [1, 2, float('inf')]", "inf is no finite number, for f:3"),
@@ -202,7 +202,7 @@ def test_a_saved_run_is_judged_by_what_it_was_trained_for(place):
         (["model=tiny"], "model: judged is a run, whose own model is judged"),
         (["bits=4"], "bits: judged is a run, whose own model is judged"),
         (["--reward", "none.py:score"], "no such .py file"),
-        (["--reward", "mine.py:score", "--lm-eval", "boolq"], "is not of --lm-eval"),
+        (["--reward", "mine.py:score", "--lm-eval", "boolq"], "cannot be used with --lm-eval"),
     ]:
         assert said in refused("eval", "judged", *words)
 

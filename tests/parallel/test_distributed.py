@@ -47,7 +47,7 @@ def losses(folder):
 def test_probes_over_two_processes_are_the_run_of_one_to_the_bit(place):
     assert ranks.zoft(place, "output_dir=probes", "snapshot_every=20", size=2) == [0, 0]
     assert same(place, "probes")
-    assert "parallel=probes: each has 1 of 2 probes a step, 4 of 4 examples a batch" in said(place)
+    assert "parallel=probes: each has 1 of 2 probes per step, 4 of 4 examples per batch" in said(place)
     assert said(place, 1) == ""  # rank 0 alone speaks
     result = json.loads((place / "probes" / "result.json").read_text())
     assert result["wire_bytes"] == 50 * 16  # a loss sum and a count in fp64: one probe a process a step
@@ -234,7 +234,7 @@ def test_grid():
     assert of(2, parallel="data") == (1, 2) and of(4, q=2, parallel="2d") == (2, 2)
     assert of(2, perturb="inplace") == (1, 2)
     for size, keys, text in [
-        (3, {"parallel": "probes"}, "parallel=probes: 2 probes a step"),
+        (3, {"parallel": "probes"}, "parallel=probes: 2 probes per step"),
         (2, {"parallel": "2d"}, "make no grid"),
         (8, {"batch_size": 3}, "batch_size=3: is cut into 4"),
         (2, {"parallel": "probes", "perturb": "inplace"}, "perturb=inplace"),
@@ -336,7 +336,7 @@ def test_a_fall_in_mid_run_is_that_of_all(place):
     assert ranks.zoft(place, "output_dir=fallen", *keys, size=2, hook=cannot_stack_at_7) == [0, 0]
     assert kept(place, "fallen") == 1
     assert (
-        "step 7: one probe a forward from here on: so does another process of this run"
+        "step 7: one probe per forward from here on: so does another process of this run"
         in said(place).splitlines()
     )
 

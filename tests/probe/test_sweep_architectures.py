@@ -25,11 +25,11 @@ def test_one_architecture(tmp_path):
     done, found = sweep(tmp_path, "--kind", "causal", "--only", "qwen3")
     assert done.returncode == 0
     assert found["totals"] == {
-        "causal": {"exact": 1, "of": 1, "one probe a forward": 0, "wrong": 0, "not built": 0}
+        "causal": {"exact": 1, "of": 1, "one probe per forward": 0, "wrong": 0, "not built": 0}
     }
     (qwen,) = found["results"]
     assert qwen["worst"] < 1e-5 < qwen["apart"] / 20
-    assert "exact 1 of 1, one probe a forward 0, wrong 0, not built 0" in done.stdout.splitlines()[-1]
+    assert "exact 1 of 1, one probe per forward 0, wrong 0, not built 0" in done.stdout.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -216,7 +216,7 @@ def test_a_seed_counts_once_and_a_deviation_is_over_seeds(place):
     assert found["runs/elsewhere"]["n"] == "1" and float(found["runs/elsewhere"]["accuracy"]) == 0.9
     assert found["runs/elsewhere"]["name"] != three["name"]
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("runs/elsewhere: ")]
-    assert "runs/a0" in line and "other figures" in line
+    assert "runs/a0" in line and "figures differ" in line
 
 
 def test_what_rows_differ_in_is_always_to_be_seen(tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ def test_one_probe_a_forward_is_kept_for_the_resume(tmp_path, capsys):
         seen = []
         runs.fit(trainer, s, lambda: {"probes": seen.append(load_run(folder).probes_per_forward)})
     assert seen == [2, 1] and load_run(folder).steps == 3
-    assert "one probe a forward" in capsys.readouterr().err
+    assert "one probe per forward" in capsys.readouterr().err
 
 
 def test_an_estimate_counts_what_denoising_draws_again(place):  # noqa: F811

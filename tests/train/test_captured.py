@@ -168,7 +168,7 @@ def cannot_stack_at_7(rank):
 def test_a_fall_of_one_process_is_that_of_all_from_one_step_on(place):
     keys = ["q=2", "steps=20", "probes_per_forward=2"]
     assert ranks.zoft(place, "output_dir=fallen", *keys, size=2, hook=cannot_stack_at_7) == [0, 0]
-    line = f"step {7 + BEHIND + 1}: one probe a forward from here on: so does another process of this run"
+    line = f"step {7 + BEHIND + 1}: one probe per forward from here on: so does another process of this run"
     assert line in said(place)
     assert "probes_per_forward: 1" in (place / "fallen" / "config.yaml").read_text().splitlines()
     assert len(read_ledger(place / "fallen" / "ledger").records) == 20

@@ -238,7 +238,8 @@ def test_a_worker_of_another_zoft_is_told_so_in_a_line_and_the_run_goes_on(place
         r"error: 127\S+: the run is of zoft \S+, and this one \(\S+\) sends other messages: join with", line
     )
     assert re.search(
-        r"worker 127\S+ cannot join: it is of zoft \S+, which sends other messages", said(place, 0)
+        r"worker 127\S+ cannot join: it is of zoft \S+, which has another version of the messages",
+        said(place, 0),
     )
     (place / "go").touch()
     assert ranks.ended([run]) == [0] and same(place, "others")

@@ -354,7 +354,7 @@ def test_a_batch_that_cannot_be_stacked_gets_one_forward_a_probe(tmp_path, capsy
     stacked.forward = lambda m, b: seen.append(b.inputs["input_ids"].shape) or plain(m, b)
     stacked.run(), apart.run()
     said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1 and "one probe a forward" in said[0] and "were calibrated" in said[0], said
+    assert len(said) == 1 and "one probe per forward" in said[0] and "were calibrated" in said[0], said
     # Steps 0 and 1, the short half of step 2, and its long half, which breaks: 8 rows each; then 4 and 16 of 2 rows.
     assert [rows for rows, _ in seen] == [8] * 6 + [2] * (4 + 8)
     assert stacked.forwards == apart.forwards == 4 * 2 * 2 * 4

@@ -55,9 +55,11 @@ def baseline_settings(
         )
     gradients = method in WITH_GRADIENTS
     if demos is not None and method != "icl":
-        raise UserError(f"--demos {demos}: is of --method icl, not {method}; leave it out")
+        raise UserError(f"--demos {demos}: belongs to --method icl, not to {method}; leave it out")
     if epochs is not None and not gradients:
-        raise UserError(f"--epochs {epochs:g}: is of --method first-order, not {method}; leave it out")
+        raise UserError(
+            f"--epochs {epochs:g}: belongs to --method first-order, not to {method}; leave it out"
+        )
     keys = tuple(text.partition("=")[0] for text in overrides if not text.startswith("-"))
     known = keys_of(method)
     if epochs is not None and "steps" in keys:

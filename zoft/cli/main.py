@@ -269,9 +269,9 @@ def evaluate(
     resolved, adapter = evaluated_config(folders[0] if folders else None, config, overrides)
     if lm_eval is not None:
         if examples is not None:
-            raise UserError(f"--examples {examples}: is not of --lm-eval; leave one of them out")
+            raise UserError(f"--examples {examples}: cannot be used with --lm-eval; leave one of them out")
         if reward is not None:
-            raise UserError(f"--reward {reward}: is not of --lm-eval; leave one of them out")
+            raise UserError(f"--reward {reward}: cannot be used with --lm-eval; leave one of them out")
         results, shown = harness(resolved, adapter, lm_eval, lm_eval_path)
         typer.echo(json.dumps(results) if as_json else shown)
         return

@@ -155,7 +155,7 @@ def _check_objective(config: Config) -> None:
         )
     if config.probes_per_forward not in ("auto", 1):
         raise UserError(
-            f"probes_per_forward={config.probes_per_forward}: text is written at one probe at a time; leave it out"
+            f"probes_per_forward={config.probes_per_forward}: text is generated for one probe at a time; leave it out"
         )
     if config.members_per_batch not in ("auto", 1) and (config.elastic or config.perturb == "inplace"):
         other = "elastic=true" if config.elastic else "perturb=inplace"
@@ -175,7 +175,7 @@ def _check_snapshots(config: Config) -> None:
     for name in ("save_best", "early_stop"):
         if getattr(config, name) and not config.eval_every:
             raise UserError(
-                f"{name}={getattr(config, name)}: goes by evaluations on the way; set eval_every, too"
+                f"{name}={getattr(config, name)}: needs evaluations during training; set eval_every, too"
             )
     if config.early_stop and config.denoise_every and config.eval_every % config.denoise_every:
         raise UserError(

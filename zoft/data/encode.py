@@ -48,7 +48,7 @@ def how(tokenizer: Any, data: Any) -> str:
                 "training texts follow each other in rows of max_length (task.pack); to evaluate, each text has rows "
                 "of its own"
             )
-        return "a text a row; a long one is cut into rows of max_length"
+        return "one text per row; a long text is cut into rows of max_length"
     kind = turns(tokenizer, data.train, data)
     if not kind:
         seam = "a line break between them" if data.joint else "as they stand"

@@ -81,7 +81,7 @@ def check_momentum(config: Any) -> None:
         return
     what = f"update={MOMENTUM}"
     if not config.momentum:
-        raise UserError(f"{what}: say how much of it a step keeps, momentum=0.9 for example")
+        raise UserError(f"{what}: give the share that a step keeps, momentum=0.9 for example")
     if config.noise == GAUSSIAN:
         raise UserError(
             f"noise={config.noise}: {what} draws {window(config.momentum)} directions again each step; use noise=rademacher or "

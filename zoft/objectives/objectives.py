@@ -130,7 +130,7 @@ def objective_keys(config: Config, data: TaskData) -> dict[str, Any]:
             )
     if config.stop and any(config.stop in a for r in rows for a in r.get("answers", ())):
         print(
-            f"stop={config.stop!r} stands in the answers of some rows, and what is written ends there; stop=null has no such end",
+            f"stop={config.stop!r} occurs in the answers of some rows, so generation would end there; use stop=null",
             file=sys.stderr,
         )
     if name in GENERATED:

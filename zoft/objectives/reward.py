@@ -95,7 +95,7 @@ class Reward:
                 else str(_length(found, held))
             )
             raise UserError(
-                f"reward {self.name}: returned {more} numbers for {_rows(where)}; one a row is wanted, {n}"
+                f"reward {self.name}: returned {more} numbers for {_rows(where)}; return one per row, {n}"
             )
         return [self._number(value, place) for value, place in zip(held, where, strict=True)]
 

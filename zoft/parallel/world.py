@@ -223,7 +223,7 @@ def probe_grid(config: Config, size: int) -> tuple[int, int]:
     elif how == "probes":
         if size not in both:
             raise UserError(
-                f"parallel=probes: {probes} probes a step (q={config.q}) cannot be dealt out evenly to {size} processes; "
+                f"parallel=probes: {probes} probes per step (q={config.q}) cannot be divided evenly among {size} processes; "
                 f"use parallel=auto, another q, or as many processes as divide {probes}"
             )
         parts = size
@@ -231,7 +231,7 @@ def probe_grid(config: Config, size: int) -> tuple[int, int]:
         inner = [p for p in both if 1 < p < size]
         if not inner:
             raise UserError(
-                f"parallel=2d: {size} processes and {probes} probes a step (q={config.q}) make no grid; use parallel=auto"
+                f"parallel=2d: {size} processes and {probes} probes per step (q={config.q}) make no grid; use parallel=auto"
             )
         parts = inner[-1]
     else:
@@ -239,7 +239,7 @@ def probe_grid(config: Config, size: int) -> tuple[int, int]:
     shards = size // parts
     if shards > config.batch_size:
         raise UserError(
-            f"batch_size={config.batch_size}: is cut into {shards} here, an example at least each; raise it, or use fewer "
+            f"batch_size={config.batch_size}: is cut into {shards} here, at least one example each; raise it, or use fewer "
             "processes"
         )
     return parts, shards
@@ -279,8 +279,8 @@ def joined_processes(config: Config, folder: str) -> Iterator[World]:
         probes = probes_per_step(config)
         how = "data" if parts == 1 else "probes" if shards == 1 else "2d"
         print(
-            f"{size} processes, parallel={how}: each has {probes // parts} of {probes} probes a step, "
-            f"{config.batch_size / shards:g} of {config.batch_size} examples a batch",
+            f"{size} processes, parallel={how}: each has {probes // parts} of {probes} probes per step, "
+            f"{config.batch_size / shards:g} of {config.batch_size} examples per batch",
             file=sys.stderr,
         )
         try:

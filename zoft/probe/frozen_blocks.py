@@ -221,7 +221,7 @@ def prefix_of(
     if why:
         prefix.remove()
         return None, why
-    return prefix, f"outputs of the first {first} of {count} blocks are computed once a row and kept"
+    return prefix, f"outputs of the first {first} of {count} blocks are computed once per row and kept"
 
 
 def _trial(

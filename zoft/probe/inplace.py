@@ -1,4 +1,4 @@
-"""Move the weights themselves to each probe and back, one probe a forward."""
+"""Move the weights themselves to each probe and back, one probe per forward."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def _unfit(site: Site, t: Trained) -> str:
     if "forward" in site.module.__dict__:
         return "belongs to a layer with a forward of its own"
     if len(site.calls) != 1:
-        return f"is read {len(site.calls)} times a forward: its layer must run once"
+        return f"is read {len(site.calls)} times per forward: its layer must run once"
     if site.calls[0].inputs[:1] != [0] or site.calls[0].outputs != [0]:
         return "belongs to a layer whose first dimension does not hold rows"
     if max(t.stored.shape) > WIDEST:

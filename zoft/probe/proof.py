@@ -47,7 +47,7 @@ def find_sites(
 
     run(batch) -> losses [examples] of one forward over batch.rows rows; batch.repeat(P) is probe-major.
     small, double: n examples, and those and n others under the same mask. Falls back, with a note that
-    names the module, to row-free sites working through their callers, then to one probe a forward.
+    names the module, to row-free sites working through their callers, then to one probe per forward.
     Raises UserError if a trained tensor is read where no site can serve it.
     """
     with torch.no_grad():
@@ -67,7 +67,7 @@ def find_sites(
                 return candidate
             why = why or failure
     if found.stacked or why:
-        found = Found(found.sites, False, f"one probe a forward: {why}", found.unread)
+        found = Found(found.sites, False, f"one probe per forward: {why}", found.unread)
     failure = prove(model, trained, found, run, double, eps, kind)
     if failure:
         raise UserError(f"perturb=probes: {failure}; use perturb=inplace")

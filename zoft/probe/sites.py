@@ -57,7 +57,7 @@ class Found:
 
     sites: list[Site]
     stacked: bool
-    note: str  # "" or one line: what was promoted, or why one probe a forward
+    note: str  # "" or one line: what was promoted, or why one probe per forward
     unread: list[Trained]  # no forward reads these: training them would be noise
 
 
@@ -96,7 +96,7 @@ def find(
         sites = _assign(model, trained, reads, modules)
         if any(s.module is model and s.outer for s in sites):
             return unstacked(
-                f"one probe a forward: {notes[-1] if notes else 'the model itself reads trained tensors'}"
+                f"one probe per forward: {notes[-1] if notes else 'the model itself reads trained tensors'}"
             )
         bad = calibrate(sites, run, small, double, lift)
         if not bad:
@@ -122,7 +122,7 @@ def promote(
             modules |= {st[max(st.index(site.module) - 1, 0)] for _, st in reads.stacks if site.module in st}
     sites = _assign(model, trained, reads, modules)
     if any(s.module is model and s.outer for s in sites) or calibrate(sites, run, small, double):
-        return Found(found.sites, False, "one probe a forward: rows could not be told apart", found.unread)
+        return Found(found.sites, False, "one probe per forward: rows could not be told apart", found.unread)
     served = {t.id for s in sites for t in s.trained}
     unread = [t for t in found.unread if t.id not in served]
     gone = sorted({s.name for s in found.sites if s.outer} - {s.name for s in sites if s.outer})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def model_card_of(config: Config, result: Mapping[str, Any], **facts: Any) -> st
     from zoft.models.load import find_model
 
     task = config.task
-    data = {"task": task.name, "training data": task.train, "evaluation data": task.eval or "held out of the training data",
+    data = {"task": task.name, "training data": _public(task.train), "evaluation data": _public(task.eval) or "held out of the training data",
             "prompt": task.prompt, "target": task.target, "label words": ", ".join(f"{k}:{v}" for k, v in task.choices.items()),
             "objective": config.objective}  # fmt: skip
     keys = (
@@ -85,6 +86,11 @@ def model_card_of(config: Config, result: Mapping[str, Any], **facts: Any) -> st
         results={when: result.get(when, {}) for when in ("before", "after")},
         rebuild=rebuild,
     )
+
+
+def _public(place: str | None) -> str:
+    """Return the name of a file or a Hub data set, without the folders of this machine."""
+    return Path(place).name if place and os.path.isabs(place) else place or ""
 
 
 def read_result(folder: Path) -> dict[str, Any]:

@@ -45,8 +45,8 @@ def _put(run: Run, alike: list[Group], say: Callable[[str], Any]) -> None:
             return
     if known:
         say(
-            f"{run.folder}: the settings and seed {run.seed} of {known[0].folder}, but other figures; in a row apart, "
-            "as a deviation is over seeds"
+            f"{run.folder}: the settings and seed {run.seed} are those of {known[0].folder}, but the figures differ; it has a row of its own, "
+            "because a deviation is over seeds"
         )
     if len(alike) == len(known):
         alike.append(Group([]))

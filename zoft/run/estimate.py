@@ -395,7 +395,7 @@ def estimate_text(found: dict[str, Any]) -> str:
     )
     lines = [
         f"{found['trained']:,} of {found['parameters']:,} numbers trained; {found['rows']} rows of {found['tokens']} "
-        f"tokens, {c['probes_per_forward']} probes a forward; stored in {c['storage']}, computed in {c['compute']}, on {c['device']}",
+        f"tokens, {c['probes_per_forward']} probes per forward; stored in {c['storage']}, computed in {c['compute']}, on {c['device']}",
         f"{'weights':30}{_gb(found['weights_bytes'])}   ({shares})",
         *([f"{'momentum':30}{_gb(found['momentum_bytes'])}"] if found["momentum_bytes"] else []),
         *([f"{'moments of the update rule':30}{_gb(found['state_bytes'])}"] if found["state_bytes"] else []),
@@ -409,7 +409,7 @@ def estimate_text(found: dict[str, Any]) -> str:
         _line("this run", found),
         _line("AdamW, all weights", found["adamw"]),
         _line(f"AdamW, LoRA of rank {LORA_RANK}", found["lora"]),
-        f"{c['steps']} steps: about {_duration(found['seconds'])}, evaluation and start-up aside"
+        f"{c['steps']} steps: about {_duration(found['seconds'])}, without evaluation and start-up"
         + (
             f"; {_duration(found['denoising_seconds'])} of it to denoise"
             if found["denoising_seconds"]

@@ -98,7 +98,7 @@ class Watch:
         c, text = self.config, f"the projected gradient has been 0 for {self.zeros} steps: "
         if c.objective in NO_GRADIENT:
             return (
-                f"{text}both probes of a direction have the same {c.objective} ({0 - loss:.4g}), which moves by whole rows only: "
+                f"{text}both probes of a direction have the same {c.objective} ({0 - loss:.4g}), which changes in steps of one example: "
                 f"raise batch_size={c.batch_size}, q={c.q} or eps={c.eps:g}"
                 + (
                     "; a model none of whose texts scores has nothing to go by"
@@ -129,7 +129,7 @@ def bias_alone(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | Non
         return None
     return (
         f"accuracy rose from {before['accuracy']:.3g} to {after['accuracy']:.3g}, and {name} went from {before[name]:.3g} to "
-        f"{after[name]:.3g}: what was gained is the labels' bias, which `zoft baseline --method calibrated` takes off without "
+        f"{after[name]:.3g}: the run removed a label bias, which `zoft baseline --method calibrated` does without "
         "training; try a lower lr, more steps or recipe=node"
     )
 

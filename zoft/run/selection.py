@@ -61,7 +61,7 @@ def selection_note(config: Config, evals: Evals) -> str:
         return ""
     return (
         f"best_by={config.best_by}: there is no dev set, so the evaluation rows choose among this run's weights, and its "
-        "figures on them flatter; task.num_dev=… keeps other rows aside for that"
+        "figures on them are too good; task.num_dev=… makes a dev set for the choice"
     )
 
 

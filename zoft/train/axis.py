@@ -291,8 +291,8 @@ def held(config: Config, made: ProbeAxis | InPlace) -> Config:
         world.auto["hold_probe"] = made.hold
     if auto and not made.hold:
         say(
-            f"hold_probe: a probe's weights take {need / 1e9:.2g} GB more, so each token makes them anew; "
-            "perturb=inplace makes them once in place, with a little rounding each step"
+            f"hold_probe: a probe's weights would need {need / 1e9:.2g} GB more, so they are computed for each token; "
+            "perturb=inplace computes them once, in place, with some rounding per step"
         )
     return replace(config, hold_probe=made.hold)
 

@@ -69,7 +69,7 @@ class CapturedTrainer(Trainer):
         self.under_way = False  # the device has begun a step since the weights were last brought up to date
         self.scratch: list[Any] = []  # graphs point into it, however much the axis may need later
         self.halt_at: int | None = None  # the step that no process of the run takes any more
-        self.alone_at: int | None = None  # the step from which all of them run one probe a forward
+        self.alone_at: int | None = None  # the step from which all of them run one probe per forward
         # What stops the run, told where all of its processes are at one step.
         self.failure: UserError | None = None
 

@@ -190,7 +190,7 @@ class ElasticTrainer(Trainer):
         if facts["kind"] == "hello" and worker not in self.workers:
             if facts.get("wire") != VERSION:
                 self._say(
-                    f"worker {worker.name} cannot join: it is of zoft {facts.get('zoft')}, which sends other messages"
+                    f"worker {worker.name} cannot join: it is of zoft {facts.get('zoft')}, which has another version of the messages"
                 )
                 with suppress(Closed):
                     worker.line.send("refused", wire=VERSION, zoft=__version__)

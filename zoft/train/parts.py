@@ -59,7 +59,7 @@ def resolve_device(config: Config) -> Config:
     cores = os.cpu_count() or 1
     if world.rank == 0 and world.local_size > 1 and threads * world.local_size > cores:
         say(
-            f"threads={threads}: {world.local_size} processes of so many on {cores} cores wait for each other"
+            f"threads={threads}: {world.local_size} processes with that many threads on {cores} cores wait for each other"
         )
     torch.set_num_threads(threads)
     return replace(config, device=where, threads=threads)

@@ -185,11 +185,11 @@ def with_members(
         gain = probes_per_step(config)
         if gain > 1 and "noise=" in why:
             say(
-                f"text is written one member at a time: {why}; with noise=rank1 (or train=lora) the {gain} members of a step write "
+                f"text is generated for one member at a time: {why}; with noise=rank1 (or train=lora) the {gain} members of a step write "
                 "in one batch over one copy of the weights"
             )
         elif gain > 1:
-            say(f"text is written one member at a time: {why}")
+            say(f"text is generated for one member at a time: {why}")
         return replace(config, members_per_batch=1), None
     probes = probes_per_step(config)
     fit = min(probes, max(1, room)) if auto else min(int(asked), probes)

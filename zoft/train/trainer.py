@@ -255,7 +255,7 @@ class Trainer:
         """Run one probe per forward from here on."""
         if self.settings.probes_per_forward == 1:
             return
-        print(f"step {step}: one probe a forward from here on: {why}", file=sys.stderr, flush=True)
+        print(f"step {step}: one probe per forward from here on: {why}", file=sys.stderr, flush=True)
         self.settings = replace(self.settings, probes_per_forward=1)
 
     def estimate(self, losses: Sequence[float]) -> tuple[list[float], torch.Tensor]:

@@ -177,7 +177,7 @@ def _held_out(
             f"task.train: {len(rows)} rows ({len({r['key'] for r in rows})} of different text) are too few to hold "
             "some out; give task.eval a file"
         )
-    few = "; so few judge little: task.eval=FILE gives rows of your own" if len(held_out) < FEW else ""
+    few = "; these are few, so set task.eval=FILE to rows of your own" if len(held_out) < FEW else ""
     notes.append(f"{len(held_out):,} of them held out for evaluation by a hash of their text{few}")
     return train, held_out
 

@@ -165,9 +165,9 @@ def _object(where: str, line: str) -> dict[str, Any]:
         value = parse_json(line)
     except json.JSONDecodeError as error:
         said = f"{error.msg} at column {error.colno}"
-        raise UserError(f"{where}: bad JSON: {said}; one object a line is wanted") from None
+        raise UserError(f"{where}: bad JSON: {said}; give one object per line") from None
     except ValueError as error:  # a number of 5,000 digits, a name twice
-        raise UserError(f"{where}: bad JSON: {error}; one object a line is wanted") from None
+        raise UserError(f"{where}: bad JSON: {error}; give one object per line") from None
     if not isinstance(value, dict):
         raise UserError(f'{where}: a {type(value).__name__}, not an object; write {{"column": value, …}}')
     return value

@@ -122,7 +122,7 @@ def complete(made: Any, folder: Path) -> None:
         what = (
             "is not in it, but the model has such a layer" if odd[0] in here else "fits no layer of the model"
         )
-        raise UserError(f"adapter={folder}: it is of another model: {odd[0]} {what}")
+        raise UserError(f"adapter={folder}: it belongs to another model: {odd[0]} {what}")
 
 
 # ---- what is saved -------------------------------------------------------------------------------------------------
