@@ -407,6 +407,20 @@ class Config:
         "by their mean",
         least=1,
     )
+    node_tokens: int | str = key(
+        "all",
+        "for recipe=node, which tokens of a row get noise and move the weights: all, or the scored ones and as many "
+        "before them as make this number; fewer tokens mean less noise and want a lower lr",
+        least=1,
+        one_of=("all",),
+    )
+    node_inputs: str = key(
+        "pass",
+        "for recipe=node, where the inputs of the layers come from: pass (a third forward, in which each layer "
+        "moves: no memory), kept (from the two probes: a third fewer forwards, and the inputs of all trained "
+        "layers are held for a step)",
+        one_of=("pass", "kept"),
+    )
     probes_per_forward: int | str = key(
         "auto",
         "number of probes that share one forward pass; auto takes as many as fit into memory",
