@@ -108,7 +108,10 @@ def test_captured_steps_have_the_bits_of_eager_ones(folder, storage, accumulate,
     found = []
     for name, why in (("a", ""), ("b", "asked not to")):
         trainer = trainer_in(name, f"storage={storage}", f"accumulate={accumulate}", *more)
-        trainer.capture = why
+        trainer.capture, trainer.masked = (
+            why,
+            True,
+        )  # without a mask some versions capture another attention kernel
         trainer.run()
         assert bool(trainer.graphs) == (not why) and trainer.capture == why
         found.append({n: p.detach().cpu().clone() for n, p in trainer.model.named_parameters()})

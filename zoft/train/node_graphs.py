@@ -17,8 +17,6 @@ from zoft.probe.cuda.nodes import Cells, DeviceNodes, cells_at, cells_of_step
 from zoft.train.batches import tensors_of
 from zoft.train.node_trainer import NodeTrainer, Rows
 
-GRAPHS_MAX = 48  # that are kept, two a shape; what meets further shapes runs eagerly
-
 
 @dataclass
 class Fed:
@@ -45,8 +43,10 @@ def _copy(mine: Tensor, new: Tensor) -> None:
 
 
 class DeviceNodeTrainer(NodeTrainer):
-    """A NodeTrainer whose forwards are captured once for each shape of a batch; eager steps have the same bits.
+    """A NodeTrainer whose forwards are captured once for each shape of a batch.
 
+    All shapes are captured, however many there are: some versions of transformers take another attention kernel while a graph
+    is captured, and a resumed run, which meets shapes in another order, must have the bits of the first.
     A step waits for its losses, so that it is in the ledger before the weights move; the update pass then runs while the next
     batch is made. capture: "" captures, anything else says why not. masked: False where attention needs no mask for padding.
     """
@@ -136,7 +136,7 @@ class DeviceNodeTrainer(NodeTrainer):
     @torch.no_grad()
     def _prepare(self, what: tuple, run: Callable[[], Tensor | None]) -> None:
         """Capture what was not met before; where the model cannot be captured say why in one line, once."""
-        if what in self.graphs or self.capture or len(self.graphs) >= GRAPHS_MAX:
+        if what in self.graphs or self.capture:
             return
         graph = torch.cuda.CUDAGraph()
         mode = "thread_local" if self.world.size > 1 else "global"
