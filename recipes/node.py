@@ -62,6 +62,6 @@ METHOD = Method(
         "lr": 2e-3,
         "eps": 1e-2,
     },
-    keys=("rho", "calibration_rows", "node_rank"),
+    keys=("rho", "calibration_rows", "node_rank", "node_tokens", "node_inputs"),
     refuses=(others, frozen),
 )

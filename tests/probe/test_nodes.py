@@ -147,6 +147,38 @@ PATTERN = {
 }
 
 
+@pytest.mark.parametrize("candidates", [1, 3])
+@pytest.mark.parametrize("objective", ["choice", "lm"])
+def test_the_last_tokens_are_the_scored_ones_and_those_before(candidates, objective):
+    """Against a row-by-row count; outputs at all other tokens are the clean model's."""
+    data = examples(5, candidates, objective=objective)
+    rows = rows_with_tokens(data, range(5), "cpu", before=2)
+    width = rows.batch.inputs["input_ids"].shape[1]
+    want = []
+    for r, mask in enumerate(rows.batch.inputs["attention_mask"]):
+        scored = [int(p) % width for p in rows.batch.positions if int(p) // width == r]
+        want += [r * width + t for t in range(max(0, min(scored) - 1), max(scored) + 1) if mask[t]]
+    assert rows.tokens.places.tolist() == want
+    whole = rows_with_tokens(data, range(5), "cpu").tokens
+    drawn = signs.node_signs(whole, 40, 7, 1, 2)[torch.isin(whole.places, rows.tokens.places)]
+    assert torch.equal(drawn, signs.node_signs(rows.tokens, 40, 7, 1, 2))
+    model = tiny.llama().double()
+    axis = axis_of(model, PATTERN["llama"], data)
+    layer, seen = axis.layers[0], []
+    with (
+        axis._hooked(lambda one, a, out: seen.append(out.clone()) if one is layer else None),
+        torch.no_grad(),
+    ):
+        losses(model, rows.batch)
+    axis.tokens = rows.tokens
+    with torch.no_grad(), axis.at(STEP, [Probe(0, 1e-2)], rows.batch.rows):
+        handle = layer.module.register_forward_hook(lambda m, a, out: seen.append(out.clone()))
+        losses(model, rows.batch)
+        handle.remove()
+    moved = (seen[0] != seen[1]).any(-1).flatten().nonzero()[:, 0]
+    assert set(want) >= set(moved.tolist()) and len(moved)
+
+
 def test_signs_are_those_of_the_specification():
     tokens = signs.Tokens(
         *(torch.tensor(x) for x in ([0, 1, 5], [3, 3, 2**31 - 1], [0, 2, 0], [0, 7, 2**18 - 1], [0, 0, 1]))
@@ -274,7 +306,9 @@ def test_padding_on_the_left_has_the_same_noise():
         for k, v in (("input_ids", ids), ("attention_mask", mask))
     }
     wide = [max(map(len, e.contexts)) + 1 for e in data]
-    a, b = (nodes.tokens_of(x, range(4), range(4), [0] * 4, wide) for x in (batch.inputs, left))
+    a, b = (
+        nodes.tokens_of(x, range(4), range(4), [0] * 4, wide, batch.positions) for x in (batch.inputs, left)
+    )
     assert torch.equal(signs.node_signs(a, 40, 5, 1, 2), signs.node_signs(b, 40, 5, 1, 2))
     assert not torch.equal(a.places, b.places)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 
 from zoft.cli.replay import export_run, replay_run_folder
 from zoft.errors import UserError
@@ -87,6 +88,43 @@ def test_a_run_counts_its_forwards_resumes_and_is_replayed(folder, capsys):
     run("c", "seed=1")
     assert model("c/model") != model("a/model")
     capsys.readouterr()
+
+
+def test_kept_inputs_save_a_forward_and_resume(folder, capsys):
+    """Two forwards per example and step; a resume asks the probes again for what they leave, without counting them."""
+    result = run("a", "node_inputs=kept", "node_tokens=2")
+    assert result["forwards"] == 8 * 6 * 2 + 20
+    for steps in (0, 3, 7):
+        again(f"b{steps}", "a", steps)
+        assert Path(f"b{steps}/ledger").read_bytes() == Path("a/ledger").read_bytes()
+        assert model(f"b{steps}/model") == model("a/model")
+    assert json.loads(Path("b3/result.json").read_text())["forwards"] == result["forwards"]
+    replay_run_folder("a", "whole")
+    assert model("whole") == model("a/model") != model("tiny")
+    run("one", "node_inputs=kept", "node_tokens=2", "probes_per_forward=1")
+    got, want = (load_file(f"{n}/model/model.safetensors") for n in ("one", "a"))
+    assert max(float((got[n] - want[n]).abs().max()) for n in want) < 1e-5
+    capsys.readouterr()
+
+
+def test_kept_inputs_move_as_the_update_pass_does(folder):
+    """They are the mean of the two probes', which the clean ones differ from by O(eps²)."""
+    apart = []
+    for eps in (4e-2, 2e-2):
+        found = []
+        for how in ("pass", "kept"):
+            trainer = trainer_in(
+                f"{how}{eps}", f"node_inputs={how}", f"eps={eps}", "storage=fp64", "compute=fp64"
+            )
+            start = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+            trainer.run(until=1)
+            found.append({n: p.detach() - start[n] for n, p in trainer.model.named_parameters()})
+            trainer.ledger.close()
+        clean, kept = found
+        apart.append(
+            max(float((kept[n] - clean[n]).norm() / clean[n].norm()) for n in clean if clean[n].any())
+        )
+    assert apart[0] < 2e-2 and apart[0] / apart[1] == pytest.approx(4, rel=0.3), apart
 
 
 def trainer_in(name, *overrides):

@@ -28,6 +28,8 @@ LATER: dict[str, tuple] = {
     "rho": (0.1,),
     "calibration_rows": (256,),
     "node_rank": (32,),
+    "node_tokens": ("all",),
+    "node_inputs": ("pass",),
     "temperature": (0.0,),
     "shaping": ("none",),
     "shaping_group": ("all",),

@@ -21,7 +21,7 @@ TOPICS = {
     "objective": ("objective", "reward", "reward_seconds", "max_new_tokens", "stop", "hold_probe"),
     "adapters": ("lora_rank", "lora_alpha", "lora_targets", "lora_layers", "adapter", "virtual_tokens"),
     "sparse_mezo": ("mask", "sparsity", "mask_every"),
-    "node": ("rho", "calibration_rows", "node_rank"),
+    "node": ("rho", "calibration_rows", "node_rank", "node_tokens", "node_inputs"),
     "quantised models": ("bits", "group", "zero_points", "quantise_head", "eps_mode", "save_dequantised"),
     "precision": ("storage", "compute", "save_dtype", "denoise_every"),
     "evaluation": ("eval_every", "eval_limit", "best_by", "save_best", "early_stop"),

@@ -407,6 +407,19 @@ class Config:
         "by their mean",
         least=1,
     )
+    node_tokens: int | str = key(
+        "all",
+        "for recipe=node, which tokens of a row get noise and move the weights: all, or this many tokens that end with the "
+        "scored ones; fewer tokens mean less noise and need a lower lr",
+        least=1,
+        one_of=("all",),
+    )
+    node_inputs: str = key(
+        "pass",
+        "for recipe=node, source of the layers' inputs: pass (a third forward pass, in which each layer moves; no memory), "
+        "kept (the inputs of the two probes, kept in memory for a step; a third fewer forwards)",
+        one_of=("pass", "kept"),
+    )
     probes_per_forward: int | str = key(
         "auto",
         "number of probes that share one forward pass; auto takes as many as fit into memory",

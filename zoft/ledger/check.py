@@ -67,7 +67,7 @@ def value_faults(header: Mapping[str, Any]) -> list[str]:
     wrong, known = [], fields()
     shared = (
         "seed noise momentum eps q storage compute perturb mask sparsity mask_every blocks anchor "
-        "eps_mode rho calibration_rows node_rank"
+        "eps_mode rho calibration_rows node_rank node_tokens node_inputs"
     )
     for name in shared.split():
         value = header.get(name)

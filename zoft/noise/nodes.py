@@ -35,17 +35,19 @@ class Tokens:
 
 
 def cells_of(tokens: Tokens, count: int, seed: int, step: int) -> Tensor:
-    """Return what kernels draw the signs of a step by, for all `count` = R·T places of a batch: int32 [5, count], on the CPU.
+    """Return what kernels draw the signs of a step's tokens by: int32 [6, count], on the CPU; what is beyond the N tokens is 0.
 
-    The rows of it are the example's place in the training set, the position, the two words of the key (as int32), and 1
-    where there is a token.
+    The rows of it are the example's place in the training set, the position, the two words of the key (as int32), 1 where
+    there is a token, and its place in the flattened rows.
     """
-    out = np.zeros((5, count), np.uint32)
-    places = tokens.places.numpy()
-    out[0, places] = tokens.rows.numpy()
-    out[1, places] = tokens.positions.numpy()
-    out[2:4, places] = _keys(tokens, seed, step).T
-    out[4, places] = 1
+    n = len(tokens.places)
+    assert n <= count, f"{n} tokens in {count} cells"
+    out = np.zeros((6, count), np.uint32)
+    out[0, :n] = tokens.rows.numpy()
+    out[1, :n] = tokens.positions.numpy()
+    out[2:4, :n] = _keys(tokens, seed, step).T
+    out[4, :n] = 1
+    out[5, :n] = tokens.places.numpy()
     return torch.from_numpy(out.view(np.int32))
 
 

@@ -44,16 +44,18 @@ def _signs(cells, token, inside, count, block, tid, TOKENS: tl.constexpr, BLOCKS
 
 @triton.jit
 def _add(
-    y, cells, scales, sigma, count, units, tid, WIDE: tl.constexpr, PROBES: tl.constexpr, TOKENS: tl.constexpr, BLOCKS: tl.constexpr
+    y, cells, scales, sigma, places, count, units, tid, WIDE: tl.constexpr, PROBES: tl.constexpr, TOKENS: tl.constexpr, BLOCKS: tl.constexpr
 ):  # fmt: skip
-    """y[p, t] += scales[p]·sigma·u[t] in place; program (i, j): TOKENS tokens, 128·BLOCKS units."""
+    """y[p, place of t] += scales[p]·sigma·u[t] in place; program (i, j): TOKENS tokens, 128·BLOCKS units."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    real = tl.load(cells + 4 * count + token, mask=token < count, other=0) != 0
+    place = tl.load(cells + 5 * count + token, mask=token < count, other=0).to(tl.int64)
     block = tl.program_id(1) * BLOCKS
     unit = block * 128 + tl.arange(0, 128 * BLOCKS)
     u = _signs(cells, token, token < count, count, block, tid, TOKENS, BLOCKS)
-    inside = (token < count)[:, None] & (unit < units)[None, :]
+    inside = real[:, None] & (unit < units)[None, :]
     for p in tl.static_range(PROBES):
-        at = y + (p * count + token.to(tl.int64))[:, None] * units + unit[None, :]
+        at = y + (p * places + place)[:, None] * units + unit[None, :]
         v = tl.load(at, mask=inside, other=0.0)
         s = tl.load(scales + p) * sigma
         if WIDE:
@@ -98,15 +100,16 @@ def _grid(count: int, units: int) -> tuple[int, int]:
 
 
 def add_signs(y: Tensor, cells: Tensor, scales: Tensor, sigma: float, tid: int) -> None:
-    """Add scales[p]·sigma·u to the outputs y [P, N, m] of a layer, in place.
+    """Add scales[p]·sigma·u to the outputs y [P, R·T, m] of a layer at the places of N tokens, in place.
 
-    cells: int32 [5, N], noise.nodes.cells_of. scales: fp32 [P]. tid: of the layer's matrix.
+    cells: int32 [6, N], noise.nodes.cells_of. scales: fp32 [P]. tid: of the layer's matrix.
     """
-    probes, count, units = y.shape
-    assert y.is_contiguous() and cells.shape == (5, count) and len(scales) == probes, (y.shape, cells.shape)
+    probes, places, units = y.shape
+    count = cells.shape[1]
+    assert y.is_contiguous() and len(cells) == 6 and len(scales) == probes, (y.shape, cells.shape)
     with _on(y):
         _add[_grid(count, units)](
-            y, cells, scales, sigma, count, units, _signed(tid), WIDE=y.dtype == torch.float64, PROBES=probes, TOKENS=_TOKENS,
+            y, cells, scales, sigma, places, count, units, _signed(tid), WIDE=y.dtype == torch.float64, PROBES=probes, TOKENS=_TOKENS,
             BLOCKS=_BLOCKS, num_warps=4,
         )  # fmt: skip
 

@@ -12,6 +12,7 @@ perturb activities. Here P is fixed at the start, signs replace Gaussians, each 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,18 +96,28 @@ def _unfit(site: Site, t: Trained) -> str:
 
 def tokens_of(
     inputs: Mapping[str, Tensor], owners: Sequence[int], rows: Sequence[int], candidates: Sequence[int],
-    shared: Sequence[int],
+    shared: Sequence[int], scored: Tensor, before: int | str = "all",
 ) -> Tokens:  # fmt: skip
     """Return a batch's tokens, each with what its noise is drawn by.
 
+    scored: int64, the places that are scored (Batch.positions), some in every row. before: "all", or how many tokens are
+    taken that end with a row's first scored one; those up to its last scored one are taken, too.
     inputs: with an attention mask [R, T], padded on either side. owners, rows, candidates: of each batch row, its
     example's place in the batch, that example's place in the training set, and which candidate it holds. shared: how
     many tokens all rows of the row's example begin with.
     """
     mask = inputs["attention_mask"].cpu() > 0  # [R, T]
     at = mask.flatten().nonzero()[:, 0]  # [N]
+    positions = (mask.cumsum(1) - 1).flatten()  # of every place
+    if before != "all":
+        ends = positions[scored.cpu()]
+        whose = scored.cpu() // mask.shape[1]
+        last = torch.zeros(len(mask), dtype=torch.int64).scatter_reduce_(0, whose, ends, "amax")
+        first = last.scatter_reduce(0, whose, ends, "amin")
+        here, row = positions[at], at // mask.shape[1]
+        at = at[(here > first[row] - int(before)) & (here <= last[row])]
     row = at // mask.shape[1]
-    position = (mask.cumsum(1) - 1).flatten()[at]
+    position = positions[at]
     if len(position) and int(position.max()) >= LONGEST:
         raise UserError(f"max_length: perturb=nodes counts {LONGEST} tokens of a row; lower it")
     whole = torch.tensor([owners, rows, candidates, shared]).reshape(4, -1)[:, row]  # [4, N]
@@ -127,7 +138,10 @@ class NodeAxis:
         self.forwards = 0  # that calibration took
         self.hold = False
         self.step = 0
-        self.signs: dict[int, Tensor] = {}
+        self.keeping: dict[str, Tensor] | None = (
+            None  # layer -> mean input of the probes under way, where it is kept
+        )
+        self.met: tuple[Tensor, Tensor] | None = None  # the last input that was kept, and its mean
         for layer in layers:
             if layer.trained.stored.dtype != layer.trained.compute:
                 _compute_in(layer)
@@ -150,8 +164,30 @@ class NodeAxis:
         if not any(scales):
             yield
             return
-        with self._hooked(lambda layer, args, out: self.add(layer, out, scales)):
+
+        def seen(layer: Layer, args: tuple, out: Tensor) -> Tensor:
+            if self.keeping is not None:
+                self.keep(layer, args[0], len(scales))
+            return self.add(layer, out, scales)
+
+        with self._hooked(seen):
             yield
+        self.met = None
+
+    def places(self) -> Tensor:
+        """Return the places of this batch's tokens in its flattened rows, int64 [N]."""
+        assert self.tokens is not None, "tokens are set before probes are run"
+        return self.tokens.places
+
+    def keep(self, layer: Layer, x: Tensor, probes: int) -> None:
+        """Add half of a layer's input [P·R, T, n] at each probe to what is kept of it: the mean of both, [N, n]."""
+        assert self.keeping is not None
+        if self.met is None or self.met[0] is not x:  # layers that share an input share what is kept
+            rows = x.view(probes, -1, x.shape[-1]).index_select(1, self.places())  # [P, N, n]
+            wide = torch.promote_types(x.dtype, torch.float32)
+            self.met = (x, (rows.to(wide).sum(0) / 2).to(x.dtype))
+        half, old = self.met[1], self.keeping.get(layer.name)
+        self.keeping[layer.name] = half if old is None else old + half
 
     def add(self, layer: Layer, out: Tensor, scales: Sequence[float]) -> Tensor:
         """Return a layer's outputs [P·R, T, m], those of probe p with scales[p]·σ·u of this batch's tokens added."""
@@ -189,18 +225,39 @@ class NodeAxis:
         microbatches: (inputs [R, T], tokens), whose owners count the examples of the microbatch. If all c are 0, only the
         decay moves the weights.
         """
-        each = shares(change, [tokens for _, tokens in microbatches])
+        tokens = [t for _, t in microbatches]
+        each = shares(change, tokens)
 
         def move(layer: Layer, xs: list[Tensor]) -> None:
-            g = None
-            for x, (_, tokens), c in zip(xs, microbatches, each, strict=True):
-                part = self.gradient(layer, x, tokens, c, change.step)
-                g = part if g is None else g.add_(part)
-            assert g is not None
-            move_layer(layer, g, change)
+            self.move_by(layer, [x[t.places] for x, t in zip(xs, tokens, strict=True)], tokens, each, change)
 
         self.pass_over([inputs for inputs, _ in microbatches], move)
         self.moved(change)
+
+    def update_kept(
+        self, change: Update, microbatches: Sequence[tuple[Mapping[str, Tensor], Tokens]]
+    ) -> None:
+        """Move every trained layer by the inputs that were kept of a step's probes, without a forward.
+
+        microbatches: (layer -> its mean input [N, n], tokens). They differ from the update pass's inputs by O(eps²).
+        """
+        tokens = [t for _, t in microbatches]
+        each = shares(change, tokens)
+        for layer in self.layers:
+            self.move_by(layer, [kept[layer.name] for kept, _ in microbatches], tokens, each, change)
+        self.moved(change)
+
+    def move_by(
+        self,
+        layer: Layer,
+        xs: Sequence[Tensor],
+        tokens: Sequence[Tokens],
+        each: Sequence[Tensor],
+        change: Update,
+    ) -> None:
+        """Move one layer by its inputs [N, n] at the tokens of each microbatch, and these' coefficients."""
+        parts = (self.product(layer, x, t, c, change.step) for x, t, c in zip(xs, tokens, each, strict=True))
+        move_layer(layer, functools.reduce(torch.Tensor.add_, parts), change)
 
     def pass_over(
         self, microbatches: Sequence[Mapping[str, Tensor]], move: Callable[[Layer, list[Tensor]], None]
@@ -243,8 +300,12 @@ class NodeAxis:
 
     def gradient(self, layer: Layer, x: Tensor, tokens: Tokens, c: Tensor, step: int) -> Tensor:
         """Return one batch's part of Ĝ [m, n], fp32 (fp64 for fp64 weights), from x [R·T, n] and c [examples]."""
+        return self.product(layer, x[tokens.places], tokens, c, step)
+
+    def product(self, layer: Layer, x: Tensor, tokens: Tokens, c: Tensor, step: int) -> Tensor:
+        """Return what `gradient` does from the inputs of the batch's tokens alone, [N, n]."""
         wide = torch.promote_types(layer.trained.stored.dtype, torch.float32)
-        x = x[tokens.places].to(wide)  # [N, n]
+        x = x.to(wide)
         if layer.whitener is not None:
             x = layer.whitener.apply(x)
         weight = c.to(x.device, wide)[tokens.owners] / layer.sigma  # [N]

@@ -150,7 +150,7 @@ def measure(
         seen = sum(len(places) for _, places, _ in batches)
         for i in chosen:
             w = whitener_of(c.pop(i).div_(seen), rho, rank)
-            whiteners[i] = Whitener(w.vectors.to(dtype), w.gains.to(dtype), w.mean.to(dtype))
+            whiteners[i] = Whitener(w.vectors.to(dtype).contiguous(), w.gains.to(dtype), w.mean.to(dtype))
     sigmas = {name: (s.squares / s.numbers) ** 0.5 for name, s in scales.items()}
     sinks = sum(s.sinks for s in scales.values()) / sum(s.tokens for s in scales.values())
     return Measured([whiteners[i] for i in sorted(whiteners)], inputs, sigmas, forwards, sinks)

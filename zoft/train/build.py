@@ -99,15 +99,15 @@ def node_trainer_of(
     where = "cpu" if device else config.device
     whole = node_rows_of(config, train, False, where, device)
     mine = whole if this_world().size == 1 else node_rows_of(config, train, True, where, device)
-    settings = trainer_settings(config)
+    settings, keeps = trainer_settings(config), config.node_inputs == "kept"
     if not device:
-        return NodeTrainer(model, axis, mine, ledger, settings, goal.forward, whole)
+        return NodeTrainer(model, axis, mine, ledger, settings, goal.forward, whole, keeps=keeps)
     from zoft.train.node_graphs import DeviceNodeTrainer
 
     why = "cache_frozen looks rows up on the CPU" if config.cache_frozen else ""
     masked = not mask_is_idle(config, model, axis, train)
     return DeviceNodeTrainer(
-        model, axis, mine, ledger, settings, goal.forward, whole, capture=why, masked=masked
+        model, axis, mine, ledger, settings, goal.forward, whole, keeps=keeps, capture=why, masked=masked
     )
 
 

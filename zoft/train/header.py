@@ -56,7 +56,7 @@ PLAN = (
     "eps_mode",
 )
 # Keys of the plan that came later: a header lacks them where they are at their default.
-OWN = ("blocks", "mask_every", "anchor", "rho", "calibration_rows", "node_rank")
+OWN = ("blocks", "mask_every", "anchor", "rho", "calibration_rows", "node_rank", "node_tokens", "node_inputs")
 # What it says for people, of how the run began; another machine may go on with it otherwise.
 MADE = ("recipe", "train", "steps", "lr", "schedule", "warmup", "clip", "meazo", "weight_decay", "batch_size", "accumulate",
         "device", "threads", "probes_per_forward", "cache_frozen")  # fmt: skip

@@ -35,8 +35,16 @@ def make_nodes(
     Raises UserError for a layer that is not linear, runs more than once or does not see every token, or a failed proof.
     """
     axis = axis_of_layers(config, loaded, layers_of(trained, found))
+    if config.node_inputs == "kept" and this_world().size > 1:
+        raise UserError(
+            "node_inputs=kept: a process keeps the inputs of its own rows alone; use node_inputs=pass or one process"
+        )
+    if config.node_inputs == "kept" and config.probes_per_forward == 1 and config.device.startswith("cuda"):
+        raise UserError(
+            "node_inputs=kept: on a GPU both probes share a forward; leave probes_per_forward out, or use node_inputs=pass"
+        )
     picks = list(dict.fromkeys([0, max(range(len(train)), key=lambda i: train[i].length)]))
-    rows = rows_with_tokens([train[i] for i in picks], picks, config.device)
+    rows = rows_with_tokens([train[i] for i in picks], picks, config.device, before=config.node_tokens)
     refuse_other_tokens(axis, loaded, rows)
     probes = [Probe(0, 16 * config.eps), Probe(0, -8 * config.eps)]
     axis.tokens = rows.tokens
@@ -101,7 +109,7 @@ def calibrated(
     batches = []
     for start in range(0, len(chosen), config.batch_size):
         picks = chosen[start : start + config.batch_size]
-        rows = rows_with_tokens([train[i] for i in picks], picks, config.device)
+        rows = rows_with_tokens([train[i] for i in picks], picks, config.device, before=config.node_tokens)
         batches.append((rows.batch, rows.tokens.places, len(picks)))
     stored = axis.trained[0].stored.dtype
     return measure(

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoft.method.estimators.estimator import Probe
-from zoft.noise.nodes import cells_of
 from zoft.noise.spec import Update
 from zoft.objectives.losses import Batch
-from zoft.probe.cuda.nodes import Cells, DeviceNodes, cells_of_step
+from zoft.probe.cuda.nodes import Cells, DeviceNodes, cells_at, cells_of_step
 from zoft.train.batches import tensors_of
 from zoft.train.node_trainer import NodeTrainer, Rows
-
-GRAPHS_MAX = 48  # that are kept, two a shape; what meets further shapes runs eagerly
 
 
 @dataclass
 class Fed:
-    """Hold what a graph reads of one microbatch, on the device. source: the rows that it holds."""
+    """Hold what graphs read of one microbatch, on the device. source: the rows that it holds. kept: the inputs of its probes."""
 
     batch: Batch
     cells: Cells
     source: Rows | None = None
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
     def take(self, rows: Rows, cells: Cells, batch: Batch) -> None:
         """Copy a microbatch of the same shapes into the graph's memory, without waiting for the device."""
@@ -36,6 +34,7 @@ class Fed:
                 _copy(mine, new)
             self.source = rows
         _copy(self.cells.drawn, cells.drawn)
+        _copy(self.cells.places, cells.places)
         _copy(self.cells.weights, cells.weights)
 
 
@@ -44,14 +43,16 @@ def _copy(mine: Tensor, new: Tensor) -> None:
 
 
 class DeviceNodeTrainer(NodeTrainer):
-    """Train as NodeTrainer does, with forwards that are captured once for each shape of a batch; eager steps have the same bits.
+    """Train as NodeTrainer does, with forwards that are captured once for each shape of a batch.
 
+    All shapes are captured, however many there are: some versions of transformers take another attention kernel while a graph
+    is captured, and a resumed run, which meets shapes in another order, must have the bits of the first.
     A step waits for its losses, so that it is in the ledger before the weights move; the update pass then runs while the next
     batch is made. capture: "" captures, anything else says why not. masked: False where attention needs no mask for padding.
     """
 
-    def __init__(self, *args: Any, capture: str, masked: bool) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, keeps: bool, capture: str, masked: bool) -> None:
+        super().__init__(*args, keeps=keeps)
         assert isinstance(self.nodes, DeviceNodes), type(self.nodes)
         self.device_nodes: DeviceNodes = self.nodes
         self.capture, self.masked = capture, masked
@@ -63,17 +64,20 @@ class DeviceNodeTrainer(NodeTrainer):
     def own_sums_at(self, step: int, probes: Sequence[Sequence[Probe]], batch: Any) -> Tensor:
         """Return [P, E, 2]: loss sum and count of each example of a microbatch at ± its own signs, probes [P][E]."""
         each = [some[0] for some in probes]  # all examples of a probe have its scale
-        count = batch.batch.inputs["input_ids"].numel()
-        drawn = cells_of(batch.tokens, count, self.device_nodes.seed, step)
-        fed = self._fed(0, batch, Cells(drawn, torch.zeros(count)))
+        nodes = self.device_nodes
+        fed = self._fed(self.place(step, batch), batch, cells_at(batch.tokens, batch.cells, nodes.seed, step))
+        self.kept_at = step
 
         def run() -> Tensor:
-            self.device_nodes.cells = fed.cells.drawn
+            nodes.cells = fed.cells
+            if self.keeps:
+                assert len(each) == len(self.probes) // self.estimator.per, "both probes share a forward"
+                fed.kept = nodes.keeping = {}
             try:
-                with self.device_nodes.at(step, each, fed.batch.rows):
+                with nodes.at(step, each, fed.batch.rows):
                     sums, counts = self.forward(self.model, fed.batch.repeat(len(each)))  # [P·E] each
             finally:
-                self.device_nodes.cells = None
+                nodes.cells = nodes.keeping = None
             return torch.stack([sums, counts], -1).view(len(each), -1, 2).double()
 
         scales = tuple(p.scale for p in each)
@@ -85,11 +89,15 @@ class DeviceNodeTrainer(NodeTrainer):
     def commit(self, change: Update) -> None:
         """Start the update pass of a step that is written down."""
         nodes, rows = self.device_nodes, list(self.whole(change.step))
-        places = [r.batch.inputs["input_ids"].numel() for r in rows]
-        cells = cells_of_step(change, [r.tokens for r in rows], places, nodes.seed)
+        if self.keeps and self.kept_at != change.step:
+            self.ask_again(change.step)
+        cells = cells_of_step(change, [r.tokens for r in rows], [r.cells for r in rows], nodes.seed)
         fed = [self._fed(i, r, c) for i, (r, c) in enumerate(zip(rows, cells, strict=True))]
 
         def run() -> None:
+            if self.keeps:
+                nodes.move_kept([f.kept for f in fed], [f.cells for f in fed])
+                return
             nodes.move_over([f.batch.inputs for f in fed], [f.cells for f in fed])
 
         what = ("update", *map(id, fed))
@@ -99,7 +107,8 @@ class DeviceNodeTrainer(NodeTrainer):
         nodes.upload(change)
         self._run(what, run)
         nodes.moved(change)
-        self.forwards += sum(r.batch.examples for r in rows)
+        if not self.keeps:
+            self.forwards += sum(r.batch.examples for r in rows)
 
     def _fed(self, place: int, rows: Rows, cells: Cells) -> Fed:
         """Return the device's memory for a microbatch at this place of its step, holding these rows."""
@@ -108,7 +117,7 @@ class DeviceNodeTrainer(NodeTrainer):
         fed = self.fed.get(what)
         if fed is None:
             device = self.device_nodes.device
-            fed = Fed(batch.to(device), Cells(cells.drawn.to(device), cells.weights.to(device)), rows)
+            fed = Fed(batch.to(device), cells.to(device), rows)
             self.fed[what] = fed
         else:
             fed.take(rows, cells, batch)
@@ -127,7 +136,7 @@ class DeviceNodeTrainer(NodeTrainer):
     @torch.no_grad()
     def _prepare(self, what: tuple, run: Callable[[], Tensor | None]) -> None:
         """Capture what was not met before; where the model cannot be captured say why in one line, once."""
-        if what in self.graphs or self.capture or len(self.graphs) >= GRAPHS_MAX:
+        if what in self.graphs or self.capture:
             return
         graph = torch.cuda.CUDAGraph()
         mode = "thread_local" if self.world.size > 1 else "global"

@@ -24,17 +24,26 @@ from zoft.train.trainer import Settings, Trainer
 
 @dataclass(frozen=True)
 class Rows:
-    """Hold one microbatch: its rows, and what the noise of each of their tokens is drawn by."""
+    """Hold one microbatch: its rows, and what the noise of each of their tokens is drawn by.
+
+    cells: how many tokens there is room for where shapes are few.
+    """
 
     batch: Batch
     tokens: Tokens
+    cells: int = 0
 
 
 def rows_with_tokens(
-    examples: Sequence[Example], picks: Sequence[int], device: str, few_shapes: bool = False
+    examples: Sequence[Example],
+    picks: Sequence[int],
+    device: str,
+    few_shapes: bool = False,
+    before: int | str = "all",
 ) -> Rows:
     """Return a microbatch of examples, whose places in the training set are `picks`.
 
+    before: which tokens have noise, as in `tokens_of`.
     few_shapes: padded to one of a few shapes, as steps that are captured want it.
     """
     batch = collate(examples)
@@ -50,8 +59,20 @@ def rows_with_tokens(
         shared += [common_tokens(rows) if count > 1 else max(map(len, rows)) + len(e.after)] * count
     assert len(owners) == batch.rows, (len(owners), batch.rows)
     batch = bucket(batch) if few_shapes else batch
-    tokens = tokens_of(batch.inputs, owners, [picks[i] for i in owners], candidates, shared)
-    return Rows(batch.to(device), tokens.to(device))
+    places = [picks[i] for i in owners]
+    tokens = tokens_of(batch.inputs, owners, places, candidates, shared, batch.positions, before)
+    return Rows(batch.to(device), tokens.to(device), _cells(batch, len(tokens.places), before))
+
+
+def _cells(batch: Batch, tokens: int, before: int | str) -> int:
+    """Return how many tokens to make room for, so that few different numbers come up."""
+    width = batch.inputs["input_ids"].shape[1]
+    each = -(-tokens // batch.rows)  # of a row, on average
+    if before == "all":
+        each = width
+    else:
+        each = int(before) if each <= int(before) else -(-each // 8) * 8
+    return batch.rows * min(each, width)
 
 
 def common_tokens(rows: Sequence[Sequence[int]]) -> int:
@@ -70,7 +91,10 @@ def node_rows_of(
         if step not in last:
             found = [list(share(picks)) for picks in picked(config, len(train), step)]
             last.clear()
-            last[step] = [rows_with_tokens([train[i] for i in p], p, device, few_shapes) for p in found]
+            last[step] = [
+                rows_with_tokens([train[i] for i in p], p, device, few_shapes, config.node_tokens)
+                for p in found
+            ]
         return last[step]
 
     return at
@@ -90,25 +114,50 @@ class NodeTrainer(Trainer):
     def __init__(
         self, model: nn.Module, axis: NodeAxis, batches: Callable[[int], Sequence[Any]], ledger: Ledger | None,
         settings: Settings, forward: Callable[[nn.Module, Batch], tuple[torch.Tensor, ...]],
-        whole: Callable[[int], Sequence[Rows]],
+        whole: Callable[[int], Sequence[Rows]], *, keeps: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(model, axis, batches, ledger, settings, forward)  # type: ignore[arg-type]
         self.nodes, self.whole = axis, whole
+        self.keeps = keeps
+        self.kept: dict[
+            int, dict[str, torch.Tensor]
+        ] = {}  # of each microbatch of the step whose probes were run last
+        self.kept_at = -1
 
     def own_sums_at(self, step: int, probes: Sequence[Sequence[Probe]], batch: Any) -> torch.Tensor:
         """Return [P, E, 2]: loss sum and count of each example of a microbatch at ± its own signs, probes [P][E]."""
         each = [some[0] for some in probes]  # all examples of a probe have its scale
         self.nodes.tokens = batch.tokens
+        if self.keeps:
+            if self.kept_at != step:
+                self.kept, self.kept_at = {}, step
+            self.nodes.keeping = self.kept.setdefault(self.place(step, batch), {})
         try:
             with self.nodes.at(step, each, batch.batch.rows):
                 sums, counts = self.forward(self.model, batch.batch.repeat(len(each)))  # [P·E] each
         finally:
-            self.nodes.tokens = None
+            self.nodes.tokens = self.nodes.keeping = None
         self.forwards += batch.batch.examples * len(each)
         return torch.stack([sums, counts], -1).view(len(each), -1, 2).double().cpu()
 
+    def place(self, step: int, batch: Any) -> int:
+        """Return which of its step's microbatches this one is."""
+        return [rows is batch for rows in self.batches(step)].index(True)
+
+    def ask_again(self, step: int) -> None:
+        """Run a step's probes for what they leave: the inputs that are kept. A repeated step has its losses in the ledger."""
+        counted = self.forwards
+        self.own_losses_at(step, self.probes, self.batches(step))
+        self.forwards = counted
+
     def commit(self, change: Update) -> None:
-        """Run the update pass of a step that is written down."""
+        """Run the update pass of a step that is written down, or move by what its probes have left."""
         rows = self.whole(change.step)
+        if self.keeps:
+            if self.kept_at != change.step:
+                self.ask_again(change.step)
+            self.nodes.update_kept(change, [(self.kept[i], r.tokens) for i, r in enumerate(rows)])
+            self.kept = {}
+            return
         self.nodes.update(change, [(r.batch.inputs, r.tokens) for r in rows])
         self.forwards += sum(r.batch.examples for r in rows)

@@ -119,5 +119,5 @@ def second_probes(config: Any) -> int:
 
 def forwards_per_step(config: Any) -> int:
     """Return how many forwards (examples × probes) a config's step counts, a second round and an update pass included."""
-    passes = int(config.perturb == "nodes")  # the update pass
+    passes = int(config.perturb == "nodes" and config.node_inputs == "pass")  # the update pass
     return (probes_per_step(config) + second_probes(config) + passes) * examples_per_step(config)

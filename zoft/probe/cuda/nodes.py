@@ -26,58 +26,74 @@ PART = 1 << 23  # numbers of a layer's input that are whitened at one time: 32 M
 
 @dataclass
 class Cells:
-    """Hold what a microbatch's noise is drawn by, and each place's coefficient.
+    """Hold what the noise of a microbatch's tokens is drawn by, their places and their coefficients.
 
-    drawn: int32 [5, R·T] (noise.nodes.cells_of). weights: fp32 [R·T], c_i of the place's example over the step's largest,
-    0 at padding.
+    drawn: int32 [6, N] (noise.nodes.cells_of). places: int64 [N], in the flattened rows. weights: fp32 [N], c_i of the token's
+    example over the step's largest. What is beyond the tokens is 0 in all of them, and moves nothing.
     """
 
     drawn: Tensor
+    places: Tensor
     weights: Tensor
+
+    def to(self, device: torch.device) -> Cells:
+        """Return the same on another device."""
+        return Cells(self.drawn.to(device), self.places.to(device), self.weights.to(device))
 
 
 def cells_of_step(
-    change: Update, microbatches: Sequence[Tokens], places: Sequence[int], seed: int
+    change: Update, microbatches: Sequence[Tokens], counts: Sequence[int], seed: int
 ) -> list[Cells]:
-    """Return the cells of each microbatch of a step, on the CPU. places: R·T of each."""
+    """Return the cells of each microbatch of a step, on the CPU. counts: N of each, its tokens at least."""
     each = shares(change, microbatches)
     peak = max((float(c.abs().max()) for c in each), default=0.0) or 1.0
-    found = []
-    for tokens, count, c in zip(microbatches, places, each, strict=True):
-        weights = torch.zeros(count)
-        weights[tokens.places] = (c / peak).float()[tokens.owners]
-        found.append(Cells(cells_of(tokens, count, seed, change.step), weights))
-    return found
+    return [
+        cells_at(tokens, count, seed, change.step, (c / peak).float()[tokens.owners])
+        for tokens, count, c in zip(microbatches, counts, each, strict=True)
+    ]
+
+
+def cells_at(tokens: Tokens, count: int, seed: int, step: int, weights: Tensor | None = None) -> Cells:
+    """Return a microbatch's cells at a step, on the CPU. weights: fp32, of its tokens; None: 0."""
+    n = len(tokens.places)
+    more = nn.functional.pad(torch.zeros(n) if weights is None else weights, (0, count - n))
+    return Cells(cells_of(tokens, count, seed, step), nn.functional.pad(tokens.places, (0, count - n)), more)
 
 
 class DeviceNodes(NodeAxis):
     """Run a NodeAxis whose steps run on a CUDA device without waiting for the CPU.
 
-    cells: int32 [5, R·T] of the batch whose probes are run; without them they are made of `tokens`.
+    cells: of the batch whose probes are run; without them they are made of `tokens`.
     lr, decay: fp32 [1]; keys: int32 [1, 2]; of the step whose update pass is run (`upload`).
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], *, seed: int) -> None:
         super().__init__(model, layers, seed=seed)
         self.device = layers[0].trained.stored.device
-        self.cells: Tensor | None = None
+        self.cells: Cells | None = None
         self.lr, self.decay, self.one = (torch.ones(1, device=self.device) for _ in range(3))
         self.keys = torch.zeros(1, 2, dtype=torch.int32, device=self.device)
         self.scales: dict[tuple[float, ...], Tensor] = {}
-        self.whitened: dict[int, tuple[Whitener, Tensor, Tensor]] = {}  # of each microbatch, the last
+        self.whitened: dict[int, tuple[Whitener | None, Tensor, Tensor]] = {}  # of each microbatch, the last
 
     def add(self, layer: Layer, out: Tensor, scales: Sequence[float]) -> Tensor:
         """Add scales[p]·σ·u to a layer's outputs [P·R, T, m] of probe p, in place."""
         y = out.view(len(scales), -1, layer.units)  # [P, R·T, m]
-        cells = self.cells
-        if cells is None:
+        if self.cells is not None:
+            drawn = self.cells.drawn
+        else:
             assert self.tokens is not None, "tokens are set before probes are run"
-            cells = cells_of(self.tokens.to("cpu"), y.shape[1], self.seed, self.step).to(self.device)
+            tokens = self.tokens.to("cpu")
+            drawn = cells_of(tokens, len(tokens.places), self.seed, self.step).to(self.device)
         wanted = tuple(scales)
         if wanted not in self.scales:
             self.scales[wanted] = torch.tensor(wanted, device=self.device)
-        add_signs(y, cells, self.scales[wanted], layer.sigma, layer.trained.id)
+        add_signs(y, drawn, self.scales[wanted], layer.sigma, layer.trained.id)
         return out
+
+    def places(self) -> Tensor:
+        """Return the places of the tokens of the batch whose probes are run, int64 [N]."""
+        return super().places() if self.cells is None else self.cells.places
 
     def upload(self, change: Update) -> None:
         """Send what an update pass reads of its step to the device, without waiting."""
@@ -89,26 +105,40 @@ class DeviceNodes(NodeAxis):
     def update(self, change: Update, microbatches: Sequence[tuple[Mapping[str, Tensor], Tokens]]) -> None:
         """Run the update pass of a step, as NodeAxis does; its Ĝ has another factor."""
         tokens = [t.to("cpu") for _, t in microbatches]
-        places = [inputs["input_ids"].numel() for inputs, _ in microbatches]
-        made = cells_of_step(change, tokens, places, self.seed)
+        made = cells_of_step(change, tokens, [len(t.places) for t in tokens], self.seed)
         self.upload(change)
-        cells = [Cells(c.drawn.to(self.device), c.weights.to(self.device)) for c in made]
-        self.move_over([inputs for inputs, _ in microbatches], cells)
+        self.move_over([inputs for inputs, _ in microbatches], [c.to(self.device) for c in made])
         self.moved(change)
 
     def move_over(self, microbatches: Sequence[Mapping[str, Tensor]], cells: Sequence[Cells]) -> None:
         """Run the update pass of the step that was uploaded over its microbatches' inputs, each with its cells."""
         try:
-            self.pass_over(microbatches, lambda layer, xs: self.move(layer, xs, cells))
+            self.pass_over(
+                microbatches, lambda layer, xs: self.move(layer, xs, cells, [c.places for c in cells])
+            )
         finally:
             self.whitened.clear()
 
-    def move(self, layer: Layer, xs: Sequence[Tensor], cells: Sequence[Cells]) -> None:
-        """Move a layer's matrix, from its inputs [R·T, n] in each microbatch."""
+    def move_kept(self, kept: Sequence[Mapping[str, Tensor]], cells: Sequence[Cells]) -> None:
+        """Move all layers of the step that was uploaded by inputs [N, n] that were kept of its probes."""
+        try:
+            for layer in self.layers:
+                self.move(layer, [k[layer.name] for k in kept], cells)
+        finally:
+            self.whitened.clear()
+
+    def move(
+        self,
+        layer: Layer,
+        xs: Sequence[Tensor],
+        cells: Sequence[Cells],
+        places: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Move a layer's matrix, from its inputs [N, n] in each microbatch; with places, from [R·T, n] there."""
         t, g = layer.trained, None
         for i, (x, c) in enumerate(zip(xs, cells, strict=True)):
-            x = self.input(i, layer, x)
-            u = weighed_signs(c.drawn, c.weights, layer.units, t.id, x.dtype)  # [R·T, m]
+            x = self.input(i, layer, x, None if places is None else places[i])
+            u = weighed_signs(c.drawn, c.weights, layer.units, t.id, x.dtype)  # [N, m]
             part = wide_product(x.T, u) if layer.turned else wide_product(u.T, x)
             g = part if g is None else g.add_(part)
         assert g is not None
@@ -116,18 +146,19 @@ class DeviceNodes(NodeAxis):
         factor = torch.where(size > 0, self.lr * g.numel() ** 0.5 / size, 0.0)
         move_matrix(t.stored, g, factor, self.decay if t.decays else self.one, self.keys, t.id)
 
-    def input(self, microbatch: int, layer: Layer, x: Tensor) -> Tensor:
-        """Return P x of a layer's input [R·T, n], made once for layers that share it one after the other."""
+    def input(self, microbatch: int, layer: Layer, x: Tensor, places: Tensor | None) -> Tensor:
+        """Return P x of a layer's input [N, n], or of [R·T, n] at some places of it; made once for layers that share it one
+        after the other."""
         w = layer.whitener
-        if w is None:
-            return x
         last = self.whitened.get(microbatch)
         if last is not None and last[0] is w and last[1].data_ptr() == x.data_ptr():
             return last[2]
-        made = torch.empty_like(x)
-        rows = max(1, PART // x.shape[1])
-        for start in range(0, len(x), rows):
-            made[start : start + rows] = w.apply(x[start : start + rows].to(w.mean.dtype))
+        made = x if places is None else x.index_select(0, places)
+        if w is not None:
+            made, found = torch.empty_like(made), made
+            rows = max(1, PART // x.shape[1])
+            for start in range(0, len(found), rows):
+                made[start : start + rows] = w.apply(found[start : start + rows].to(w.mean.dtype))
         self.whitened[microbatch] = (w, x, made)
         return made
 
