@@ -14,7 +14,7 @@ from zoft.errors import UserError
 from zoft.ledger.check import header_faults, plan_of, trained_faults
 from zoft.ledger.format import Log, Record, decode
 from zoft.noise import spec
-from zoft.pictures import pyplot, refuse_other_ends
+from zoft.pictures import pyplot, refuse_other_ends, write_picture
 from zoft.replay.snapshot import FOLDER, NAME, fault_of, file_of
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -190,12 +190,8 @@ def plot_ledger(run: str | Path, out: str | Path) -> Path:
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{run}: {len(losses)} steps", fontsize=11)
-    try:
-        figure.savefig(out)
-    except OSError as error:
-        raise UserError(f"--plot {out}: cannot be written: {error.strerror}") from error
-    finally:
-        plt.close(figure)
+    write_picture(figure, Path(out))
+    plt.close(figure)
     return out
 
 

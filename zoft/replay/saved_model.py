@@ -10,7 +10,7 @@ from typing import Any
 from zoft import console
 from zoft.config.compose import dump
 from zoft.config.schema import ADAPTERS, Config
-from zoft.errors import UserError, writing
+from zoft.errors import UserError
 
 
 def folder_name(config: Config) -> str:
@@ -25,22 +25,16 @@ def save_run_model(
 
     Of a model with an adapter, the adapter alone.
     """
-    from safetensors import SafetensorError
-
     from zoft.method import space
     from zoft.models.adapters.attach import save_adapter
     from zoft.models.saving import save_model
 
     text = model_card_of(config, result, **facts)
     dtype = model.checkpoint_dtype if config.save_dtype == "auto" else space.DTYPES[config.save_dtype]
-    try:
-        with writing(out):
-            if config.train in ADAPTERS:
-                save_adapter(model, out, tokenizer=tokenizer, card=text)
-            else:
-                save_model(model, tokenizer, out, dtype=dtype, card=text, dequantise=config.save_dequantised)
-    except SafetensorError as error:
-        raise UserError(f"cannot write {out}: {error}") from OSError(str(error))
+    if config.train in ADAPTERS:
+        save_adapter(model, out, tokenizer=tokenizer, card=text)
+    else:
+        save_model(model, tokenizer, out, dtype=dtype, card=text, dequantise=config.save_dequantised)
 
 
 def model_card_of(config: Config, result: Mapping[str, Any], **facts: Any) -> str:
