@@ -13,6 +13,7 @@ from zoft.console import escaped
 from zoft.errors import UserError
 from zoft.ledger.check import header_faults, plan_of, trained_faults
 from zoft.ledger.format import Log, Record, decode
+from zoft.ledger.log import ledger_bytes
 from zoft.noise import spec
 from zoft.pictures import pyplot, refuse_other_ends, write_picture
 from zoft.replay.snapshot import FOLDER, NAME, fault_of, file_of
@@ -30,10 +31,7 @@ def open_run(run: str | Path) -> tuple[Path, Log, int, int]:
     path = Path(run) / "ledger" if Path(run).is_dir() else Path(run)
     if not path.is_file():
         raise UserError(f"{run}: not a run's folder (it has no ledger), nor a ledger")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"ledger: cannot read {path}: {error.strerror}") from error
+    data = ledger_bytes(path)
     log, size, _ = decode(data, path)
     return path, log, size, len(data)
 

@@ -11,6 +11,9 @@ from zoft import console
 from zoft.config.compose import dump
 from zoft.config.schema import ADAPTERS, Config
 from zoft.errors import UserError
+from zoft.limits import read_bytes
+
+RESULT_BYTES = 1 << 24  # of a result.json
 
 
 def folder_name(config: Config) -> str:
@@ -55,7 +58,7 @@ def read_result(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_bytes() if path.is_file() else b"")
+        found = json.loads(read_bytes(path, RESULT_BYTES, "it is no result") if path.is_file() else b"")
         result_summary(found)
         return found
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
