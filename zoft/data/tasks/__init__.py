@@ -28,6 +28,7 @@ from zoft.data.tasks.verifiable import (
     refuse_generator_keys,
 )
 from zoft.errors import UserError
+from zoft.limits import shortened
 
 FEW = 50  # evaluation rows: 0.5/√50 is a standard error of 7 points of accuracy
 HELD_OUT = 0.15  # share of the data that a hash puts aside where no evaluation data is given
@@ -396,7 +397,8 @@ def _gold(where: str, column: str, value: Any, labels: list[str]) -> int:
     # Only another way to write this very label is a hint: the most similar one may be the opposite class.
     plain = [label for label in labels if _same_but_for_a_slip(_letters(label), _letters(word))]
     hint = f"; did you mean {plain[0]}?" if len(plain) == 1 else ""
-    raise UserError(f"{where}: {column}={word} is none of task.choices ({', '.join(labels)}){hint}")
+    known = ", ".join(shortened(label) for label in labels[:20]) + ", …" * (len(labels) > 20)
+    raise UserError(f"{where}: {column}={word} is none of task.choices ({known}){hint}")
 
 
 NUMBER = re.compile(r"-?(0|[1-9]\d{0,40})(\.\d{1,40})?", re.ASCII)
