@@ -131,7 +131,18 @@ def _check_objective(config: Config) -> None:
     """Refuse keys of an objective where they do nothing; a reward that is named is the objective."""
     if config.objective == "auto" and (config.reward is not None or config.task.name in VERIFIED):
         config.objective = "reward"
+    if config.objective == "preference" and config.task.name == "local" and config.task.format == "auto":
+        config.task.format = "preference"
     found, written = fields(), config.objective in GENERATED
+    pairs = config.objective == "preference" or (
+        config.objective == "auto" and config.task.format == "preference"
+    )
+    if not pairs and config.preference_beta != found["preference_beta"].default:
+        raise UserError(
+            f"preference_beta={config.preference_beta:g}: is for objective=preference, not {config.objective}; leave it out"
+        )
+    if pairs and config.perturb == "nodes":
+        raise UserError("objective=preference: recipe=node has losses of tokens alone; use another recipe")
     for name in ("reward", "reward_seconds"):
         if config.objective != "reward" and getattr(config, name) != found[name].default:
             raise UserError(

@@ -31,6 +31,7 @@ LATER: dict[str, tuple] = {
     "temperature": (0.0,),
     "shaping": ("none",),
     "shaping_group": ("all",),
+    "preference_beta": (0.1,),
     "task.rows": (None,),
     "task.level": (None,),
 }

@@ -84,7 +84,7 @@ class Task:
     format: str = key(
         "auto",
         "layout of your own data, where no template names its columns; auto goes by their names and says what it found",
-        one_of=("auto", "text", "completion", "instruction", "messages", "sharegpt", "label"),
+        one_of=("auto", "text", "completion", "instruction", "messages", "sharegpt", "preference", "label"),
     )
     columns: dict[Any, str] = key(
         {},
@@ -162,8 +162,15 @@ class Config:
     objective: str = key(
         "auto",
         "what is minimised: a loss (over candidates, or of the text to learn; auto: the task's own), or minus a metric: of "
-        "predictions (accuracy, macro_f1) or of text that the model writes (exact_match, f1, a reward of your own)",
-        one_of=("auto", "choice", "lm", *NO_GRADIENT),
+        "predictions (accuracy, macro_f1) or of text that the model writes (exact_match, f1, a reward of your own); preference: "
+        "a loss of pairs of answers, one of them preferred",
+        one_of=("auto", "choice", "lm", "preference", *NO_GRADIENT),
+    )
+    preference_beta: float = key(
+        0.1,
+        "objective=preference: how much a pair's log-probabilities count against those of the base",
+        above=0,
+        most=1e6,
     )
     reward: str | None = key(
         None,

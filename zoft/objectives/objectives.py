@@ -39,6 +39,7 @@ from zoft.objectives import text as generate
 from zoft.objectives.decode import dice
 from zoft.objectives.losses import Batch, mean_loss
 from zoft.objectives.metrics import exact_match, token_f1
+from zoft.objectives.preference import Pairs
 from zoft.objectives.reward import Reward, load
 from zoft.parallel.world import this_world
 
@@ -66,6 +67,7 @@ class Goal:
     forward: Callable[[nn.Module, Any], tuple[Tensor, ...]] = losses.losses
     value: Callable[[Tensor], Tensor] = mean_loss
     texts: Texts | None = None
+    pairs: Pairs | None = None
 
     def examples(self, train: Sequence[Example]) -> list[Example]:
         """The examples as training scores them: of `lm` the gold candidate's tokens alone, else all candidates'."""
@@ -94,7 +96,9 @@ class Goal:
     def evaluate(
         self, model: Any, context: Callable[[int], AbstractContextManager], rows: Sequence[dict[str, Any]]
     ) -> dict[str, float]:
-        """Metrics of texts written after the prompts of rows; nothing where the objective writes none."""
+        """Metrics of texts written after the prompts of rows, or of pairs; nothing where the objective has neither."""
+        if self.pairs is not None:
+            return self.pairs.evaluate(model, context, rows)
         return {} if self.texts is None else self.texts.evaluate(model, context, rows)
 
 
@@ -102,6 +106,16 @@ def objective_keys(config: Config, data: TaskData) -> dict[str, Any]:
     """Return the config's objective by name, and the keys that follow from it. Raises UserError for one that this task's rows cannot have."""
     name = data.objective if config.objective == "auto" else config.objective
     rows = [*data.train, *data.eval]
+    if (name == "preference") != (data.objective == "preference"):
+        pairs = data.objective == "preference"
+        why = (
+            "rows are pairs; use preference"
+            if pairs
+            else f"task={config.task.name} has no pairs of answers; use task=local"
+        )
+        raise UserError(f"objective={name}: {why}")
+    if name == "preference":
+        return {"objective": name}
     if name in ("choice", "accuracy", "macro_f1") and min(len(r["candidates"]) for r in rows) < 2:
         raise UserError(
             f"objective={name}: task={config.task.name} has text to learn, and no candidates; use lm, f1 or exact_match"
@@ -153,6 +167,9 @@ def reward_of(config: Config) -> Reward | None:
 def make_objective(config: Config, data: TaskData, tokenizer: Any, mine: Reward | None = None) -> Goal:
     """The objective of a resolved config; mine: the reward, where it is one. Raises UserError for a prompt it cannot use."""
     name = config.objective
+    if name == "preference":
+        pairs = Pairs(config.preference_beta, data, tokenizer, config.max_length, config.device)
+        return Goal(name, pairs.forward, pairs=pairs)
     if name == "accuracy":
         return Goal(name, accuracy)
     if name == "macro_f1":
