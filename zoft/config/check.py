@@ -144,10 +144,19 @@ def _check_objective(config: Config) -> None:
     if pairs and config.perturb == "nodes":
         raise UserError("objective=preference: recipe=node has losses of tokens alone; use another recipe")
     for name in ("reward", "reward_seconds"):
-        if config.objective != "reward" and getattr(config, name) != found[name].default:
+        if config.objective not in ("reward", "rank") and getattr(config, name) != found[name].default:
             raise UserError(
                 f"{name}={getattr(config, name)}: objective={config.objective} asks no reward; leave one out"
             )
+    for name in ("rank_by", "rank_best"):
+        if config.objective != "rank" and getattr(config, name) != found[name].default:
+            raise UserError(
+                f"{name}={getattr(config, name)}: is for objective=rank, not {config.objective}; leave it out"
+            )
+    if config.rank_by == "file" and config.rank_best is not None:
+        raise UserError(
+            f"rank_best={config.rank_best}: whoever ranks names as many as they like; leave it out"
+        )
     for name in ("max_new_tokens", "stop", "hold_probe", *ROLLOUT):
         evaluated = (
             name in ("max_new_tokens", "stop") and not config.task.choices

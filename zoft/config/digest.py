@@ -32,6 +32,8 @@ LATER: dict[str, tuple] = {
     "shaping": ("none",),
     "shaping_group": ("all",),
     "preference_beta": (0.1,),
+    "rank_by": ("score",),
+    "rank_best": (None,),
     "task.rows": (None,),
     "task.level": (None,),
 }

@@ -24,7 +24,7 @@ BY_TRAIN: dict[str, dict[str, Any]] = {
     "scales": {"lr": 1e-7, "eps": 1e-3},
 }
 # Objectives of text that the model writes, and others that have no gradient either.
-GENERATED = ("exact_match", "f1", "reward")
+GENERATED = ("exact_match", "f1", "reward", "rank")
 NO_GRADIENT = ("accuracy", "macro_f1", *GENERATED)
 VERIFIED = ("countdown", "arithmetic", "gsm8k")  # tasks whose answers a program checks
 ROLLOUT = ("temperature", "members_per_batch", "shaping", "shaping_group")  # keys of written text alone
@@ -162,7 +162,8 @@ class Config:
     objective: str = key(
         "auto",
         "what is minimised: a loss (over candidates, or of the text to learn; auto: the task's own), or minus a metric: of "
-        "predictions (accuracy, macro_f1) or of text that the model writes (exact_match, f1, a reward of your own); preference: "
+        "predictions (accuracy, macro_f1) or of text that the model writes (exact_match, f1, a reward of your own); rank: "
+        "a ranking of what a step's members wrote, by a score or by people; preference: "
         "a loss of pairs of answers, one of them preferred",
         one_of=("auto", "choice", "lm", "preference", *NO_GRADIENT),
     )
@@ -201,6 +202,15 @@ class Config:
         "what a step makes of its members' rewards: nothing, z-scores over members, or centred ranks (lr is then the size of a "
         "step, and a step without spread is skipped)",
         one_of=("none", "zscore", "ranks"),
+    )
+    rank_by: str = key(
+        "score",
+        "objective=rank: who ranks a step's members: a score (the reward that is named, or the task's, else f1) or people, whose "
+        "answers are read from files of the run's folder, which `zoft rank RUN` writes (file)",
+        one_of=("score", "file"),
+    )
+    rank_best: int | None = key(
+        None, "objective=rank, rank_by=score: how many members are named in order; null: all", least=1
     )
     shaping_group: str = key(
         "all",
@@ -419,7 +429,17 @@ class Config:
     best_by: str = key(
         "loss",
         "metric that keep_best, save_best and early_stop go by, on the dev set where there is one",
-        one_of=("loss", "perplexity", "accuracy", "macro_f1", "auc", "calibrated_accuracy", *GENERATED),
+        one_of=(
+            "loss",
+            "perplexity",
+            "accuracy",
+            "macro_f1",
+            "auc",
+            "calibrated_accuracy",
+            "exact_match",
+            "f1",
+            "reward",
+        ),
     )
     save_best: bool = key(
         False, "model/ holds the weights of the best evaluation by best_by, not the last ones"

@@ -157,7 +157,7 @@ def reward_of(config: Config) -> Reward | None:
     if config.reward is not None:
         return load(config.reward, config.reward_seconds)
     name = config.task.name
-    if config.objective != "reward" or name not in VERIFIED:
+    if config.objective not in ("reward", "rank") or name not in VERIFIED:
         return None
     return Reward(
         f"task={name}", Path(verify.__file__), partial(verify.scores, name), config.reward_seconds, "its own"
@@ -248,7 +248,11 @@ class Texts:
             subset(data.eval, config.eval_limit), tokenizer, self.room, data
         )  # a mistake shows before training
         self.reward = reward
-        assert (self.reward is None) == (self.name != "reward"), (config.reward, self.name)
+        assert (self.reward is None) == (self.name != "reward") or self.name == "rank", (
+            config.reward,
+            self.name,
+        )
+        self.unscored = self.name == "rank" and config.rank_by == "file" and reward is None  # by people alone
         self.progress: Callable[[str], Any] = lambda text: None
         each = forwards_per_step(config)  # texts of a step
         self.done, self.each = 0, each // this_world().size
@@ -323,7 +327,9 @@ class Texts:
         self, name: str, rows: Sequence[dict[str, Any]], texts: Sequence[str], members: int = 1
     ) -> list[float]:
         """A number a row, the larger the better; a reward may take reward_seconds for each of so many members."""
-        if name == "reward":
+        if name == "rank" and self.unscored:
+            return [0.0] * len(rows)
+        if name == "reward" or (name == "rank" and self.reward is not None):
             assert self.reward is not None
             shown = [{"prompt": r["prompt"], **r.get("columns", {})} for r in rows]
             return self.reward(shown, texts, [r["where"] for r in rows], members)

@@ -17,18 +17,21 @@ from zoft.errors import UserError
 from zoft.ledger.log import Ledger, Record
 from zoft.method.estimators.estimator import Probe, finite
 from zoft.method.estimators.named import estimator_of, probes_per_step
+from zoft.method.ranking import Order, order_of, rank_coefficients, weights
 from zoft.method.shaping import shape_rewards
 from zoft.models.calls import cache_name
 from zoft.models.kind import refuse_longer_rows
 from zoft.objectives import text
 from zoft.objectives.decode import decode
-from zoft.objectives.objectives import Prompts, Texts
+from zoft.objectives.objectives import Prompts, Scored, Texts
 from zoft.parallel.world import STOP, this_world
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.inplace import InPlace
 from zoft.probe.members import Members, why_alone
 from zoft.probe.nodes import NodeAxis
 from zoft.probe.rows import Unfit
+from zoft.signals import Stopped
+from zoft.train.asked import Rollouts, answered, ask, place_of
 from zoft.train.axis import memory_left
 from zoft.train.parts import say
 from zoft.train.trainer import Settings, Trainer
@@ -59,6 +62,7 @@ class RolloutTrainer(Trainer):
         super().__init__(model, axis, batches, ledger, settings)
         self.texts, self.members = texts, members
         self.seen: Seen | None = None  # of the step's first round
+        self.orders: list[Order] = []  # of the step's members, after each prompt, where they are ranked
         self.flat_in_a_row = 0
 
     def step(self) -> dict[str, Any] | None:
@@ -71,6 +75,8 @@ class RolloutTrainer(Trainer):
     def losses_at(self, step: int, probes: Sequence[Probe], batches: Sequence[Any]) -> list[float]:
         """Return minus the mean reward at each probe [len(probes)], over all rows of the step."""
         s, world = self.settings, self.world
+        if s.rank_by == "file":
+            return self.ranked_by_people(step, probes, batches)
         mine = probes[world.probes(len(probes))]
         group = s.members_per_batch if self.members is not None else 1
         n = s.batch_size * s.accumulate
@@ -81,7 +87,7 @@ class RolloutTrainer(Trainer):
             for j, batch in enumerate(batches):
                 places = [j * s.batch_size + e for e in own]
                 if places:
-                    totals[i : i + len(here), places] = self.rolled(step, here, batch)
+                    totals[i : i + len(here), places] = numbers(self.rolled(step, here, batch))
         self.axis.settle()
         counts = torch.full((len(mine), 1), float(len(own) * len(batches)), dtype=torch.float64)
         every = torch.cat([totals.flatten(1), counts], 1)
@@ -91,10 +97,45 @@ class RolloutTrainer(Trainer):
         rewards, tokens, marks = every[:, :-1].view(-1, n, 3).unbind(2)
         if self.seen is None:
             self.seen = Seen(rewards, tokens, marks)
+        if s.objective == "rank" and finite(rewards.flatten().tolist()):
+            self.orders = [order_of(column, s.rank_best) for column in rewards.T.tolist()]
+            return losses_of_orders(self.orders, len(probes))
         return (0 - rewards.sum(1) / n).tolist()
 
-    def rolled(self, step: int, probes: Sequence[Probe], batch: Prompts) -> Tensor:
-        """Return [P, R, 3]: reward, tokens and mark of what each of some members writes after a batch's rows."""
+    def ranked_by_people(self, step: int, probes: Sequence[Probe], batches: Sequence[Any]) -> list[float]:
+        """As `losses_at`, of rankings in the run's folder. Raises Stopped (75) where the step's question is not answered yet."""
+        assert self.ledger is not None and self.ledger.path is not None, "a run's folder"
+        folder = self.ledger.path.parent
+        found = answered(folder, step)
+        if found is None:
+            if not place_of(folder, step).exists():
+                group = self.settings.members_per_batch if self.members is not None else 1
+                ask(folder, step, self.settings.seed, self.all_rolled(step, probes, batches, group))
+            raise Stopped(0, str(folder), f"step {step}: waits for a ranking, by `zoft rank {folder}` or in "
+                          f"{place_of(folder, step, 'answer')}")  # fmt: skip
+        self.orders, wrote = found
+        marks = torch.tensor([[mark(text) for text in row] for row in wrote.texts], dtype=torch.float64)
+        scores, tokens = (torch.tensor(x, dtype=torch.float64) for x in (wrote.scores, wrote.tokens))
+        self.seen = Seen(scores, tokens, marks)
+        return losses_of_orders(self.orders, len(probes))
+
+    def all_rolled(self, step: int, probes: Sequence[Probe], batches: Sequence[Any], group: int) -> Rollouts:
+        """Return what all members write after all rows of a step."""
+        prompts = [self.texts.train[i]["prompt"] for batch in batches for i in batch.picks]
+        texts: list[list[str]] = []
+        tokens: list[list[float]] = []
+        scores: list[list[float]] = []
+        for i in range(0, len(probes), group):
+            here = probes[i : i + group]
+            parts = [self.rolled(step, here, batch) for batch in batches]
+            texts += [sum((part.texts[p] for part in parts), []) for p in range(len(here))]
+            tokens += torch.cat([part.tokens for part in parts], 1).tolist()
+            scores += torch.cat([part.scores for part in parts], 1).tolist()
+        self.axis.settle()
+        return Rollouts(prompts, texts, tokens, scores)
+
+    def rolled(self, step: int, probes: Sequence[Probe], batch: Prompts) -> Scored:
+        """Return what each of some members writes after a batch's rows, scored."""
         if self.members is None:
             (probe,) = probes
             with self.axis.at(step, [probe], batch.rows):
@@ -103,13 +144,18 @@ class RolloutTrainer(Trainer):
             with self.members.at(step, probes):
                 found = self.texts.rollouts(self.model, batch, self.members, len(probes))
         self.forwards += batch.rows * len(probes)
-        marks = torch.tensor([[mark(text) for text in row] for row in found.texts], dtype=torch.float64)
-        return torch.stack([found.scores, found.tokens, marks], -1)
+        return found
 
     def estimate(self, losses: Sequence[float]) -> tuple[list[float], Tensor]:
         """Return a step's coefficients from its rewards as they are, or shaped."""
         s = self.settings
         self.flat = False
+        if s.objective == "rank" and finite(losses):
+            w, pairs = weights(self.orders, len(self.probes))
+            self.flat = pairs == 0
+            directions = self.estimator.directions(s.q)
+            found = [0.0] * directions if self.flat else rank_coefficients(w, pairs, self.probes, directions)
+            return found, self.state
         if s.shaping == "none" or not finite(losses):
             return super().estimate(losses)
         assert self.seen is not None
@@ -132,6 +178,18 @@ class RolloutTrainer(Trainer):
                 "so that texts differ, or q or batch_size, or take a reward that has more than two values",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
+
+
+def numbers(found: Scored) -> Tensor:
+    """Return [P, R, 3]: score, tokens and mark of each text."""
+    marks = torch.tensor([[mark(text) for text in row] for row in found.texts], dtype=torch.float64)
+    return torch.stack([found.scores, found.tokens, marks], -1)
+
+
+def losses_of_orders(orders: Sequence[Order], members: int) -> list[float]:
+    """Return what a ledger keeps of ranked members [P]: minus the mean share of others each is better than, from -1 to 1."""
+    w, _ = weights(orders, members)
+    return [0.0 - x / (len(orders) * max(1, members - 1)) for x in w]
 
 
 def mark(text: str) -> float:
@@ -168,6 +226,8 @@ def with_members(
     Raises UserError where more than one member is asked for and cannot be.
     """
     asked, world = config.members_per_batch, this_world()
+    if config.rank_by == "file" and world.size > 1:
+        raise UserError("rank_by=file: one process asks and waits; leave --nproc out")
     auto = asked == "auto"
     if asked == 1 or config.elastic or isinstance(axis, NodeAxis):
         return replace(config, members_per_batch=1), None

@@ -63,6 +63,9 @@ class Settings:
     members_per_batch: int = 1
     shaping: str = "none"
     shaping_group: str = "all"
+    objective: str = "auto"
+    rank_by: str = "score"
+    rank_best: int | None = None
 
 
 def metrics_of(record: Record, probes: Sequence[Probe]) -> dict[str, Any]:
