@@ -16,6 +16,7 @@ from zoft.cli.main import app
 from zoft.cli.rank import RankServer, rank_run
 from zoft.train.asked import Rollouts, answered, ask, place_of
 
+NAME = "000003"
 EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 TEXTS = [["good one", "5"], ["bad", "6"], [EVIL, "5"], ["", "7"]]  # [P][N]
 
@@ -27,13 +28,13 @@ def run(tmp_path):
     folder.mkdir()
     (folder / "config.yaml").write_text("model: tiny\n")
     zeros = [[0.0, 0.0]] * 4
-    ask(folder, 3, 11, Rollouts(["What is <b>best</b>?\nSay it.", "2 + 3"], TEXTS, zeros, zeros))
+    ask(folder, NAME, 3, 11, Rollouts(["What is <b>best</b>?\nSay it.", "2 + 3"], TEXTS, zeros, zeros))
     return folder
 
 
 @pytest.fixture
 def server(run):
-    made = RankServer(run, 3)
+    made = RankServer(run, NAME)
     threading.Thread(target=made.serve_forever, args=(0.05,), daemon=True).start()
     yield made
     made.shutdown()
@@ -53,7 +54,7 @@ def post(server, what, tree, **headers):
 
 
 def letter(run, n, text):
-    texts = json.loads(place_of(run, 3).read_text())["questions"][n]["texts"]
+    texts = json.loads(place_of(run, NAME).read_text())["questions"][n]["texts"]
     return next(k for k, v in texts.items() if v == text)
 
 
@@ -62,16 +63,16 @@ def test_an_answer_is_written_whole_and_read_by_the_run(run, server):
     assert found["draft"] is None and set(found["question"]) == {"step", "questions"}
     first = {"order": [[letter(run, 0, "good one")], [letter(run, 0, "")]], "unknown": [letter(run, 0, EVIL)]}
     draft = {"step": 3, "at": 0, "rankings": [first, {"order": [], "unknown": []}]}
-    assert post(server, "draft", draft)[0] == 200 and answered(run, 3) is None
+    assert post(server, "draft", draft)[0] == 200 and answered(run, NAME) is None
     again = json.loads(urllib.request.urlopen(server.address + "question").read())
     assert again["draft"]["rankings"][0] == first  # a page that is loaded again goes on
     second = {"order": [[letter(run, 1, "5")], [letter(run, 1, "7"), letter(run, 1, "6")]]}
     assert post(server, "answer", {"step": 3, "at": 1, "rankings": [first, second]})[0] == 200
-    orders, wrote = answered(run, 3)
+    orders, wrote = answered(run, NAME)
     assert orders[0].tiers == ((0,), (3,)) and orders[0].unknown == {2}
     assert orders[1].tiers[0] == (0, 2) and set(orders[1].tiers[1]) == {1, 3}  # equal texts share a letter
     assert wrote.texts == TEXTS
-    assert server.answered.is_set() and stat.S_ISREG(os.stat(place_of(run, 3, "answer")).st_mode)
+    assert server.answered.is_set() and stat.S_ISREG(os.stat(place_of(run, NAME, "answer")).st_mode)
     assert "answered already" in post(server, "answer", {"step": 3, "at": 1, "rankings": [first, second]})[1]
 
 
@@ -88,7 +89,7 @@ def test_an_answer_is_written_whole_and_read_by_the_run(run, server):
 def test_what_is_no_answer_writes_nothing(run, server, what, tree, said):
     status, text = post(server, what, tree)
     assert status == 400 and said in text
-    assert not place_of(run, 3, "answer").exists() and not place_of(run, 3, "draft").exists()
+    assert not place_of(run, NAME, "answer").exists() and not place_of(run, NAME, "draft").exists()
 
 
 def test_nobody_else_is_let_in(run, server):
@@ -190,6 +191,6 @@ def test_a_person_ranks_with_mouse_and_keys(run, server, page):
     page.click("#next")
     page.wait_for_selector("#end")
     assert "saved" in page.inner_text("#end") and not page.problems
-    orders, _ = answered(run, 3)
+    orders, _ = answered(run, NAME)
     assert orders[0].tiers == ((0,), (1,)) and orders[0].unknown == {2}
     assert orders[1].tiers == ((1,),)

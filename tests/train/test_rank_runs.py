@@ -104,7 +104,7 @@ def test_answers_in_files_are_what_a_score_gives(place):
         assert not re.search("member|probe|reward", path.read_text())
         reply = answer(question, lambda text: text.count("y"))
         if step % 2:  # through the page's server
-            server = RankServer(place / "filed", step)
+            server = RankServer(place / "filed", f"{step:06d}")
             server.take(json.dumps({"step": step, "at": 0, **reply}).encode(), True)
             server.server_close()
         else:
@@ -119,6 +119,35 @@ def test_answers_in_files_are_what_a_score_gives(place):
     assert (place / "rebuilt/model.safetensors").read_bytes() == (
         place / "filed/model/model.safetensors"
     ).read_bytes()
+
+
+def test_the_best_point_of_a_line_is_taken(place):
+    """The whole step, a half, a quarter or none; by a score, and by answers in files that say the same."""
+    keys = ["--config", "my.yaml", "rank_line=3", "lr=0.3", "steps=5"]
+    zoft("train", *keys, "--reward", "other.py:score", "output_dir=line")
+    zoft("train", *keys, "rank_by=file", "output_dir=lined", code=75)
+    for turn in range(10):
+        (path,) = [
+            p for p in sorted((place / "lined/rank").glob("*.json"))
+            if "." not in p.stem and not p.with_suffix(".answer.json").exists()
+        ]  # fmt: skip
+        assert path.stem == f"{turn // 2:06d}{'-line' if turn % 2 else ''}"
+        reply = answer(json.loads(path.read_text()), lambda text: len(set(text)))
+        path.with_suffix(".answer.json").write_text(json.dumps(reply))
+        zoft("train", "--resume", "lined", code=75 if turn < 9 else 0)
+    scored, asked = (read_ledger(place / n / "ledger")[1] for n in ("line", "lined"))
+    assert [(r.multipliers, r.losses) for r in scored] == [(r.multipliers, r.losses) for r in asked]
+    taken = set()
+    for r in scored:
+        w = -np.array(r.losses) * 2 * 5
+        whole = w[0::2] - w[1::2]
+        top = np.abs(whole).argmax()
+        taken.add(round(abs(r.multipliers[top]) / abs(whole[top]) / 0.3 * 30, 1))
+    assert len(taken) > 1, taken  # not always the same point
+    weights = [(place / n / "model/model.safetensors").read_bytes() for n in ("line", "lined")]
+    zoft("replay", "line", "--out", "line-rebuilt")
+    assert weights[0] == weights[1] == (place / "line-rebuilt/model.safetensors").read_bytes()
+    assert json.loads((place / "line/result.json").read_text())["forwards"] == 5 * 2 * (6 + 4)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +198,8 @@ def test_keys_that_do_nothing_are_refused(place):
         (["shaping=ranks"], "shaping=ranks: objective=rank has ranks"),
         (["shaping_group=prompt"], "shaping_group=prompt: objective=rank ranks after each prompt"),
         (["clip=1"], "clip=1: objective=rank has no projected gradient"),
+        (["rank_line=2", "momentum=0.9"], "momentum=0.9: rank_line=2 ranks plain steps"),
+        (["rank_line=2", "noise=gaussian"], "rank_line=2: its points are written at together"),
         (["meazo=0.9"], "meazo=0.9: does not go with objective=rank"),
         (["best_by=rank", "eval_every=2", "early_stop=2"], "best_by=rank"),
     ]:

@@ -27,17 +27,18 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 
 
 class RankServer(ThreadingHTTPServer):
-    """Serve the question of one step until it is answered.
+    """Serve one question until it is answered.
 
-    folder: the run's. step: whose question it is. answered: set once the answer is on the disk.
+    folder: the run's. name: of the question. answered: set once the answer is on the disk.
     """
 
     daemon_threads = True
 
-    def __init__(self, folder: Path, step: int, port: int = 0) -> None:
-        self.folder, self.step = folder, step
+    def __init__(self, folder: Path, name: str, port: int = 0) -> None:
+        self.folder, self.name = folder, name
         self.token = secrets.token_urlsafe(24)
-        self.question = json.loads(place_of(folder, step).read_text(encoding="utf-8"))
+        self.question = json.loads(place_of(folder, name).read_text(encoding="utf-8"))
+        self.step = self.question["step"]
         self.answered = threading.Event()
         self.lock = threading.Lock()
         try:
@@ -54,7 +55,7 @@ class RankServer(ThreadingHTTPServer):
         """Return what the page shows: the question and what was chosen so far, or that it is done."""
         if self.answered.is_set():
             return {"question": None, "done": "Done. The ranking is saved; this page may be closed."}
-        draft = place_of(self.folder, self.step, "draft")
+        draft = place_of(self.folder, self.name, "draft")
         kept = None
         if draft.exists():
             try:
@@ -87,10 +88,10 @@ class RankServer(ThreadingHTTPServer):
         with self.lock:
             if self.answered.is_set():
                 raise UserError("the page: this step is answered already")
-            write(place_of(self.folder, self.step, "draft"), json.dumps(found) + "\n")
+            write(place_of(self.folder, self.name, "draft"), json.dumps(found) + "\n")
             if whole:
                 write(
-                    place_of(self.folder, self.step, "answer"),
+                    place_of(self.folder, self.name, "answer"),
                     json.dumps({"rankings": found["rankings"]}) + "\n",
                 )
                 self.answered.set()
@@ -162,15 +163,15 @@ def rank_run(run: str, port: int, echo: Callable[[str], Any]) -> None:
     folder = Path(run)
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{run}: not a run's folder (it has no config.yaml)")
-    step = waiting(folder)
-    if step is None:
+    name = waiting(folder)
+    if name is None:
         raise UserError(
             f"{run}: waits for no ranking; `{way_on(run)}` goes on (objective=rank rank_by=file asks)"
         )
-    server = RankServer(folder, step, port)
+    server = RankServer(folder, name, port)
     thread = threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True)
     thread.start()
-    echo(f"step {step}: rank its texts at {server.address}")
+    echo(f"step {server.step}: rank its texts at {server.address}")
     try:
         while not server.answered.wait(0.2):
             pass
@@ -178,4 +179,4 @@ def rank_run(run: str, port: int, echo: Callable[[str], Any]) -> None:
     finally:
         server.shutdown()
         server.server_close()
-    echo(f"step {step} is ranked; go on with `{way_on(run)}`")
+    echo(f"step {server.step} is ranked; go on with `{way_on(run)}`")

@@ -148,7 +148,7 @@ def _check_objective(config: Config) -> None:
             raise UserError(
                 f"{name}={getattr(config, name)}: objective={config.objective} asks no reward; leave one out"
             )
-    for name in ("rank_by", "rank_best"):
+    for name in ("rank_by", "rank_best", "rank_line"):
         if config.objective != "rank" and getattr(config, name) != found[name].default:
             raise UserError(
                 f"{name}={getattr(config, name)}: is for objective=rank, not {config.objective}; leave it out"

@@ -34,6 +34,7 @@ LATER: dict[str, tuple] = {
     "preference_beta": (0.1,),
     "rank_by": ("score",),
     "rank_best": (None,),
+    "rank_line": (0,),
     "task.rows": (None,),
     "task.level": (None,),
 }

@@ -212,6 +212,13 @@ class Config:
     rank_best: int | None = key(
         None, "objective=rank, rank_by=score: how many members are named in order; null: all", least=1
     )
+    rank_line: int = key(
+        0,
+        "objective=rank: how many points of the step's line (the whole step, half, a quarter, …) are written at and ranked beside "
+        "the weights as they are; the best one is taken; 0 takes the whole step",
+        least=0,
+        most=16,
+    )
     shaping_group: str = key(
         "all",
         "what is shaped: each member's mean reward (all), or the rewards after each prompt (prompt)",

@@ -69,6 +69,15 @@ def check_shaping(config: Any) -> None:
         raise UserError(
             f"shaping_group={config.shaping_group}: objective=rank ranks after each prompt; leave it out"
         )
+    for name in ("momentum", "weight_decay", "anchor") if config.rank_line else ():
+        if getattr(config, name):
+            raise UserError(
+                f"{name}={getattr(config, name):g}: rank_line={config.rank_line} ranks plain steps; leave one of them out"
+            )
+    if config.rank_line and config.update not in ("auto", "sgd"):
+        raise UserError(
+            f"update={config.update}: rank_line={config.rank_line} ranks plain steps; leave one of them out"
+        )
     if ranks and config.clip is not None:
         raise UserError(
             f"clip={config.clip:g}: objective=rank has no projected gradient to limit; leave it out"

@@ -4,6 +4,8 @@
     RUN/rank/000012.answer.json   the answer: {rankings: [{order: [["b"], ["a", "c"]], unknown: ["d"]}]}, one per question
     RUN/rank/000012.key.json      which member wrote which text, kept from whoever ranks
 
+Questions about points of a step's line (rank_line) are named 000012-line.
+
 Letters are dealt by a permutation of the run's seed, step and question, so that no place says who a member is. Members that wrote the
 same text share a letter, and so tie. Letters in no tier stand below all tiers; unknown ones are compared with nobody.
 """
@@ -39,18 +41,23 @@ class Rollouts:
     scores: list[list[float]]
 
 
-def place_of(folder: Path, step: int, kind: str = "") -> Path:
-    """Return the file of a step's question (kind ""), its `answer`, its `key` or its `draft`."""
-    return folder / "rank" / f"{step:06d}{'.' if kind else ''}{kind}.json"
+def question_name(step: int, line: bool = False) -> str:
+    """Return the name of a step's question, about its members or about its line."""
+    return f"{step:06d}{'-line' if line else ''}"
 
 
-def waiting(folder: Path) -> int | None:
-    """Return the step whose question has no answer yet, the last one; None where there is none."""
-    steps = sorted(int(p.stem) for p in (folder / "rank").glob("[0-9]*.json") if p.stem.isdigit())
-    return next((s for s in reversed(steps) if not place_of(folder, s, "answer").exists()), None)
+def place_of(folder: Path, name: str, kind: str = "") -> Path:
+    """Return the file of a question (kind ""), its `answer`, its `key` or its `draft`."""
+    return folder / "rank" / f"{name}{'.' if kind else ''}{kind}.json"
 
 
-def ask(folder: Path, step: int, seed: int, found: Rollouts) -> None:
+def waiting(folder: Path) -> str | None:
+    """Return the name of the last question that has no answer yet; None where there is none."""
+    names = sorted(p.stem for p in (folder / "rank").glob("[0-9]*.json") if "." not in p.stem)
+    return next((n for n in reversed(names) if not place_of(folder, n, "answer").exists()), None)
+
+
+def ask(folder: Path, name: str, step: int, seed: int, found: Rollouts) -> None:
     """Write a step's question and its key, the question last: whoever sees it can answer."""
     dealt = [letters_of(seed, step, n, [row[n] for row in found.texts]) for n in range(len(found.prompts))]
     questions = []
@@ -59,9 +66,9 @@ def ask(folder: Path, step: int, seed: int, found: Rollouts) -> None:
         questions.append({"prompt": prompt, "texts": dict(sorted(texts.items()))})
     key = {"letters": dealt, "texts": found.texts, "tokens": found.tokens, "scores": found.scores}
     (folder / "rank").mkdir(exist_ok=True)
-    write(place_of(folder, step, "key"), json.dumps(key) + "\n")
+    write(place_of(folder, name, "key"), json.dumps(key) + "\n")
     write(
-        place_of(folder, step),
+        place_of(folder, name),
         json.dumps({"step": step, "how": HOW, "questions": questions}, indent=1) + "\n",
     )
 
@@ -82,13 +89,13 @@ def _name(n: int) -> str:
     return (_name(n // 26 - 1) if n >= 26 else "") + chr(ord("a") + n % 26)
 
 
-def answered(folder: Path, step: int) -> tuple[list[Order], Rollouts] | None:
-    """Return a step's rankings by members, and what they wrote; None where the answer is not there yet. Raises UserError."""
-    path = place_of(folder, step, "answer")
-    if not path.exists() or not place_of(folder, step, "key").exists():
+def answered(folder: Path, name: str) -> tuple[list[Order], Rollouts] | None:
+    """Return a question's rankings by members, and what they wrote; None where the answer is not there yet. Raises UserError."""
+    path = place_of(folder, name, "answer")
+    if not path.exists() or not place_of(folder, name, "key").exists():
         return None
-    key = json.loads(place_of(folder, step, "key").read_text(encoding="utf-8"))
-    question = json.loads(place_of(folder, step).read_text(encoding="utf-8"))
+    key = json.loads(place_of(folder, name, "key").read_text(encoding="utf-8"))
+    question = json.loads(place_of(folder, name).read_text(encoding="utf-8"))
     if path.stat().st_size > MOST:
         raise UserError(f"{path}: more than {MOST:,} bytes; it has one ranking per question")
     try:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from zoft.method.ranking import Order, order_of, rank_coefficients, weights
 from zoft.method.shaping import shape_rewards
 from zoft.models.calls import cache_name
 from zoft.models.kind import refuse_longer_rows
+from zoft.noise.spec import Update
 from zoft.objectives import text
 from zoft.objectives.decode import decode
 from zoft.objectives.objectives import Prompts, Scored, Texts
@@ -31,7 +33,7 @@ from zoft.probe.members import Members, why_alone
 from zoft.probe.nodes import NodeAxis
 from zoft.probe.rows import Unfit
 from zoft.signals import Stopped
-from zoft.train.asked import Rollouts, answered, ask, place_of
+from zoft.train.asked import Rollouts, answered, ask, place_of, question_name
 from zoft.train.axis import memory_left
 from zoft.train.parts import say
 from zoft.train.trainer import Settings, Trainer
@@ -104,44 +106,87 @@ class RolloutTrainer(Trainer):
 
     def ranked_by_people(self, step: int, probes: Sequence[Probe], batches: Sequence[Any]) -> list[float]:
         """As `losses_at`, of rankings in the run's folder. Raises Stopped (75) where the step's question is not answered yet."""
-        assert self.ledger is not None and self.ledger.path is not None, "a run's folder"
-        folder = self.ledger.path.parent
-        found = answered(folder, step)
-        if found is None:
-            if not place_of(folder, step).exists():
-                group = self.settings.members_per_batch if self.members is not None else 1
-                ask(folder, step, self.settings.seed, self.all_rolled(step, probes, batches, group))
-            raise Stopped(0, str(folder), f"step {step}: waits for a ranking, by `zoft rank {folder}` or in "
-                          f"{place_of(folder, step, 'answer')}")  # fmt: skip
-        self.orders, wrote = found
+        group = self.settings.members_per_batch if self.members is not None else 1
+        self.orders, wrote = self.asked_people(step, lambda: self.all_rolled(step, probes, batches, group))
         marks = torch.tensor([[mark(text) for text in row] for row in wrote.texts], dtype=torch.float64)
         scores, tokens = (torch.tensor(x, dtype=torch.float64) for x in (wrote.scores, wrote.tokens))
         self.seen = Seen(scores, tokens, marks)
         return losses_of_orders(self.orders, len(probes))
 
-    def all_rolled(self, step: int, probes: Sequence[Probe], batches: Sequence[Any], group: int) -> Rollouts:
-        """Return what all members write after all rows of a step."""
+    def asked_people(
+        self, step: int, write: Callable[[], Rollouts], line: bool = False
+    ) -> tuple[list[Order], Rollouts]:
+        """Return the rankings of a step's members (or of its line) and what they wrote; without an answer raise Stopped (75)."""
+        assert self.ledger is not None and self.ledger.path is not None, "a run's folder"
+        folder, name = self.ledger.path.parent, question_name(step, line)
+        found = answered(folder, name)
+        if found is not None:
+            return found
+        if not place_of(folder, name).exists():
+            ask(folder, name, step, self.settings.seed, write())
+        raise Stopped(
+            0, str(folder),
+            f"step {step}: waits for a ranking, by `zoft rank {folder}` or in {place_of(folder, name, 'answer')}",
+        )  # fmt: skip
+
+    def all_rolled(
+        self,
+        step: int,
+        probes: Sequence[Probe],
+        batches: Sequence[Any],
+        group: int,
+        line: Sequence[float] | None = None,
+    ) -> Rollouts:
+        """Return what all members write after all rows of a step; line: see Members.at."""
         prompts = [self.texts.train[i]["prompt"] for batch in batches for i in batch.picks]
         texts: list[list[str]] = []
         tokens: list[list[float]] = []
         scores: list[list[float]] = []
         for i in range(0, len(probes), group):
             here = probes[i : i + group]
-            parts = [self.rolled(step, here, batch) for batch in batches]
+            parts = [self.rolled(step, here, batch, line) for batch in batches]
             texts += [sum((part.texts[p] for part in parts), []) for p in range(len(here))]
             tokens += torch.cat([part.tokens for part in parts], 1).tolist()
             scores += torch.cat([part.scores for part in parts], 1).tolist()
         self.axis.settle()
         return Rollouts(prompts, texts, tokens, scores)
 
-    def rolled(self, step: int, probes: Sequence[Probe], batch: Prompts) -> Scored:
+    def chosen(self, change: Update, batches: Sequence[Any]) -> Update:
+        """Return the point of a step's line that is ranked best: its multipliers times 1, 1/2, 1/4, …, or 0.
+
+        Of points that tie the longest step is taken, but for θ itself, which comes last.
+        """
+        n = self.settings.rank_line
+        if not n:
+            return super().chosen(change, batches)
+        assert self.members is not None, "a line is written at by members"
+        factors = [0.5**j for j in range(n)] + [0.0]
+        points = [Probe(0, f) for f in factors]
+        if self.settings.rank_by == "file":
+            orders, _ = self.asked_people(
+                change.step,
+                lambda: self.all_rolled(change.step, points, batches, len(points), change.multipliers),
+                True,
+            )
+        else:
+            found = self.all_rolled(change.step, points, batches, len(points), change.multipliers)
+            if not finite([x for row in found.scores for x in row]):
+                return replace(change, multipliers=(math.nan,) * len(change.multipliers))
+            orders = [order_of(list(column)) for column in zip(*found.scores)]
+        w, _ = weights(orders, len(points))
+        best = factors[w.index(max(w))]
+        return replace(change, multipliers=tuple(float(np.float32(m * best)) for m in change.multipliers))
+
+    def rolled(
+        self, step: int, probes: Sequence[Probe], batch: Prompts, line: Sequence[float] | None = None
+    ) -> Scored:
         """Return what each of some members writes after a batch's rows, scored."""
         if self.members is None:
             (probe,) = probes
             with self.axis.at(step, [probe], batch.rows):
                 found = self.texts.rollouts(self.model, batch)
         else:
-            with self.members.at(step, probes):
+            with self.members.at(step, probes, line):
                 found = self.texts.rollouts(self.model, batch, self.members, len(probes))
         self.forwards += batch.rows * len(probes)
         return found
@@ -226,10 +271,11 @@ def with_members(
     Raises UserError where more than one member is asked for and cannot be.
     """
     asked, world = config.members_per_batch, this_world()
-    if config.rank_by == "file" and world.size > 1:
-        raise UserError("rank_by=file: one process asks and waits; leave --nproc out")
+    for key, idle in (("rank_by", "score"), ("rank_line", 0)):
+        if world.size > 1 and getattr(config, key) != idle:
+            raise UserError(f"{key}={getattr(config, key)}: one process ranks; leave --nproc out")
     auto = asked == "auto"
-    if asked == 1 or config.elastic or isinstance(axis, NodeAxis):
+    if (asked == 1 and not config.rank_line) or config.elastic or isinstance(axis, NodeAxis):
         return replace(config, members_per_batch=1), None
     why = why_alone(axis, sum(p.numel() for p in model.parameters()))
     members, room = None, 0
@@ -240,6 +286,10 @@ def with_members(
         why, room = prove(config, model, tokenizer, axis, members, texts)
     if not world.all(not why):
         why = why or "another process of this run cannot"
+        if config.rank_line:
+            raise UserError(
+                f"rank_line={config.rank_line}: its points are written at together, and {why}; leave it out"
+            )
         if not auto:
             raise UserError(f"members_per_batch={asked}: {why}; use 1")
         gain = probes_per_step(config)
