@@ -114,6 +114,8 @@ def load_task(task: Any, limits: Limits | None = None) -> TaskData:
         reading = recognise("task.train", rows, task)
         notes.append(reading.line)
         settings |= {"reading": reading.line, "chat": task.chat, "pack": task.pack}
+        if reading.format == "preference":
+            settings["objective"] = "preference"
         if task.pack and reading.format != "text":
             raise UserError(
                 f"task.pack: is for format text, not {reading.format}: other examples must not see each other"
