@@ -202,6 +202,7 @@ def trainer_step(
         }
         return found
     finally:
+        getattr(axis, "release", lambda: None)()
         config = trained = axis = trainer = None  # their tensors go, one by one, as the model's come back
         gc.collect()
         for n, p in model.named_parameters():  # as it was, for the next cell

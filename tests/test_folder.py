@@ -298,3 +298,30 @@ def test_a_terminal_that_is_gone_does_not_stop_a_run(tmp_path):
         t.step(0, loss=1.0)
         t.step(1, loss=1.0)
     assert rows(tmp_path) == [0, 1]
+
+
+def test_a_file_that_is_asked_for_is_whole_or_as_it_was(tmp_path):
+    """A full disk (a limit on the size of files) leaves the older picture, table and list of answers; a device is written to."""
+    import signal
+
+    from zoft.folder import write
+    from zoft.pictures import pyplot, write_picture
+
+    figure = pyplot("--plot").figure()
+    for make in (lambda p: write(p, "x" * 5000), lambda p: write_picture(figure, p)):
+        path = tmp_path / "out.png"
+        path.write_text("older")
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            with pytest.raises(UserError, match="cannot write .*out.png: File too large"):
+                make(path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, before)
+        assert path.read_text() == "older" and [p.name for p in tmp_path.iterdir()] == ["out.png"]
+        make(path)
+        assert path.stat().st_size > 1000
+    write(Path("/dev/null"), "text")
+    assert not Path("/dev/null").is_file()

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+LINE_BYTES = 1 << 20  # of metrics.jsonl
 QUIET_SECONDS = 10.0  # between plain lines where the output is no terminal
 # What makes a terminal do or show something else than this text: controls but for tab and line break, the marks that
 # reverse the direction of what follows, other line separators, invisible tags, halves of characters.
@@ -81,7 +82,7 @@ def peak_memory_gb(device: str = "cpu") -> float:
 def logged(path: Path) -> list[dict[str, Any]]:
     """Return the whole lines of a metrics.jsonl; what is damaged is left out, for the ledger is the run."""
     rows = []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
+    for line in _lines(path) if path.is_file() else ():
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):  # the last line of a killed run
@@ -89,6 +90,13 @@ def logged(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict) and is_line(row):
             rows.append(row)
     return rows
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file, up to one that is longer than any of ours."""
+    with path.open("rb") as file:
+        while len(line := file.readline(LINE_BYTES)) not in (0, LINE_BYTES):
+            yield line
 
 
 def is_line(row: Mapping[str, Any]) -> bool:

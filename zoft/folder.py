@@ -68,6 +68,9 @@ def write(path: Path, text: str | bytes) -> None:
     draft = path.with_name(f".{path.name}.new")
     data = text.encode("utf-8") if isinstance(text, str) else text
     with writing(path):
+        if path.exists() and not path.is_file():  # a pipe, or a device such as /dev/stdout
+            path.write_bytes(data)
+            return
         try:
             draft.unlink(missing_ok=True)  # of a killed process; or a link, which would be written through
             fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)

@@ -61,6 +61,10 @@ def parse_json(text: str | bytes, *, depth: int = DEPTH) -> Any:
         value = _DECODER.decode(text)
     except RecursionError:
         raise ValueError(nested) from None
+    except ValueError as error:
+        if "int_max_str_digits" in str(error):
+            raise ValueError("a number of more than 4,300 digits; write it as text") from None
+        raise
     if text.count("[") + text.count("{") > depth and _deeper(value, depth):
         raise ValueError(nested)
     return value

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
-from zoft.errors import UserError
+from zoft.errors import UserError, writing
+from zoft.folder import write
 from zoft.packages import missing
 
 ENDS = (".png", ".svg", ".pdf")
@@ -27,3 +29,15 @@ def refuse_other_ends(option: str, out: Path) -> None:
     """Raise UserError for a picture's name that does not end as one."""
     if out.suffix not in ENDS:
         raise UserError(f"{option} {out}: the name must end in {', '.join(ENDS)}")
+
+
+def write_picture(figure: Any, out: Path, **how: Any) -> None:
+    """Write a figure in the format that its file's name ends in, whole or not at all; its folder is made.
+
+    how: more for matplotlib's savefig. Raises UserError where it cannot be written.
+    """
+    made = io.BytesIO()
+    figure.savefig(made, format=out.suffix[1:], **how)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    write(out, made.getvalue())

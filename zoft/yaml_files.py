@@ -49,6 +49,7 @@ def strict_yaml(text: str, where: str, words: bool = False) -> Any:
             node = super().get_single_node()
             if not words:
                 _refuse_other_words(where, node)
+                _refuse_other_numbers(where, node)
             return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
@@ -103,6 +104,23 @@ def _refuse_other_words(where: str, root: Any) -> None:
                     f"{where}, line {word.start_mark.line + 1}: task.{name.value}: {text}: YAML reads {kind} there, "
                     f'not this text; put it in quotes: "{typed}"'
                 )
+
+
+def _refuse_other_numbers(where: str, root: Any) -> None:
+    """Raise UserError for a number that YAML reads in base 8 or 60: 010 is 8 there, and 1:30 is 90."""
+    nodes = [root]
+    while nodes:
+        node = nodes.pop()
+        value = getattr(node, "value", "")
+        if isinstance(value, list):
+            nodes += [n for item in value for n in (item if isinstance(item, tuple) else (item,))]
+        elif str(getattr(node, "tag", "")).endswith((":int", ":float")) and re.match(
+            r"[-+]?0[0-7_]+$|[-+\d_]+:", value
+        ):
+            raise UserError(
+                f"{where}, line {node.start_mark.line + 1}: {value}: YAML reads this in base {60 if ':' in value else 8}; "
+                "write the number in digits, or text in quotes"
+            )
 
 
 def _pairs(node: Any) -> list[tuple[Any, Any]]:

@@ -62,6 +62,7 @@ SURFACE = {
         "-c",
         "overrides",
     ],
+    "rank": ["--help", "--port", "folder"],
     "samples": ["--help", "--json", "--reward", "-n", "folder", "overrides"],
     "report": ["--csv", "--help", "--metrics", "--png", "runs"],
     "join": ["--help", "--secret", "--trust-remote-code", "place"],

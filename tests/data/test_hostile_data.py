@@ -46,7 +46,7 @@ FILES = {
     "an unknown label": ("d.jsonl", with_line('{"text": "a", "label": "c"}'), "label=c"),
     "a list as label": ("d.jsonl", with_line('{"text": "a", "label": ["a"]}'), "holds a list"),
     "a huge number as label": ("d.jsonl", with_line(f'{{"text": "a", "label": {"9" * 300}}}'), "none of task.choices"),
-    "a number of 5,000 digits": ("d.jsonl", with_line(f'{{"text": {"9" * 5000}, "label": "a"}}'), "d.jsonl:21"),
+    "a number of 5,000 digits": ("d.jsonl", with_line(f'{{"text": {"9" * 5000}, "label": "a"}}'), "d.jsonl:21: bad JSON: a number of more than 4,300 digits"),
     "half of a character": ("d.jsonl", with_line('{"text": "a\\ud800b", "label": "a"}'), "d.jsonl:21: column text"),
     "half of a character in a label": ("d.jsonl", with_line('{"text": "a", "label": "\\udfff"}'), "d.jsonl:21"),
     "a zero byte": ("d.jsonl", with_line('{"text": "a\\u0000b", "label": "a"}'), "zero byte"),
@@ -218,7 +218,7 @@ def test_links_pipes_and_permissions(place):
     (place / "zeros.jsonl").symlink_to("/dev/zero")
     os.mkfifo(place / "pipe.jsonl")
     for name in ("loop", "gone", "zeros", "pipe"):
-        hostile.refused(place, [*hostile.TRAIN, f"task.train={name}.jsonl"], "no such file")
+        hostile.refused(place, [*hostile.TRAIN, f"task.train={name}.jsonl"], "no such file: a pipe, a device")
     (place / "closed").mkdir()
     (place / "closed" / "data.jsonl").write_text("\n".join(LINES))
     (place / "shut.jsonl").write_text("\n".join(LINES))
@@ -254,3 +254,11 @@ def test_a_missing_file_is_refused_before_anything_heavy_loads(place):
             done.stderr
         )
         assert done.stdout == "HEAVY []\n", done.stdout
+
+
+def test_a_message_names_some_of_many_choices(place):
+    config = dict(hostile.CONFIG)
+    config["task"] = {**config["task"], "choices": {f"c{i}": f"a{i}" for i in range(3000)}}
+    (place / "mine.yaml").write_text(json.dumps(config))
+    said = hostile.refused(place, hostile.TRAIN, "none of task.choices (c0, c1, ", "c19, …)")
+    assert len(said) < 500

@@ -346,3 +346,65 @@ def test_laying_a_model_out_draws_no_number(folder):
     before = torch.get_rng_state()
     load_model(str(folder))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def rules(folder, **changes):
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("part", ["normalizer", "decoder"])
+def test_a_tokenizer_that_lengthens_texts_without_bounds_is_refused(folder, part):
+    one = {"type": "Replace", "pattern": {"Regex": "(.)"}, "content": "aaaaaaaaaa"}
+    key = part + "s"
+    rules(folder, **{part: {"type": "Sequence", key: [one] * 8}})
+    with pytest.raises(
+        UserError, match=rf"its tokenizer's {part} makes a text up to 2.14e\+08 times as long"
+    ):
+        load_model(str(folder))
+
+
+def test_rules_of_honest_tokenizers_are_taken(folder):
+    pairs = [
+        ({"String": " "}, "▁"),
+        ({"Regex": r"\s+"}, " "),
+        ({"String": "``"}, '"'),
+        ({"Regex": "n't"}, " not"),
+    ]
+    rules(folder, normalizer={"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Prepend", "prepend": "▁"}]
+          + [{"type": "Replace", "pattern": p, "content": c} for p, c in pairs]})  # fmt: skip
+    load_model(str(folder))
+
+
+@pytest.mark.parametrize("value", ["many", None, True, [5]])
+def test_a_length_of_a_tokenizer_is_a_number(folder, value):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": value}))
+    if value is None:  # transformers takes it as none given
+        load_model(str(folder))
+        return
+    with pytest.raises(UserError, match="model_max_length=.* is no number"):
+        load_model(str(folder))
+
+
+def test_a_sparse_file_of_a_tokenizer_is_refused(folder):
+    with (folder / "tokenizer.json").open("r+b") as file:
+        file.truncate(50 << 30)
+    with pytest.raises(UserError, match="tokenizer.json has more than 200,000,000 bytes"):
+        check_folder("m", folder)
+
+
+def test_complex_numbers_are_no_weights(folder):
+    change(folder, lambda s: s | {UP: s[UP].to(torch.complex64)})
+    with pytest.raises(UserError, match=f"tensor {UP} is C64 in the checkpoint"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("method", ["x", "", None, ["gptq"]])
+def test_an_unknown_way_to_quantise_is_refused(folder, method):
+    path = folder / "config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": method}})
+    )
+    with pytest.raises(UserError):
+        load_model(str(folder))

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import time
 
 import hostile
 import pytest
@@ -481,3 +482,42 @@ def test_terminal_sequences_of_a_header_are_written_out(place):
     done = zoft(place, "ledger", "run")
     assert done.exit_code == 0 and "\\x1b]0;owned\\x07" in done.stdout
     assert not set("\x1b\x07\x9b\u202e") & set(done.stdout)
+
+
+# ---- files that are none, or say that they are vast ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "snapshots"])
+def test_a_pipe_in_a_runs_folder_holds_nothing_up(place, name):
+    stopped(place)
+    path = place / "run" / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    os.mkfifo(path)
+    done = zoft(place, "train", "--resume", "run")
+    assert done.exit_code == 2 and f"run: {name} is no " in done.stderr, done.output
+
+
+@pytest.mark.parametrize(
+    "name, part",
+    [
+        ("ledger", "its checksum does not match"), ("result.json", "more than 16,777,216 bytes"),
+        ("snapshots/step-00000006.safetensors", "is damaged: it has 107,374,182,400 bytes"),
+    ],
+)  # fmt: skip
+def test_a_sparse_file_of_100_gigabytes_is_refused_at_once(place, name, part):
+    with (place / "run" / name).open("r+b") as file:
+        file.truncate(100 << 30)
+    words = ["train", "--resume", "run"] if name == "result.json" else ["ledger", "run", "--verify"]
+    began = time.monotonic()
+    done = zoft(place, *words)
+    assert done.exit_code == 2 and part in done.stderr and time.monotonic() - began < 10, done.output
+
+
+def test_a_sparse_metrics_file_is_mended_from_the_ledger(place):
+    bits = model_bits(place)
+    stopped(place)
+    with (place / "run" / "metrics.jsonl").open("r+b") as file:
+        file.truncate(100 << 30)
+    done = zoft(place, "train", "--resume", "run")
+    assert done.exit_code == 0 and model_bits(place) == bits, done.output
+    assert (place / "run" / "metrics.jsonl").stat().st_size < 10_000

@@ -117,6 +117,30 @@ def test_adapters_of_many_members_write_what_each_writes_alone(name, train):
     assert len({tuple(g) for g in got}) > 2
 
 
+@pytest.mark.parametrize("name, train", [*((n, "all") for n in MODELS), ("llama", "lora"), ("opt", "prefix")])
+def test_points_of_a_line_write_what_weights_set_there_write(name, train):
+    """θ + f·Σ_k c_k z_k of three directions, at four factors."""
+    kind = "rank1" if train == "all" else "gaussian"
+    model = MODELS[name]() if train == "all" else moved(attach(MODELS[name](), train), scale=0.5)
+    m = made(model, train, kind)
+    line, factors = [0.04, -0.03, 0.05], [2.0, 1.0, 0.5, 0.0]
+    with m.members.at(STEP, [Probe(0, f) for f in factors], line):
+        found = text.texts_of_members(
+            model, tiny.tokenizer(), CONTEXTS, m.members, 4, mixed=True, max_new_tokens=14, stop=None
+        )
+    got = [[w.text for w in found[p * len(CONTEXTS) :][: len(CONTEXTS)]] for p in range(4)]
+    for p, f in enumerate(factors):
+        twin = copy.deepcopy(model)
+        for t in m.trained:
+            where = {"seed": SEED, "step": STEP, "noise": kind, "width": t.width, "dtype": torch.float32}
+            z = sum(
+                c * noise.direction(t.stored.shape, t.id, direction=k, **where) for k, c in enumerate(line)
+            )
+            twin.get_parameter(t.name).data = t.stored + f * z
+        assert got[p] == text.generate(twin, tiny.tokenizer(), CONTEXTS, max_new_tokens=14, stop=None), f
+    assert got[0] != got[3]
+
+
 def drawn(model, context, u, n, temperature):
     """A row by a plain loop of whole forwards: the first token whose cumulative probability exceeds u."""
     row = []

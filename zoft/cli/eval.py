@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoft.config.schema import GENERATED, Config, lacks_reward
 from zoft.errors import UserError, writing
+from zoft.folder import write as write_file
 from zoft.method.configured import compose, load_run
 from zoft.replay.saved_model import folder_name, metrics_table
 from zoft.run.guards import explain_memory
@@ -177,7 +178,7 @@ def evaluate_config(
     if out is not None:
         with writing(out):  # not after an hour of work
             Path(out).parent.mkdir(parents=True, exist_ok=True)
-            open(out, "wb").close()
+            open(out, "ab").close()
     refuse_reward(config, None, must=False)
     models.check_model(find_model(config.model))
     check_task(config.task)
@@ -210,8 +211,7 @@ def evaluate_config(
                 found.exact, found.f1, found.scored = found.scored["exact_match"], found.scored["f1"], {}
     if out is not None:
         rows = rows_of(rows, held_out)
-        with writing(out):
-            Path(out).write_text("".join(lines(rows, found)), encoding="utf-8")
+        write_file(Path(out), "".join(lines(rows, found)))
     result = evaluate.figures(found)
     return result | ({"ci95": bootstrap(found, resamples=resamples)} if resamples else {})
 

@@ -13,8 +13,9 @@ from zoft.console import escaped
 from zoft.errors import UserError
 from zoft.ledger.check import header_faults, plan_of, trained_faults
 from zoft.ledger.format import Log, Record, decode
+from zoft.ledger.log import ledger_bytes
 from zoft.noise import spec
-from zoft.pictures import pyplot, refuse_other_ends
+from zoft.pictures import pyplot, refuse_other_ends, write_picture
 from zoft.replay.snapshot import FOLDER, NAME, fault_of, file_of
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -30,10 +31,7 @@ def open_run(run: str | Path) -> tuple[Path, Log, int, int]:
     path = Path(run) / "ledger" if Path(run).is_dir() else Path(run)
     if not path.is_file():
         raise UserError(f"{run}: not a run's folder (it has no ledger), nor a ledger")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"ledger: cannot read {path}: {error.strerror}") from error
+    data = ledger_bytes(path)
     log, size, _ = decode(data, path)
     return path, log, size, len(data)
 
@@ -190,12 +188,8 @@ def plot_ledger(run: str | Path, out: str | Path) -> Path:
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{run}: {len(losses)} steps", fontsize=11)
-    try:
-        figure.savefig(out)
-    except OSError as error:
-        raise UserError(f"--plot {out}: cannot be written: {error.strerror}") from error
-    finally:
-        plt.close(figure)
+    write_picture(figure, Path(out))
+    plt.close(figure)
     return out
 
 

@@ -302,6 +302,17 @@ def samples(
         typer.echo("\n".join(escaped(line) for line in samples_text(found).split("\n")))
 
 
+@app.command(cls=Verb)
+def rank(
+    folder: Annotated[str, typer.Argument(metavar="RUN")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0 is any free one.")] = 0,
+) -> None:
+    """Rank the texts that a run waits for, on a page of this machine: zoft rank runs/mine."""
+    from zoft.cli.rank import rank_run
+
+    rank_run(folder, port, typer.echo)
+
+
 @app.command(cls=Verb, context_settings=_LOOSE, epilog="zoft baseline --config mezo/reviews --method icl")
 def baseline(
     overrides: Overrides = None,

@@ -131,12 +131,32 @@ def _check_objective(config: Config) -> None:
     """Refuse keys of an objective where they do nothing; a reward that is named is the objective."""
     if config.objective == "auto" and (config.reward is not None or config.task.name in VERIFIED):
         config.objective = "reward"
+    if config.objective == "preference" and config.task.name == "local" and config.task.format == "auto":
+        config.task.format = "preference"
     found, written = fields(), config.objective in GENERATED
+    pairs = config.objective == "preference" or (
+        config.objective == "auto" and config.task.format == "preference"
+    )
+    if not pairs and config.preference_beta != found["preference_beta"].default:
+        raise UserError(
+            f"preference_beta={config.preference_beta:g}: is for objective=preference, not {config.objective}; leave it out"
+        )
+    if pairs and config.perturb == "nodes":
+        raise UserError("objective=preference: recipe=node has losses of tokens alone; use another recipe")
     for name in ("reward", "reward_seconds"):
-        if config.objective != "reward" and getattr(config, name) != found[name].default:
+        if config.objective not in ("reward", "rank") and getattr(config, name) != found[name].default:
             raise UserError(
                 f"{name}={getattr(config, name)}: objective={config.objective} asks no reward; leave one out"
             )
+    for name in ("rank_by", "rank_best", "rank_line"):
+        if config.objective != "rank" and getattr(config, name) != found[name].default:
+            raise UserError(
+                f"{name}={getattr(config, name)}: is for objective=rank, not {config.objective}; leave it out"
+            )
+    if config.rank_by == "file" and config.rank_best is not None:
+        raise UserError(
+            f"rank_best={config.rank_best}: whoever ranks names as many as they like; leave it out"
+        )
     for name in ("max_new_tokens", "stop", "hold_probe", *ROLLOUT):
         evaluated = (
             name in ("max_new_tokens", "stop") and not config.task.choices

@@ -33,6 +33,10 @@ LATER: dict[str, tuple] = {
     "temperature": (0.0,),
     "shaping": ("none",),
     "shaping_group": ("all",),
+    "preference_beta": (0.1,),
+    "rank_by": ("score",),
+    "rank_best": (None,),
+    "rank_line": (0,),
     "task.rows": (None,),
     "task.level": (None,),
 }

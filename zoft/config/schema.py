@@ -24,7 +24,7 @@ BY_TRAIN: dict[str, dict[str, Any]] = {
     "scales": {"lr": 1e-7, "eps": 1e-3},
 }
 # Objectives of text that the model writes, and others that have no gradient either.
-GENERATED = ("exact_match", "f1", "reward")
+GENERATED = ("exact_match", "f1", "reward", "rank")
 NO_GRADIENT = ("accuracy", "macro_f1", *GENERATED)
 VERIFIED = ("countdown", "arithmetic", "gsm8k")  # tasks whose answers a program checks
 ROLLOUT = ("temperature", "members_per_batch", "shaping", "shaping_group")  # keys of written text alone
@@ -89,7 +89,7 @@ class Task:
         "auto",
         "layout of your own data, if no template names its columns; auto recognises it by the column "
         "names and prints what it found",
-        one_of=("auto", "text", "completion", "instruction", "messages", "sharegpt", "label"),
+        one_of=("auto", "text", "completion", "instruction", "messages", "sharegpt", "preference", "label"),
     )
     columns: dict[Any, str] = key(
         {},
@@ -179,10 +179,17 @@ class Config:
     )
     objective: str = key(
         "auto",
-        "what is minimised: a loss over label words (choice) or over text (lm), or minus a metric: "
-        "accuracy or macro_f1 of predictions, exact_match, f1 or a reward of generated text; auto is the "
-        "task's own loss",
-        one_of=("auto", "choice", "lm", *NO_GRADIENT),
+        "what is minimised: a loss over label words (choice), over text (lm) or over pairs of answers of which one is "
+        "preferred (preference), or minus a metric: accuracy or macro_f1 of predictions, exact_match, f1 or a reward of "
+        "generated text; rank uses a ranking of what a step's members wrote, by a score or by people; auto is the task's "
+        "own loss",
+        one_of=("auto", "choice", "lm", "preference", *NO_GRADIENT),
+    )
+    preference_beta: float = key(
+        0.1,
+        "for objective=preference, weight of a pair's log-probabilities against those of the base",
+        above=0,
+        most=1e6,
     )
     reward: str | None = key(
         None,
@@ -215,6 +222,22 @@ class Config:
         "how a step shapes its members' rewards: not at all, z-scores over members, or centred ranks. With ranks and z-scores "
         "lr is the size of a step, and a step whose rewards are all equal is skipped",
         one_of=("none", "zscore", "ranks"),
+    )
+    rank_by: str = key(
+        "score",
+        "objective=rank: who ranks a step's members: a score (the reward that is named, or the task's, else f1) or people, whose "
+        "answers are read from files of the run's folder, which `zoft rank RUN` writes (file)",
+        one_of=("score", "file"),
+    )
+    rank_best: int | None = key(
+        None, "objective=rank, rank_by=score: how many members are named in order; null: all", least=1
+    )
+    rank_line: int = key(
+        0,
+        "objective=rank: how many points of the step's line (the whole step, half, a quarter, …) are written at and ranked beside "
+        "the weights as they are; the best one is taken; 0 takes the whole step",
+        least=0,
+        most=16,
     )
     shaping_group: str = key(
         "all",
@@ -492,7 +515,17 @@ class Config:
     best_by: str = key(
         "loss",
         "metric that keep_best, save_best and early_stop use, on the dev set if there is one",
-        one_of=("loss", "perplexity", "accuracy", "macro_f1", "auc", "calibrated_accuracy", *GENERATED),
+        one_of=(
+            "loss",
+            "perplexity",
+            "accuracy",
+            "macro_f1",
+            "auc",
+            "calibrated_accuracy",
+            "exact_match",
+            "f1",
+            "reward",
+        ),
     )
     save_best: bool = key(False, "save the weights of the best evaluation by best_by, not the last ones")
     early_stop: int = key(

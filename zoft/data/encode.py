@@ -19,6 +19,8 @@ def encode(
     into pieces of max_length, packed if `pack` (zoft.data.texts): several examples a row, or several rows an example.
     Prompts and candidates: see `paired`. Arguments and errors are those of the three.
     """
+    if rows and "pair" in rows[0]:
+        return encode_pairs(rows, tokenizer, task, max_length)
     if rows and "pieces" in rows[0]:
         from zoft.data import texts as pieces
 
@@ -28,6 +30,26 @@ def encode(
 
         return chat.encode(rows, chat.of(tokenizer, kind), max_length)
     return paired(rows, tokenizer, task, max_length)
+
+
+def encode_pairs(rows: Sequence[dict], tokenizer: Any, task: Any, max_length: int) -> list[Example]:
+    """Pairs of answers as token ids: both sides as rows of their own would be, put together as two candidates.
+
+    rows: {pair: [the row of the chosen answer, that of the rejected one], where}. Raises UserError as `encode` does, and where
+    both answers are the same tokens.
+    """
+    sides = [side for row in rows for side in row["pair"]]
+    alone = encode(sides, tokenizer, replace(task, objective="lm"), max_length)
+    out = []
+    for row, chosen, rejected in zip(rows, alone[0::2], alone[1::2], strict=True):
+        assert all(all(e.scored or ()) for e in (chosen, rejected)), row["where"]
+        if chosen.completions == rejected.completions and chosen.contexts == rejected.contexts:
+            raise UserError(f"{row['where']}: both answers are the same; leave the row out")
+        contexts = (chosen.contexts[0], rejected.contexts[0])
+        completions = (chosen.completions[0], rejected.completions[0])
+        cut = max(chosen.cut, rejected.cut)
+        out.append(Example(contexts, completions, 0, "choice", cut=cut, paired=True))
+    return out
 
 
 def turns(tokenizer: Any, rows: Sequence[dict], task: Any) -> str:
@@ -42,6 +64,9 @@ def turns(tokenizer: Any, rows: Sequence[dict], task: Any) -> str:
 def how(tokenizer: Any, data: Any) -> str:
     """Return a line on how the rows of a recognised layout are written for the model."""
     row = data.train[0]
+    if "pair" in row:
+        one = replace(data, train=[row["pair"][0]])
+        return f"both answers of a pair: {how(tokenizer, one)}"
     if "pieces" in row:
         if data.pack:
             return (

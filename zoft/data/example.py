@@ -18,6 +18,8 @@ class Example:
     masked: for a masked language model: contexts end with the mask, completions are the tokens that may fill it, and
     the row goes on with `after`, closing tokens ([SEP]) included.
     scored: which tokens of the single completion are scored, the last one among them; None: all.
+    paired: the completions are two answers, the first one preferred. reference: log-probabilities of both under the
+    weights that a run starts from, where they are known.
     cut: tokens that max_length took away. part: which piece of its row it is, where rows are cut into pieces.
     """
 
@@ -33,6 +35,8 @@ class Example:
     scored: tuple[bool, ...] | None = None
     cut: int = 0
     part: int = 0
+    paired: bool = False
+    reference: tuple[float, ...] = ()
 
     @property
     def length(self) -> int:

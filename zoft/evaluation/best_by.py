@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from zoft.config.schema import GENERATED, Config, fields
+from zoft.config.schema import GENERATED, VERIFIED, Config, fields
 from zoft.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +33,13 @@ def metrics_of_task(config: Config, data: TaskData) -> set[str]:
     counts = {len(r["candidates"]) for r in [*rows, *data.train]}
     found = {"loss"}
     if config.objective in GENERATED:
-        found |= {"reward"} if config.objective == "reward" else {"exact_match", "f1"}
+        found |= (
+            {"reward"}
+            if config.objective == "reward" or config.reward or config.task.name in VERIFIED
+            else {"exact_match", "f1"}
+        )
+    if data.objective == "preference":
+        return {"loss", "accuracy"}
     if data.objective == "lm":
         found |= {"perplexity"} | ({"accuracy"} if max(len(r["candidates"]) for r in rows) > 1 else set())
         writes = config.objective not in GENERATED and all(r.get("answers") for r in rows)

@@ -126,7 +126,7 @@ def judge_model(
         return found
     found = Judged(gold, golds, scores=scores(model, examples, context))
     same = len({len(e.completions) for e in [*examples, *train]}) == 1
-    if same and all(len(g) == 1 for g in golds):
+    if same and all(len(g) == 1 for g in golds) and not examples[0].paired:
         found.bias = label_bias(model, train, context)
         found.majority = int(np.bincount([e.gold for e in train]).argmax())
     return found

@@ -9,13 +9,15 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import final
+from typing import IO, final
 
 from zoft.errors import UserError
 from zoft.ledger.format import EVENTS, Event, Log, Record, decode, encode, encode_event, encode_header
 from zoft.noise.spec import Update
 
 __all__ = ["Event", "Ledger", "Log", "Record", "read_ledger", "update_of", "updates_of"]
+
+PIECE = 1 << 26  # bytes read at a time
 
 
 def read_ledger(path: str | os.PathLike) -> Log:
@@ -24,11 +26,26 @@ def read_ledger(path: str | os.PathLike) -> Log:
     Raises UserError that names the byte offset of any damage.
     """
     _refuse_devices(Path(path))
+    return decode(ledger_bytes(path), path)[0]
+
+
+def ledger_bytes(path: str | os.PathLike) -> bytes:
+    """Return what `decode` needs of a ledger's file. Raises UserError where it cannot be read."""
     try:
-        data = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            return _up_to_zeros(file)
     except OSError as error:
         raise UserError(f"ledger: cannot read {path}: {error.strerror}") from error
-    return decode(data, path)[0]
+
+
+def _up_to_zeros(file: IO[bytes]) -> bytes:
+    """Return a file's bytes up to the end of the first piece of zeros alone: a sparse file may say that it has any number."""
+    pieces = []
+    while piece := file.read(PIECE):
+        pieces.append(piece)
+        if piece.count(0) == len(piece):  # no record is, so that `decode` never gets further
+            break
+    return b"".join(pieces)
 
 
 def updates_of(header: dict, records: Sequence[Record]) -> list[Update]:
@@ -98,7 +115,7 @@ class Ledger:
         try:
             _lock(fd, path)
             with open(fd, "rb", closefd=False) as file:
-                data = file.read()
+                data = _up_to_zeros(file)
             log, size, crc = decode(data, path)
             if size < len(data):
                 os.ftruncate(fd, size)

@@ -118,7 +118,7 @@ def rule_words(config: Any) -> str:
 def is_sized(config: Any) -> bool:
     """Say whether a config's rule, or its shaping, makes lr the size of a step, so that lr does not compare with a plain step's."""
     rule = rule_of(config)
-    return (rule is not None and rule.name != "sgd") or config.shaping != "none"
+    return (rule is not None and rule.name != "sgd") or config.shaping != "none" or config.objective == "rank"
 
 
 def update_name(config: Any) -> str:

@@ -53,16 +53,38 @@ def centred_ranks(x: Tensor) -> Tensor:
 
 def check_shaping(config: Any) -> None:
     """Refuse what shaping does not go with. Raises UserError."""
-    if config.shaping == "none":
+    ranks = config.objective == "rank"
+    if ranks and config.shaping != "none":
+        raise UserError(
+            f"shaping={config.shaping}: objective=rank has ranks and no rewards to shape; leave it out"
+        )
+    if config.shaping == "none" and not ranks:
         if config.shaping_group != "all":
             raise UserError(
                 f"shaping_group={config.shaping_group}: does nothing with shaping=none; set shaping, too"
             )
         return
-    what = f"shaping={config.shaping}"
+    what = "objective=rank" if ranks else f"shaping={config.shaping}"
+    if ranks and config.shaping_group != "all":
+        raise UserError(
+            f"shaping_group={config.shaping_group}: objective=rank ranks after each prompt; leave it out"
+        )
+    for name in ("momentum", "weight_decay", "anchor") if config.rank_line else ():
+        if getattr(config, name):
+            raise UserError(
+                f"{name}={getattr(config, name):g}: rank_line={config.rank_line} ranks plain steps; leave one of them out"
+            )
+    if config.rank_line and config.update not in ("auto", "sgd"):
+        raise UserError(
+            f"update={config.update}: rank_line={config.rank_line} ranks plain steps; leave one of them out"
+        )
+    if ranks and config.clip is not None:
+        raise UserError(
+            f"clip={config.clip:g}: objective=rank has no projected gradient to limit; leave it out"
+        )
     for name, idle, why in (
         ("elastic", False, "workers of an elastic run send sums of rewards"),
-        ("meazo", 0, "it divides by what shaping has divided by"),
+        ("meazo", 0, "the size of a loss is in none of its steps"),
     ):
         if getattr(config, name) != idle:
             value = getattr(config, name)

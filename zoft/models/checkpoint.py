@@ -19,6 +19,10 @@ LAYERS_UNSEEN = 100  # up to so many are made to name the tensor that is missing
 DIMENSIONS_MAX = 64
 RANK_MAX = 65_536  # of a LoRA pair
 PATTERN_MAX = 10_000  # characters of an adapter's pattern
+READ_WHOLE, WHOLE_MAX = (
+    (".json", ".txt", ".model", ".jinja"),
+    200_000_000,
+)  # files of a tokenizer, and their bytes
 CONFIG_MAX = 64_000_000  # bytes of a JSON file of a model
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Keys of an adapter_config.json that may have a value, by the adapter's kind: of any other one, peft may compute something
@@ -51,7 +55,7 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".msgpack", ".h5")
 BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
         "U16": 16, "U8": 8, "BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
         "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # fmt: skip
-WHOLE = {d for d in BITS if d[0] in "IU" or d == "BOOL"}  # dtypes that are no floats
+WHOLE = {d for d in BITS if d[0] in "IUC" or d == "BOOL"}  # dtypes that are no floats
 
 
 def check_folder(name: str, folder: Path) -> dict[str, dict[str, Any]]:
@@ -67,6 +71,11 @@ def check_folder(name: str, folder: Path) -> dict[str, dict[str, Any]]:
             f"model={name}: adapter_config.json: it is an adapter on another model; give it as adapter={name}, "
             "or a model that it is merged into"
         )
+    for path in sorted(folder.iterdir()):
+        if path.suffix in READ_WHOLE and path.is_file() and path.stat().st_size > WHOLE_MAX:
+            raise UserError(
+                f"model={name}: {path.name} has more than {WHOLE_MAX:,} bytes, which no such file has"
+            )
     tensors: dict[str, dict[str, Any]] = {}
     for file in _weights(name, folder, config):
         tensors |= read_header(name, file)

@@ -192,7 +192,9 @@ def _load_checked(model: str, dtype: Any, trust_remote_code: bool) -> tuple[Any,
     _refuse_whole_numbers(model, loaded, held)
     _refuse_words_without_weights(model, loaded, tokenizer)
     _refuse_non_finite(model, loaded)
-    set_pad_token(tokenizer)
+    with user_errors(source):
+        set_pad_token(tokenizer)
+        refuse_odd_tokenizer(model, tokenizer)
     return loaded, tokenizer
 
 
@@ -390,8 +392,44 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
             from transformers import AutoTokenizer
 
             made = AutoTokenizer.from_pretrained(source.place, trust_remote_code=trust_remote_code)
-    set_pad_token(made)
+        set_pad_token(made)
+        refuse_odd_tokenizer(model, made)
     return made
+
+
+GROWTH = 1000  # times that a tokenizer's rules may lengthen a text
+
+
+def refuse_odd_tokenizer(name: str, tokenizer: Any) -> None:
+    """Refuse a tokenizer whose rules lengthen a text without bounds, in code that no clock stops, or that reads none.
+
+    name: the user's word for the model. Errors: UserError; whatever a trial raises.
+    """
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, (int, float)):
+        raise UserError(f"model={name}: tokenizer_config.json: model_max_length={longest!r} is no number")
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        rules = getattr(core, part, None)
+        if rules is not None and (times := _growth(json.loads(rules.__getstate__()))) > GROWTH:
+            raise UserError(
+                f"model={name}: its tokenizer's {part} makes a text up to {times:.3g} times as long; take another"
+            )
+    tokenizer(["a b"])
+
+
+def _growth(rule: Any) -> float:
+    """Return how many times as long a text may become by a tokenizer's rule and those within it."""
+    if isinstance(rule, list):
+        return math.prod(map(_growth, rule))
+    if not isinstance(rule, dict):
+        return 1.0
+    times = math.prod(_growth(held) for held in rule.values())
+    if rule.get("type") == "Replace":
+        found, put = rule.get("pattern") or {}, len(str(rule.get("content")))
+        # An expression may match every character and the empty text between two.
+        times *= max(1.0, put / max(1, len(found["String"])) if "String" in found else put + 1.0)
+    return min(times, 1e300)
 
 
 def _refuse_whole_numbers(name: str, model: nn.Module, held: Mapping[str, Mapping[str, Any]]) -> None:

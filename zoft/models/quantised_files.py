@@ -45,6 +45,7 @@ def quantisation_of(name: str, config: Any, folder: Path | None) -> Settings | N
     found = found if isinstance(found, Mapping) else found.to_dict()
     method, bits = found.get("quant_method"), found.get("bits")
     if method not in CODES:
+        _refuse_unknown(name, method)
         return None
     form = found.get("checkpoint_format", "gptq")
     if bits not in quant.BITS or (method == GPTQ and form not in ("gptq", "gptq_v2")):
@@ -55,6 +56,18 @@ def quantisation_of(name: str, config: Any, folder: Path | None) -> Settings | N
         raise UserError(f"model={name}: its layers are quantised in several ways ('dynamic'); zoft reads one")
     group = max(0, int(found.get("group_size", -1)))
     return Settings(method, bits, group, int(method == GPTQ and form == "gptq"))
+
+
+def _refuse_unknown(name: str, method: Any) -> None:
+    """Raise UserError for a method that transformers would pass over with a warning, taking the tensors as they are."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    if not isinstance(method, str) or not any(
+        f"{known}_".startswith(f"{method}_") for known in AUTO_QUANTIZATION_CONFIG_MAPPING
+    ):
+        raise UserError(
+            f"model={name}: config.json: quantization_config: quant_method={method!r} is none that is read"
+        )
 
 
 def load_quantised(

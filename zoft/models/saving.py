@@ -135,6 +135,10 @@ def whole_folder(out_dir: str | Path) -> Iterator[Path]:
                 else:
                     os.rename(temporary, out)
                     sync_folder(out.parent)
+        except UserError as error:
+            if str(temporary) in str(error):  # of a folder within this one: its name will be out's
+                raise UserError(str(error).replace(str(temporary), str(out))) from error.__cause__
+            raise
         except SafetensorError as error:  # its word for a full disk
             raise UserError(f"cannot write {out}: {error}") from OSError(str(error))
         except Exception as error:

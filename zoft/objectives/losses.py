@@ -33,6 +33,7 @@ class Batch:
     slots: int64 [E, C, L], which of the N belong to candidate c of example e; -1 where there is none. An
         example with fewer than C candidates has no slot for the last ones.
     gold: int64 [E]. objective: "choice" | "lm" (then C = 1: the gold completion only).
+    reference: fp64 [E, 2], what a reference model says of both answers of a pair (objectives.preference), or None.
     tokens: int64 [C] where each candidate is one token and R = N = E (position e scores them all), or None.
     """
 
@@ -43,6 +44,7 @@ class Batch:
     gold: Tensor
     objective: str
     tokens: Tensor | None = None
+    reference: Tensor | None = None
 
     @property
     def examples(self) -> int:
@@ -69,6 +71,7 @@ class Batch:
             targets=self.targets.repeat(probes),
             slots=slots,
             gold=self.gold.repeat(probes),
+            reference=None if self.reference is None else self.reference.repeat(probes, 1),
         )
 
     def widened(self, columns: int) -> Batch:
@@ -110,8 +113,8 @@ def collate(examples: Sequence[Example], pad: int = 0, even: bool = False) -> Ba
             owners[-1].append(len(rows))
             # The last scored token itself need not be read.
             rows.append(context + completion[:-1] + e.after)
-            said = zip(range(len(context) - 1, len(context) + len(completion) - 1), completion)
-            spans.append(list(said if e.scored is None else compress(said, e.scored)))
+            scored_at = zip(range(len(context) - 1, len(context) + len(completion) - 1), completion)
+            spans.append(list(scored_at if e.scored is None else compress(scored_at, e.scored)))
     extra: list[int] = [0] * len(rows)  # scored once more at the end of each row, for nothing
     if even:
         rows, spans, owners, extra = _evened(rows, spans, owners)
@@ -135,7 +138,11 @@ def collate(examples: Sequence[Example], pad: int = 0, even: bool = False) -> Ba
             slots[i, c, :n] = torch.arange(starts[r], starts[r] + n)
     gold = torch.tensor([0 if objective == "lm" else e.gold for e in examples])
     inputs = {"input_ids": ids, "attention_mask": mask}
-    return Batch(inputs, torch.tensor(positions), torch.tensor(targets), slots, gold, objective, tokens)
+    said = [e.reference for e in examples]
+    reference = torch.tensor(said, dtype=torch.float64) if all(said) else None
+    return Batch(
+        inputs, torch.tensor(positions), torch.tensor(targets), slots, gold, objective, tokens, reference
+    )
 
 
 def _evened(rows: list, spans: list, owners: list[list[int]]) -> tuple[list, list, list, list]:
@@ -190,6 +197,11 @@ def scores(model: nn.Module, batch: Batch) -> Tensor:
         return _wide(project(model, batch.inputs, batch.positions, batch.tokens))
     total, count = _per_slot(model, batch)
     return (total / count.clamp(min=1)).masked_fill(count == 0, -torch.inf)
+
+
+def log_sums(model: nn.Module, batch: Batch) -> Tensor:
+    """Return Σ_i log p(token i of candidate c) [E, C], fp32 (fp64 for an fp64 model)."""
+    return _per_slot(model, batch)[0]
 
 
 def _per_slot(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,7 @@ from zoft.objectives import text as generate
 from zoft.objectives.decode import dice
 from zoft.objectives.losses import Batch, mean_loss
 from zoft.objectives.metrics import exact_match, token_f1
+from zoft.objectives.preference import Pairs
 from zoft.objectives.reward import Reward, load
 from zoft.parallel.world import this_world
 
@@ -66,6 +67,7 @@ class Goal:
     forward: Callable[[nn.Module, Any], tuple[Tensor, ...]] = losses.losses
     value: Callable[[Tensor], Tensor] = mean_loss
     texts: Texts | None = None
+    pairs: Pairs | None = None
 
     def examples(self, train: Sequence[Example]) -> list[Example]:
         """Return the examples as training scores them: of `lm` the gold candidate's tokens alone, else all candidates'."""
@@ -94,7 +96,9 @@ class Goal:
     def evaluate(
         self, model: Any, context: Callable[[int], AbstractContextManager], rows: Sequence[dict[str, Any]]
     ) -> dict[str, float]:
-        """Return the metrics of texts written after the prompts of rows; nothing where the objective writes none."""
+        """Return the metrics of texts written after the prompts of rows, or of pairs; nothing where the objective has neither."""
+        if self.pairs is not None:
+            return self.pairs.evaluate(model, context, rows)
         return {} if self.texts is None else self.texts.evaluate(model, context, rows)
 
 
@@ -102,6 +106,16 @@ def objective_keys(config: Config, data: TaskData) -> dict[str, Any]:
     """Return the config's objective by name, and the keys that follow from it. Raises UserError for one that this task's rows cannot have."""
     name = data.objective if config.objective == "auto" else config.objective
     rows = [*data.train, *data.eval]
+    if (name == "preference") != (data.objective == "preference"):
+        pairs = data.objective == "preference"
+        why = (
+            "rows are pairs; use preference"
+            if pairs
+            else f"task={config.task.name} has no pairs of answers; use task=local"
+        )
+        raise UserError(f"objective={name}: {why}")
+    if name == "preference":
+        return {"objective": name}
     if name in ("choice", "accuracy", "macro_f1") and min(len(r["candidates"]) for r in rows) < 2:
         raise UserError(
             f"objective={name}: task={config.task.name} has text to learn, and no candidates; use lm, f1 or exact_match"
@@ -143,7 +157,7 @@ def reward_of(config: Config) -> Reward | None:
     if config.reward is not None:
         return load(config.reward, config.reward_seconds)
     name = config.task.name
-    if config.objective != "reward" or name not in VERIFIED:
+    if config.objective not in ("reward", "rank") or name not in VERIFIED:
         return None
     return Reward(
         f"task={name}", Path(verify.__file__), partial(verify.scores, name), config.reward_seconds, "its own"
@@ -153,6 +167,9 @@ def reward_of(config: Config) -> Reward | None:
 def make_objective(config: Config, data: TaskData, tokenizer: Any, mine: Reward | None = None) -> Goal:
     """Return the objective of a resolved config; mine: the reward, where it is one. Raises UserError for a prompt it cannot use."""
     name = config.objective
+    if name == "preference":
+        pairs = Pairs(config.preference_beta, data, tokenizer, config.max_length, config.device)
+        return Goal(name, pairs.forward, pairs=pairs)
     if name == "accuracy":
         return Goal(name, accuracy)
     if name == "macro_f1":
@@ -231,7 +248,11 @@ class Texts:
             subset(data.eval, config.eval_limit), tokenizer, self.room, data
         )  # a mistake shows before training
         self.reward = reward
-        assert (self.reward is None) == (self.name != "reward"), (config.reward, self.name)
+        assert (self.reward is None) == (self.name != "reward") or self.name == "rank", (
+            config.reward,
+            self.name,
+        )
+        self.unscored = self.name == "rank" and config.rank_by == "file" and reward is None  # by people alone
         self.progress: Callable[[str], Any] = lambda text: None
         each = forwards_per_step(config)  # texts of a step
         self.done, self.each = 0, each // this_world().size
@@ -306,7 +327,9 @@ class Texts:
         self, name: str, rows: Sequence[dict[str, Any]], texts: Sequence[str], members: int = 1
     ) -> list[float]:
         """Return a number per row, the larger the better; a reward may take reward_seconds for each of so many members."""
-        if name == "reward":
+        if name == "rank" and self.unscored:
+            return [0.0] * len(rows)
+        if name == "reward" or (name == "rank" and self.reward is not None):
             assert self.reward is not None
             shown = [{"prompt": r["prompt"], **r.get("columns", {})} for r in rows]
             return self.reward(shown, texts, [r["where"] for r in rows], members)

@@ -3,6 +3,8 @@
     y_p = x_p Wᵀ + s_p (x_p b_p) a_pᵀ     a matrix with directions of rank 1
     y_p = base(x)_p + (x_p A_pᵀ) B_pᵀ     a LoRA pair
 
+A member may also stand on a line, at θ + f·Σ_k c_k z_k: then its matrices have K pairs of vectors, and two products of rank K.
+
 A generation has one forward per token. All that differs from probe to probe (the signs a and b, LoRA pairs, biases, norms, a
 prefix's table) is therefore made once, held for the whole generation, and gathered when members leave the batch. The rows of a
 forward are probe-major, and each member has as many rows as any other.
@@ -70,24 +72,25 @@ class Members:
         self.axis, self.copies = axis, copies
         self.probes: tuple[Probe, ...] = CLEAN
         self.all: tuple[tuple[Probe, ...], int] = CLEAN, 0
-        self.outer: dict[
-            int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-        ] = {}  # a [P, m], b [P, n], s [P]
+        self.line: tuple[float, ...] | None = None  # c [K] of members that stand on a line
+        # a [P, m, K], b [P, n, K], s [P, K]: K = 1 at probes, the step's directions on a line.
+        self.outer: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self.made: dict[int, torch.Tensor] = {}  # [P, *shape]
         self.plain: dict[int, torch.Tensor] = {}  # θ in its compute dtype
         self._forwards = {s: self._route(s) for s in axis.sites}
 
     @contextmanager
-    def at(self, step: int, probes: Sequence[Probe]) -> Iterator[None]:
+    def at(self, step: int, probes: Sequence[Probe], line: Sequence[float] | None = None) -> Iterator[None]:
         """Run forwards in this context at the given probes of a step; exceptions restore everything.
 
-        Rows are probe-major, as many of each probe.
+        Rows are probe-major, as many of each probe. line: c [K] of the step's directions; then a probe's scale is f, and the
+        member is θ + f·Σ_k c_k z_k.
         """
         axis = self.axis
         axis.flush()
         own: dict[Site, Any] = {s: s.module.__dict__.get("forward") for s in axis.sites}
         try:
-            self.all = tuple(probes), step
+            self.all, self.line = (tuple(probes), step), None if line is None else tuple(line)
             self.again()
             for t in axis.trained:  # a read that nobody serves shows in the logits
                 t.param.data = torch.full((), float("nan"), dtype=t.compute, device=t.stored.device).expand(
@@ -143,14 +146,23 @@ class Members:
         axis = self.axis
         seen = [Probe(*p) for p in seen_by(t, self.probes, axis.seed, step)]
         if is_outer(t, axis.kind):
-            a, b = signs_at(t, axis.seed, step, self.probes, t.compute)
-            self.outer[t.id] = a, b, a.new_tensor([p.scale for p in seen])
+            along = self.probes if self.line is None else [Probe(k, 1.0) for k in range(len(self.line))]
+            a, b = signs_at(t, axis.seed, step, along, t.compute)
+            s = torch.tensor([[p.scale] for p in seen], dtype=torch.float64, device=a.device)  # [P, 1]
+            if self.line is None:
+                self.outer[t.id] = a[..., None], b[..., None], s.to(t.compute)
+            else:
+                a, b = (x.T.expand(len(seen), -1, -1) for x in (a, b))
+                self.outer[t.id] = a, b, (s * s.new_tensor(self.line)).to(t.compute)
             if t.stored.dtype == t.compute:
                 self.plain[t.id] = t.stored
             elif self.copies:
                 if t.id not in self.plain:
                     self.plain[t.id] = torch.empty_like(t.stored, dtype=t.compute)
                 self.plain[t.id].copy_(t.stored)
+            return
+        if self.line is not None:
+            self.made[t.id] = self._along(t, step, self.line, [p.scale for p in seen])
             return
         out = torch.empty(len(seen), *t.stored.shape, dtype=t.compute, device=t.stored.device)
         i = 0
@@ -162,6 +174,18 @@ class Members:
             )  # fmt: skip
             i += n
         self.made[t.id] = out
+
+    def _along(self, t: Trained, step: int, line: Sequence[float], factors: Sequence[float]) -> torch.Tensor:
+        """Return θ + f·Σ_k c_k z_k of a small tensor at each factor, [P, *shape]."""
+        assert t.mask is None and t.floor is None, t.name
+        wide = torch.promote_types(t.compute, torch.float32)
+        moved = torch.zeros_like(t.stored, dtype=wide)
+        for k, c in enumerate(line):
+            moved += c * noise.direction(
+                t.stored.shape, t.id, seed=self.axis.seed, step=step, direction=k, noise=self.axis.kind, width=t.width,
+                device=t.stored.device, dtype=wide,
+            )  # fmt: skip
+        return torch.stack([(t.stored.to(wide) + f * moved).to(t.compute) for f in factors])
 
     def _matrix(self, t: Trained) -> torch.Tensor:
         return self.plain[t.id] if t.id in self.plain else t.stored.to(t.compute)
@@ -203,8 +227,8 @@ class Members:
             if weight is not None:
                 a, b, s = self.outer[weight.id]
                 a, b = (a, b) if transposed else (b, a)
-                h = torch.bmm(xs, b[:, :, None])  # [P, n, 1]
-                y.baddbmm_(h * s[:, None, None], a[:, None])
+                h = torch.bmm(xs, b) * s[:, None]  # [P, n, K]
+                y.baddbmm_(h, a.mT)
         if bias is not None:
             y = (y + self.made[bias.id][:, None]).to(y.dtype)
         elif own is not None:
@@ -221,7 +245,8 @@ class Members:
         else:
             a, b, s = self.outer[t.id]
             rows = self._matrix(t)[each] if t.id in self.plain else t.stored[each].to(t.compute)
-            rows = rows + (a.gather(1, each) * s[:, None])[..., None] * b[:, None]
+            own = a.gather(1, each[..., None].expand(-1, -1, a.shape[-1])) * s[:, None]  # [P, n, K]
+            rows = rows + torch.bmm(own, b.mT)
         return rows.view(*ids.shape, -1)
 
     def _lora(self, site: Site, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

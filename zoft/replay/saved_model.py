@@ -11,7 +11,10 @@ from typing import Any
 from zoft import console
 from zoft.config.compose import dump
 from zoft.config.schema import ADAPTERS, Config
-from zoft.errors import UserError, writing
+from zoft.errors import UserError
+from zoft.limits import read_bytes
+
+RESULT_BYTES = 1 << 24  # of a result.json
 
 
 def folder_name(config: Config) -> str:
@@ -26,22 +29,16 @@ def save_run_model(
 
     Of a model with an adapter, the adapter alone.
     """
-    from safetensors import SafetensorError
-
     from zoft.method import space
     from zoft.models.adapters.attach import save_adapter
     from zoft.models.saving import save_model
 
     text = model_card_of(config, result, **facts)
     dtype = model.checkpoint_dtype if config.save_dtype == "auto" else space.DTYPES[config.save_dtype]
-    try:
-        with writing(out):
-            if config.train in ADAPTERS:
-                save_adapter(model, out, tokenizer=tokenizer, card=text)
-            else:
-                save_model(model, tokenizer, out, dtype=dtype, card=text, dequantise=config.save_dequantised)
-    except SafetensorError as error:
-        raise UserError(f"cannot write {out}: {error}") from OSError(str(error))
+    if config.train in ADAPTERS:
+        save_adapter(model, out, tokenizer=tokenizer, card=text)
+    else:
+        save_model(model, tokenizer, out, dtype=dtype, card=text, dequantise=config.save_dequantised)
 
 
 def model_card_of(config: Config, result: Mapping[str, Any], **facts: Any) -> str:
@@ -99,7 +96,7 @@ def read_result(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_bytes() if path.is_file() else b"")
+        found = json.loads(read_bytes(path, RESULT_BYTES, "it is no result") if path.is_file() else b"")
         result_summary(found)
         return found
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from zoft import __version__
 from zoft.errors import UserError
 from zoft.ledger.format import DIGEST, Event
+from zoft.models.checkpoint import HEADER_MAX
 
 if TYPE_CHECKING:
     import torch
@@ -92,6 +94,8 @@ def fault_of(path: Path, header: Mapping[str, Any], event: Event) -> str:
     if path.exists() and not path.is_file():
         return "is no file"
     try:
+        if (size := path.stat().st_size) > (most := largest_snapshot(header)):  # before all of it is read
+            return f"is damaged: it has {size:,} bytes, and a snapshot of this run at most {most:,}"
         if digest_of(path) == event.digest:
             return content_fault(path, header)
     except FileNotFoundError:
@@ -110,6 +114,13 @@ def fault_of(path: Path, header: Mapping[str, Any], event: Event) -> str:
         if facts.get(name, expected[name]) != expected[name]:
             return f"is of {text}"
     return "is damaged: its checksum does not match"
+
+
+def largest_snapshot(header: Mapping[str, Any]) -> int:
+    """Return how many bytes a snapshot of a run can have: 8 for a number, and as many for each of 8 states of it."""
+    trained = header.get("trained")
+    shapes = [shape for _, shape, _ in trained.values()] if isinstance(trained, dict) else []
+    return HEADER_MAX + 64 * sum(map(math.prod, shapes))
 
 
 def content_fault(path: Path, header: Mapping[str, Any]) -> str:

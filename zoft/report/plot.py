@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zoft.errors import writing
-from zoft.pictures import pyplot, refuse_other_ends
+from zoft.pictures import pyplot, refuse_other_ends, write_picture
 from zoft.report.runs import Group, Run
 
 COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8d6a9f", "#c98b1b", "#5c6b73", "#b5651d", "#3a7d7c")
@@ -59,9 +58,7 @@ def draw(some: Sequence[Group], metrics: Sequence[str], out: Path) -> None:
             list(named.values()), list(named), frameon=False, fontsize=LEGEND_POINTS, loc="outside lower center",
             ncols=columns,
         )  # fmt: skip
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out, bbox_inches="tight", pad_inches=0.08)
+    write_picture(figure, out, bbox_inches="tight", pad_inches=0.08)
     plt.close(figure)
 
 

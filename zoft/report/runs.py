@@ -18,7 +18,7 @@ from zoft.replay.saved_model import read_result
 from zoft.yaml_files import yaml_tree
 
 METRICS = (
-    "accuracy", "macro_f1", "auc", "calibrated_accuracy", "exact_match", "f1", "reward", "loss", "perplexity"
+    "accuracy", "macro_f1", "auc", "calibrated_accuracy", "exact_match", "f1", "reward", "preference_accuracy", "preference_loss", "loss", "perplexity"
 )  # fmt: skip
 # What a step that writes texts says of them.
 TOLD = ("reward", "reward_spread", "length", "differ")

@@ -173,14 +173,13 @@ def report_runs(
     paths: Sequence[str], metrics: Sequence[str] = (), *, csv_to: str | None = None, png_to: str | None = None
 ) -> str:
     """Return the markdown table, what its names leave out, and what it leaves out; writes the CSV and the picture where asked."""
-    from zoft.errors import writing
+    from zoft.folder import write
 
     some = groups([read(f) for f in folders(paths)], lambda line: print(line, file=sys.stderr))
     chosen = metrics_of(some, metrics)
     found = rows(some, chosen)
     if csv_to:
-        with writing(csv_to):
-            Path(csv_to).write_text(csv_text(found), encoding="utf-8")
+        write(Path(csv_to), csv_text(found))
     if png_to:
         from zoft.report import plot
 

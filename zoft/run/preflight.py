@@ -51,10 +51,13 @@ def first_look(config: Config, resume: str | Path | None, dry_run: bool) -> None
     if resume is None and not dry_run:
         claim_folder(Path(str(config.output_dir)))
     for name in LINKED if resume else ():
-        if (Path(str(resume)) / name).is_symlink():
+        path, kind = Path(str(resume)) / name, "folder" if name == "snapshots" else "file"
+        if path.is_symlink():
             raise UserError(
                 f"{resume}: {name} is a link, which would be written through; put what it leads to in its place"
             )
+        if path.exists() and not (path.is_dir() if kind == "folder" else path.is_file()):
+            raise UserError(f"{resume}: {name} is no {kind}; put it away, and resume")
     if resume and (Path(resume) / "ledger").exists():  # damage shows before weights load
         from zoft.ledger.check import refuse_unsound
         from zoft.ledger.log import read_ledger

@@ -17,6 +17,7 @@ from zoft.config.compose import once_each, to_yaml
 from zoft.config.schema import Config, fields, values
 from zoft.errors import UserError, writing
 from zoft.folder import refuse_unwritable, write
+from zoft.limits import read_bytes
 from zoft.method.configured import compose
 from zoft.method.recipes import is_page
 from zoft.packages import zoft_command
@@ -26,6 +27,7 @@ from zoft.sweep.grammar import CONFIG, Dimension, configs, product, split
 from zoft.sweep.job import STATES, job_state
 
 PLAN = "sweep.json"
+PLAN_BYTES = 1 << 26
 JOBS_MAX = 10_000
 # Keys of the machine, not of the result: another value of theirs is the same job, unless they are swept over.
 MACHINE = ("output_dir", "device", "threads", "probes_per_forward", "sync", "track", "trust_remote_code")
@@ -216,7 +218,7 @@ def read_plan(root: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{root}: not a sweep's folder (it has no {PLAN})")
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_bytes(path, PLAN_BYTES, "it is no sweep's plan"))
         assert isinstance(found["swept"], list) and all(isinstance(k, str) for k in found["swept"])
         rows = found["jobs"].values()
         assert all(isinstance(row, dict) and all(isinstance(v, str) for v in row.values()) for row in rows)

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from zoft.errors import UserError
-from zoft.pictures import pyplot
+from zoft.pictures import pyplot, write_picture
 from zoft.sweep.view import default_metric, grouped, results
 
 
@@ -55,8 +55,7 @@ def plot(root: str | Path, out: str | Path, metric: str | None = None) -> str:
     panel.grid(alpha=0.25)
     if panel.get_legend_handles_labels()[0]:
         panel.legend(frameon=False, fontsize=9)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, bbox_inches="tight", pad_inches=0.08)
+    write_picture(figure, Path(out), bbox_inches="tight", pad_inches=0.08)
     plt.close(figure)
     return str(out)
 

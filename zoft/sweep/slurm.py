@@ -19,12 +19,13 @@ from typing import Any
 
 from zoft.errors import UserError, nearest
 from zoft.folder import write
+from zoft.limits import read_bytes
 from zoft.packages import missing
 from zoft.signals import RESUME
 from zoft.sweep import job as sweep_job
 from zoft.sweep.job import job_state
 from zoft.sweep.local import THREAD_VARIABLES, listening, outcome
-from zoft.sweep.plan import Interrupted
+from zoft.sweep.plan import PLAN_BYTES, Interrupted
 from zoft.yaml_files import strict_yaml, yaml_tree
 
 SUBMITTED = "slurm.json"  # in the sweep's folder: which array has which jobs
@@ -197,8 +198,8 @@ def submit(root: Path, names: Sequence[str], extra: Sequence[str], slurm: Slurm)
 def submitted(root: Path) -> dict[str, str]:
     """Return {name: Slurm's id of its last submission, 12_3}."""
     try:
-        return dict(json.loads((root / SUBMITTED).read_bytes()))
-    except (OSError, ValueError, TypeError):
+        return dict(json.loads(read_bytes(root / SUBMITTED, PLAN_BYTES, "it is no list of jobs")))
+    except (UserError, ValueError, TypeError, RecursionError):
         return {}
 
 

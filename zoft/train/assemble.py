@@ -21,12 +21,14 @@ from zoft.method.recipes import method_of
 from zoft.method.space import Trained, adopt, train_names
 from zoft.method.trial import try_page
 from zoft.objectives.objectives import Goal, make_objective, reward_of
+from zoft.objectives.preference import Pairs
 from zoft.objectives.text import writing_digest
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.inplace import InPlace
 from zoft.probe.members import Members
 from zoft.probe.nodes import NodeAxis
 from zoft.train.axis import make_axis, placed_axis
+from zoft.train.batches import picked
 from zoft.train.header import agree, header_of, model_settings
 from zoft.train.parts import (
     dev_examples,
@@ -35,6 +37,7 @@ from zoft.train.parts import (
     refuse_pattern,
     resolve_device,
     resolve_precision,
+    say,
 )
 from zoft.train.resolve import with_objective
 from zoft.train.rollouts import with_members
@@ -84,6 +87,9 @@ def assemble(config: Config, folder: str | Path | None = None) -> Parts:
     names = train_names(model, config.train, config.perturb == "nodes")
     config = resolve_precision(config, model, names)
     config, trained, axis = make_axis(config, model, adopt(model, names), scored, folder)
+    dev = dev_examples(config, tokenizer, data)
+    if objective.pairs is not None:
+        scored = with_references(config, model, axis, objective.pairs, scored, [*held_out, *(dev or [])])
     members = None
     if objective.texts is not None:
         config, members = with_members(config, model, tokenizer, axis, objective.texts)
@@ -94,9 +100,22 @@ def assemble(config: Config, folder: str | Path | None = None) -> Parts:
         header["nodes"] = axis.measured.digest()
     return Parts(
         config=config, data=data, model=model, tokenizer=tokenizer, objective=objective, train=train,
-        held_out=held_out, dev=dev_examples(config, tokenizer, data), scored=scored, trained=trained, axis=axis,
+        held_out=held_out, dev=dev, scored=scored, trained=trained, axis=axis,
         header=header, members=members,
     )  # fmt: skip
+
+
+def with_references(
+    config: Config, model: nn.Module, axis: Any, pairs: Pairs, train: list[Example], judged: list[Example]
+) -> list[Example]:
+    """Ask the base for both answers of each pair that a step or an evaluation meets; returns the training pairs with that.
+
+    Its forwards are counted, one per pair.
+    """
+    met = {i for step in range(config.steps) for picks in picked(config, len(train), step) for i in picks}
+    axis.forwards = pairs.meet(model, [*(train[i] for i in sorted(met)), *judged], axis.clean)
+    say(f"{axis.forwards:,} pairs scored by the base, once")
+    return pairs.with_reference(train)
 
 
 @dataclass(frozen=True)

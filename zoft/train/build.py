@@ -72,10 +72,10 @@ def build_trainer_of(
 
         return RolloutTrainer(loaded, made, at, ledger, trainer_settings(config), goal.texts, members)
 
-    why = why_eager(config)
+    why = why_eager(config) or ("objective=preference has a reference for each pair" if goal.pairs else "")
     if why and config.device.startswith("cuda"):
         say(f"steps are not captured as CUDA graphs: {why}")
-    eager = goal.texts is not None or goal.value is not mean_loss or bool(why)
+    eager = goal.pairs is not None or goal.value is not mean_loss or bool(why)
     if eager or not config.device.startswith("cuda") or type(made) in (ProbeAxis, InPlace):
         return Trainer(loaded, made, at, ledger, trainer_settings(config), goal.forward, goal.value)
     from zoft.probe.cuda.axis import DeviceAxis

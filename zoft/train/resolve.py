@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoft.config.schema import Config
 from zoft.errors import UserError
+from zoft.limits import read_bytes
 from zoft.method.estimators.named import forwards_per_step
 from zoft.method.recipes import is_page
 from zoft.yaml_files import yaml_tree
@@ -47,8 +48,8 @@ def resolved_anew(config: Config, resume: str | Path | None) -> Config:
     path = Path(resume or "") / "env.json"
 
     def began() -> dict[str, Any]:
-        with suppress(OSError, ValueError, RecursionError):
-            found = json.loads(path.read_bytes())
+        with suppress(UserError, ValueError, RecursionError):
+            found = json.loads(read_bytes(path, 1 << 24, "it is no env.json"))
             if isinstance(found, dict) and isinstance(found.get("auto"), dict):
                 return found
         return {}

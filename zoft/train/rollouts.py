@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,18 +18,22 @@ from zoft.errors import UserError
 from zoft.ledger.log import Ledger, Record
 from zoft.method.estimators.estimator import Probe, finite
 from zoft.method.estimators.named import estimator_of, probes_per_step
+from zoft.method.ranking import Order, order_of, rank_coefficients, weights
 from zoft.method.shaping import shape_rewards
 from zoft.models.calls import cache_name
 from zoft.models.kind import refuse_longer_rows
+from zoft.noise.spec import Update
 from zoft.objectives import text
 from zoft.objectives.decode import decode
-from zoft.objectives.objectives import Prompts, Texts
+from zoft.objectives.objectives import Prompts, Scored, Texts
 from zoft.parallel.world import STOP, this_world
 from zoft.probe.axis import ProbeAxis
 from zoft.probe.inplace import InPlace
 from zoft.probe.members import Members, why_alone
 from zoft.probe.nodes import NodeAxis
 from zoft.probe.rows import Unfit
+from zoft.signals import Stopped
+from zoft.train.asked import Rollouts, answered, ask, place_of, question_name
 from zoft.train.axis import memory_left
 from zoft.train.parts import say
 from zoft.train.trainer import Settings, Trainer
@@ -59,6 +64,7 @@ class RolloutTrainer(Trainer):
         super().__init__(model, axis, batches, ledger, settings)
         self.texts, self.members = texts, members
         self.seen: Seen | None = None  # of the step's first round
+        self.orders: list[Order] = []  # of the step's members, after each prompt, where they are ranked
         self.flat_in_a_row = 0
 
     def step(self) -> dict[str, Any] | None:
@@ -71,6 +77,8 @@ class RolloutTrainer(Trainer):
     def losses_at(self, step: int, probes: Sequence[Probe], batches: Sequence[Any]) -> list[float]:
         """Return minus the mean reward at each probe [len(probes)], over all rows of the step."""
         s, world = self.settings, self.world
+        if s.rank_by == "file":
+            return self.ranked_by_people(step, probes, batches)
         mine = probes[world.probes(len(probes))]
         group = s.members_per_batch if self.members is not None else 1
         n = s.batch_size * s.accumulate
@@ -81,7 +89,7 @@ class RolloutTrainer(Trainer):
             for j, batch in enumerate(batches):
                 places = [j * s.batch_size + e for e in own]
                 if places:
-                    totals[i : i + len(here), places] = self.rolled(step, here, batch)
+                    totals[i : i + len(here), places] = numbers(self.rolled(step, here, batch))
         self.axis.settle()
         counts = torch.full((len(mine), 1), float(len(own) * len(batches)), dtype=torch.float64)
         every = torch.cat([totals.flatten(1), counts], 1)
@@ -91,25 +99,108 @@ class RolloutTrainer(Trainer):
         rewards, tokens, marks = every[:, :-1].view(-1, n, 3).unbind(2)
         if self.seen is None:
             self.seen = Seen(rewards, tokens, marks)
+        if s.objective == "rank" and finite(rewards.flatten().tolist()):
+            self.orders = [order_of(column, s.rank_best) for column in rewards.T.tolist()]
+            return losses_of_orders(self.orders, len(probes))
         return (0 - rewards.sum(1) / n).tolist()
 
-    def rolled(self, step: int, probes: Sequence[Probe], batch: Prompts) -> Tensor:
-        """Return [P, R, 3]: reward, tokens and mark of what each of some members writes after a batch's rows."""
+    def ranked_by_people(self, step: int, probes: Sequence[Probe], batches: Sequence[Any]) -> list[float]:
+        """As `losses_at`, of rankings in the run's folder. Raises Stopped (75) where the step's question is not answered yet."""
+        group = self.settings.members_per_batch if self.members is not None else 1
+        self.orders, wrote = self.asked_people(step, lambda: self.all_rolled(step, probes, batches, group))
+        marks = torch.tensor([[mark(text) for text in row] for row in wrote.texts], dtype=torch.float64)
+        scores, tokens = (torch.tensor(x, dtype=torch.float64) for x in (wrote.scores, wrote.tokens))
+        self.seen = Seen(scores, tokens, marks)
+        return losses_of_orders(self.orders, len(probes))
+
+    def asked_people(
+        self, step: int, write: Callable[[], Rollouts], line: bool = False
+    ) -> tuple[list[Order], Rollouts]:
+        """Return the rankings of a step's members (or of its line) and what they wrote; without an answer raise Stopped (75)."""
+        assert self.ledger is not None and self.ledger.path is not None, "a run's folder"
+        folder, name = self.ledger.path.parent, question_name(step, line)
+        found = answered(folder, name)
+        if found is not None:
+            return found
+        if not place_of(folder, name).exists():
+            ask(folder, name, step, self.settings.seed, write())
+        raise Stopped(
+            0, str(folder),
+            f"step {step}: waits for a ranking, by `zoft rank {folder}` or in {place_of(folder, name, 'answer')}",
+        )  # fmt: skip
+
+    def all_rolled(
+        self,
+        step: int,
+        probes: Sequence[Probe],
+        batches: Sequence[Any],
+        group: int,
+        line: Sequence[float] | None = None,
+    ) -> Rollouts:
+        """Return what all members write after all rows of a step; line: see Members.at."""
+        prompts = [self.texts.train[i]["prompt"] for batch in batches for i in batch.picks]
+        texts: list[list[str]] = []
+        tokens: list[list[float]] = []
+        scores: list[list[float]] = []
+        for i in range(0, len(probes), group):
+            here = probes[i : i + group]
+            parts = [self.rolled(step, here, batch, line) for batch in batches]
+            texts += [sum((part.texts[p] for part in parts), []) for p in range(len(here))]
+            tokens += torch.cat([part.tokens for part in parts], 1).tolist()
+            scores += torch.cat([part.scores for part in parts], 1).tolist()
+        self.axis.settle()
+        return Rollouts(prompts, texts, tokens, scores)
+
+    def chosen(self, change: Update, batches: Sequence[Any]) -> Update:
+        """Return the point of a step's line that is ranked best: its multipliers times 1, 1/2, 1/4, …, or 0.
+
+        Of points that tie the longest step is taken, but for θ itself, which comes last.
+        """
+        n = self.settings.rank_line
+        if not n:
+            return super().chosen(change, batches)
+        assert self.members is not None, "a line is written at by members"
+        factors = [0.5**j for j in range(n)] + [0.0]
+        points = [Probe(0, f) for f in factors]
+        if self.settings.rank_by == "file":
+            orders, _ = self.asked_people(
+                change.step,
+                lambda: self.all_rolled(change.step, points, batches, len(points), change.multipliers),
+                True,
+            )
+        else:
+            found = self.all_rolled(change.step, points, batches, len(points), change.multipliers)
+            if not finite([x for row in found.scores for x in row]):
+                return replace(change, multipliers=(math.nan,) * len(change.multipliers))
+            orders = [order_of(list(column)) for column in zip(*found.scores)]
+        w, _ = weights(orders, len(points))
+        best = factors[w.index(max(w))]
+        return replace(change, multipliers=tuple(float(np.float32(m * best)) for m in change.multipliers))
+
+    def rolled(
+        self, step: int, probes: Sequence[Probe], batch: Prompts, line: Sequence[float] | None = None
+    ) -> Scored:
+        """Return what each of some members writes after a batch's rows, scored."""
         if self.members is None:
             (probe,) = probes
             with self.axis.at(step, [probe], batch.rows):
                 found = self.texts.rollouts(self.model, batch)
         else:
-            with self.members.at(step, probes):
+            with self.members.at(step, probes, line):
                 found = self.texts.rollouts(self.model, batch, self.members, len(probes))
         self.forwards += batch.rows * len(probes)
-        marks = torch.tensor([[mark(text) for text in row] for row in found.texts], dtype=torch.float64)
-        return torch.stack([found.scores, found.tokens, marks], -1)
+        return found
 
     def estimate(self, losses: Sequence[float]) -> tuple[list[float], Tensor]:
         """Return a step's coefficients from its rewards as they are, or shaped."""
         s = self.settings
         self.flat = False
+        if s.objective == "rank" and finite(losses):
+            w, pairs = weights(self.orders, len(self.probes))
+            self.flat = pairs == 0
+            directions = self.estimator.directions(s.q)
+            found = [0.0] * directions if self.flat else rank_coefficients(w, pairs, self.probes, directions)
+            return found, self.state
         if s.shaping == "none" or not finite(losses):
             return super().estimate(losses)
         assert self.seen is not None
@@ -132,6 +223,18 @@ class RolloutTrainer(Trainer):
                 "so that texts differ, or q or batch_size, or take a reward that has more than two values",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
+
+
+def numbers(found: Scored) -> Tensor:
+    """Return [P, R, 3]: score, tokens and mark of each text."""
+    marks = torch.tensor([[mark(text) for text in row] for row in found.texts], dtype=torch.float64)
+    return torch.stack([found.scores, found.tokens, marks], -1)
+
+
+def losses_of_orders(orders: Sequence[Order], members: int) -> list[float]:
+    """Return what a ledger keeps of ranked members [P]: minus the mean share of others each is better than, from -1 to 1."""
+    w, _ = weights(orders, members)
+    return [0.0 - x / (len(orders) * max(1, members - 1)) for x in w]
 
 
 def mark(text: str) -> float:
@@ -168,8 +271,11 @@ def with_members(
     Raises UserError where more than one member is asked for and cannot be.
     """
     asked, world = config.members_per_batch, this_world()
+    for key, idle in (("rank_by", "score"), ("rank_line", 0)):
+        if world.size > 1 and getattr(config, key) != idle:
+            raise UserError(f"{key}={getattr(config, key)}: one process ranks; leave --nproc out")
     auto = asked == "auto"
-    if asked == 1 or config.elastic or isinstance(axis, NodeAxis):
+    if (asked == 1 and not config.rank_line) or config.elastic or isinstance(axis, NodeAxis):
         return replace(config, members_per_batch=1), None
     why = why_alone(axis, sum(p.numel() for p in model.parameters()))
     members, room = None, 0
@@ -180,6 +286,10 @@ def with_members(
         why, room = prove(config, model, tokenizer, axis, members, texts)
     if not world.all(not why):
         why = why or "another process of this run cannot"
+        if config.rank_line:
+            raise UserError(
+                f"rank_line={config.rank_line}: its points are written at together, and {why}; leave it out"
+            )
         if not auto:
             raise UserError(f"members_per_batch={asked}: {why}; use 1")
         gain = probes_per_step(config)

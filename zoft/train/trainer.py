@@ -82,6 +82,10 @@ class Settings:
     members_per_batch: int = 1
     shaping: str = "none"
     shaping_group: str = "all"
+    objective: str = "auto"
+    rank_by: str = "score"
+    rank_best: int | None = None
+    rank_line: int = 0
 
 
 def metrics_of(record: Record, probes: Sequence[Probe]) -> dict[str, Any]:
@@ -154,8 +158,8 @@ class Trainer:
         change = make_update(t, s.seed, coefficients, lr=lr, weight_decay=s.weight_decay, ruled=ruled)
         # A multiplier may overflow fp32 where its losses do not.
         good = finite([*losses, *change.multipliers]) and not self.flat
-        if good and self.estimator.second is not None:
-            change = self.asked_again(self.estimator.second, change, batches)
+        if good:
+            change = self.chosen(change, batches)
             good = finite(change.multipliers)
         if not good:
             change = Update(t, s.seed, (0.0,) * self.estimator.directions(s.q))
@@ -170,6 +174,11 @@ class Trainer:
     def commit(self, change: Update) -> None:
         """Hand a step's update, as the ledger has it, to the weights, with past steps' directions where momentum has them."""
         self.axis.commit(self.window.take(change))
+
+    def chosen(self, change: Update, batches: Sequence[Batch]) -> Update:
+        """Return a step's update after its second round of probes, where its method has one."""
+        second = self.estimator.second
+        return change if second is None else self.asked_again(second, change, batches)
 
     def asked_again(self, second: SecondRound, change: Update, batches: Sequence[Batch]) -> Update:
         """Return a step's update with the multipliers that a second round of probes chooses."""

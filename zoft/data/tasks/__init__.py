@@ -28,6 +28,7 @@ from zoft.data.tasks.verifiable import (
     refuse_generator_keys,
 )
 from zoft.errors import UserError
+from zoft.limits import shortened
 
 FEW = 50  # evaluation rows: 0.5/√50 is a standard error of 7 points of accuracy
 HELD_OUT = 0.15  # share of the data that a hash puts aside where no evaluation data is given
@@ -113,6 +114,8 @@ def load_task(task: Any, limits: Limits | None = None) -> TaskData:
         reading = recognise("task.train", rows, task)
         notes.append(reading.line)
         settings |= {"reading": reading.line, "chat": task.chat, "pack": task.pack}
+        if reading.format == "preference":
+            settings["objective"] = "preference"
         if task.pack and reading.format != "text":
             raise UserError(
                 f"task.pack: is for format text, not {reading.format}: other examples must not see each other"
@@ -396,7 +399,8 @@ def _gold(where: str, column: str, value: Any, labels: list[str]) -> int:
     # Only another way to write this very label is a hint: the most similar one may be the opposite class.
     plain = [label for label in labels if _same_but_for_a_slip(_letters(label), _letters(word))]
     hint = f"; did you mean {plain[0]}?" if len(plain) == 1 else ""
-    raise UserError(f"{where}: {column}={word} is none of task.choices ({', '.join(labels)}){hint}")
+    known = ", ".join(shortened(label) for label in labels[:20]) + ", …" * (len(labels) > 20)
+    raise UserError(f"{where}: {column}={word} is none of task.choices ({known}){hint}")
 
 
 NUMBER = re.compile(r"-?(0|[1-9]\d{0,40})(\.\d{1,40})?", re.ASCII)

@@ -15,7 +15,7 @@ from zoft.data.tasks.template import near, refuse_cell
 from zoft.errors import UserError
 from zoft.limits import shortened
 
-FORMATS = ("text", "completion", "instruction", "messages", "sharegpt", "label")
+FORMATS = ("text", "completion", "instruction", "messages", "sharegpt", "preference", "label")
 # What a column may be called, by what it is.
 PROMPT = ("prompt", "question", "query", "input")
 COMPLETION = ("completion", "response", "answer", "output")
@@ -33,6 +33,8 @@ NAMES = (
     "messages",
     "role",
     "content",
+    "chosen",
+    "rejected",
 )
 # Columns that say that a file is more than its format takes: left unread, they would change what is learned.
 SIGNS = {
@@ -40,6 +42,7 @@ SIGNS = {
     "completion": {*PROMPT, *COMPLETION, "instruction", "context", "history", "label", "labels", "chosen", "rejected",
                    *OPTIONS},
     "instruction": {*PROMPT, *COMPLETION, *CONTEXT, "history", "label", "labels", "chosen", "rejected", *OPTIONS},
+    "preference": set(),
     "messages": {"tools", "label", "labels", "chosen", "rejected"},
     "sharegpt": {"tools", "label", "labels", "chosen", "rejected"},
 }  # fmt: skip
@@ -76,6 +79,8 @@ class Reading:
         c = {name: f"{{{column}}}" for name, column in self.columns.items()}
         learned = {
             "text": "all of {text}",
+            "preference": "to prefer {chosen} over {rejected}"
+            + (", after {prompt}" if "prompt" in c else ""),
             "completion": "{completion} after {prompt}",
             "instruction": "{output} after {instruction}" + (" and {input}" if "input" in c else ""),
             "messages": "the assistant's turns of {completion}, after {prompt}",
@@ -139,12 +144,13 @@ def recognise(key: str, rows: list[tuple[str, dict[str, Any]]], task: Any) -> Re
         if kind not in found:
             raise UserError(f"task.format={kind}: {key} lacks {_needs(kind)}; its columns are {seen}")
         return found[kind]
+    found.pop("preference", None)  # asked for by name alone: who learns the chosen ones does not mean it
     found = {k: r for k, r in found.items() if named.keys() <= {*r.columns, "role", "content"}}
     if not found:
         if {"chosen", "rejected"} <= first.keys():
             raise UserError(
                 f"{key}: pairs to prefer one of ({seen}) are no format here; "
-                f"{_chosen(first)} learns the chosen ones"
+                f"objective=preference learns from both, {_chosen(first)} learns the chosen ones"
             )
         if why := _hidden(rows, first):
             raise UserError(f"{key}: {why}")
@@ -229,6 +235,14 @@ def _readings(first: dict[str, Any], named: dict[str, str]) -> dict[str, Reading
         }
     elif prompt and completion:
         columns["completion"] = {"prompt": prompt, "completion": completion, "system": find("system")}
+    chosen, rejected = find("chosen"), find("rejected")
+    if chosen and rejected and (prompt or _turns(first[chosen])):
+        columns["preference"] = {
+            "prompt": prompt,
+            "chosen": chosen,
+            "rejected": rejected,
+            "system": find("system"),
+        }
     if text := find("text"):
         columns["text"] = {"text": text}
     made = {}
@@ -263,6 +277,7 @@ def _hidden(rows: list[tuple[str, dict[str, Any]]], first: dict[str, Any]) -> st
 def _needs(kind: str) -> str:
     return {
         "text": "a column text",
+        "preference": "columns prompt, chosen and rejected, or chosen and rejected of turns",
         "completion": "columns prompt and completion",
         "instruction": "columns instruction and output",
         "messages": "a column messages of {role, content}",
@@ -286,6 +301,8 @@ def make(where: str, row: dict[str, Any], reading: Reading) -> dict[str, Any]:
     Errors: UserError naming the row where a cell or turn is missing, of another kind, or leaves no target.
     """
     c = reading.columns
+    if reading.format == "preference":
+        return _pair(where, row, reading)
     if reading.format == "text":
         text = _cell(where, row, c["text"])
         return _example(where, "", text, [text]) | {"pieces": True}
@@ -305,6 +322,45 @@ def make(where: str, row: dict[str, Any], reading: Reading) -> dict[str, Any]:
     turns.append({"role": "assistant", "content": target, "scored": True})
     more = {"messages": turns, "answers": [target.strip()], "joins": True}
     return _example(where, prompt, target, [prompt]) | more
+
+
+def _pair(where: str, row: dict[str, Any], reading: Reading) -> dict[str, Any]:
+    """One pair: {pair: [row of the chosen answer, row of the rejected one]}, either as its own format would make it."""
+    c, sides = reading.columns, []
+    for side in ("chosen", "rejected"):
+        answer = c[side]
+        turns = _turns(row.get(answer))
+        whole = turns and not ("prompt" in c and _turns(row.get(c["prompt"])))  # turns that hold their prompt
+        columns = {k: v for k, v in c.items() if k == "system"}
+        columns |= {"messages": answer} if whole else {"prompt": c.get("prompt", ""), "completion": answer}
+        made = make(
+            where,
+            row,
+            Reading("messages" if turns else "completion", columns, _turn_keys(row.get(answer), reading)),
+        )
+        if "answers" not in made:
+            last = made["messages"][-1]
+            if last["role"] != "assistant":
+                raise UserError(
+                    f"{where}: column {answer} does not end with a turn of the assistant; leave the row out"
+                )
+            for turn in made["messages"][:-1]:  # what both have in common says nothing of either
+                turn["scored"] = False
+            made["prompt"] = "\n".join(f"{t['role']}: {t['content']}" for t in made["messages"][:-1])
+            made["candidates"] = [last["content"]]
+        sides.append(made)
+    first, second = sides
+    prompt = first["prompt"]
+    content = [prompt, first["candidates"][0], second["candidates"][0]]
+    words = max(s["words"] for s in sides)
+    example = _example(where, prompt, first["candidates"][0], [prompt or json.dumps(content)])
+    return example | {"pair": sides, "candidates": content[1:], "words": words}
+
+
+def _turn_keys(value: Any, reading: Reading) -> tuple[str, str]:
+    """Return the keys of a turn, role and content: as named, or as ShareGPT has them."""
+    keys = next((t for t in value if isinstance(t, dict)), {}).keys() if isinstance(value, list) else ()
+    return ("from", "value") if reading.turn[0] not in keys and {"from", "value"} <= {*keys} else reading.turn
 
 
 def _conversation(where: str, row: dict[str, Any], reading: Reading) -> dict[str, Any]:

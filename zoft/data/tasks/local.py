@@ -244,6 +244,10 @@ def _why_no_file(key: str, place: str, path: Path) -> str:
     if set("*?[") & set(place):
         folder = next(p for p in path.parents if not set("*?[") & set(str(p)))
         return f"no such file; * and its like are not read here: give a folder, whose data files are all read: {key}={folder}"
+    if os.path.lexists(path):
+        return (
+            "no such file: a pipe, a device, a socket, or a link that leads to none; give a file or a folder"
+        )
     if not os.path.isdir(path.parent):
         return f"no such file: there is no folder {path.parent}"
     try:

@@ -114,7 +114,8 @@ def probes_per_step(config: Any) -> int:
 def second_probes(config: Any) -> int:
     """Return the number of probes of a config's second round; 0 without one."""
     second = estimator_of(config).second
-    return second.count(config.q) if second else 0
+    line = config.rank_line + 1 if config.rank_line else 0
+    return (second.count(config.q) if second else 0) + line
 
 
 def forwards_per_step(config: Any) -> int:
