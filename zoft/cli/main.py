@@ -459,6 +459,7 @@ def main() -> None:
         sys.stdout.flush()
     except OSError as error:
         sys.stdout.buffer.raw.lost = True  # type: ignore[attr-defined]  # else the interpreter tries again
-        print(f"error: standard output: {error.strerror}", file=sys.stderr)
-        code = code or 2
+        if not code:  # else a verb's own line has said it
+            print(f"error: standard output: {error.strerror}", file=sys.stderr)
+            code = 2
     sys.exit(code)
