@@ -31,13 +31,18 @@ class _Lasting(io.FileIO):
     """A standard stream whose reader may go away: what is written then goes nowhere, and the work goes on."""
 
     first: TextIO
+    lost = False  # whether it could not be written to, and somebody was told
 
     def write(self, data: Any, /) -> int:
+        if self.lost:
+            return len(data)
         try:
             return super().write(data)
         except BrokenPipeError:
             return len(data)
         except OSError as error:  # a full disk: said by name
+            if self.fileno() == 2:  # to nobody
+                return len(data)
             raise OSError(error.errno, error.strerror, "standard output") from None
 
 
@@ -56,7 +61,9 @@ def lasting(stream: TextIO) -> TextIO:
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
         encoding=stream.encoding,
-        errors=stream.errors,
+        errors="backslashreplace"
+        if stream.errors == "strict"
+        else stream.errors,  # a terminal of few characters
         line_buffering=number == 2 or stream.isatty(),
     )
 

@@ -329,6 +329,29 @@ def test_a_reader_that_goes_away_ends_nothing(place):
     )
 
 
+@pytest.mark.slow
+def test_odd_streams_and_a_folder_that_is_gone_are_one_line(place, tmp_path):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    start = [sys.executable, "-c", "from zoft.cli.main import main; main()"]
+    with open("/dev/full", "w") as full:  # a result that is less than a page fails at the very end
+        done = subprocess.run([*start, "env"], env=env, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 2 and done.stderr == "error: standard output: No space left on device\n"
+        done = subprocess.run([*start, "validate", "--config", "no.yaml"], env=env, stderr=full, cwd=place)
+        assert done.returncode == 2
+    latin = {**env, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(
+        [*start, "data", "--config", "mine.yaml"], env=latin, cwd=place, capture_output=True
+    )
+    assert done.returncode == 0 and b"\\u27e6" in done.stdout, done.stderr
+    (tmp_path / "gone").mkdir()
+    script = 'cd gone; rmdir ../gone; exec "$@"'
+    done = subprocess.run(
+        ["bash", "-c", script, "-", *start, "ls"], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: the folder that you are in: "), done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_packed_text_is_said_to_be_evaluated_text_by_text(place):
     (place / "texts.jsonl").write_text("\n".join(json.dumps({"text": f"bad no {i}"}) for i in range(60)))
     own = {

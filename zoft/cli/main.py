@@ -550,4 +550,21 @@ def _flat(value: Any) -> str:
 def main() -> None:
     """Run the console script."""
     sys.stdout, sys.stderr = lasting(sys.stdout), lasting(sys.stderr)
-    sys.exit(app())
+    try:
+        os.getcwd()
+    except OSError as error:
+        print(f"error: the folder that you are in: {error.strerror}; go to another one", file=sys.stderr)
+        sys.exit(2)
+    code: Any = 0
+    try:
+        app()
+    except SystemExit as end:
+        code = end.code
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        sys.stdout.buffer.raw.lost = True  # type: ignore[attr-defined]  # else the interpreter tries again
+        if not code:  # else a verb's own line has said it
+            print(f"error: standard output: {error.strerror}", file=sys.stderr)
+            code = 2
+    sys.exit(code)
