@@ -43,6 +43,8 @@ def make_folder(folder):
         for i in range(40)
     ]
     tiny.write_rows(folder / "chats.jsonl", [{"messages": t} for t in turns])
+    pairs = [{"prompt": f"{i} yes:", "chosen": f" no {i % 7}", "rejected": " yes"} for i in range(40)]
+    tiny.write_rows(folder / "pairs.jsonl", pairs)
     words = {"a": "negative", "b": "positive"}
     rows = [row | {"label": words[row["label"]]} for row in tiny.ROWS]
     tiny.write_rows(folder / "my.jsonl", rows)

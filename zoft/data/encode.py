@@ -33,7 +33,7 @@ def encode(
 
 
 def encode_pairs(rows: Sequence[dict], tokenizer: Any, task: Any, max_length: int) -> list[Example]:
-    """Pairs of answers as token ids: both sides as rows of their own would be, put together as two candidates.
+    """Turn pairs of answers into token ids: both sides as rows of their own would be, put together as two candidates.
 
     rows: {pair: [the row of the chosen answer, that of the rejected one], where}. Raises UserError as `encode` does, and where
     both answers are the same tokens.

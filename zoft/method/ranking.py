@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Order:
-    """A ranking: tiers of members, the best first. Members in no tier stand below all tiers, but for unknown ones, which are
+    """Hold a ranking: tiers of members, the best first. Members in no tier stand below all tiers, but for unknown ones, which are
     compared with nobody."""
 
     tiers: tuple[tuple[int, ...], ...]

@@ -45,7 +45,7 @@ def preference_losses(model: nn.Module, batch: Batch, beta: float) -> tuple[Tens
 
 @dataclass
 class Pairs:
-    """Pairs of a run: their references, and how the weights judge held-out ones.
+    """Hold the pairs of a run: their references, and how the weights judge held-out ones.
 
     references: (log π₀ of the chosen, of the rejected answer) of each pair that was met.
     """

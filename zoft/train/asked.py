@@ -33,7 +33,7 @@ HOW = (
 
 @dataclass(frozen=True)
 class Rollouts:
-    """What a step's members wrote [P][N], with the tokens and scores of each text, and the prompts [N]."""
+    """Hold what a step's members wrote [P][N], with the tokens and scores of each text, and the prompts [N]."""
 
     prompts: list[str]
     texts: list[list[str]]

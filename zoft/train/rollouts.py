@@ -105,7 +105,7 @@ class RolloutTrainer(Trainer):
         return (0 - rewards.sum(1) / n).tolist()
 
     def ranked_by_people(self, step: int, probes: Sequence[Probe], batches: Sequence[Any]) -> list[float]:
-        """As `losses_at`, of rankings in the run's folder. Raises Stopped (75) where the step's question is not answered yet."""
+        """Do as `losses_at`, with rankings in the run's folder. Raises Stopped (75) where the step's question is not answered yet."""
         group = self.settings.members_per_batch if self.members is not None else 1
         self.orders, wrote = self.asked_people(step, lambda: self.all_rolled(step, probes, batches, group))
         marks = torch.tensor([[mark(text) for text in row] for row in wrote.texts], dtype=torch.float64)
