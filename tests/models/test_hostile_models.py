@@ -170,7 +170,7 @@ CASES = {
     "dtype that is none": (config(dtype="float13"), "cannot be loaded"),
     "dtype, a function": (config(dtype="save"), "cannot be loaded"),
     "dtype, whole numbers": (config(dtype="int8"), "model="),
-    "quantised without a method": (config(quantization_config={}), "cannot be loaded"),
+    "quantised without a method": (config(quantization_config={}), "quant_method=None is none that is read"),
     "weights named elsewhere": (config(transformers_weights="../../../etc/passwd"), "transformers_weights"),
     "weights named, a pickle": (both(config(transformers_weights="w.bin"), lambda m: evil_torch(m / "w.bin")), "transformers_weights"),
     "no weights": (gone("model.safetensors"), "no model.safetensors"),
