@@ -179,11 +179,12 @@ class Config:
     virtual_tokens: int | None = key(
         None, "length of the prefix (null is 5) or the prompt (null is 10)", least=1
     )
-    lr: float = key(
+    lr: float | str = key(
         1e-6,
         "learning rate; all weights want 1e-7 to 1e-5; not set: lora 1e-4, prefix 1e-2, prompt 1e-3, "
-        "scales 1e-7",
+        "scales 1e-7; auto: measured before the first step, along lines that `zoft lr` shows",
         least=0,
+        one_of=("auto",),
     )
     schedule: str = key("constant", "learning rate over the steps", one_of=("constant", "linear", "cosine"))
     warmup: float = key(0, "warm-up steps; below 1, a fraction of all steps", least=0)

@@ -17,6 +17,7 @@ from zoft.data import tasks
 from zoft.data.example import Example
 from zoft.data.tasks import TaskData
 from zoft.evaluation.best_by import refuse_best_by
+from zoft.method.auto_lr import check_auto_lr
 from zoft.method.recipes import method_of
 from zoft.method.space import Trained, adopt, train_names
 from zoft.method.trial import try_page
@@ -26,6 +27,7 @@ from zoft.probe.inplace import InPlace
 from zoft.probe.nodes import NodeAxis
 from zoft.train.axis import make_axis, placed_axis
 from zoft.train.header import agree, header_of
+from zoft.train.learning_rate import Line, find_lr
 from zoft.train.parts import (
     dev_examples,
     encode_examples,
@@ -33,8 +35,9 @@ from zoft.train.parts import (
     refuse_pattern,
     resolve_device,
     resolve_precision,
+    say,
 )
-from zoft.train.resolve import with_objective
+from zoft.train.resolve import with_lr, with_objective
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Parts:
     """Hold what a run is made of.
 
     config: resolved. trained: the tensors that are really trained. header: of the ledger. train, held_out, dev: rows as
-    token ids, scored: the training rows as the objective scores them.
+    token ids, scored: the training rows as the objective scores them. line: what lr=auto measured.
     """
 
     config: Config
@@ -57,6 +60,7 @@ class Parts:
     trained: list[Trained]
     axis: ProbeAxis | InPlace | NodeAxis
     header: dict[str, Any]
+    line: Line | None
 
 
 def assemble(config: Config, folder: str | Path | None = None) -> Parts:
@@ -69,6 +73,7 @@ def assemble(config: Config, folder: str | Path | None = None) -> Parts:
     config = resolve_device(config)
     data = tasks.load_task(config.task, config.limits)
     config, reward = with_objective(config, data), reward_of(config)
+    check_auto_lr(config)
     refuse_best_by(config, data)
     refuse_pattern(config, method)
     model, tokenizer, base = load_run_model(config, folder)
@@ -80,13 +85,20 @@ def assemble(config: Config, folder: str | Path | None = None) -> Parts:
     names = train_names(model, config.train, config.perturb == "nodes")
     config = resolve_precision(config, model, names)
     config, trained, axis = make_axis(config, model, adopt(model, names), scored, folder)
+    line: Line | None = None
+    if config.lr == "auto":
+        line = find_lr(config, model, axis, scored, objective)
+        say(f"lr=auto: lr={line.lr:g}, of {line.lines} lines ({line.forwards} forwards)")
+        config = with_lr(config, line.lr)
     header = header_of(config, base, trained, train) | objective.header()
     if isinstance(axis, NodeAxis):
         header["nodes"] = axis.measured.digest()
+    if line is not None:
+        header["lr_auto"] = line.header()
     return Parts(
         config=config, data=data, model=model, tokenizer=tokenizer, objective=objective, train=train,
         held_out=held_out, dev=dev_examples(config, tokenizer, data), scored=scored, trained=trained, axis=axis,
-        header=header,
+        header=header, line=line,
     )  # fmt: skip
 
 
