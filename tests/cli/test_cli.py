@@ -62,6 +62,7 @@ SURFACE = {
         "-c",
         "overrides",
     ],
+    "lr": ["--config", "--help", "--json", "--png", "--recipe", "-c", "overrides"],
     "report": ["--csv", "--help", "--metrics", "--png", "runs"],
     "join": ["--help", "--secret", "--trust-remote-code", "place"],
     "sweep": [

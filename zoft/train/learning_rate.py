@@ -41,6 +41,7 @@ from zoft.train.trainer import Trainer
 FACTOR = 4.0  # between neighbours
 SHARE = {"probes": 0.25, "nodes": 0.25}  # of η×
 NODE_START = 2e-3  # the first trial where a step is as large as its lr says
+PLAIN_START = 16  # times eps: how far along z the first trial of a plain step lies
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def _found(config: Config, trainer: Trainer, steps: range, kept: Sequence[Any]) 
     size = math.sqrt(fmean(sum(c * c for c in some) for some in made))
     if not size:
         raise UserError(f"lr=auto: both probes of a direction give the same loss: raise eps={config.eps:g}")
-    start = NODE_START if trainer.lr_apart else config.eps / size
+    start = NODE_START if trainer.lr_apart else PLAIN_START * config.eps / size
     points: dict[int, tuple[float, float, float]] = {}
 
     def ask_at(i: int) -> float:
