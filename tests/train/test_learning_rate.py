@@ -100,8 +100,6 @@ def test_the_line_is_that_of_steps_made_by_hand(folder):
     "words",
     [
         ["train=lora", "recipe=lora_zo"],
-        ["train=prefix", "recipe=lora_zo"],
-        ["train=prompt", "recipe=lora_zo"],
         ["recipe=sparse_mezo"],
         ["recipe=qzo", "bits=4", "group=32"],
         ["recipe=node", "eps=1e-2"],
@@ -170,6 +168,8 @@ def test_estimate_counts_it_and_the_verb_shows_it(folder):
         (["estimator=normalised", "q=2"], "estimator=normalised"),
         (["meazo=0.99"], "meazo=0.99"),
         (["perturb=inplace"], "perturb=inplace"),
+        (["train=prefix", "recipe=lora_zo"], "train=prefix"),
+        (["train=prompt", "recipe=lora_zo"], "train=prompt"),
         (["anchor=0.1"], "anchor=0.1"),
         (["objective=accuracy"], "objective=accuracy"),
         (["elastic=true"], "elastic=true"),

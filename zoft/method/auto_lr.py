@@ -26,6 +26,7 @@ def check_auto_lr(config: Config) -> None:
         (bool(config.momentum or window_beta(config)), f"momentum={config.momentum:g}", "one step does not show what many in one direction do"),
         (used.sized, f"meazo={config.meazo:g}" if config.meazo else f"estimator={used.name}", "lr is the size of a step"),
         (config.perturb == "inplace", "perturb=inplace", "its moves round the weights"),
+        (config.train in ("prefix", "prompt"), f"train={config.train}", "losses along a step saturate, so its line shows no rate"),
         (config.elastic, "elastic=true", "workers join after the start"),
         (config.objective in NO_GRADIENT, f"objective={config.objective}", "its loss moves by whole examples"),
     )  # fmt: skip

@@ -39,7 +39,7 @@ from zoft.train.parts import trainer_settings
 from zoft.train.trainer import Trainer
 
 FACTOR = 4.0  # between neighbours
-SHARE = {"probes": 0.25, "nodes": 0.25}  # of η×
+SHARE = {"probes": 0.12, "nodes": 0.12}  # of η×
 NODE_START = 2e-3  # the first trial where a step is as large as its lr says
 PLAIN_START = 16  # times eps: how far along z the first trial of a plain step lies
 
