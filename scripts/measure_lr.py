@@ -15,7 +15,7 @@ from statistics import fmean, stdev
 from zoft.method.configured import compose
 from zoft.run.start import train_run
 
-CONFIGS = "mezo/reviews,mezo/trec,lora_zo/reviews,qzo/reviews,node/reviews,node/trec"
+CONFIGS = "mezo/reviews,mezo/trec,lora_zo/reviews,qzo/reviews"
 METRICS = ("accuracy", "auc", "calibrated_accuracy", "macro_f1", "loss")
 
 

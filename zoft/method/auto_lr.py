@@ -27,6 +27,7 @@ def check_auto_lr(config: Config) -> None:
         (used.sized, f"meazo={config.meazo:g}" if config.meazo else f"estimator={used.name}", "lr is the size of a step"),
         (config.perturb == "inplace", "perturb=inplace", "its moves round the weights"),
         (config.train in ("prefix", "prompt"), f"train={config.train}", "losses along a step saturate, so its line shows no rate"),
+        (config.perturb == "nodes", "recipe=node", "one step shows far larger rates than a run bears; lr=2e-3 is its default in configs"),
         (config.elastic, "elastic=true", "workers join after the start"),
         (config.objective in NO_GRADIENT, f"objective={config.objective}", "its loss moves by whole examples"),
     )  # fmt: skip
