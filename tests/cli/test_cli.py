@@ -64,6 +64,7 @@ SURFACE = {
     ],
     "rank": ["--help", "--port", "folder"],
     "samples": ["--help", "--json", "--reward", "-n", "folder", "overrides"],
+    "lr": ["--config", "--help", "--json", "--png", "--recipe", "-c", "overrides"],
     "report": ["--csv", "--help", "--metrics", "--png", "runs"],
     "join": ["--help", "--secret", "--trust-remote-code", "place"],
     "sweep": [

@@ -138,7 +138,7 @@ def train_first_order(
     with tempfile.TemporaryDirectory() as place, kind.quiet():
         args = TrainingArguments(
             output_dir=place, per_device_train_batch_size=config.batch_size, max_steps=config.steps,
-            gradient_accumulation_steps=config.accumulate, learning_rate=config.lr, lr_scheduler_type=schedule,
+            gradient_accumulation_steps=config.accumulate, learning_rate=float(config.lr), lr_scheduler_type=schedule,
             warmup_steps=config.warmup, weight_decay=config.weight_decay, max_grad_norm=CLIP, seed=config.seed % (1 << 32),
             optim="adamw_torch", use_cpu=config.device == "cpu", report_to="none", save_strategy="no",
             logging_strategy="no", disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,

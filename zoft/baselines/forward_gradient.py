@@ -99,7 +99,9 @@ def train_forward_gradient(
             raise UserError(
                 f"lr={config.lr:g}: the loss is {loss} at step {step}, its slope {slope}; start again with a lower lr"
             )
-        lr = lr_at(step, lr=config.lr, steps=config.steps, schedule=config.schedule, warmup=config.warmup)
+        lr = lr_at(
+            step, lr=float(config.lr), steps=config.steps, schedule=config.schedule, warmup=config.warmup
+        )
         for t, part in zip(trained, v, strict=True):
             if t.decays:
                 t.param.data.mul_(1.0 - lr * config.weight_decay)

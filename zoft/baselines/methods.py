@@ -67,6 +67,8 @@ def baseline_settings(
     if gradients:
         overrides = [*overrides, "train=" + ("lora" if method in ON_PAIRS else "all")]
     config = compose(name, overrides)
+    if config.lr == "auto" and (gradients or method == FORWARD_GRADIENT):
+        raise UserError(f"lr=auto: is for forward-only recipes, not --method {method}; set lr to a number")
     for k in keys:
         if k.partition(".")[0] not in known:
             raise UserError(f"{k}: does nothing in a baseline of --method {method}; leave it out")

@@ -226,7 +226,9 @@ def _entry(
         raise UserError(f"lr_factors: {factors}: give a list of numbers above 0")
     keys = _merged(keys, mine) | dict(said)
     plain = compose(config, _words(keys))
-    rates = [float(f"{plain.lr * float(f):.6g}") for f in sorted(map(float, factors))]
+    if plain.lr == "auto":
+        raise UserError("lr=auto: lr_factors multiply a number; set lr in the bench's row")
+    rates = [float(f"{float(plain.lr) * float(f):.6g}") for f in sorted(map(float, factors))]
 
     def jobs(part: str, forwards: int, seeds: Sequence[int], **more: Any) -> dict[float, list[Job]]:
         """Return {lr: a job per seed}; the config is composed once, for neither lr nor seed changes what is allowed."""

@@ -497,6 +497,33 @@ def estimate(
     typer.echo(json.dumps(console.finite(found)) if as_json else estimate_text(found))
 
 
+@app.command(cls=Verb, context_settings=_LOOSE, epilog="zoft lr --config mezo/reviews")
+def lr(
+    overrides: Overrides = None,
+    config: Source = None,
+    recipe: Page = None,
+    png: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw the line there too.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the losses along a run's first steps and the lr that lr=auto takes."""
+    from zoft.cli.lr import draw_line, line_json, line_text, measure_lr
+    from zoft.method.configured import compose
+
+    resolved = compose(config, _with(overrides, recipe))
+    if png:
+        from zoft.pictures import pyplot, refuse_other_ends
+
+        pyplot("--png")
+        refuse_other_ends("--png", Path(png))
+    from zoft import console
+
+    line = measure_lr(resolved)
+    typer.echo(json.dumps(console.finite(line_json(line))) if as_json else line_text(line, resolved.lr))
+    if png:
+        draw_line(line, png)
+        typer.echo(png, err=as_json)
+
+
 @app.command(cls=Verb, context_settings=_LOOSE, epilog="zoft data --config mezo/reviews -n 5")
 def data(
     overrides: Overrides = None,

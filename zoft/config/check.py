@@ -81,13 +81,14 @@ def check_config(config: Config) -> Config:
             raise UserError(
                 f"train={config.train}: use all, last-2, norms, bias, head or a regular expression ({error})"
             ) from None
-    if config.lr * config.weight_decay >= 1:
+    lr = 0.0 if config.lr == "auto" else float(config.lr)
+    if lr * config.weight_decay >= 1:
         raise UserError(
-            f"weight_decay={config.weight_decay:g}: times lr={config.lr:g} it takes each weight away in one step; lower it"
+            f"weight_decay={config.weight_decay:g}: times lr={lr:g} it takes each weight away in one step; lower it"
         )
-    if config.lr * config.anchor >= 1:
+    if lr * config.anchor >= 1:
         raise UserError(
-            f"anchor={config.anchor:g}: times lr={config.lr:g} it takes the weights to their start and beyond in one step; lower it"
+            f"anchor={config.anchor:g}: times lr={lr:g} it takes the weights to their start and beyond in one step; lower it"
         )
     if config.eps < 1e-30:
         raise UserError(f"eps={config.eps:g}: it is 0 in fp32; use 1e-3 or so")

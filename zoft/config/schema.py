@@ -273,11 +273,13 @@ class Config:
     virtual_tokens: int | None = key(
         None, "length of the prefix (null is 5) or of the prompt (null is 10)", least=1
     )
-    lr: float = key(
+    lr: float | str = key(
         1e-6,
         "learning rate: θ moves by lr times the gradient estimate; all weights of a large model need 1e-7"
-        " to 1e-5. If unset: lora 1e-4, prefix 1e-2, prompt 1e-3, scales 1e-7",
+        " to 1e-5. auto measures it before the first step, along lines that `zoft lr` shows. If unset: lora 1e-4, prefix 1e-2, "
+        "prompt 1e-3, scales 1e-7",
         least=0,
+        one_of=("auto",),
     )
     schedule: str = key(
         "constant", "how the learning rate changes over the steps", one_of=("constant", "linear", "cosine")

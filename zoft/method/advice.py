@@ -62,7 +62,8 @@ def lr_range(config: Config, k: Known, numbers: int) -> tuple[float, float]:
 def advice_at_start(config: Config, trained: Sequence[Trained]) -> list[str]:
     """Return a line for each of lr and eps that is far outside of what is known to work, and for what is slow or moves nothing."""
     k, lines = known_settings(config), []
-    if config.lr == 0:
+    lr = float(config.lr)
+    if lr == 0:
         lines.append("lr=0: no step will change a weight")
     if config.device.startswith("cuda") and config.compute == "fp32":  # a GGUF file's weights load as fp32
         lines.append("compute=fp32: the GPU's tensor cores stand idle; compute=bf16 uses them")
@@ -84,9 +85,9 @@ def advice_at_start(config: Config, trained: Sequence[Trained]) -> list[str]:
         )
     # With meazo, a normalised estimate or an update rule, lr is the size of a step; nobody has searched that.
     sized = estimator_of(config).sized or is_sized(config)
-    if config.lr and not sized and not FAR_BELOW * low <= config.lr <= k.far * high:
+    if lr and not sized and not FAR_BELOW * low <= lr <= k.far * high:
         lines.append(
-            f"lr={config.lr:g} is far {'above' if config.lr > high else 'below'} what is known to work: "
+            f"lr={lr:g} is far {'above' if lr > high else 'below'} what is known to work: "
             f"{low:.1g} to {high:.1g} for {numbers:,} trained numbers ({paper_range(k)})"
         )
     if not k.eps[0] / FAR_EPS <= config.eps <= FAR_EPS * k.eps[1]:

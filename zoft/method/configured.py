@@ -12,6 +12,7 @@ from zoft.config.check import check_config
 from zoft.config.compose import assign, group_tree, parsed, typed
 from zoft.config.schema import Config
 from zoft.errors import UserError
+from zoft.method.auto_lr import check_auto_lr
 from zoft.method.estimators.named import check_estimator
 from zoft.method.method import settle
 from zoft.method.momentum import check_momentum
@@ -59,6 +60,7 @@ def strict(
     check_update(made)
     check_shaping(made)
     check_momentum(made)
+    check_auto_lr(made)
     if made.output_dir is not None:
         made.output_dir = str(Path(made.output_dir).expanduser())
     else:

@@ -182,6 +182,16 @@ def this_world() -> World:
     return _current[-1]
 
 
+@contextmanager
+def alone_here() -> Iterator[None]:
+    """Let this process do all of its work itself in this context, as if there were no others."""
+    _current.append(World(cuda=this_world().cuda))
+    try:
+        yield
+    finally:
+        _current.pop()
+
+
 def weights_digest(trained: Sequence[Stored]) -> str:
     """Return 16 hexadecimal digits of the stored bits of all trained tensors: the same bits on any device give the same digits.
 

@@ -17,8 +17,14 @@ from zoft.data.example import Example
 from zoft.errors import UserError
 from zoft.evaluation.evaluate import room_of
 from zoft.method import space
+from zoft.method.auto_lr import forwards_of, lines_allowed
 from zoft.method.blocks import places_of
-from zoft.method.estimators.named import examples_per_step, probes_per_step, second_probes
+from zoft.method.estimators.named import (
+    examples_per_step,
+    forwards_per_step,
+    probes_per_step,
+    second_probes,
+)
 from zoft.method.momentum import buffer_beta, window, window_beta
 from zoft.method.rules import rule_of, rule_words
 from zoft.method.space import train_names
@@ -59,7 +65,7 @@ def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[
     says the memory, the usual batch the time. Rates are measured here, on config.device. Returns {weights: {dtype:
     bytes}, weights_bytes, momentum_bytes, state_bytes, base_bytes, scratch_bytes, frozen_bytes, activation_bytes, evaluation_bytes,
     peak_bytes, seconds_per_step, seconds, parameters, trained, rows, tokens, adamw: {peak_bytes, seconds_per_step},
-    lora: {the same}, config: {resolved storage, compute, perturb, probes_per_forward, device, steps}, notes: [str]}.
+    lora: {the same}, lr_forwards: what lr=auto takes at most, config: {resolved storage, compute, perturb, probes_per_forward, device, steps}, notes: [str]}.
     Raises UserError as a run would.
     """
     find_model(config.model)  # a mistake shows before data loads
@@ -80,6 +86,7 @@ def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[
         model = load_adapter(model, place)
     gradients = model
     nodes = config.perturb == "nodes"
+    update_pass = nodes and config.node_inputs == "pass"
     names = train_names(model, config.train, nodes)
     if quantised_layers(model):
         gradients = skeleton(config)  # training with gradients wants the weights
@@ -133,9 +140,8 @@ def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[
         scratch = trained * (6 * each if packed else 4 * probes)
     if nodes:
         scratch = _node_bytes(config, model, names, batch.inputs["input_ids"].numel() * probes)
-        notes.append(
-            "the update pass is a third forward; the products of its estimate are not counted in seconds_per_step"
-        )
+        third = "the update pass is a third forward" if update_pass else "the probes' inputs are kept"
+        notes.append(f"{third}; the products of the estimate are not counted in seconds_per_step")
     if config.objective in GENERATED:
         scratch += 0 if inplace or config.hold_probe is False else sum(_held(config, model, names, compute))
         notes.append(
@@ -150,6 +156,12 @@ def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[
         notes.append(
             f"{rule_words(config)}: its passes are plain tensor operations, slower than what seconds_per_step counts"
         )
+    measured = forwards_of(config, lines_allowed(config)) if config.lr == "auto" else 0
+    if measured:
+        notes.append(
+            f"lr=auto: at most {measured} forwards before the first step, "
+            f"{measured / config.steps / forwards_per_step(config):.1%} of the run's, and a second copy of the trained tensors meanwhile"
+        )
     frozen, share = _frozen(config, model, names, rows, tested)
     spaces = WORKSPACES if config.device.startswith("cuda") else 0
     peak = max(
@@ -160,7 +172,7 @@ def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[
     tokens, directions = batch.inputs["input_ids"].numel() * probes, examples_per_step(config) * config.q
     speed = rates(config.device, compute, tokens, _width(model), kind, directions if own else 1)
     usual = train.flops * _usual_width(config, rows)
-    flops = usual * share * (each + second_probes(config) + nodes) / probes * config.accumulate
+    flops = usual * share * (each + second_probes(config) + update_pass) / probes * config.accumulate
     flops += usual * (1 - share) / probes / config.batch_size * _met(config, rows) / config.steps
     if flipped:
         flops *= 2  # a product with the shared noise beside each with the weights
@@ -170,14 +182,15 @@ def estimate_run(config: Config, rows: Sequence[Example] | None = None) -> dict[
     if beta := window_beta(config):
         passes += config.q * window(beta)  # drawn again, a pass each at most
     seconds = flops / speed["flops"] + passes * trained / speed["noise"]
+    before = seconds * measured / forwards_per_step(config)
     # Each denoising draws all directions from the start again.
     redrawn = sum(t for t in range(config.steps + 1) if "denoise" in due_at(config, t))
     denoising = redrawn * config.q * trained / speed["noise"]
     return {
         "weights": sizes, "weights_bytes": total, "momentum_bytes": momentum, "state_bytes": state, "base_bytes": base, "scratch_bytes": scratch, "frozen_bytes": frozen,
         "activation_bytes": train.activations, "evaluation_bytes": evaluation, "peak_bytes": peak,
-        "seconds_per_step": seconds, "seconds": seconds * config.steps + denoising, "denoising_seconds": denoising,
-        "flops_per_step": flops, "rates": speed,
+        "seconds_per_step": seconds, "seconds": seconds * config.steps + denoising + before, "denoising_seconds": denoising,
+        "lr_forwards": measured, "flops_per_step": flops, "rates": speed,
         "parameters": count_numbers(model), "trained": trained,
         "rows": batch.rows, "tokens": batch.inputs["input_ids"].shape[1],
         **_with_gradients(gradients, batch, usual / probes / speed["flops"] * config.accumulate),
@@ -191,10 +204,13 @@ def _node_bytes(config: Config, model: nn.Module, names: Sequence[str], tokens: 
     """Bytes that node perturbation takes beside weights and activations: at most, for inputs that layers share count once.
 
     Eigenpairs of every layer's input; of the largest layer Ĝ, the moved matrix and a temporary, fp32 each, and the signs of
-    a batch's tokens twice.
+    a batch's tokens twice; every layer's inputs, where they are kept.
     """
     shapes = [tuple(p.shape) for n, p in model.named_parameters() if n in set(names)]
     kept = sum(4 * max(shape) * min(config.node_rank, max(shape)) for shape in shapes)
+    if config.node_inputs == "kept":  # of one microbatch after another, all of a step's
+        rows = tokens if config.node_tokens == "all" else config.batch_size * int(config.node_tokens)
+        kept += sum(4 * rows * max(shape) for shape in shapes) * config.accumulate
     return kept + max(12 * a * b + 8 * tokens * max(a, b) for a, b in shapes)
 
 

@@ -144,7 +144,9 @@ def fit(
         **several,
         "steps": last,
         "skipped": sum(r.skipped for r in s.ledger.records),
-        "forwards": last * forwards_per_step(config) + getattr(trainer.axis, "forwards", 0),
+        "forwards": last * forwards_per_step(config)
+        + getattr(trainer.axis, "forwards", 0)
+        + s.ledger.header.get("lr_auto", {}).get("forwards", 0),
         "train_seconds": round(seconds, 3),
         "peak_memory_gb": round(peak_memory_gb(config.device), 2),
         "before": evals[0],

@@ -17,6 +17,7 @@ from zoft.data import tasks
 from zoft.data.example import Example
 from zoft.data.tasks import TaskData
 from zoft.evaluation.best_by import refuse_best_by
+from zoft.method.auto_lr import check_auto_lr
 from zoft.method.recipes import method_of
 from zoft.method.space import Trained, adopt, train_names
 from zoft.method.trial import try_page
@@ -30,6 +31,7 @@ from zoft.probe.nodes import NodeAxis
 from zoft.train.axis import make_axis, placed_axis
 from zoft.train.batches import picked
 from zoft.train.header import agree, header_of, model_settings
+from zoft.train.learning_rate import Line, find_lr
 from zoft.train.parts import (
     dev_examples,
     encode_examples,
@@ -39,7 +41,7 @@ from zoft.train.parts import (
     resolve_precision,
     say,
 )
-from zoft.train.resolve import with_objective
+from zoft.train.resolve import with_lr, with_objective
 from zoft.train.rollouts import with_members
 
 
@@ -48,7 +50,7 @@ class Parts:
     """Hold what a run is made of.
 
     config: resolved. trained: the tensors that are really trained. header: of the ledger. train, held_out, dev: rows as
-    token ids, scored: the training rows as the objective scores them.
+    token ids, scored: the training rows as the objective scores them. line: what lr=auto measured.
     """
 
     config: Config
@@ -64,6 +66,7 @@ class Parts:
     axis: ProbeAxis | InPlace | NodeAxis
     header: dict[str, Any]
     members: Members | None = None  # where the members of a step write together
+    line: Line | None = None  # of lr=auto
 
 
 def assemble(config: Config, folder: str | Path | None = None) -> Parts:
@@ -76,6 +79,7 @@ def assemble(config: Config, folder: str | Path | None = None) -> Parts:
     config = resolve_device(config)
     data = tasks.load_task(config.task, config.limits)
     config, reward = with_objective(config, data), reward_of(config)
+    check_auto_lr(config)
     refuse_best_by(config, data)
     refuse_pattern(config, method)
     model, tokenizer, base = load_run_model(config, folder)
@@ -93,15 +97,22 @@ def assemble(config: Config, folder: str | Path | None = None) -> Parts:
     members = None
     if objective.texts is not None:
         config, members = with_members(config, model, tokenizer, axis, objective.texts)
+    line: Line | None = None
+    if config.lr == "auto":
+        line = find_lr(config, model, axis, scored, objective)
+        say(f"lr=auto: lr={line.lr:g}, of {line.lines} lines ({line.forwards} forwards)")
+        config = with_lr(config, line.lr)
     header = header_of(config, base, trained, train, model=model, held_out=held_out) | objective.header()
     if objective.texts is not None:
         header["writing"] = writing_digest(model, tokenizer)
     if isinstance(axis, NodeAxis):
         header["nodes"] = axis.measured.digest()
+    if line is not None:
+        header["lr_auto"] = line.header()
     return Parts(
         config=config, data=data, model=model, tokenizer=tokenizer, objective=objective, train=train,
         held_out=held_out, dev=dev, scored=scored, trained=trained, axis=axis,
-        header=header, members=members,
+        header=header, members=members, line=line,
     )  # fmt: skip
 
 

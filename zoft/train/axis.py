@@ -63,7 +63,7 @@ def make_axis(
             f"max_length={config.max_length}: rows of {longest} tokens; this model was trained on at most {known}"
         )
     refuse_unquantised(config, loaded)
-    if decay_is_lost(config.lr, config.weight_decay):
+    if config.lr != "auto" and decay_is_lost(float(config.lr), config.weight_decay):
         say(
             f"weight_decay={config.weight_decay:g}: times lr={config.lr:g} it is lost in fp32; nothing decays"
         )

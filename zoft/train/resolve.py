@@ -39,6 +39,15 @@ def with_objective(config: Config, data: TaskData) -> Config:
     return dataclasses.replace(config, **objective_keys(config, data))
 
 
+def with_lr(config: Config, lr: float) -> Config:
+    """Return the config with the learning rate that lr=auto found. Raises UserError where the decay is too much for it."""
+    if lr * config.weight_decay >= 1:
+        raise UserError(
+            f"weight_decay={config.weight_decay:g}: times lr={lr:g}, which lr=auto found, it takes each weight away in one step; lower it"
+        )
+    return dataclasses.replace(config, lr=lr)
+
+
 def resolved_anew(config: Config, resume: str | Path | None) -> Config:
     """Return a resumed run's config, with `auto` again for keys that decide no weight, where another number of processes
     goes on: each process has its share of this machine. What config.yaml was given by hand since then stays."""
