@@ -113,7 +113,7 @@ class DeviceNodeTrainer(NodeTrainer):
     def _fed(self, place: int, rows: Rows, cells: Cells) -> Fed:
         """Return the device's memory for a microbatch at this place of its step, holding these rows."""
         batch = rows.batch if self.masked else rows.batch.unmasked()
-        what = (place, *((name, tuple(t.shape)) for name, t in tensors_of(batch)))
+        what = (place, len(cells.places), *((name, tuple(t.shape)) for name, t in tensors_of(batch)))
         fed = self.fed.get(what)
         if fed is None:
             device = self.device_nodes.device
