@@ -10,15 +10,15 @@ from zoft.errors import UserError
 from zoft.limits import CONFIG_BYTES, read_bytes
 
 
-def yaml_tree(path: Path) -> dict[str, Any]:
+def yaml_tree(path: Path, words: bool = False) -> dict[str, Any]:
     """Return the plain tree of a file: mappings, lists and scalars. Raises UserError in one line with the file's line.
 
     Refused: tags that make objects, a key given twice (YAML keeps the last), aliases (a few of them make a tree
-    that no memory holds), label words that YAML reads as something else than their text.
+    that no memory holds), label words that YAML reads as something else than their text. words: as in `strict_yaml`.
     """
     data = read_bytes(path, CONFIG_BYTES, "it is no config")
     try:
-        tree = strict_yaml(data.decode("utf-8"), path.name)
+        tree = strict_yaml(data.decode("utf-8"), path.name, words)
     except UnicodeDecodeError:
         raise UserError(f"{path.name}: not a text file in UTF-8") from None
     if tree is not None and not isinstance(tree, dict):

@@ -217,6 +217,7 @@ def test_names():
     assert estimator_of(config) is ONE_SIDED and forwards_per_step(config) == 4 * 8
     config.meazo = 0.9
     assert estimator_of(config).state == (0.0, 1.0) and forwards_per_step(config) == 4 * 8
+    config.node_inputs = "pass"
     config.perturb = "nodes"  # its update pass is a forward more
     assert forwards_per_step(config) == 5 * 8
 

@@ -302,12 +302,12 @@ def samples(
         typer.echo("\n".join(escaped(line) for line in samples_text(found).split("\n")))
 
 
-@app.command(cls=Verb)
+@app.command(cls=Verb, epilog="zoft rank runs/mine")
 def rank(
     folder: Annotated[str, typer.Argument(metavar="RUN")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0 is any free one.")] = 0,
 ) -> None:
-    """Rank the texts that a run waits for, on a page of this machine: zoft rank runs/mine."""
+    """Rank the texts that a run waits for, on a page of this machine."""
     from zoft.cli.rank import rank_run
 
     rank_run(folder, port, typer.echo)

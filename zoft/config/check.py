@@ -243,7 +243,8 @@ def check_value(name: str, value: Any, f: dataclasses.Field[Any]) -> None:
         _check_text(name, value)
         allowed = m.get("one_of", ())
         if allowed and value not in allowed:
-            number = " or a whole number from 1" if "least" in m else ""
+            kind = "number from" if str(f.type).startswith("float") else "whole number from"
+            number = f" or a {kind} {m['least']}" if "least" in m else ""
             near = nearest(value, allowed)
             hint = f"; did you mean {near}?" if near and len(allowed) > 1 else ""
             raise UserError(f"{name}={value}: use {', '.join(allowed)}{number}{hint}")

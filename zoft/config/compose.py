@@ -169,7 +169,7 @@ def _typed(name: str, raw: str, kind: str, metadata: Any) -> Any:
                 f"{name}={raw}: use true{''.join(f', {w}' for w in metadata.get('one_of', ()))} or false"
             )
         return words[raw.lower()]
-    if "str" in kind and not re.fullmatch(r"[-+\d.eE_]+", raw):
+    if "str" in kind and not re.fullmatch(r"[-+\d.eE_]+|[-+]?(nan|inf)", raw, re.I):
         return raw  # auto, or a word that the range check refuses
     try:
         number = float(raw)

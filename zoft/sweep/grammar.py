@@ -164,7 +164,9 @@ def _globbed(key: str, raw: str, pattern: Any, own: Path | None) -> tuple[str, .
     elif key == "recipe":
         known = recipes.names()
     else:
-        known = [str(w) for w in fields()[key].metadata.get("one_of", ())] if key in fields() else []
+        field = fields().get(key)
+        words = field.metadata.get("one_of", ()) if field and not str(field.type).startswith("float") else ()
+        known = [str(w) for w in words]
     if not known:
         raise UserError(
             f"{key}={raw}: glob() is for --config, {', '.join(GROUPS)}, recipe, and keys with a choice of words"

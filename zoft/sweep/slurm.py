@@ -55,11 +55,11 @@ def options(file: str | None, texts: Sequence[str]) -> Slurm:
     """Read Slurm options from a YAML file, with `slurm.KEY=value` on top. Raises UserError for unknown keys, bad values."""
     tree: dict[str, Any] = {}
     if file:
-        yaml_tree(Path(file))  # strictly, for its mistakes
+        yaml_tree(Path(file), words=True)  # strictly, for its mistakes
         tree = _words(Path(file).read_text(encoding="utf-8")) or {}
     for text in texts:
         name, _, raw = text.partition("=")
-        strict_yaml(raw, text)
+        strict_yaml(raw, text, words=True)
         tree[name.removeprefix("slurm.")] = _words(raw)
     known = {f.name: f for f in dataclasses.fields(Slurm)}
     given = {}
