@@ -177,6 +177,7 @@ def test_words_of_a_file_that_are_plain(tmp_path):
         ("seed=range(3)", ["seed", "sweep"]),
         ("lr=abc", ["lr=abc", "number"]),
         ("lr=nan", ["lr", "finite"]),
+        ("lr=inf", ["lr", "finite"]),
         ("lr=-1", ["lr=-1", "≥ 0"]),
         ("eps=0", ["eps=0", "> 0"]),
         ("steps=0", ["steps=0", "≥ 1"]),
@@ -392,3 +393,12 @@ def test_a_key_is_explained_in_full():
 )
 def test_what_a_normalised_estimate_does_not_go_with(words, says):
     assert says in refused(REVIEWS, *words)
+
+
+def test_a_whole_number_is_a_learning_rate(tmp_path, monkeypatch):
+    """In a file, where YAML reads an integer, and on the command line."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("model: m\ntask: {name: reviews}\nlr: 1\n", encoding="utf-8")
+    for found, want in ((compose("mine.yaml", []).lr, 1.0), (compose("mine.yaml", ["lr=0"]).lr, 0.0)):
+        assert found == want and isinstance(found, float)
+    assert compose("mine.yaml", ["lr=auto"]).lr == "auto"

@@ -52,7 +52,7 @@ def typed(tree: dict[str, Any], defaults: Mapping[str, Any]) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    tree = filled(_worded(tree), defaults)
+    tree = _with_floats(filled(_worded(tree), defaults))
     try:
         merged = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(tree)))
     except OmegaConfBaseException as error:
@@ -60,6 +60,14 @@ def typed(tree: dict[str, Any], defaults: Mapping[str, Any]) -> Config:
         raise UserError(f"{where}: {str(error).splitlines()[0]}") from None
     assert isinstance(merged, Config), type(merged)
     return merged
+
+
+def _with_floats(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a tree whose whole numbers are floats where a key takes a float or a word, as OmegaConf has them elsewhere."""
+    mixed = {name for name, f in fields().items() if str(f.type).startswith("float |")}
+    return {
+        k: float(v) if k in mixed and type(v) is int and abs(v) < 1 << 900 else v for k, v in tree.items()
+    }
 
 
 def to_yaml(config: Config) -> str:
